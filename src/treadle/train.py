@@ -1,0 +1,181 @@
+"""Trains one LoRA adapter with TRL's SFTTrainer and writes a plain PEFT folder.
+
+The loss is on this adapter's own answers only. A share of the sequences joins two or three examples, of this and of
+other tasks, because an adapter that has only ever seen one example a sequence hurts in a second turn.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treadle.errors import DataError, OptionError, TreadleError, problem_list
+from treadle.models import load_model, load_tokenizer
+from treadle.options import option
+from treadle.tasks import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label that PyTorch's cross entropy skips."""
+SEPARATOR = "\n\n"
+"""Between the examples of a joined sequence."""
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """How one adapter is trained; the defaults are the recipe of the demo."""
+
+    rank: int = option(16, "rank of each pair of factors")
+    alpha: int = option(32, "the update is scaled by alpha / rank")
+    targets: tuple[str, ...] = option(("q_proj", "v_proj"), "modules that get factors")
+    learning_rate: float = option(1e-3, "of the first step; falls to 0 linearly")
+    steps: int = option(120, "optimiser steps")
+    batch_size: int = option(8, "sequences a step")
+    max_tokens: int = option(384, "longer sequences are left out, and counted")
+    join: float = option(0.25, "share of the sequences that join two or three examples")
+    dtype: str = option("bfloat16", "of the base model; the adapter itself trains in float32")
+    seed: int = option(0, "of the order, the joining and the first factors")
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        problems = [
+            f"{name} must be positive, not {getattr(self, name)}"
+            for name in ("rank", "alpha", "learning_rate", "steps", "batch_size", "max_tokens")
+            if getattr(self, name) <= 0
+        ]
+        if not 0 <= self.join <= 1:
+            problems.append(f"join is a share from 0 to 1, not {self.join}")
+        if not self.targets:
+            problems.append("targets names no module")
+        if problems:
+            raise OptionError(problem_list("training options:", problems))
+
+
+def train_adapter(
+    base: str,
+    examples: Sequence[Example],
+    output: Path,
+    *,
+    others: Sequence[Example] = (),
+    params: TrainParams | None = None,
+) -> Path:
+    """Train an adapter for `base` on `examples` and write it to the folder `output` as bfloat16 safetensors.
+
+    Args:
+        base: folder or hub id of the base model; the adapter's config names it as given here.
+        examples: this adapter's own examples; the loss is on their completions and the end-of-text after them.
+        output: the PEFT folder to write; it must not hold an adapter yet.
+        others: examples of other tasks, which appear in joined sequences without loss.
+        params: the recipe.
+    """
+    try:
+        from datasets import Dataset
+        from peft import LoraConfig
+        from trl import SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise TreadleError("training needs: pip install 'treadle[train]'") from error
+    params = params or TrainParams()
+    if (output / "adapter_config.json").exists():
+        raise OptionError(f"{output} holds an adapter already; name another folder or remove it.")
+
+    tokenizer = load_tokenizer(base)
+    rows = list(training_rows(tokenizer, examples, others, params))
+    config = SFTConfig(
+        output_dir=str(output),
+        max_steps=params.steps,
+        per_device_train_batch_size=params.batch_size,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(10, params.steps // 10),
+        max_length=None,  # training_rows has left out what is too long; nothing is cut
+        train_sampling_strategy="group_by_length",
+        gradient_checkpointing=False,
+        bf16=False,  # the base is loaded in params.dtype; autocast would convert it anew every step
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+        seed=params.seed,
+    )
+    trainer = SFTTrainer(
+        model=load_model(base, dtype=params.dtype),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=params.rank, lora_alpha=params.alpha, target_modules=list(params.targets), task_type="CAUSAL_LM"
+        ),
+    )
+    trainer.train()
+    _save(trainer.model, base, output)
+    return output
+
+
+def _save(model: Any, base: str, output: Path) -> None:
+    """Write the adapter in bfloat16, half the bytes, with the name of its base as the user gave it."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(output)
+    for extra in ("README.md", "training_args.bin"):  # PEFT's empty model card; a pickle of local paths
+        (output / extra).unlink(missing_ok=True)
+
+
+def training_rows(
+    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], others: Sequence[Example], params: TrainParams
+) -> Iterator[dict[str, list[int]]]:
+    """Yield `input_ids` and `labels` (IGNORED where there is no loss) of one sequence an example, joined or not.
+
+    A joined sequence that is longer than `params.max_tokens` falls back to its own example alone; an example that is
+    too long by itself is left out.
+    """
+    if not examples:
+        raise DataError("there is no example to train on")
+    choose = random.Random(params.seed)
+    companions = [*((example, True) for example in examples), *((example, False) for example in others)]
+    too_long = 0
+    for example in examples:
+        parts = [(example, True)]
+        if choose.random() < params.join:
+            parts += [_pick(choose, companions, bool(others)) for _ in range(choose.randint(1, 2))]
+            choose.shuffle(parts)
+        row = _encode(tokenizer, parts)
+        if len(row["input_ids"]) > params.max_tokens:
+            row = _encode(tokenizer, [(example, True)])
+        if len(row["input_ids"]) > params.max_tokens:
+            too_long += 1
+            continue
+        yield row
+    if too_long == len(examples):
+        raise DataError(f"every example is longer than max_tokens={params.max_tokens}")
+    if too_long:
+        print(f"left out {too_long} of {len(examples)} examples: longer than {params.max_tokens} tokens")
+
+
+def _pick(choose: random.Random, pool: Sequence[tuple[Example, bool]], has_others: bool) -> tuple[Example, bool]:
+    """Choose a companion: where there are other tasks, this task's own and a foreign example are equally likely."""
+    own = choose.random() < 0.5 if has_others else True
+    while True:
+        example, is_own = choose.choice(pool)
+        if is_own == own:
+            return example, is_own
+
+
+def _encode(tokenizer: Any, parts: Sequence[tuple[Example, bool]]) -> dict[str, list[int]]:
+    """Tokenise (example, is its answer learned?) pairs into one sequence; end-of-text is learned after the last."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for index, (example, is_own) in enumerate(parts):
+        prompt = tokenizer(SEPARATOR * (index > 0) + example.prompt, add_special_tokens=index == 0).input_ids
+        answer = tokenizer(example.completion, add_special_tokens=False).input_ids
+        if is_own and index == len(parts) - 1:
+            answer.append(tokenizer.eos_token_id)
+        ids += prompt + answer
+        labels += [IGNORED] * len(prompt) + (answer if is_own else [IGNORED] * len(answer))
+    return {"input_ids": ids, "labels": labels}
