@@ -77,7 +77,7 @@ def base(
 
 @app.command()
 @takes(TrainParams)
-def train(
+def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     base: Annotated[str, typer.Option(help="folder or hub id of the base model")],
     data: Annotated[str, typer.Option(help="JSON lines with prompt and completion, or a hub data set")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the PEFT folder to write")],

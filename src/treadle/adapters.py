@@ -1,0 +1,252 @@
+"""Reads a PEFT LoRA folder into an `Adapter`, and refuses by name what cannot be blended.
+
+Only `adapter_config.json` and safetensors are read, so PEFT itself (seconds to import) is not needed at run time.
+This module knows files and tensors; it does not know models: `treadle.blend` compares an adapter with one.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from treadle.errors import AdapterError, problem_list
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+REFUSED_FEATURES = {
+    "use_dora": "DoRA rescales the base weights, which is not a sum of updates",
+    "modules_to_save": "it replaces whole modules of the base model, which cannot be blended",
+    "trainable_token_indices": "it replaces rows of the embedding, which cannot be blended",
+    "lora_bias": "it adds a bias to the update; train it without",
+    "layer_replication": "it changes the number of layers of the base model",
+    "target_parameters": "it adapts parameters that do not belong to a linear layer",
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens",
+    "use_qalora": "QA-LoRA pools its input; the factors do not fit the layer",
+    "use_bdlora": "BD-LoRA keeps its factors in blocks",
+    "arrow_config": "it is an Arrow router, not an adapter; name the adapters behind it",
+    "kasa_config": "KaSA changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its weights",
+}
+"""Fields of PEFT's LoraConfig that change more than a sum of low-rank updates, with the reason."""
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""`init_lora_weights` that subtract something from the base weights: the factors alone are not the update."""
+HARMLESS_FIELDS = frozenset(
+    "peft_type peft_version auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules "
+    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora init_lora_weights layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config eva_config corda_config "
+    "lora_ga_config velora_config qalora_group_size runtime_config ensure_weight_tying".split()
+)
+"""Fields that are read above, or that matter to training only."""
+TENSOR_NAME = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight$"
+)
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The factors of one module: its update of `W x` is `scale * b @ a @ x`.
+
+    Attributes:
+        a: (r, in), as stored on disk.
+        b: (out, r), as stored on disk.
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of `a`."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One PEFT LoRA adapter: a named set of factor pairs.
+
+    Attributes:
+        name: how routing, results and the command line call it.
+        base_model: the base model that its config names.
+        pairs: module path inside the base model -> its factors.
+        source: the folder it was read from.
+        targets: `target_modules` of its config: module names, or a regular expression.
+        excluded: `exclude_modules` of its config, in the same form.
+        layers: `layers_to_transform` of its config; None = all.
+    """
+
+    name: str
+    base_model: str
+    pairs: Mapping[str, LoraPair]
+    source: Path
+    targets: tuple[str, ...] | str = ()
+    excluded: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None
+
+    def declares(self, module: str) -> bool:
+        """Return whether the config asks for factors on the module path `module`, by PEFT's rules of matching."""
+        if not _matches(self.targets, module) or _matches(self.excluded, module):
+            return False
+        if self.layers is None:
+            return True
+        index = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        return index is not None and int(index[1]) in self.layers
+
+    def num_bytes(self) -> int:
+        """Return the size of all factors in bytes."""
+        return sum(t.numel() * t.element_size() for pair in self.pairs.values() for t in (pair.a, pair.b))
+
+
+def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
+    """Read a PEFT LoRA folder.
+
+    Args:
+        path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        name: how to call the adapter; None takes the folder's name.
+
+    Raises:
+        AdapterError: it is incomplete, damaged, or uses something that cannot be blended; lists every problem.
+    """
+    folder = Path(path)
+    name = name or folder.resolve().name
+    config = _read_config(folder, name)
+    problems = list(_config_problems(config))
+    unknown = sorted(key for key in config.keys() - HARMLESS_FIELDS - REFUSED_FEATURES.keys() if config[key])
+    if unknown:
+        warnings.warn(f"adapter {name!r}: unknown fields that may matter: {', '.join(unknown)}", stacklevel=2)
+    tensors = _read_tensors(folder, name)
+    pairs, tensor_problems = _pair_up(tensors, config)
+    problems += tensor_problems
+    if problems:
+        raise AdapterError(problem_list(f"adapter {name!r} ({folder}) cannot be blended:", problems))
+    layers = config.get("layers_to_transform")
+    return Adapter(
+        name=name,
+        base_model=config.get("base_model_name_or_path") or "",
+        pairs=pairs,
+        source=folder,
+        targets=_pattern(config.get("target_modules")),
+        excluded=_pattern(config.get("exclude_modules")),
+        layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+    )
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise AdapterError(f"adapter {name!r}: {folder} is not a PEFT folder: it has no {CONFIG_FILE}.")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"adapter {name!r}: {file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"adapter {name!r}: {file} does not hold an object.")
+    return config
+
+
+def _config_problems(config: dict[str, Any]) -> Iterator[str]:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        yield f"its peft_type is {kind}; only LORA can be blended"
+    if config.get("bias", "none") != "none":
+        yield f"bias={config['bias']!r}: it trains biases of the base model, which cannot be blended"
+    yield from (f"{key}: {why}" for key, why in REFUSED_FEATURES.items() if config.get(key))
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        yield f"init_lora_weights={init!r} changes the base weights; convert it to a plain LoRA with PEFT first"
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            yield f"{key} must be a positive number, not {config.get(key)!r}"
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        hint = ""
+        if (folder / PICKLE_FILE).is_file():
+            hint = f" {PICKLE_FILE} is a pickle, which can run code: load it with PEFT and save it as safetensors."
+        raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}.{hint}")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"adapter {name!r}: {file} cannot be read: {error}") from error
+
+
+def _pair_up(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[dict[str, LoraPair], list[str]]:
+    """Return the factor pairs of all modules, and everything that is wrong with the tensors."""
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        found = TENSOR_NAME.match(key)
+        if not found:
+            problems.append(_foreign_tensor(key))
+        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            problems.append(f"{key} holds NaN, infinite or non-floating values")
+        else:
+            sides.setdefault(found["module"], {})[found["side"]] = tensor
+    pairs: dict[str, LoraPair] = {}
+    for module, factors in sides.items():
+        if problem := _pair_problem(module, factors, config):
+            problems.append(problem)
+        elif len(factors) == 2:
+            pairs[module] = LoraPair(factors["A"], factors["B"], _scale(module, factors["A"].shape[0], config))
+    if not problems and not pairs:
+        problems.append("it holds no factors")
+    if pairs and not any(pair.b.any() for pair in pairs.values()):
+        problems.append("all its B factors are zero: it changes nothing (was it saved before training?)")
+    return pairs, problems
+
+
+def _foreign_tensor(key: str) -> str:
+    if "lora_magnitude_vector" in key:
+        return f"{key}: a DoRA magnitude; DoRA cannot be blended"
+    if "lora_embedding_" in key:
+        return f"{key}: factors of an embedding, not of a linear layer"
+    return f"{key}: not a LoRA factor"
+
+
+def _pair_problem(module: str, factors: dict[str, torch.Tensor], config: dict[str, Any]) -> str | None:
+    if len(factors) < 2:
+        missing = "B" if "A" in factors else "A"
+        return f"{module}: lora_{missing} is missing"
+    a, b = factors["A"], factors["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        return f"{module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit: need (r, in), (out, r)"
+    expected = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    if a.shape[0] != expected:
+        return f"{module}: its factors have rank {a.shape[0]}, its config says {expected}"
+    return None
+
+
+def _scale(module: str, rank: int, config: dict[str, Any]) -> float:
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if not isinstance(alpha, int | float):
+        return 1.0  # reported by _config_problems
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of a module path, as PEFT's get_pattern_key does."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _pattern(value: Any) -> tuple[str, ...] | str:
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _matches(patterns: tuple[str, ...] | str, module: str) -> bool:
+    """Return whether PEFT's `target_modules` (a regular expression, or names of modules) matches a module path."""
+    if isinstance(patterns, str):
+        return patterns != "all-linear" and re.fullmatch(patterns, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in patterns)

@@ -1,0 +1,314 @@
+"""Adds a weighted mixture of LoRA adapters to the linear layers of a model, and takes it away again.
+
+All adapters of a module are stacked by rank once: A (R, in) and B (out, R). A step then needs two matrix products a
+module, however many adapters there are; what changes between steps is one small tensor of gates, (B|1, T|1, R),
+computed once a step and shared by all modules of the same layout. Base weights are never written to.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from treadle.adapters import Adapter, LoraPair
+from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
+
+Combine = Literal["sum", "linear", "paper"]
+COMBINES: tuple[Combine, ...] = get_args(Combine)
+Weights = Tensor | np.ndarray[Any, Any] | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who owns which rows of a stack: (adapter index, rank, scale) of each adapter that has factors there."""
+
+    parts: tuple[tuple[int, int, float], ...]
+
+    def spread(self, num_adapters: int, power: float) -> Tensor:
+        """Return the (N, R) matrix that takes weights to gates, each row of the stack times its scale ** power."""
+        columns: list[Tensor] = []
+        for index, rank, scale in self.parts:
+            block = torch.zeros(num_adapters, rank)
+            block[index] = scale**power
+            columns.append(block)
+        return torch.cat(columns, 1)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What stands between the two products of a module: h -> direct * h + outer * tile(fold(inner * h)).
+
+    `fold` adds up the adapters' blocks of r rows and `tile` repeats the result for each of them. Each gate is
+    (B|1, T|1, R) or None: `direct` alone is the combine `sum`; `inner` and `outer` are `linear` and `paper`.
+    """
+
+    direct: Tensor | None
+    inner: Tensor | None
+    outer: Tensor | None
+    num_blocks: int
+
+    def apply(self, h: Tensor) -> Tensor:
+        """Return the gated `h` (B, T, R)."""
+        if self.inner is None or self.outer is None:
+            return h if self.direct is None else h * self.direct
+        folded = (h * self.inner).unflatten(-1, (self.num_blocks, -1)).sum(-2)  # (B, T, r)
+        crossed = self.outer * folded.tile(self.num_blocks)  # (B, T, R)
+        return crossed if self.direct is None else torch.addcmul(crossed, h, self.direct)
+
+
+class BlendedLinear(nn.Module):
+    """A linear layer of the base model and, beside it, the stacked factors of all adapters that target it."""
+
+    a: Tensor
+    b_t: Tensor
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype, gates: dict[int, Gates]) -> None:
+        super().__init__()
+        self.base = base
+        self.gates = gates  # the blend's own: what it puts there acts on the next forward pass
+        self.dtype = dtype
+        self.slot = -1
+
+    def stack(self, pairs: Sequence[LoraPair], slot: int) -> None:
+        """Lay out the factors of all adapters: `a` (R, in) and `b_t` (R, out); `slot` is the key of their gates."""
+        device = next(self.base.parameters()).device
+        a, b = torch.cat([pair.a for pair in pairs], 0), torch.cat([pair.b for pair in pairs], 1)
+        self.register_buffer("a", a.to(device, self.dtype), persistent=False)
+        self.register_buffer("b_t", b.t().contiguous().to(device, self.dtype), persistent=False)
+        self.slot = slot
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base(x) + the gated update: (B, T, in) -> (B, T, out)."""
+        y = self.base(x, *args, **kwargs)
+        gates = self.gates.get(self.slot)
+        if gates is None:
+            return y
+        h = gates.apply(functional.linear(x.to(self.dtype), self.a))  # (B, T, R)
+        if y.dtype != self.dtype or not y.is_contiguous():
+            return y + (h @ self.b_t).to(y.dtype)
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b_t)  # in place: y is ours, fresh from the base
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for model code that reads it."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, for model code that reads it."""
+        return self.base.bias  # type: ignore[return-value]
+
+
+class Blend:
+    """Adapters attached to a model; owns the replaced layers and the gates of the current forward pass.
+
+    Use one blend from one thread at a time: the gates belong to the model, like its weights.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], combine: Combine = "sum") -> None:
+        if any(isinstance(module, BlendedLinear) for module in model.modules()):
+            raise AdapterError("the model has a blend attached already: detach() it, or add() to it.")
+        self.model = model
+        self.combine: Combine = combine
+        self.adapters: tuple[Adapter, ...] = ()
+        self._layers: dict[str, BlendedLinear] = {}
+        self._gates: dict[int, Gates] = {}
+        self._layouts: list[Layout] = []
+        self._spreads: dict[tuple[int, float], Tensor] = {}
+        self._replace_all(tuple(adapters))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order of every N axis."""
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @contextmanager
+    def using(self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None) -> Generator[None]:
+        """Run the forward passes inside with these weights, then restore what was set before.
+
+        Args:
+            weights: (N,), (B, N) or (B|1, T|1, N), not negative; None = the base model alone, bit for bit.
+            combine: one combine, or one a row; None takes the one given to `attach`.
+        """
+        before = dict(self._gates)
+        self.set_weights(weights, combine)
+        try:
+            yield
+        finally:
+            self._gates.clear()
+            self._gates.update(before)
+
+    def set_weights(self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None) -> None:
+        """Set the weights of the forward passes that follow; arguments as in `using`."""
+        self._gates.clear()
+        if weights is None or not self._layouts:
+            return
+        combines = _one_or_each(combine or self.combine)
+        for name in set(combines):
+            self.check_combine(name)
+        w = self._checked(weights)  # (B|1, T|1, N)
+        for slot in range(len(self._layouts)):
+            self._gates[slot] = self._gates_of(slot, w, combines)
+
+    def _checked(self, weights: Weights) -> Tensor:
+        w = torch.as_tensor(weights, dtype=torch.float32)
+        if w.dim() not in (1, 2, 3) or w.shape[-1] != len(self.adapters):
+            expected = f"(N,), (B, N) or (B, T, N) with N = {len(self.adapters)}: {', '.join(self.names)}"
+            raise OptionError(f"weights have shape {tuple(w.shape)}; expected {expected}.")
+        if w.device.type == "cpu" and not (torch.isfinite(w).all() and (w >= 0).all()):  # on a GPU it would synchronise
+            raise OptionError("weights must be finite and not negative.")
+        w = w.to(next(self.model.parameters()).device, non_blocking=True)
+        return w.view(1, 1, -1) if w.dim() == 1 else w[:, None] if w.dim() == 2 else w
+
+    def _gates_of(self, slot: int, w: Tensor, combines: Sequence[Combine]) -> Gates:
+        """Return the gates of one layout, in the dtype of its factors; rows with different combines may mix."""
+        kinds = set(combines)
+        dtype = self._dtype
+
+        def rows(name: Combine) -> Tensor | float:
+            if len(kinds) == 1:
+                return 1.0
+            return torch.tensor([float(kind == name) for kind in combines], device=w.device).view(-1, 1, 1)
+
+        num_blocks = len(self._layouts[slot].parts)
+        scaled = w @ self._spread(slot, 1.0) if kinds & {"sum", "paper"} else None  # (B|1, T|1, R)
+        direct = (scaled * rows("sum")).to(dtype) if scaled is not None and "sum" in kinds else None
+        if kinds == {"sum"}:
+            return Gates(direct, None, None, num_blocks)
+        inner: Tensor | float = 0.0
+        outer: Tensor | float = 0.0
+        if "linear" in kinds:
+            root = w.sqrt() @ self._spread(slot, 0.5)
+            inner, outer = root * rows("linear"), root * rows("linear")
+        if "paper" in kinds and scaled is not None:
+            inner, outer = inner + scaled * rows("paper"), outer + torch.ones_like(scaled) * rows("paper")
+        return Gates(direct, torch.as_tensor(inner).to(dtype), torch.as_tensor(outer).to(dtype), num_blocks)
+
+    def _spread(self, slot: int, power: float) -> Tensor:
+        key = (slot, power)
+        if key not in self._spreads:
+            matrix = self._layouts[slot].spread(len(self.adapters), power)
+            self._spreads[key] = matrix.to(next(self.model.parameters()).device)
+        return self._spreads[key]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self._layers.values())).dtype
+
+    def check_combine(self, combine: str) -> None:
+        """Raise an OptionError if these adapters cannot be combined in this way, naming those that differ."""
+        check_combine(combine, self.adapters)
+
+    def add(self, *adapters: Adapter) -> None:
+        """Attach more adapters, at the end of the N axis; on an error nothing has changed."""
+        self._replace_all((*self.adapters, *adapters))
+
+    def remove(self, name: str) -> None:
+        """Take one adapter out; the adapters behind it move up on the N axis."""
+        if name not in self.names:
+            raise AdapterError(unknown_name("adapter", name, self.names))
+        self._replace_all(tuple(adapter for adapter in self.adapters if adapter.name != name))
+
+    def detach(self) -> None:
+        """Put the model's own layers back, the same objects; the blend is empty afterwards."""
+        self._replace_all(())
+
+    def _replace_all(self, adapters: tuple[Adapter, ...]) -> None:
+        """Check, then stack the factors of `adapters` and leave exactly the layers that they target replaced."""
+        check_adapters(self.model, adapters)
+        check_combine(self.combine, adapters)
+        targets = {module for adapter in adapters for module in adapter.pairs}
+        for path in self._layers.keys() - targets:
+            self._put(path, self._layers.pop(path).base)
+        for path in sorted(targets - self._layers.keys()):
+            base = self.model.get_submodule(path)
+            self._layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates)
+            self._put(path, self._layers[path])
+        layouts: dict[Layout, int] = {}
+        for path, layer in self._layers.items():
+            owners = [(index, adapter.pairs[path]) for index, adapter in enumerate(adapters) if path in adapter.pairs]
+            layout = Layout(tuple((index, pair.rank, pair.scale) for index, pair in owners))
+            layer.stack([pair for _, pair in owners], layouts.setdefault(layout, len(layouts)))
+        self.adapters = adapters
+        self._layouts = list(layouts)
+        self._spreads.clear()
+        self._gates.clear()
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        parent, _, child = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, module)
+
+
+def attach(model: nn.Module, adapters: Sequence[Adapter], combine: Combine = "sum") -> Blend:
+    """Attach adapters to any causal LM whose targeted modules are linear layers.
+
+    Until weights are set, the model answers as the base, bit for bit.
+
+    Raises:
+        AdapterError: an adapter does not fit the model; lists every problem of every adapter.
+        OptionError: the adapters cannot be combined by `combine`.
+    """
+    return Blend(model, adapters, combine)
+
+
+def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
+    """Raise an AdapterError that lists every way in which the adapters do not fit the model or each other."""
+    names = [adapter.name for adapter in adapters]
+    problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    shapes = {path: shape for path, module in model.named_modules() if (shape := linear_shape(module))}
+    for adapter in adapters:
+        for path, pair in adapter.pairs.items():
+            wanted = (pair.a.shape[1], pair.b.shape[0])
+            if path not in shapes:
+                problems.append(f"{adapter.name}: the model has no linear layer {path}")
+            elif shapes[path] != wanted:
+                problems.append(f"{adapter.name}: {path} is {shapes[path]} (in, out), its factors are {wanted}")
+        missing = [path for path in shapes if path not in adapter.pairs and adapter.declares(path)]
+        problems += [f"{adapter.name}: its config targets {path}, but it has no factors for it" for path in missing]
+    if problems:
+        raise AdapterError(problem_list("the adapters do not fit the model:", problems))
+
+
+def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
+    """Raise an OptionError if `adapters` cannot be combined in this way, naming those that differ."""
+    if combine not in COMBINES:
+        raise OptionError(unknown_name("combine", combine, COMBINES))
+    if combine == "sum" or len(adapters) < 2:
+        return
+    first, *rest = adapters
+    ranks = {module: pair.rank for module, pair in first.pairs.items()}
+    different = [other.name for other in rest if {m: p.rank for m, p in other.pairs.items()} != ranks]
+    if different:
+        raise OptionError(
+            f"combine={combine!r} needs adapters of equal ranks and target modules; {', '.join(different)} differ "
+            f"from {first.name}. Use combine='sum', which takes any."
+        )
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in, out) of a linear layer (Linear, its quantised kinds, GPT-2's Conv1D), None for other modules."""
+    if isinstance(module, BlendedLinear):
+        return linear_shape(module.base)
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        if all(isinstance(getattr(module, name, None), int) for name in names):
+            return getattr(module, names[0]), getattr(module, names[1])
+    return None
+
+
+def _one_or_each(combine: Combine | Sequence[Combine]) -> Sequence[Combine]:
+    return [combine] if isinstance(combine, str) else combine
+
+
+def _factor_dtype(base: nn.Module, model: nn.Module) -> torch.dtype:
+    """Return the dtype to compute an update in: the layer's own, or the model's where the layer is quantised."""
+    for candidate in (getattr(base, "weight", None), model):
+        dtype = getattr(candidate, "dtype", None)
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+    return torch.float32

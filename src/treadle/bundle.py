@@ -1,0 +1,311 @@
+"""A bundle on disk: which base, which adapters, their centroids and the default routing.
+
+    bundle.json               what is in it; unknown keys are an error
+    centroids.safetensors     means (N, D), counts (N,), scatter (N, D, D) and the embedder's id
+    samples.json              optional: a few texts of each adapter, for `treadle doctor`
+    adapters/<name>/          plain PEFT folders
+    embedder/                 optional: the embedder's own folder
+
+Everything is checked before anything is used, and one message lists every problem. Only safetensors are read.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from treadle import __version__
+from treadle.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from treadle.centroids import Centroids
+from treadle.embed import load_embedder
+from treadle.errors import BundleError, TreadleError, problem_list, unknown_name
+from treadle.options import read_options
+from treadle.routing import Router, RoutingParams
+
+if TYPE_CHECKING:
+    from treadle.generate import Engine
+
+BUNDLE_FILE, CENTROIDS_FILE, SAMPLES_FILE = "bundle.json", "centroids.safetensors", "samples.json"
+KEYS = {"treadle": str, "base_model": str, "embedder": str, "adapters": list, "routing": dict}
+ADAPTER_KEYS = {"name": str, "path": str, "samples": int}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RESERVED = ("base", "auto")
+"""What a request calls the model without an adapter, and the routed one."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files have all been read and checked.
+
+    Attributes:
+        folder: where it lies.
+        base_model: folder or hub id of its base model.
+        adapters: in the order of every N axis.
+        router: centroids, embedder and default params.
+        samples: adapter name -> a few texts, where the bundle keeps some.
+    """
+
+    folder: Path
+    base_model: str
+    adapters: tuple[Adapter, ...]
+    router: Router
+    samples: Mapping[str, Sequence[str]]
+
+    def engine(self, *, device: str | None = None, dtype: str | None = None) -> "Engine":
+        """Load the base model and return it with the adapters attached."""
+        from treadle.generate import Engine
+        from treadle.models import load_model, load_tokenizer
+
+        tokenizer = load_tokenizer(self.base_model)
+        return Engine(load_model(self.base_model, device=device, dtype=dtype), tokenizer, self.adapters, self.router)
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Read and check every file of a bundle; the base model is not touched.
+
+    Raises:
+        BundleError: lists everything that is wrong with it.
+    """
+    folder = Path(path)
+    document = _read_document(folder)
+    problems = _document_problems(document, folder)
+    _stop(folder, problems)
+    entries = document["adapters"]
+    adapters = _collect(problems, [lambda e=e: read_adapter(folder / e["path"], e["name"]) for e in entries])
+    problems += [_foreign_base(adapter, document["base_model"]) for adapter in adapters]
+    centroids = _collect(problems, [lambda: _read_centroids(folder / CENTROIDS_FILE)])
+    embedder = _collect(problems, [lambda: load_embedder(_embedder_name(folder, document["embedder"]))])
+    routing = _collect(problems, [lambda: read_options(RoutingParams, document["routing"])])
+    samples = _collect(problems, [lambda: _read_samples(folder, [entry["name"] for entry in entries])])
+    if centroids:
+        problems += _centroid_problems(centroids[0], entries)
+    _stop(folder, [problem for problem in problems if problem])
+    routers = _collect(problems := [], [lambda: Router(centroids[0], embedder[0], routing[0])])
+    _stop(folder, problems)
+    return Bundle(folder, document["base_model"], tuple(adapters), routers[0], samples[0])
+
+
+def save_bundle(
+    path: str | Path,
+    *,
+    base: str,
+    adapters: Mapping[str, str | Path],
+    router: Router,
+    samples: Mapping[str, Sequence[str]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a bundle that holds copies of everything but the base model.
+
+    Args:
+        path: the folder to write.
+        base: folder or hub id of the base model.
+        adapters: name -> PEFT folder, for each adapter that the router knows.
+        router: its params become the bundle's default routing.
+        samples: name -> a few texts to keep for `treadle doctor`; whoever gets the bundle can read them.
+        overwrite: replace a bundle that is there.
+
+    Raises:
+        TreadleError: something does not fit; what was in the folder is as it was.
+    """
+    folder = Path(path)
+    if (folder / BUNDLE_FILE).exists() and not overwrite:
+        raise BundleError(f"{folder} holds a bundle already; name another folder, or overwrite it.")
+    problems = _name_problems(list(adapters))
+    if set(adapters) != set(router.names):
+        problems.append(f"the router knows {', '.join(router.names)}; the adapters are {', '.join(adapters)}")
+    problems += [unknown_name("adapter in samples", name, adapters) for name in samples or {} if name not in adapters]
+    read = _collect(problems, [lambda n=n, p=p: read_adapter(p, n) for n, p in adapters.items()])
+    problems += [problem for adapter in read if (problem := _foreign_base(adapter, base))]
+    if problems:
+        raise BundleError(problem_list("the bundle cannot be written:", problems))
+
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in router.names:
+        target = part / "adapters" / name
+        target.mkdir(parents=True)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(Path(adapters[name]) / file, target / file)
+    _write_centroids(part / CENTROIDS_FILE, router.centroids)
+    if samples:
+        _write_json(part / SAMPLES_FILE, {name: list(texts) for name, texts in samples.items()})
+    counts = router.centroids.counts.tolist()
+    document = {
+        "treadle": __version__,
+        "base_model": base,
+        "embedder": router.embedder.save(part),
+        "adapters": [
+            {"name": name, "path": f"adapters/{name}", "samples": count}
+            for name, count in zip(router.names, counts, strict=True)
+        ],
+        "routing": asdict(router.params),
+    }
+    _write_json(part / BUNDLE_FILE, document)
+    _replace(folder, part)
+    return folder
+
+
+def _replace(folder: Path, part: Path) -> None:
+    """Put the finished folder in place; files beside the bundle's own (a README, say) stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in (BUNDLE_FILE, CENTROIDS_FILE, SAMPLES_FILE):
+        (folder / entry).unlink(missing_ok=True)
+    for entry in ("adapters", "embedder"):
+        shutil.rmtree(folder / entry, ignore_errors=True)
+    for entry in sorted(part.iterdir(), key=lambda entry: entry.name == BUNDLE_FILE):  # bundle.json last
+        entry.rename(folder / entry.name)
+    part.rmdir()
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    file = folder / BUNDLE_FILE
+    if not file.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {BUNDLE_FILE}. `treadle fit` makes one.")
+    return _read_object(file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{file} does not hold an object.")
+    return cast(dict[str, Any], document)
+
+
+def _document_problems(document: dict[str, Any], folder: Path) -> list[str]:
+    problems = _key_problems(document, KEYS, BUNDLE_FILE)
+    if problems:
+        return problems
+    entries = cast(list[Any], document["adapters"])
+    if not entries:
+        return [f"{BUNDLE_FILE}: it names no adapter"]
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            problems.append(f"adapters[{index}] is not an object")
+        else:
+            problems += _key_problems(cast(dict[str, Any], entry), ADAPTER_KEYS, f"adapters[{index}]")
+    if problems:
+        return problems
+    problems += _name_problems([entry["name"] for entry in entries])
+    for entry in entries:
+        if not _is_inside(folder, entry["path"]):
+            problems.append(f"adapter {entry['name']!r}: path {entry['path']!r} leaves the bundle's folder")
+    if document["embedder"].startswith((".", "/", "~")) or not _is_inside(folder, document["embedder"]):
+        problems.append(f"embedder {document['embedder']!r} leaves the bundle's folder")
+    return problems
+
+
+def _key_problems(given: dict[str, Any], expected: dict[str, type], where: str) -> list[str]:
+    problems = [f"{where}: " + unknown_name("key", key, expected) for key in given if key not in expected]
+    problems += [f"{where}: key {key!r} is missing" for key in expected if key not in given]
+    problems += [
+        f"{where}: {key!r} must be a {kind.__name__}, not {given[key]!r}"
+        for key, kind in expected.items()
+        if key in given and (not isinstance(given[key], kind) or isinstance(given[key], bool))
+    ]
+    return problems
+
+
+def _name_problems(names: Sequence[str]) -> list[str]:
+    problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [
+        f"adapter name {name!r}: use letters, digits, '.', '_' and '-'" for name in names if not NAME.fullmatch(name)
+    ]
+    problems += [f"adapter name {name!r} is reserved" for name in names if name in RESERVED]
+    return problems
+
+
+def _is_inside(folder: Path, path: str) -> bool:
+    return (folder / path).resolve().is_relative_to(folder.resolve())
+
+
+def _embedder_name(folder: Path, embedder: str) -> str:
+    return str(folder / embedder) if (folder / embedder).is_dir() or embedder == "embedder" else embedder
+
+
+def _foreign_base(adapter: Adapter, base: str) -> str:
+    """Return the problem if an adapter names another base; the same model may lie in different folders."""
+    last = [name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() for name in (adapter.base_model, base)]
+    if not adapter.base_model or last[0] == last[1]:
+        return ""
+    return (
+        f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, the bundle's base is {base!r}; if these are "
+        f"the same weights, write the bundle's name into base_model_name_or_path of its {CONFIG_FILE}"
+    )
+
+
+def _read_centroids(file: Path) -> Centroids:
+    if not file.is_file():
+        raise BundleError(f"{file.name} is missing")
+    try:
+        with safe_open(file, "numpy") as opened:
+            metadata = opened.metadata() or {}
+            arrays = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BundleError(f"{file.name} cannot be read: {error}") from error
+    expected = {entry.name for entry in fields(Centroids)} - {"names", "embedder_id"}
+    if set(arrays) != expected or not {"names", "embedder_id"} <= set(metadata):
+        raise BundleError(
+            f"{file.name} must hold {', '.join(sorted(expected))} and, as metadata, names and embedder_id"
+        )
+    if not all(np.issubdtype(arrays[key].dtype, np.floating) for key in ("means", "scatter")):
+        raise BundleError(f"{file.name}: means and scatter must be floating-point")
+    return Centroids(tuple(json.loads(metadata["names"])), **arrays, embedder_id=metadata["embedder_id"])
+
+
+def _write_centroids(file: Path, centroids: Centroids) -> None:
+    arrays: dict[str, Any] = {"means": centroids.means, "counts": centroids.counts, "scatter": centroids.scatter}
+    metadata = {"names": json.dumps(centroids.names), "embedder_id": centroids.embedder_id}
+    save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, file, metadata)
+
+
+def _centroid_problems(centroids: Centroids, entries: Sequence[dict[str, Any]]) -> list[str]:
+    names = tuple(entry["name"] for entry in entries)
+    if centroids.names != names:
+        return [f"{CENTROIDS_FILE} is for {', '.join(centroids.names)}; {BUNDLE_FILE} names {', '.join(names)}"]
+    return [
+        f"adapter {name!r}: {CENTROIDS_FILE} counts {count} samples, {BUNDLE_FILE} says {entry['samples']}"
+        for name, count, entry in zip(names, centroids.counts.tolist(), entries, strict=True)
+        if count != entry["samples"]
+    ]
+
+
+def _read_samples(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    file = folder / SAMPLES_FILE
+    samples = _read_object(file) if file.is_file() else {}
+    for name, texts in samples.items():
+        if name not in names:
+            raise BundleError(f"{SAMPLES_FILE}: " + unknown_name("adapter", name, names))
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in cast(list[Any], texts)):
+            raise BundleError(f"{SAMPLES_FILE}: {name!r} must be a list of texts")
+    return samples
+
+
+def _write_json(file: Path, document: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _collect(problems: list[str], steps: Sequence[Any]) -> list[Any]:
+    """Run steps and return the results of those that worked; what the others say is added to `problems`."""
+    results: list[Any] = []
+    for step in steps:
+        try:
+            results.append(step())
+        except TreadleError as error:
+            problems.append(str(error))
+    return results
+
+
+def _stop(folder: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise BundleError(problem_list(f"bundle {folder} cannot be used:", problems))

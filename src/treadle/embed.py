@@ -1,0 +1,272 @@
+"""Embedders: texts -> L2-normalised float32 vectors, whole or as they grow token by token.
+
+A running text is followed by a `Track`. The static embedder's track keeps a sum of word vectors, so a token costs
+O(D) whatever the length of the text; the sentence embedder's track keeps the text and encodes it when asked.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treadle.errors import BundleError, ModelError, OptionError
+
+if TYPE_CHECKING:
+    from model2vec import StaticModel
+
+Floats = NDArray[np.float32]
+logger = logging.getLogger(__name__)
+
+DEFAULT_SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+"""The paper's embedder."""
+WORD = re.compile(r"\w{1,40}|[^\w\s]")
+"""A run of letters and digits, or one other visible character: what a text's vector is summed over."""
+MAX_CACHED_WORDS = 20_000
+
+
+class Track(Protocol):
+    """One running text, as the embedder sees it."""
+
+    def extend(self, pieces: Sequence[str]) -> None:
+        """Append the text of some tokens, one piece a token."""
+        ...
+
+    def snapshot(self) -> Any:
+        """Return what `Embedder.finish` needs to embed the text as it stands."""
+        ...
+
+
+class Embedder(Protocol):
+    """Turns texts into unit vectors; `id` tells embedders apart, whose vectors mean nothing to each other."""
+
+    @property
+    def id(self) -> str:
+        """Name and, for a folder, content."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """D, the length of a vector."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Floats:
+        """Return the vectors (B, D) of whole texts; a text without words has the vector 0."""
+        ...
+
+    def track(self, window: int | None) -> Track:
+        """Return an empty running text of which only the last `window` tokens count (None = all)."""
+        ...
+
+    def finish(self, snapshots: Sequence[Any]) -> Floats:
+        """Return the vectors (B, D) of tracks' snapshots, all at once."""
+        ...
+
+    def save(self, folder: Path) -> str:
+        """Write what a bundle needs to `folder` and return what its `embedder` field says."""
+        ...
+
+
+class StaticEmbedder:
+    """A model2vec model: a text's vector is the sum of its tokens' vectors, normalised.
+
+    Texts are cut into words (`WORD`) that are tokenised one by one, which for word-piece tokenizers is the same as
+    tokenising the text, and lets a running text be summed up word by word. Nothing is ever truncated.
+    """
+
+    def __init__(self, model: "StaticModel") -> None:
+        self.model = model
+        self._sums: dict[str, Floats] = {}
+        digest = hashlib.sha256(np.ascontiguousarray(model.embedding).tobytes())
+        for extra in (model.weights, model.token_mapping):
+            digest.update(b"" if extra is None else np.ascontiguousarray(extra).tobytes())
+        digest.update(model.tokenizer.to_str().encode())
+        self.id = f"static:{digest.hexdigest()[:16]}"
+        self.dim: int = model.dim
+
+    @classmethod
+    def load(cls, name: str | Path) -> "StaticEmbedder":
+        """Load a model2vec folder or hub id."""
+        from model2vec import StaticModel
+
+        try:
+            model = StaticModel.from_pretrained(name, normalize=False, max_length=None)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"static embedder {str(name)!r} cannot be loaded: {error}") from error
+        return cls(model)
+
+    def encode(self, texts: Sequence[str]) -> Floats:
+        """Return the vectors (B, D) of whole texts."""
+        return self.finish([self.sum_words(WORD.findall(text)) for text in texts])
+
+    def track(self, window: int | None) -> "StaticTrack":
+        """Return an empty running text."""
+        return StaticTrack(self, window)
+
+    def finish(self, snapshots: Sequence[NDArray[np.float64]]) -> Floats:
+        """Return sums of word vectors, normalised: (B, D)."""
+        sums = np.array(snapshots, dtype=np.float64).reshape(-1, self.dim)
+        return (sums / np.maximum(np.linalg.norm(sums, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+
+    def save(self, folder: Path) -> str:
+        """Write the model to `folder`/embedder."""
+        self.model.save_pretrained(folder / "embedder")
+        (folder / "embedder" / "README.md").unlink(missing_ok=True)  # model2vec's card of a model on the hub
+        return "embedder"
+
+    def sum_words(self, words: Sequence[str]) -> NDArray[np.float64]:
+        """Return the sum (D,) of the vectors of all tokens of some words."""
+        if new := [word for word in dict.fromkeys(words) if word not in self._sums]:
+            if len(self._sums) + len(new) > MAX_CACHED_WORDS:
+                self._sums.clear()
+                new = list(dict.fromkeys(words))
+            tokens = self.model.encode_as_sequence(new, use_multiprocessing=False)  # a word -> (tokens, D)
+            self._sums.update((word, each.astype(np.float32).sum(0)) for word, each in zip(new, tokens, strict=True))
+        total = np.zeros(self.dim)
+        for word in words:
+            total += self._sums[word]
+        return total
+
+
+class StaticTrack:
+    """The running sum of a text's word vectors; its last word stays open, because the next token may continue it."""
+
+    def __init__(self, embedder: StaticEmbedder, window: int | None) -> None:
+        self._embedder = embedder
+        self._closed = np.zeros(embedder.dim)  # (D,) of all words that are complete
+        self._open = ""
+        self._sum = self._closed  # (D,) with the open word
+        self._before: deque[NDArray[np.float64]] | None = None  # the sums before each of the last `window` tokens
+        if window is not None:
+            self._before = deque(maxlen=window)
+
+    def extend(self, pieces: Sequence[str]) -> None:
+        """Append the text of some tokens."""
+        if self._before is None:
+            pieces = ["".join(pieces)]
+        for piece in pieces:
+            if self._before is not None:
+                self._before.append(self._sum)
+            if piece:
+                self._append(piece)
+
+    def snapshot(self) -> NDArray[np.float64]:
+        """Return the sum (D,) over the text, or what the last `window` tokens added to it."""
+        return self._sum - self._before[0] if self._before else self._sum
+
+    def _append(self, piece: str) -> None:
+        text = self._open + piece
+        words = WORD.findall(text)
+        self._open = words.pop() if words and (text[-1].isalnum() or text[-1] == "_") else ""
+        if words:
+            self._closed = self._closed + self._embedder.sum_words(words)
+        self._sum = self._closed + self._embedder.sum_words([self._open]) if self._open else self._closed
+
+
+class SentenceEmbedder:
+    """A sentence-transformers model. It reads a bounded number of word pieces: of a longer text, the *last* ones."""
+
+    def __init__(self, name: str = DEFAULT_SENTENCE_MODEL, device: str | None = None) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ModelError("the sentence embedder needs: pip install 'treadle[sentence]'") from error
+        from treadle.models import cached_folder
+
+        local = Path(name) if Path(name).is_dir() else cached_folder(name)
+        try:
+            self.model = SentenceTransformer(str(local) if local.is_dir() else name, device=device)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"sentence embedder {name!r} cannot be loaded: {reason}\n"
+                f"  What to do: name a folder that holds it, put it into {cached_folder(name)}, or go online."
+            ) from error
+        self.name = name
+        self.id = f"sentence:{_fingerprint(self.model.state_dict())}"
+        self.dim: int = int(self.model.get_embedding_dimension() or 0)
+        self._said = False
+
+    def encode(self, texts: Sequence[str]) -> Floats:
+        """Return the vectors (B, D) of whole texts, of long ones of their last pieces."""
+        if not texts:
+            return np.zeros((0, self.dim), np.float32)
+        cut = [self._last_pieces(text) for text in texts]
+        return self.model.encode(cut, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
+
+    def track(self, window: int | None) -> "TextTrack":
+        """Return an empty running text."""
+        return TextTrack(window)
+
+    def finish(self, snapshots: Sequence[str]) -> Floats:
+        """Return the vectors (B, D) of running texts, encoded in one batch."""
+        return self.encode(snapshots)
+
+    def save(self, folder: Path) -> str:
+        """Return the model's hub id; a model that lies in a folder is copied to `folder`/embedder."""
+        if not Path(self.name).is_dir():
+            return self.name
+        self.model.save(str(folder / "embedder"), create_model_card=False)
+        return "embedder"
+
+    def _last_pieces(self, text: str) -> str:
+        limit = int(self.model.max_seq_length or 256) - 2  # two pieces are the tokenizer's own
+        offsets = self.model.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )["offset_mapping"]
+        if len(offsets) <= limit:
+            return text
+        if not self._said:
+            logger.warning("%s reads %d word pieces; of longer texts it sees the last ones", self.name, limit)
+            self._said = True
+        return text[offsets[-limit][0] :]
+
+
+def _fingerprint(state: Mapping[str, Any]) -> str:
+    """Return a short digest of the shapes and the first values of all tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class TextTrack:
+    """A running text kept as text."""
+
+    def __init__(self, window: int | None) -> None:
+        self._pieces: deque[str] = deque(maxlen=window)
+
+    def extend(self, pieces: Sequence[str]) -> None:
+        """Append the text of some tokens."""
+        self._pieces.extend(pieces)
+
+    def snapshot(self) -> str:
+        """Return the text, or its last `window` tokens."""
+        return "".join(self._pieces)
+
+
+def load_embedder(name: str | Path) -> Embedder:
+    """Load an embedder: a model2vec folder, a sentence-transformers folder, or the hub id of one of these.
+
+    `static:NAME` names a model2vec model on the hub; every other hub id is a sentence-transformers model.
+    """
+    text = str(name)
+    if text.startswith("static:"):
+        return StaticEmbedder.load(text.removeprefix("static:"))
+    folder = Path(name)
+    if not folder.is_dir():
+        if text.startswith((".", "/", "~")):
+            raise OptionError(f"embedder {text!r}: no such folder.")
+        return SentenceEmbedder(text)
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"embedder {text!r}: its config.json cannot be read: {error}") from error
+    return StaticEmbedder.load(folder) if config.get("model_type") == "model2vec" else SentenceEmbedder(text)

@@ -1,0 +1,269 @@
+"""The engine: a base model, a tokenizer, attached adapters and a router; generates, streams and scores."""
+
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+
+from treadle.adapters import Adapter, read_adapter
+from treadle.blend import attach
+from treadle.centroids import Floats
+from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.routing import Router, RoutingParams
+from treadle.rows import Batch, FinishReason, Row, TokenEvent
+from treadle.sampling import SamplingParams
+from treadle.text import Prompt, prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_BATCH = 32
+"""Rows of one call to `generate` that share a forward pass; more wait until one ends."""
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished row.
+
+    Attributes:
+        text: what was generated, without the end-of-text token and without the stop string.
+        token_ids: (T) all generated tokens, the one that ended the text included.
+        logprobs: (T,) in nats.
+        weights: (T, N) under which the forward pass ran that gave each token.
+        adapter_names: (N) of the columns of `weights`.
+        finish_reason: "stop" or "length".
+        prompt_tokens: how many tokens the prompt has.
+        seconds: from the start of the call until the row's last token.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: Floats
+    weights: Floats
+    adapter_names: tuple[str, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    seconds: float
+
+
+class Engine:
+    """One base model with its adapters. Use it from one thread at a time; several engines may live in one process."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        adapters: Sequence[Adapter],
+        router: Router,
+    ) -> None:
+        if sorted(adapter.name for adapter in adapters) != sorted(router.names):
+            raise AdapterError(
+                f"the router knows {', '.join(router.names)}; the adapters are {', '.join(a.name for a in adapters)}."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.router = router
+        self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
+        self._running: list[Row] = []
+        self._retired: set[str] = set()  # removed adapters that running rows still use
+        self.check_routing([router.params])
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order of every N axis."""
+        return self.router.names
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        routing: RoutingParams | Sequence[RoutingParams] | None = None,
+    ) -> Any:
+        """Generate from one prompt, a list of prompts, or chat messages.
+
+        Args:
+            prompt: a text; a list of texts; messages `[{"role": ..., "content": ...}, ...]`; or a list of these.
+            sampling: for all rows, or one a row.
+            routing: for all rows, or one a row; None takes the bundle's.
+
+        Returns:
+            a Completion; for a list of prompts a list of them, in its order.
+
+        Raises:
+            TreadleError: an option or prompt is not possible; nothing has been generated.
+        """
+        is_one = _is_one(prompt)
+        started = time.perf_counter()
+        rows = self._rows(cast(Sequence[Prompt], [prompt] if is_one else prompt), sampling, routing)
+        done: dict[int, Completion] = {}
+        for row, event in self._run(rows):
+            if event.finish_reason:
+                done[id(row)] = _completion(row, event.finish_reason, time.perf_counter() - started)
+        completions = [done[id(row)] for row in rows]
+        return completions[0] if is_one else completions
+
+    def stream(
+        self, prompt: Prompt, *, sampling: SamplingParams | None = None, routing: RoutingParams | None = None
+    ) -> Generator[TokenEvent]:
+        """Generate from one prompt and yield each token as it comes; the texts join to the completion's text.
+
+        Options are checked by the call itself, before the first token is asked for.
+        """
+        rows = self._rows([prompt], sampling, routing)
+        return (event for _, event in self._run(rows))
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], *, routing: RoutingParams | None = None
+    ) -> list[Floats]:
+        """Return the log-probabilities (nats) of each completion's tokens after its prompt, one array a row.
+
+        The weights are those that generation would have used had it chosen these tokens.
+        """
+        from treadle.score import score
+
+        params = routing or self.router.params
+        self.check_routing([params])
+        return score(self, prompts, completions, params)
+
+    def add_adapter(self, name: str, path: str | Path, samples: Sequence[str]) -> None:
+        """Attach one more adapter and fit its centroid to sample texts; running rows go on without it.
+
+        On an error nothing has changed.
+        """
+        if name in self.blend.names:
+            why = "is still used by running rows" if name in self._retired else "exists already"
+            raise AdapterError(f"adapter {name!r} {why}.")
+        adapter = read_adapter(path, name)
+        centroids = self.router.centroids.add(name, self.router.embedder.encode(samples))
+        self.blend.add(adapter)
+        self.router = replace(self.router, centroids=centroids)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter out: new rows no longer see it, running rows finish with it."""
+        if name not in self.adapter_names:
+            raise AdapterError(unknown_name("adapter", name, self.adapter_names))
+        if name in (self.router.params.fixed or {}):
+            raise AdapterError(f"adapter {name!r} has a weight in the default routing's `fixed`; change that first.")
+        self.router = replace(self.router, centroids=self.router.centroids.remove(name))
+        self._retired.add(name)
+        self._purge()
+
+    def check_routing(self, routing: Sequence[RoutingParams]) -> None:
+        """Raise a TreadleError that lists every option that these adapters do not allow."""
+        problems: list[str] = []
+        for params in routing:
+            try:
+                self.router.fixed_weights(params)
+                self.blend.check_combine(params.combine)
+                if params.rule != "fixed":
+                    self.router.weigh(np.zeros((1, self.router.embedder.dim), np.float32), params)
+            except TreadleError as error:
+                problems.append(str(error))
+        if problems:
+            unique = list(dict.fromkeys(problems))
+            raise OptionError(unique[0] if len(unique) == 1 else problem_list("routing options:", unique))
+
+    def detach(self) -> None:
+        """Give the base model back as it was; the engine is of no use afterwards."""
+        self.blend.detach()
+
+    def _rows(self, prompts: Sequence[Prompt], sampling: Any, routing: Any) -> list[Row]:
+        """Make rows, or raise one error that lists what is wrong with any of them."""
+        samplings = _each(sampling or SamplingParams(), len(prompts), SamplingParams, "sampling")
+        routings = _each(routing or self.router.params, len(prompts), RoutingParams, "routing")
+        self.check_routing(routings)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        rows: list[Row] = []
+        problems: list[str] = []
+        for index, (prompt, each, params) in enumerate(zip(prompts, samplings, routings, strict=True)):
+            try:
+                ids = prompt_ids(self.tokenizer, prompt)
+            except OptionError as error:
+                problems.append(f"prompt {index}: {error}")
+                continue
+            room = context - len(ids) if context else each.max_tokens
+            if room < 1:
+                problems.append(f"prompt {index} has {len(ids)} tokens; the model reads at most {context}")
+                continue
+            limited = replace(each, max_tokens=min(each.max_tokens, room))
+            rows.append(Row(ids, self.router, params, limited, self.tokenizer))
+        if problems:
+            raise OptionError(problem_list("prompts:", problems))
+        return rows
+
+    def _run(self, rows: Sequence[Row]) -> Generator[tuple[Row, TokenEvent]]:
+        """Run rows to their end, at most MAX_BATCH at a time, the longest-waiting first."""
+        batch = Batch(self.model, self.blend, self._end_ids())
+        waiting = list(rows)
+        with self._marked(rows):
+            while waiting or batch.rows:
+                free = MAX_BATCH - len(batch.rows)
+                joining, waiting = waiting[:free], waiting[free:]
+                if batch.rows:
+                    yield from batch.step()
+                if joining:
+                    yield from batch.join(joining)
+
+    @contextmanager
+    def _marked(self, rows: Sequence[Row]) -> Generator[None]:
+        """Count rows as running, so that the adapters they started with stay until they end."""
+        self._running += rows
+        try:
+            yield
+        finally:
+            self._running = [row for row in self._running if row not in rows]
+            self._purge()
+
+    def _purge(self) -> None:
+        for name in sorted(self._retired):
+            if not any(name in row.router.names for row in self._running):
+                self.blend.remove(name)
+                self._retired.discard(name)
+
+    def _end_ids(self) -> frozenset[int]:
+        generation = getattr(self.model, "generation_config", None)
+        given: list[Any] = [getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id]
+        ids: list[Any] = [each for entry in given for each in (entry if isinstance(entry, list) else [entry])]
+        return frozenset(int(each) for each in ids if each is not None)
+
+
+def load(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> Engine:
+    """Load a bundle folder into an engine; see `treadle.bundle`."""
+    from treadle.bundle import read_bundle
+
+    return read_bundle(path).engine(device=device, dtype=dtype)
+
+
+def _is_one(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise OptionError("give a text, a list of texts, or chat messages; got " + repr(prompt)[:60])
+    return isinstance(cast(Sequence[Any], prompt)[0], Mapping)
+
+
+def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Options]:
+    """Return `count` options: the given one for all, or the given list."""
+    each = [given] * count if isinstance(given, kind) else list(cast(Iterable[Any], given))
+    if len(each) != count or not all(isinstance(entry, kind) for entry in each):
+        raise OptionError(f"{name}: expected one {kind.__name__}, or a list of {count}, one a prompt.")
+    return each
+
+
+def _completion(row: Row, reason: FinishReason, seconds: float) -> Completion:
+    return Completion(
+        text="".join(event.text for event in row.events),
+        token_ids=tuple(event.token_id for event in row.events),
+        logprobs=np.array([event.logprob for event in row.events], np.float32),
+        weights=np.stack([event.weights for event in row.events]),
+        adapter_names=row.router.names,
+        finish_reason=reason,
+        prompt_tokens=row.prompt_tokens,
+        seconds=seconds,
+    )

@@ -1,0 +1,98 @@
+"""Log-likelihoods of given completions, in one forward pass with weights (B, T, N)."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from treadle.centroids import Floats
+from treadle.errors import OptionError
+from treadle.routing import RoutingParams, decision_length
+from treadle.text import Detokenizer, Prompt, completion_ids, prompt_ids
+
+if TYPE_CHECKING:
+    from treadle.generate import Engine
+
+BATCH = 8
+"""Rows of one forward pass."""
+
+
+@torch.inference_mode()
+def score(
+    engine: "Engine", prompts: Sequence[Prompt], completions: Sequence[str], params: RoutingParams
+) -> list[Floats]:
+    """Return the log-probabilities (nats) of each completion's tokens, one array a row; see `Engine.score`."""
+    if len(prompts) != len(completions):
+        raise OptionError(f"{len(prompts)} prompts but {len(completions)} completions.")
+    pairs = [
+        (prompt_ids(engine.tokenizer, prompt), completion_ids(engine.tokenizer, completion))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    if empty := [index for index, (_, answer) in enumerate(pairs) if not answer]:
+        raise OptionError(f"completions without a token: {', '.join(map(str, empty))}.")
+    run = _score_again if params.past == "recompute" and params.every is not None else _score_once
+    by_length = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))
+    results: dict[int, Floats] = {}
+    for start in range(0, len(pairs), BATCH):
+        chosen = by_length[start : start + BATCH]
+        results |= zip(chosen, run(engine, [pairs[index] for index in chosen], params), strict=True)
+    return [results[index] for index in range(len(pairs))]
+
+
+def trace_weights(engine: "Engine", ids: Sequence[int], prompt_tokens: int, params: RoutingParams) -> Floats:
+    """Return the weights (T, N) under which generation reads each of the tokens `ids`."""
+    text = Detokenizer(engine.tokenizer)
+    return engine.router.trace([text.push(token_id) for token_id in ids], prompt_tokens, params)
+
+
+def _score_once(engine: "Engine", pairs: Sequence[tuple[list[int], list[int]]], params: RoutingParams) -> list[Floats]:
+    """One pass over all rows, padded on the right; with past="keep" this is what cached decoding computes."""
+    rows = [prompt + answer[:-1] for prompt, answer in pairs]  # nothing follows the last token
+    length, names = max(map(len, rows)), engine.blend.names
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    weights = np.zeros((len(rows), length, len(names)), np.float32)
+    columns = [names.index(name) for name in engine.router.names]
+    for index, (row, (prompt, _)) in enumerate(zip(rows, pairs, strict=True)):
+        weights[index, : len(row), columns] = trace_weights(engine, row, len(prompt), params).T
+    first = min(len(prompt) for prompt, _ in pairs) - 1  # the earliest position whose logits matter
+    logits = _logits(engine, ids, weights, params, first)
+    return [
+        _chosen(logits[index, len(prompt) - 1 - first : len(prompt) - 1 - first + len(answer)], answer)
+        for index, (prompt, answer) in enumerate(pairs)
+    ]
+
+
+def _score_again(engine: "Engine", pairs: Sequence[tuple[list[int], list[int]]], params: RoutingParams) -> list[Floats]:
+    """Run a pass for each decision, over all the text so far under the newest weights: past="recompute"."""
+    results: list[Floats] = []
+    columns = [engine.blend.names.index(name) for name in engine.router.names]
+    for prompt, answer in pairs:
+        ids = prompt + answer[:-1]
+        trace = trace_weights(engine, ids, len(prompt), params)
+        scores: list[Floats] = []
+        positions = range(len(prompt) - 1, len(ids))
+        for _, group in groupby(positions, key=lambda p: decision_length(p, len(prompt), params)):
+            block = list(group)
+            weights = np.zeros(len(engine.blend.names), np.float32)
+            weights[columns] = trace[block[0]]
+            logits = _logits(engine, torch.tensor([ids[: block[-1] + 1]]), weights, params, block[0])
+            scores.append(_chosen(logits[0], [answer[p - len(prompt) + 1] for p in block]))
+        results.append(np.concatenate(scores))
+    return results
+
+
+def _logits(
+    engine: "Engine", ids: torch.Tensor, weights: Floats, params: RoutingParams, first: int
+) -> torch.Tensor:  # (B, T) -> (B, T - first, V)
+    device = engine.model.device
+    with engine.blend.using(weights if weights.any() else None, params.combine):
+        output = engine.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=ids.shape[1] - first)
+    return output.logits
+
+
+def _chosen(logits: torch.Tensor, tokens: Sequence[int]) -> Floats:
+    """Return the log-probabilities (T,) of tokens under logits (T, V)."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    return logprobs[torch.arange(len(tokens)), torch.tensor(tokens)].cpu().numpy()

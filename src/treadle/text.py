@@ -1,0 +1,89 @@
+"""Between text and token ids: one way to tokenise prompts, text that grows token by token, stop strings."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenizers.decoders import DecodeStream
+
+from treadle.errors import ModelError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A text, or chat messages {"role": ..., "content": ...}."""
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """Return the token ids of a prompt: a text as the tokenizer begins texts, messages by its chat template."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+    else:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError("the tokenizer has no chat template: give the prompt as one text.")
+        messages = [dict(message) for message in prompt]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    if not ids:
+        raise OptionError("the prompt is empty: there is no token to continue from.")
+    return list(ids)
+
+
+def completion_ids(tokenizer: "PreTrainedTokenizerBase", completion: str) -> list[int]:
+    """Return the token ids of a text that continues a prompt."""
+    return list(tokenizer(completion, add_special_tokens=False).input_ids)
+
+
+class Detokenizer:
+    """Turns ids into the text that each adds; characters that span tokens appear with the last of theirs."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is None:
+            raise ModelError(f"{type(tokenizer).__name__} is not a fast tokenizer; treadle needs tokenizer.json.")
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []  # ids whose text has not appeared yet
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this token adds; "" inside a character and for special tokens."""
+        piece = self._stream.step(self._backend, token_id)
+        self._held = [] if piece else [*self._held, token_id]
+        return piece or ""
+
+    def flush(self) -> str:
+        """Return what the end of the text leaves of an unfinished character."""
+        text = self._backend.decode(self._held, skip_special_tokens=True) if self._held else ""
+        self._held = []
+        return text
+
+
+class StopStrings:
+    """Passes text on until a stop string appears, and holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """Return the text that is safe to show; the stop string and all after it never are."""
+        if not self._stops:
+            return piece
+        text = self._held + piece
+        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        keep = max(self._overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """Return what was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Return the length of the longest end of `text` that begins `stop`."""
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
