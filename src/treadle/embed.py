@@ -76,8 +76,9 @@ class Embedder(Protocol):
 class StaticEmbedder:
     """A model2vec model: a text's vector is the sum of its tokens' vectors, normalised.
 
-    Texts are cut into words (`WORD`) that are tokenised one by one, which for word-piece tokenizers is the same as
-    tokenising the text, and lets a running text be summed up word by word. Nothing is ever truncated.
+    Texts are cut into words (`WORD`) that are tokenised one by one, so that a running text can be summed up word by
+    word; word-piece tokenizers cut there themselves (but for symbols glued to a word, as in `465°C`). Nothing is ever
+    truncated.
     """
 
     def __init__(self, model: "StaticModel") -> None:
@@ -86,7 +87,7 @@ class StaticEmbedder:
         digest = hashlib.sha256(np.ascontiguousarray(model.embedding).tobytes())
         for extra in (model.weights, model.token_mapping):
             digest.update(b"" if extra is None else np.ascontiguousarray(extra).tobytes())
-        digest.update(model.tokenizer.to_str().encode())
+        digest.update("\n".join(model.tokens).encode())
         self.id = f"static:{digest.hexdigest()[:16]}"
         self.dim: int = model.dim
 
@@ -96,7 +97,7 @@ class StaticEmbedder:
         from model2vec import StaticModel
 
         try:
-            model = StaticModel.from_pretrained(name, normalize=False, max_length=None)
+            model = StaticModel.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"static embedder {str(name)!r} cannot be loaded: {error}") from error
         return cls(model)
@@ -126,12 +127,19 @@ class StaticEmbedder:
             if len(self._sums) + len(new) > MAX_CACHED_WORDS:
                 self._sums.clear()
                 new = list(dict.fromkeys(words))
-            tokens = self.model.encode_as_sequence(new, use_multiprocessing=False)  # a word -> (tokens, D)
-            self._sums.update((word, each.astype(np.float32).sum(0)) for word, each in zip(new, tokens, strict=True))
+            self._sums.update(zip(new, map(self._sum_tokens, self.model.tokenize(new)), strict=True))
         total = np.zeros(self.dim)
         for word in words:
             total += self._sums[word]
         return total
+
+    def _sum_tokens(self, ids: Sequence[int]) -> Floats:
+        """Return the sum (D,) of the vectors of one word's tokens; model2vec has left out unknown ones."""
+        mapping, weights = self.model.token_mapping, self.model.weights
+        vectors = self.model.embedding[list(ids) if mapping is None else mapping[list(ids)]].astype(np.float32)
+        if weights is not None:
+            vectors = vectors * weights[list(ids), None]
+        return vectors.sum(0, dtype=np.float32)
 
 
 class StaticTrack:
