@@ -16,8 +16,8 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTERS = {
     "science": ("arc_challenge-train.jsonl.gz", 120),
     "math": ("gsm8k-train.jsonl.gz", 120),
-    "reading": ("squad-train.jsonl.gz", 100),
-    "code": ("code_alpaca-train.jsonl.gz", 140),
+    "reading": ("squad-train.jsonl.gz", 80),
+    "code": ("code_alpaca-train.jsonl.gz", 110),
 }
 
 

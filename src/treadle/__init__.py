@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from treadle.embed import Embedder, SentenceEmbedder, StaticEmbedder
     from treadle.errors import AdapterError, BundleError, DataError, ModelError, OptionError, TreadleError
     from treadle.generate import Completion, Engine, load
-    from treadle.routing import Router, RoutingParams, fit
+    from treadle.params import RoutingParams, SamplingParams
+    from treadle.routing import Router, fit
     from treadle.rows import TokenEvent
-    from treadle.sampling import SamplingParams
 
 _PUBLIC = {
     "adapters": ("Adapter", "LoraPair", "read_adapter"),
@@ -25,9 +25,9 @@ _PUBLIC = {
     "embed": ("Embedder", "SentenceEmbedder", "StaticEmbedder"),
     "errors": ("AdapterError", "BundleError", "DataError", "ModelError", "OptionError", "TreadleError"),
     "generate": ("Completion", "Engine", "load"),
-    "routing": ("Router", "RoutingParams", "fit"),
+    "params": ("RoutingParams", "SamplingParams"),
+    "routing": ("Router", "fit"),
     "rows": ("TokenEvent",),
-    "sampling": ("SamplingParams",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

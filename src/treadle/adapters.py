@@ -5,6 +5,7 @@ This module knows files and tensors; it does not know models: `treadle.blend` co
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -149,7 +150,39 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise AdapterError(f"adapter {name!r}: {file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"adapter {name!r}: {file} does not hold an object.")
+    if malformed := list(_malformed_fields(config)):
+        raise AdapterError(problem_list(f"adapter {name!r}: {file} is malformed:", malformed))
     return config
+
+
+def _malformed_fields(config: dict[str, Any]) -> Iterator[str]:
+    """Yield the fields that select modules and hold something that the rest of this module could not read."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or not all(_is_expression(k) and _is_positive(v) for k, v in value.items()):
+            yield f"{key} must map module names or regular expressions to positive numbers, not {value!r}"
+    for key in ("target_modules", "exclude_modules"):
+        value = config.get(key) or []
+        names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not names and not _is_expression(value):
+            yield f"{key} must be a list of module names or a regular expression, not {value!r}"
+    layers = config.get("layers_to_transform")
+    if not all(isinstance(layer, int) for layer in (layers if isinstance(layers, list) else [layers or 0])):
+        yield f"layers_to_transform must be a layer's number or a list of them, not {layers!r}"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _is_expression(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def _config_problems(config: dict[str, Any]) -> Iterator[str]:
@@ -163,7 +196,7 @@ def _config_problems(config: dict[str, Any]) -> Iterator[str]:
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         yield f"init_lora_weights={init!r} changes the base weights; convert it to a plain LoRA with PEFT first"
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+        if not _is_positive(config.get(key)):
             yield f"{key} must be a positive number, not {config.get(key)!r}"
 
 
@@ -188,10 +221,12 @@ def _pair_up(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[
         found = TENSOR_NAME.match(key)
         if not found:
             problems.append(_foreign_tensor(key))
-        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            problems.append(f"{key} holds NaN, infinite or non-floating values")
-        else:
-            sides.setdefault(found["module"], {})[found["side"]] = tensor
+            continue
+        sides.setdefault(found["module"], {})[found["side"]] = tensor
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            problems.append(f"{key} is {tensor.dtype}; factors are float32, float16 or bfloat16")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{key} holds NaN or infinite values")
     pairs: dict[str, LoraPair] = {}
     for module, factors in sides.items():
         if problem := _pair_problem(module, factors, config):

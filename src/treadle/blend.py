@@ -8,7 +8,7 @@ computed once a step and shared by all modules of the same layout. Base weights 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from treadle.adapters import Adapter, LoraPair
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
+from treadle.params import Combine
 
-Combine = Literal["sum", "linear", "paper"]
 COMBINES: tuple[Combine, ...] = get_args(Combine)
 Weights = Tensor | np.ndarray[Any, Any] | Sequence[float]
 
@@ -145,16 +145,16 @@ class Blend:
             self._gates.update(before)
 
     def set_weights(self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None) -> None:
-        """Set the weights of the forward passes that follow; arguments as in `using`."""
+        """Set the weights of the forward passes that follow; arguments as in `using`; on an error nothing changes."""
+        gates: dict[int, Gates] = {}
+        if weights is not None and self._layouts:
+            combines = _one_or_each(combine or self.combine)
+            for name in set(combines):
+                self.check_combine(name)
+            w = self._checked(weights)  # (B|1, T|1, N)
+            gates = {slot: self._gates_of(slot, w, combines) for slot in range(len(self._layouts))}
         self._gates.clear()
-        if weights is None or not self._layouts:
-            return
-        combines = _one_or_each(combine or self.combine)
-        for name in set(combines):
-            self.check_combine(name)
-        w = self._checked(weights)  # (B|1, T|1, N)
-        for slot in range(len(self._layouts)):
-            self._gates[slot] = self._gates_of(slot, w, combines)
+        self._gates.update(gates)
 
     def _checked(self, weights: Weights) -> Tensor:
         w = torch.as_tensor(weights, dtype=torch.float32)
@@ -262,6 +262,8 @@ def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
     names = [adapter.name for adapter in adapters]
     problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
     shapes = {path: shape for path, module in model.named_modules() if (shape := linear_shape(module))}
+    for path in [path for path, module in model.named_modules() if isinstance(module, BlendedLinear)]:
+        del shapes[f"{path}.base"]  # already blended: one layer, not two
     for adapter in adapters:
         for path, pair in adapter.pairs.items():
             wanted = (pair.a.shape[1], pair.b.shape[0])

@@ -10,6 +10,7 @@ Everything is checked before anything is used, and one message lists every probl
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,13 @@ from safetensors.numpy import save_file
 
 from treadle import __version__
 from treadle.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from treadle.blend import check_combine
 from treadle.centroids import Centroids
 from treadle.embed import load_embedder
 from treadle.errors import BundleError, TreadleError, problem_list, unknown_name
 from treadle.options import read_options
-from treadle.routing import Router, RoutingParams
+from treadle.params import RoutingParams
+from treadle.routing import Router
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
@@ -89,6 +92,9 @@ def read_bundle(path: str | Path) -> Bundle:
     _stop(folder, [problem for problem in problems if problem])
     routers = _collect(problems := [], [lambda: Router(centroids[0], embedder[0], routing[0])])
     _stop(folder, problems)
+    # what the default routing asks of these adapters: names that exist, samples enough for the score, equal ranks
+    _collect(problems, [lambda: routers[0].weights([]), lambda: check_combine(routing[0].combine, adapters)])
+    _stop(folder, problems)
     return Bundle(folder, document["base_model"], tuple(adapters), routers[0], samples[0])
 
 
@@ -126,7 +132,8 @@ def save_bundle(
     if problems:
         raise BundleError(problem_list("the bundle cannot be written:", problems))
 
-    part = folder.with_name(folder.name + ".part")
+    whole = folder.absolute()  # "." has no name
+    part = whole.with_name(whole.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for name in router.names:
@@ -200,7 +207,8 @@ def _document_problems(document: dict[str, Any], folder: Path) -> list[str]:
     for entry in entries:
         if not _is_inside(folder, entry["path"]):
             problems.append(f"adapter {entry['name']!r}: path {entry['path']!r} leaves the bundle's folder")
-    if document["embedder"].startswith((".", "/", "~")) or not _is_inside(folder, document["embedder"]):
+    embedder = document["embedder"].removeprefix("static:")
+    if embedder.startswith((".", "/", "~")) or not _is_inside(folder, embedder):
         problems.append(f"embedder {document['embedder']!r} leaves the bundle's folder")
     return problems
 
@@ -226,11 +234,13 @@ def _name_problems(names: Sequence[str]) -> list[str]:
 
 
 def _is_inside(folder: Path, path: str) -> bool:
-    return (folder / path).resolve().is_relative_to(folder.resolve())
+    return "\0" not in path and Path(os.path.realpath(folder / path)).is_relative_to(os.path.realpath(folder))
 
 
 def _embedder_name(folder: Path, embedder: str) -> str:
-    return str(folder / embedder) if (folder / embedder).is_dir() or embedder == "embedder" else embedder
+    # absolute: where the folder is missing, a relative path would pass for a name on the hub
+    inside = (folder / embedder).absolute()
+    return str(inside) if inside.is_dir() or embedder == "embedder" else embedder
 
 
 def _foreign_base(adapter: Adapter, base: str) -> str:
@@ -260,7 +270,19 @@ def _read_centroids(file: Path) -> Centroids:
         )
     if not all(np.issubdtype(arrays[key].dtype, np.floating) for key in ("means", "scatter")):
         raise BundleError(f"{file.name}: means and scatter must be floating-point")
-    return Centroids(tuple(json.loads(metadata["names"])), **arrays, embedder_id=metadata["embedder_id"])
+    if arrays["means"].ndim != 2:
+        raise BundleError(f"{file.name}: means has shape {arrays['means'].shape}, expected (adapters, dimensions)")
+    return Centroids(_read_names(metadata["names"], file), **arrays, embedder_id=metadata["embedder_id"])
+
+
+def _read_names(text: str, file: Path) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in cast(list[Any], names)):
+        raise BundleError(f"{file.name}: its metadata names must be a list of names, not {text!r}")
+    return tuple(cast(list[str], names))
 
 
 def _write_centroids(file: Path, centroids: Centroids) -> None:

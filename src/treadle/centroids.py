@@ -5,15 +5,14 @@ A score takes embeddings (..., D) to (..., N): in closed form, without a gradien
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
+from treadle.params import Score
 
 Floats = NDArray[np.float32]
-Score = Literal["cosine", "centred", "lda"]
 
 SHRINKAGE = 0.3
 """How far `lda` moves the pooled covariance towards a multiple of the identity; chosen on validation prompts."""
@@ -86,6 +85,8 @@ class Centroids:
 
     def score(self, embeddings: Floats, score: Score) -> Floats:
         """Return the scores (..., N) of embeddings (..., D): cosines, or log-posteriors for `lda`."""
+        if not self.names:
+            return np.zeros((*embeddings.shape[:-1], 0), np.float32)
         if score == "cosine":
             return _cosine(embeddings, self.means)
         if score == "centred":

@@ -1,18 +1,24 @@
-"""The command line: one command a public function, its flags from the dataclass of its options."""
+"""The command line: one command a public function, its flags from the dataclasses of its options."""
 
-import inspect
 import json
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from treadle.errors import TreadleError
-from treadle.options import meanings, read_options
+from treadle.errors import OptionError, TreadleError
+from treadle.flags import takes
+from treadle.options import read_options
+from treadle.params import RoutingParams, SamplingParams
 from treadle.train import TrainParams
+
+if TYPE_CHECKING:
+    from treadle.generate import Engine
+    from treadle.routing import Router
 
 app = typer.Typer(
     name="treadle",
@@ -22,40 +28,123 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+BundlePath = Annotated[Path, typer.Argument(help="folder of a bundle", metavar="BUNDLE")]
+Device = Annotated[str | None, typer.Option(help="torch device; default: CUDA where there is one")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU")]
 
 
-def takes(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a flag for each field of a dataclass; its last parameter receives what was given as a dict."""
-    kinds, helps = get_type_hints(options), meanings(options)
+@app.command()
+@takes(sampling=SamplingParams, routing=RoutingParams)
+def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option(help="text to continue; - reads standard input")],
+    chat: Annotated[bool, typer.Option("--chat", help="send the prompt as a user's message")] = False,
+    trace: Annotated[Path | None, typer.Option(help="write tokens, log-probabilities and weights to this file")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    *,
+    sampling: dict[str, Any],
+    routing: dict[str, Any],
+) -> None:
+    """Generate from a prompt; the text streams in the colours of its leading adapters."""
+    options = read_options(SamplingParams, sampling)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    engine = _load(bundle, device, dtype)
+    params = _routing(engine.router, routing)
+    given = [{"role": "user", "content": text}] if chat else text
+    if as_json or trace:
+        document = _document(engine, given, options, params)
+        if trace:
+            trace.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        print(json.dumps(document) if as_json else document["text"])
+        return
+    _stream(engine, given, options, params)
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        *own, last = inspect.signature(command, eval_str=True).parameters.values()
-        flags = [
-            inspect.Parameter(
-                entry.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[bool | None if kinds[entry.name] is bool else str | None, _flag(entry, helps)],
-            )
-            for entry in fields(options)
-        ]
 
-        def run(**values: Any) -> None:
-            given = {flag.name: values.pop(flag.name) for flag in flags}
-            command(**values, **{last.name: {name: value for name, value in given.items() if value is not None}})
+@app.command()
+@takes(routing=RoutingParams)
+def route(
+    bundle: BundlePath, text: Annotated[str, typer.Option(help="the text to route")], as_json: Json = False,
+    *, routing: dict[str, Any],
+) -> None:  # fmt: skip
+    """Show how the router weighs a text, and why; the base model is not loaded."""
+    from treadle.bundle import read_bundle
+    from treadle.explain import explain
 
-        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *flags)}
-        return run
+    router = read_bundle(bundle).router
+    explanation = explain(router, text, _routing(router, routing))
+    if as_json:
+        print(json.dumps(asdict(explanation)))
+        return
+    from rich.console import Console
 
-    return decorate
+    from treadle.show import explanation_table
+
+    Console().print(explanation_table(explanation))
 
 
-def _flag(entry: Any, helps: dict[str, str]) -> Any:
-    default = entry.default if not isinstance(entry.default, tuple) else ",".join(entry.default)
-    return typer.Option(f"--{entry.name.replace('_', '-')}", help=f"{helps[entry.name]} ({default})")
+@app.command(name="fit")
+@takes(routing=RoutingParams)
+def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    base: Annotated[str, typer.Option(help="folder or hub id of the base model")],
+    adapter: Annotated[list[str], typer.Option(help="name=PATH of a PEFT folder; once for each adapter")],
+    samples: Annotated[list[str], typer.Option(help="name=FILE of its sample texts (.txt, .jsonl, .jsonl.gz)")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write")],
+    embedder: Annotated[
+        str, typer.Option(help="model2vec folder, static:NAME, or sentence-transformers name")
+    ] = "sentence-transformers/all-MiniLM-L6-v2",
+    keep_samples: Annotated[int, typer.Option(help="texts of each adapter that the bundle keeps, for doctor")] = 3,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a bundle that is there")] = False,
+    as_json: Json = False,
+    *,
+    routing: dict[str, Any],
+) -> None:
+    """Make a bundle from adapters and sample texts of each; nothing is trained."""
+    from treadle.bundle import save_bundle
+    from treadle.data import load_texts
+    from treadle.routing import fit
+
+    folders, files = _pairs(adapter, "--adapter"), _pairs(samples, "--samples")
+    if set(folders) != set(files):
+        raise OptionError(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
+    params = read_options(RoutingParams, _implied(routing))
+    texts = {name: load_texts(files[name]) for name in folders}
+    router = fit(texts, embedder, params)
+    kept = {name: each[:keep_samples] for name, each in texts.items()} if keep_samples else None
+    save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
+    counts = dict(zip(router.names, router.centroids.counts.tolist(), strict=True))
+    print(json.dumps({"bundle": str(output), "texts": counts}) if as_json else f"wrote {output}: texts {counts}")
+
+
+@app.command()
+def doctor(
+    bundle: BundlePath,
+    samples: Annotated[list[str] | None, typer.Option(help="name=FILE of texts to read instead of the kept")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Examine a bundle: load it strictly, check that each adapter acts, time a step. Exit 1 if something is wrong."""
+    from treadle.data import load_texts
+    from treadle.doctor import examine
+
+    texts = {name: load_texts(file)[:8] for name, file in _pairs(samples or [], "--samples").items()}
+    report = examine(bundle, samples=texts, device=device, dtype=dtype)
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        from rich.console import Console
+
+        from treadle.show import report_table
+
+        console = Console()
+        console.print(f"base {report.base_model} on {report.device} in {report.dtype}")
+        console.print(report_table(report))
+        base, blended = report.base_step * 1000, report.blended_step * 1000
+        console.print(f"a step: base {base:.1f} ms, blended {blended:.1f} ms, ratio {blended / base:.3f} (medians)")
+    if report.problems:
+        raise TreadleError("; ".join(report.problems))
 
 
 @app.command()
@@ -70,13 +159,12 @@ def base(
 
     if (gguf is None) == (package is None):
         raise typer.BadParameter("give one of --gguf and --package")
-    file = gguf if gguf is not None else gguf_in_package(package or "")
-    folder = convert_gguf(name, file)
+    folder = convert_gguf(name, gguf if gguf is not None else gguf_in_package(package or ""))
     print(json.dumps({"name": name, "folder": str(folder)}) if as_json else f"{name}: {folder}")
 
 
 @app.command()
-@takes(TrainParams)
+@takes(training=TrainParams)
 def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     base: Annotated[str, typer.Option(help="folder or hub id of the base model")],
     data: Annotated[str, typer.Option(help="JSON lines with prompt and completion, or a hub data set")],
@@ -86,20 +174,73 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         list[str] | None, typer.Option(help="[task=]FILE of another task, for joined sequences; repeatable")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="examples to use, a seeded choice")] = None,
-    options: dict[str, Any] = {},  # noqa: B006
+    as_json: Json = False,
+    *,
+    training: dict[str, Any],
 ) -> None:
     """Train one LoRA adapter and write a plain PEFT folder."""
     from treadle.data import load_examples
     from treadle.train import train_adapter
 
-    params = read_options(TrainParams, options)
+    params = read_options(TrainParams, training)
     examples = load_examples(data, task, limit=limit, seed=params.seed)
     others: list[Any] = []
     for entry in also or []:
         other_task, _, file = entry.rpartition("=")
         others += load_examples(file, other_task or None, limit=2000, seed=params.seed)
     train_adapter(base, examples, output, others=others, params=params)
-    print(f"wrote {output}")
+    print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
+
+
+def _load(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
+    from transformers.utils import logging
+
+    from treadle.generate import load
+
+    logging.disable_progress_bar()
+    return load(bundle, device=device, dtype=dtype)
+
+
+def _routing(router: "Router", given: dict[str, Any]) -> RoutingParams:
+    """Return the bundle's params with what was given on the command line over them."""
+    onto = router.params
+    if "rule" in given and given["rule"] != "fixed" and onto.fixed is not None:
+        given = {"fixed": None, **given}
+    return read_options(RoutingParams, _implied(given), onto=onto)
+
+
+def _implied(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags with the rule `fixed` where --fixed is among them, as nobody would give both."""
+    return {"rule": "fixed", **given} if given.get("fixed") is not None else given
+
+
+def _pairs(entries: Sequence[str], flag: str) -> dict[str, str]:
+    split = [entry.partition("=") for entry in entries]
+    if bad := [entry for entry, (name, _, value) in zip(entries, split, strict=True) if not name or not value]:
+        raise OptionError(f"{flag} takes name=PATH, not {', '.join(map(repr, bad))}.")
+    names = [name for name, _, _ in split]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise OptionError(f"{flag} names {', '.join(repeated)} twice.")
+    return {name: value for name, _, value in split}
+
+
+def _document(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> dict[str, Any]:
+    done = engine.generate(prompt, sampling=sampling, routing=routing)
+    document = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in asdict(done).items()}
+    return {**document, "routing": asdict(routing), "sampling": asdict(sampling)}
+
+
+def _stream(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> None:
+    from rich.console import Console
+
+    from treadle.show import legend, mean_weights, stream_coloured
+
+    console = Console()
+    events = stream_coloured(console, engine.stream(prompt, sampling=sampling, routing=routing))
+    means = zip(engine.adapter_names, mean_weights(events), strict=True)
+    notes = Console(stderr=True)
+    notes.print(legend(engine.adapter_names))
+    notes.print("mean weights: " + "  ".join(f"{name} {weight:.2f}" for name, weight in means))
 
 
 def main() -> NoReturn:
@@ -111,5 +252,9 @@ def main() -> NoReturn:
     except TreadleError as error:
         if debug:
             raise
-        sys.exit(f"treadle: {error}")
+        print(f"treadle: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has gone, as in `treadle ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(0)

@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,7 @@ def load_texts(source: str | Path) -> list[str]:
     A `.txt` holds one text a line; rows of JSON lines hold `text`, or `prompt` and `completion` (and `bare`).
     """
     if str(source).endswith(".txt"):
-        lines = _existing(source).read_text("utf-8").splitlines()
-        examples = [Example(line.strip(), "") for line in lines if line.strip()]
+        examples = [Example(line.strip(), "") for line in _lines(_existing(source)) if line.strip()]
     else:
         examples = [_example_of(row, source) for row in read_rows(source)]
     if not examples:
@@ -106,18 +106,25 @@ def read_rows(source: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_file(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+        yield row
+
+
+def _lines(path: Path) -> Iterator[str]:
     opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield row
+    try:
+        with opened as lines:
+            yield from lines
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a damaged archive, or not UTF-8
+        raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_hub(source: str) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +98,7 @@ class StaticEmbedder:
 
         try:
             model = StaticModel.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the errors of safetensors and of tokenizers have no narrower base in common
             raise ModelError(f"static embedder {str(name)!r} cannot be loaded: {error}") from error
         return cls(model)
 
@@ -189,7 +189,11 @@ class SentenceEmbedder:
 
         local = Path(name) if Path(name).is_dir() else cached_folder(name)
         try:
-            self.model = SentenceTransformer(str(local) if local.is_dir() else name, device=device)
+            self.model = SentenceTransformer(
+                str(local) if local.is_dir() else name,
+                device=device,
+                model_kwargs={"use_safetensors": True},  # pytorch_model.bin is a pickle
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(
@@ -277,4 +281,8 @@ def load_embedder(name: str | Path) -> Embedder:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"embedder {text!r}: its config.json cannot be read: {error}") from error
-    return StaticEmbedder.load(folder) if config.get("model_type") == "model2vec" else SentenceEmbedder(text)
+    if not isinstance(config, dict):
+        raise BundleError(f"embedder {text!r}: its config.json does not hold an object.")
+    # model2vec names its kind only in what it has distilled; every config of transformers names one
+    is_static = cast(dict[str, Any], config).get("model_type", "model2vec") == "model2vec"
+    return StaticEmbedder.load(folder) if is_static else SentenceEmbedder(text)

@@ -13,9 +13,9 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
 from treadle.centroids import Floats
 from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, unknown_name
-from treadle.routing import Router, RoutingParams
+from treadle.params import RoutingParams, SamplingParams
+from treadle.routing import Router
 from treadle.rows import Batch, FinishReason, Row, TokenEvent
-from treadle.sampling import SamplingParams
 from treadle.text import Prompt, prompt_ids
 
 if TYPE_CHECKING:

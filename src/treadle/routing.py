@@ -6,108 +6,14 @@ the centroids, the params and the text, which is what lets a cached prefix, a re
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-from treadle.centroids import Centroids, Floats, Score
+from treadle.centroids import Centroids, Floats
 from treadle.embed import Embedder, load_embedder
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
-from treadle.options import option
-
-Rule = Literal["boosted", "softmax", "top_k", "fixed"]
-Combine = Literal["sum", "linear", "paper"]
-
-DEFAULT_TEMPERATURE: dict[Score, float] = {"lda": 2.4, "cosine": 0.05, "centred": 0.05}
-"""Log-posteriors are overconfident, cosines lie close together: for `lda`, the least log-loss on held-out prompts."""
-
-
-@dataclass(frozen=True)
-class RoutingParams:
-    """How weights are made from the text, and when. The same fields are flags, request fields and result keys."""
-
-    score: Score = option("lda", "text against centroids: cosine (the paper), centred, or lda")
-    rule: Rule = option("softmax", "scores to weights: boosted (the paper), softmax, top_k or fixed")
-    boost: float = option(4.0, "boosted: factor on the largest cosine")
-    temperature: float | None = option(None, "softmax, top_k: divides the scores; none = 2.4 for lda, 0.05 for cosines")
-    top_k: int = option(2, "top_k: how many adapters keep a weight")
-    fixed: Mapping[str, float] | None = option(None, "fixed: name=weight pairs; adapters not named get 0")
-    unit_scale: bool = option(False, "divide by the largest weight: the nearest acts at its trained strength")
-    floor: float | None = option(None, "adapters whose score is below get 0; where all are, the base answers")
-    every: int | None = option(2, "re-weigh every so many generated tokens; none = once, from the prompt")
-    window: int | None = option(None, "the embedder sees the last so many tokens; none = all")
-    prefill: Literal["prompt", "causal"] = option(
-        "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
-    )
-    past: Literal["keep", "recompute"] = option("keep", "on new weights: keep cached keys and values, or read again")
-    combine: Combine = option("sum", "sum (the true mixture), linear (PEFT >= 0.9) or paper (PEFT 0.4.0)")
-
-    def __post_init__(self) -> None:
-        """Check every field and the fields against each other; one message lists all problems."""
-        if self.fixed is not None:
-            object.__setattr__(self, "fixed", dict(self.fixed))
-        if problems := [*self._choice_problems(), *self._number_problems(), *self._clashes()]:
-            raise OptionError(problem_list("routing options:", problems))
-
-    def _choice_problems(self) -> list[str]:
-        choices = {"score": Score, "rule": Rule, "combine": Combine}
-        allowed = {name: get_args(kind) for name, kind in choices.items()}
-        allowed |= {"prefill": ("prompt", "causal"), "past": ("keep", "recompute")}
-        return [
-            unknown_name(name, str(getattr(self, name)), values)
-            for name, values in allowed.items()
-            if getattr(self, name) not in values
-        ]
-
-    def _number_problems(self) -> list[str]:
-        problems = [
-            f"{name} must be a number above 0, not {getattr(self, name)!r}"
-            for name in ("boost", "temperature")
-            if (value := getattr(self, name)) is not None and not (np.isfinite(value) and value > 0)
-        ]
-        problems += [
-            f"{name} must be a whole number of at least 1, or none, not {getattr(self, name)!r}"
-            for name in ("top_k", "every", "window")
-            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or value < 1)
-        ]
-        if self.floor is not None and not np.isfinite(self.floor):
-            problems.append(f"floor must be a finite score, or none, not {self.floor!r}")
-        bad = [name for name, weight in (self.fixed or {}).items() if not (np.isfinite(weight) and weight >= 0)]
-        return problems + [f"fixed weight of {name!r} must be finite and not negative" for name in bad]
-
-    def _clashes(self) -> list[str]:
-        problems: list[str] = []
-        if self.rule == "boosted" and self.score == "lda":
-            problems.append("rule boosted multiplies a cosine; with score lda use rule softmax")
-        if (self.rule == "fixed") != (self.fixed is not None):
-            problems.append("rule fixed and fixed weights go together: give both or neither")
-        if self.prefill == "causal" and self.every is None:
-            problems.append(
-                "prefill causal decides in blocks of `every` tokens; every none decides once, from the prompt"
-            )
-        if self.prefill == "causal" and self.past == "recompute":
-            problems.append("past recompute reads the prompt again under later weights; it cannot be causal")
-        return problems
-
-    @classmethod
-    def paper(cls) -> "RoutingParams":
-        """Return what the paper's code computes; use a bundle whose embedder is the sentence embedder."""
-        return cls(score="cosine", rule="boosted", boost=4.0, every=2, past="recompute", combine="paper")
-
-    @classmethod
-    def base(cls) -> "RoutingParams":
-        """Return params under which no adapter acts."""
-        return cls(rule="fixed", fixed={}, every=None)
-
-    @classmethod
-    def one(cls, name: str) -> "RoutingParams":
-        """Return params under which one adapter acts alone, at the strength it was trained at."""
-        return cls(rule="fixed", fixed={name: 1.0}, every=None)
-
-    @classmethod
-    def uniform(cls, names: Sequence[str]) -> "RoutingParams":
-        """Return params under which every adapter of `names` has the same weight; the weights sum to 1."""
-        return cls(rule="fixed", fixed={name: 1.0 / len(names) for name in names}, every=None)
+from treadle.params import DEFAULT_TEMPERATURE, RoutingParams
 
 
 def decision_length(position: int, prompt_tokens: int, params: RoutingParams) -> int:

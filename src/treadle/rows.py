@@ -15,8 +15,9 @@ from torch import Tensor
 from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
-from treadle.routing import Router, RoutingParams, decision_length
-from treadle.sampling import SamplingParams, sample
+from treadle.params import RoutingParams, SamplingParams
+from treadle.routing import Router, decision_length
+from treadle.sampling import new_generator, sample
 from treadle.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Batch:
     def join(self, rows: Sequence[Row]) -> list[tuple[Row, TokenEvent]]:
         """Read the prompts of new rows and give each its first token."""
         for row in rows:
-            row.generator = row.sampling.generator(self._model.device)
+            row.generator = new_generator(row.sampling, self._model.device)
         _route(rows)
         return self._advance(rows, self._read_whole(rows))
 

@@ -9,7 +9,8 @@ import torch
 
 from treadle.centroids import Floats
 from treadle.errors import OptionError
-from treadle.routing import RoutingParams, decision_length
+from treadle.params import RoutingParams
+from treadle.routing import decision_length
 from treadle.text import Detokenizer, Prompt, completion_ids, prompt_ids
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ BATCH = 8
 """Rows of one forward pass."""
 
 
-@torch.inference_mode()
 def score(
     engine: "Engine", prompts: Sequence[Prompt], completions: Sequence[str], params: RoutingParams
 ) -> list[Floats]:
@@ -32,6 +32,12 @@ def score(
     ]
     if empty := [index for index, (_, answer) in enumerate(pairs) if not answer]:
         raise OptionError(f"completions without a token: {', '.join(map(str, empty))}.")
+    return score_ids(engine, pairs, params)
+
+
+@torch.inference_mode()
+def score_ids(engine: "Engine", pairs: Sequence[tuple[list[int], list[int]]], params: RoutingParams) -> list[Floats]:
+    """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair."""
     run = _score_again if params.past == "recompute" and params.every is not None else _score_once
     by_length = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))
     results: dict[int, Floats] = {}

@@ -46,8 +46,18 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Return the text that this token adds; "" inside a character and for special tokens."""
-        piece = self._stream.step(self._backend, token_id)
-        self._held = [] if piece else [*self._held, token_id]
+        self._held.append(token_id)
+        try:
+            piece = self._stream.step(self._backend, token_id)
+        except Exception as error:
+            # Of tokenizers with byte fallback (Gemma, Mistral), an unfinished character changes how the bytes before it
+            # decode; tokenizers raises a bare Exception then: https://github.com/vllm-project/vllm/issues/17448
+            if "Invalid prefix" not in str(error):
+                raise
+            self._stream = DecodeStream(skip_special_tokens=True)
+            piece = [self._stream.step(self._backend, held) for held in self._held][-1]
+        if piece:
+            self._held = []
         return piece or ""
 
     def flush(self) -> str:
@@ -67,13 +77,16 @@ class StopStrings:
 
     def push(self, piece: str) -> str:
         """Return the text that is safe to show; the stop string and all after it never are."""
+        if self.found:
+            return ""
         if not self._stops:
             return piece
         text = self._held + piece
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        if starts:
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
             self.found, self._held = True, ""
-            return text[: min(starts)]
+            _, start = min(found)  # the first to end, however the text is cut into pieces
+            return text[:start]
         keep = max(self._overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -1,0 +1,76 @@
+"""Shows the bundle at work: one prompt of each domain and one that changes domain midway, coloured by leading adapter.
+
+    python demo/demo.py [--max-tokens 96] [--svg docs/demo.svg]
+
+Ends with a table of mean weights. Exit code 0 only if every prompt was answered and the router led with the adapter of
+the prompt's domain.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from transformers.utils import logging
+
+import treadle
+from treadle.params import SamplingParams
+from treadle.show import legend, mean_weights, stream_coloured, weights_table
+from treadle.tasks import TASKS
+
+BUNDLE = Path(__file__).parent / "bundle"
+# written for this demo, in the formats of treadle.tasks
+PROMPTS = {
+    "math": TASKS["math"].read({
+        "question": "A farmer has 3 fields with 12 rows of corn each. She sells the corn of 10 rows. "
+        "How many rows of corn are left?",
+        "answer": "",
+    }),
+    "science": TASKS["science"].read({
+        "question": "Which of these makes plants green?",
+        "choices": {"text": ["iron", "chlorophyll", "sugar", "oxygen"], "label": ["A", "B", "C", "D"]},
+        "answerKey": "B",
+    }),
+    "code": TASKS["code"].read({
+        "instruction": "Write a Python function that returns the largest number in a list.", "input": "", "output": "",
+    }),
+    "reading": TASKS["reading"].read({
+        "context": "The treadle was patented for the sewing machine in the middle of the nineteenth century. It let the "
+        "seamstress drive the needle with her feet and keep both hands on the cloth.",
+        "question": "What did the seamstress use to drive the needle?",
+        "answers": {"text": [""]},
+    }),
+}  # fmt: skip
+CHANGE = (PROMPTS["math"].prompt + " There are 3 * 12 = 36 rows. 36 - 10 = 26 rows are left.\n#### 26\n\n"
+          + PROMPTS["code"].prompt)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--svg", type=Path, help="also draw what was shown to this file")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    console = Console(record=options.svg is not None, width=100 if options.svg else None)
+    engine = treadle.load(BUNDLE)
+    sampling = SamplingParams(max_tokens=options.max_tokens)
+
+    console.print("Every token has the colour of its leading adapter:", legend(engine.adapter_names))
+    rows: list[tuple[str, np.ndarray]] = []
+    for name, prompt in [*((name, example.prompt) for name, example in PROMPTS.items()), ("math, then code", CHANGE)]:
+        console.rule(name, align="left")
+        console.print(prompt, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
+        events = stream_coloured(console, engine.stream(prompt, sampling=sampling))
+        rows.append((name, mean_weights(events)))
+    console.print(weights_table("mean weights while answering", engine.adapter_names, rows))
+    if options.svg:
+        console.save_svg(str(options.svg), title="treadle: four adapters, one model")
+
+    lost = [name for name, weights in rows if engine.adapter_names[weights.argmax()] != name.split(" ")[-1]]
+    if lost:
+        sys.exit(f"the router led with another adapter on: {', '.join(lost)}")
+
+
+if __name__ == "__main__":
+    main()

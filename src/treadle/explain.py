@@ -1,0 +1,64 @@
+"""Why the router weighs a text as it does: scores, cosines, weights, and the words that spoke for the nearest."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from treadle.embed import WORD, StaticEmbedder
+from treadle.params import RoutingParams
+from treadle.routing import Router
+
+NUM_WORDS = 6
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the router makes of one text.
+
+    Attributes:
+        names: (N) of the adapters.
+        cosines: (N) of the text with each centroid.
+        scores: (N) by the params' score; empty under fixed weights.
+        weights: (N).
+        words: the words that raised the nearest adapter's score most over the second's, with how much: in the score's
+            units for `lda`, relative to each other for cosines. Static embedder only.
+    """
+
+    names: tuple[str, ...]
+    cosines: tuple[float, ...]
+    scores: tuple[float, ...]
+    weights: tuple[float, ...]
+    words: tuple[tuple[str, float], ...] = ()
+
+
+def explain(router: Router, text: str, params: RoutingParams | None = None) -> Explanation:
+    """Explain the weights of one text."""
+    params = params or router.params
+    embedding = router.embedder.encode([text])[0]  # (D,)
+    is_fixed = params.rule == "fixed"
+    scores = router.centroids.score(embedding, params.score)  # (N,)
+    return Explanation(
+        names=router.names,
+        cosines=tuple(router.centroids.score(embedding, "cosine").tolist()),
+        scores=() if is_fixed else tuple(scores.tolist()),
+        weights=tuple(router.weights([text], params)[0].tolist()),
+        words=() if is_fixed or len(router.names) < 2 else _words(router, text, params),
+    )
+
+
+def _words(router: Router, text: str, params: RoutingParams) -> tuple[tuple[str, float], ...]:
+    """Return the words whose removal costs the nearest adapter most of its lead over the second."""
+    embedder = router.embedder
+    if not isinstance(embedder, StaticEmbedder):
+        return ()
+    words = sorted(set(WORD.findall(text)))
+    if not words:
+        return ()
+    everything = embedder.sum_words(WORD.findall(text))  # (D,)
+    counts = [WORD.findall(text).count(word) for word in words]
+    without = [everything - count * embedder.sum_words([word]) for word, count in zip(words, counts, strict=True)]
+    scores = router.centroids.score(embedder.finish([everything, *without]), params.score)  # (1 + words, N)
+    second, first = np.argsort(scores[0])[-2:]
+    lead = scores[:, first] - scores[:, second]
+    order = np.argsort(lead[1:] - lead[0])[:NUM_WORDS]
+    return tuple((words[index], float(lead[0] - lead[1 + index])) for index in order if lead[0] > lead[1 + index])

@@ -1,0 +1,94 @@
+"""What the command line prints: text coloured by its leading adapter, and tables."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from treadle.centroids import Floats
+
+if TYPE_CHECKING:
+    from treadle.doctor import Report
+    from treadle.explain import Explanation
+    from treadle.rows import TokenEvent
+
+COLOURS = ("bright_blue", "bright_green", "bright_magenta", "yellow", "cyan", "red", "green", "blue", "magenta")
+
+
+def colour(index: int) -> str:
+    """Return the colour of the adapter at a place on the N axis; colours repeat after nine."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def legend(names: Sequence[str]) -> Text:
+    """Return the adapters' names in their colours."""
+    line = Text()
+    for index, name in enumerate(names):
+        line.append(f"■ {name}  ", style=colour(index))
+    return line.append("■ base", style="default")
+
+
+def stream_coloured(console: Console, events: Iterable["TokenEvent"]) -> list["TokenEvent"]:
+    """Print tokens as they come, each in the colour of its leading adapter (plain where none acts); return them."""
+    shown: list[TokenEvent] = []
+    for event in events:
+        style = colour(int(event.weights.argmax())) if event.weights.any() else "default"
+        console.print(Text(event.text, style=style), end="", soft_wrap=True)
+        shown.append(event)
+    console.print()
+    return shown
+
+
+def weights_table(title: str, names: Sequence[str], rows: Sequence[tuple[str, Floats]]) -> Table:
+    """Return a table of mean weights (N,) with one row a text."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for index, name in enumerate(names):
+        table.add_column(name, style=colour(index), justify="right")
+    for label, weights in rows:
+        table.add_row(label, *(f"{weight:.2f}" for weight in weights))
+    return table
+
+
+def mean_weights(events: Sequence["TokenEvent"]) -> Floats:
+    """Return the mean (N,) over tokens."""
+    return np.mean([event.weights for event in events], axis=0)
+
+
+def explanation_table(explanation: "Explanation") -> Table:
+    """Return cosine, score and weight of each adapter; below, the words that decided."""
+    table = Table(title_justify="left")
+    for heading in ("adapter", "cosine", "score", "weight"):
+        table.add_column(heading, justify="left" if heading == "adapter" else "right")
+    scores = explanation.scores or (float("nan"),) * len(explanation.names)
+    for index, name in enumerate(explanation.names):
+        cosine, weight = explanation.cosines[index], explanation.weights[index]
+        style = "bold" if weight == max(explanation.weights) > 0 else ""
+        table.add_row(Text(name, colour(index)), f"{cosine:.3f}", f"{scores[index]:.2f}", f"{weight:.3f}", style=style)
+    if explanation.words:
+        table.caption = "for the nearest spoke: " + ", ".join(f"{word} +{lead:.2f}" for word, lead in explanation.words)
+    return table
+
+
+def report_table(report: "Report") -> Table:
+    """Return what `treadle doctor` found, one row an adapter."""
+    table = Table(title_justify="left")
+    for heading in ("adapter", "rank", "targets", "modules", "norm of update", "change (nats)", "samples"):
+        table.add_column(heading)
+    for adapter in report.adapters:
+        table.add_column(f"cos {adapter.name}", justify="right")
+    for index, adapter in enumerate(report.adapters):
+        table.add_row(
+            Text(adapter.name, colour(index)),
+            ", ".join(map(str, adapter.ranks)),
+            ", ".join(adapter.targets),
+            str(adapter.modules),
+            f"{adapter.norm:.3f}",
+            f"{adapter.change:.4f}",
+            str(adapter.samples) if adapter.samples else "none: probe text",
+            *(f"{cosine:.3f}" for cosine in adapter.cosines),
+        )
+    return table

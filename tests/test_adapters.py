@@ -1,0 +1,413 @@
+"""Reading PEFT folders as people have them: each is blended as PEFT loads it, or refused by name."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE, edit_config, save_adapter, tiny_llama
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from treadle.adapters import Adapter, read_adapter
+from treadle.blend import attach
+from treadle.errors import AdapterError
+
+IDS = torch.tensor([[5, 17, 40, 99, 3, 250, 61]])  # (B, T)
+LAYER = "base_model.model.model.layers.0.self_attn"
+Q_A, Q_B, V_A, V_B = (f"{LAYER}.{module}.lora_{side}.weight" for module in ("q_proj", "v_proj") for side in "AB")
+Tensors = dict[str, Tensor]
+
+
+def calm(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with smaller weights: its logits are near 1, so rounding stays far below the tolerance of 1e-5."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(0.4)
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def blended(adapter: Adapter, model: PreTrainedModel | None = None) -> Tensor:
+    """Return the logits with one adapter at weight 1, after checking that it moves them at all."""
+    model = model if model is not None else calm(tiny_llama())
+    base, blend = logits(model), attach(model, [adapter])
+    with blend.using([1.0]):
+        answer = logits(model)
+    assert (answer - base).abs().max() > 0.05, "the adapter moves nothing: the comparison would be empty"
+    return answer
+
+
+def by_peft(folder: Path, model: PreTrainedModel | None = None) -> Tensor:
+    model = model if model is not None else calm(tiny_llama())
+    return logits(PeftModel.from_pretrained(model, folder).eval())
+
+
+def assert_close(ours: Tensor, theirs: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def edit_tensors(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
+    """Replace an adapter's tensors on disk by what `edit` makes of them."""
+    file = folder / "adapter_model.safetensors"
+    save_file(edit(load_file(file)), file)
+
+
+def without(tensors: Tensors, *keys: str) -> Tensors:
+    return {key: tensor for key, tensor in tensors.items() if key not in keys}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good adapter that a test may damage."""
+    return save_adapter(tmp_path / "math")
+
+
+def problems_of(folder: Path) -> list[str]:
+    """Return the problems that `read_adapter` lists for a folder, without their bullets."""
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(folder)
+    head, *problems = str(caught.value).splitlines()
+    assert head == f"adapter 'math' ({folder}) cannot be blended:"
+    return [problem.removeprefix("  - ") for problem in problems]
+
+
+# --- folders that load ----------------------------------------------------------------------------------------------
+
+LOADABLE: dict[str, dict[str, object]] = {
+    "alpha below the rank": {"lora_alpha": 1},
+    "alpha with a fraction": {"lora_alpha": 2.5},
+    "rank_pattern by name": {"rank_pattern": {"v_proj": 2}},
+    "rank_pattern by expression": {"rank_pattern": {r"layers\.1\..*q_proj": 6, "q_proj": 1}},
+    "alpha_pattern": {"alpha_pattern": {"layers.1.self_attn.q_proj": 1, "v_proj": 16}},
+    "both patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 5}},
+    "rsLoRA": {"use_rslora": True, "r": 7, "lora_alpha": 3},
+    "rsLoRA with both patterns": {
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"q_proj": 2, "v_proj": 4},
+    },
+    "targets as an expression": {"target_modules": r".*\.1\.(self_attn\.(q|v)|mlp\.up)_proj"},
+    "targets as a list of paths": {"target_modules": ["model.layers.0.mlp.down_proj", "layers.1.self_attn.o_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "one layer of two": {"layers_to_transform": 1},
+    "a list of layers": {"layers_to_transform": [0], "layers_pattern": "layers"},
+    "excluded by name": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.0.mlp.up_proj"]},
+    "excluded by expression": {"exclude_modules": r".*layers\.0.*"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.mark.parametrize("config", LOADABLE.values(), ids=LOADABLE)
+def test_a_folder_that_peft_wrote_is_blended_as_peft_loads_it(tmp_path: Path, config: dict[str, object]) -> None:
+    folder = save_adapter(tmp_path / "math", **{"lora_alpha": 2, **config})
+    assert_close(blended(read_adapter(folder)), by_peft(folder))
+
+
+def test_targets_left_as_all_linear_are_blended_as_peft_loads_them(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "math", target_modules="all-linear", lora_alpha=2)
+    edit_config(folder, target_modules="all-linear")
+    assert_close(blended(read_adapter(folder)), by_peft(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_factors_of_any_float_type_are_blended_as_peft_loads_them(folder: Path, dtype: torch.dtype) -> None:
+    edit_tensors(folder, lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    adapter = read_adapter(folder)
+    assert {pair.a.dtype for pair in adapter.pairs.values()} == {dtype}
+    assert_close(blended(adapter), by_peft(folder))
+
+
+def test_adapters_of_different_float_types_are_stacked_together(folder: Path, tmp_path: Path) -> None:
+    other = save_adapter(tmp_path / "code", seed=1, lora_alpha=2)
+    edit_tensors(other, lambda tensors: {key: tensor.bfloat16() for key, tensor in tensors.items()})
+    model = calm(tiny_llama())
+    with attach(model, [read_adapter(folder), read_adapter(other)]).using([0.0, 1.0]):
+        assert_close(logits(model), by_peft(other))
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_conv1d_layers_are_blended_as_peft_loads_them_whatever_the_config_says(
+    tmp_path: Path, fan_in_fan_out: bool
+) -> None:
+    def model() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=16, initializer_range=0.2)
+        return GPT2LMHeadModel(config).eval()
+
+    folder = save_adapter(tmp_path / "math", model(), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    expected = by_peft(folder, model())
+    edit_config(folder, fan_in_fan_out=fan_in_fan_out)
+    assert_close(blended(read_adapter(folder), model()), expected)
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [(".weight", ".default.weight"), (".weight", ".math.weight"), ("base_model.model.", "")],
+    ids=["adapter name default", "adapter name math", "no prefix"],
+)
+def test_keys_of_other_peft_versions_are_read_alike(folder: Path, written: str, found: str) -> None:
+    expected = by_peft(folder)
+    edit_tensors(folder, lambda tensors: {key.replace(written, found): tensor for key, tensor in tensors.items()})
+    assert_close(blended(read_adapter(folder)), expected)
+
+
+def test_the_config_of_the_first_peft_is_read(folder: Path) -> None:
+    expected = by_peft(folder)
+    old = {
+        "base_model_name_or_path": BASE,
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(old))
+    assert_close(blended(read_adapter(folder)), expected)
+
+
+def test_an_adapter_knows_its_name_base_and_size(folder: Path) -> None:
+    adapter = read_adapter(folder)
+    assert (adapter.name, adapter.base_model, adapter.source) == ("math", BASE, folder)
+    assert read_adapter(folder, "sums").name == read_adapter(str(folder), "sums").name == "sums"
+    assert adapter.num_bytes() == sum(
+        tensor.nbytes for tensor in load_file(folder / "adapter_model.safetensors").values()
+    )
+
+
+def test_one_zero_factor_among_others_is_no_problem(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors | {Q_B: tensors[Q_B] * 0})
+    assert_close(blended(read_adapter(folder)), by_peft(folder))
+
+
+def test_a_module_that_the_config_targets_and_the_file_lacks_is_found_on_attaching(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: without(tensors, V_A, V_B))
+    adapter = read_adapter(folder)
+    with pytest.raises(AdapterError, match=r"math: its config targets model.layers.0.self_attn.v_proj, but it has no"):
+        attach(tiny_llama(), [adapter])
+
+
+# --- features that are refused by name ------------------------------------------------------------------------------
+
+WRITTEN_BY_PEFT: dict[str, tuple[dict[str, object], str]] = {
+    "DoRA": ({"use_dora": True}, "use_dora: DoRA rescales the base weights"),
+    "bias": ({"bias": "lora_only"}, "bias='lora_only': it trains biases of the base model"),
+    "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save: it replaces whole modules"),
+    "saved tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: it replaces rows of the embedding"),
+    "aLoRA": ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens: an activated LoRA acts only after"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
+    "fast PiSSA": ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights='pissa_niter_2' changes the base"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base weights"),
+    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "factors of an embedding, not of a linear layer"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), WRITTEN_BY_PEFT.values(), ids=WRITTEN_BY_PEFT)
+def test_what_is_not_a_sum_of_updates_is_refused_by_name(
+    tmp_path: Path, config: dict[str, object], message: str
+) -> None:
+    folder = save_adapter(tmp_path / "math", **config)
+    assert any(message in problem for problem in problems_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_bias": True}, "lora_bias: it adds a bias to the update"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters: it adapts parameters that do not"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication: it changes the number of layers"),
+        ({"use_qalora": True}, "use_qalora: QA-LoRA pools its input"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config: it is an Arrow router, not an adapter"),
+        ({"init_lora_weights": "LoftQ"}, "init_lora_weights='LoftQ' changes the base weights"),
+        ({"r": 0}, "r must be a positive number, not 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number, not nan"),
+        ({"lora_alpha": "16"}, "lora_alpha must be a positive number, not '16'"),
+        ({"bias": "all"}, "bias='all': it trains biases"),
+    ],
+    ids=str,
+)
+def test_a_field_that_cannot_be_blended_is_refused_by_name(
+    folder: Path, change: dict[str, object], message: str
+) -> None:
+    edit_config(folder, **change)
+    assert any(problem.startswith(message) for problem in problems_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must map module names or regular expressions to positive numbers"),
+        ({"rank_pattern": {"[": 2}}, "rank_pattern must map module names or regular expressions to positive numbers"),
+        ({"alpha_pattern": {"q_proj": "16"}}, "alpha_pattern must map module names"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern must map module names"),
+        ({"target_modules": "*q_proj"}, "target_modules must be a list of module names or a regular expression"),
+        ({"exclude_modules": [7]}, "exclude_modules must be a list of module names or a regular expression, not [7]"),
+        ({"layers_to_transform": "all"}, "layers_to_transform must be a layer's number or a list of them, not 'all'"),
+    ],
+    ids=str,
+)
+def test_a_malformed_field_is_refused_by_name(folder: Path, change: dict[str, object], message: str) -> None:
+    edit_config(folder, **change)
+    with pytest.raises(AdapterError, match=re.escape(f"adapter_config.json is malformed:\n  - {message}")):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("kind", ["IA3", "ADALORA", "LOHA", "PROMPT_TUNING"])
+def test_other_kinds_of_adapters_are_refused_by_name(folder: Path, kind: str) -> None:
+    edit_config(folder, peft_type=kind)
+    assert problems_of(folder) == [f"its peft_type is {kind}; only LORA can be blended"]
+
+
+# --- folders that are incomplete or damaged -------------------------------------------------------------------------
+
+
+def remove(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
+
+
+def only_pickle(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickle_in_disguise(folder: Path) -> None:
+    torch.save({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+
+
+UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (remove("adapter_config.json"), "is not a PEFT folder: it has no adapter_config.json."),
+    "config not JSON": (lambda f: (f / "adapter_config.json").write_text("r: 4"), "adapter_config.json is not JSON: "),
+    "config a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "does not hold an object."),
+    "config not text": (lambda f: (f / "adapter_config.json").write_bytes(b"\xff{}"), "is not JSON: "),
+    "no weights": (remove("adapter_model.safetensors"), "has no adapter_model.safetensors."),
+    "only a pickle": (only_pickle, "adapter_model.bin is a pickle, which can run code: load it with PEFT and save it"),
+    "truncated": (truncate, "adapter_model.safetensors cannot be read: "),
+    "empty file": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "cannot be read: "),
+    "a pickle named safetensors": (pickle_in_disguise, "adapter_model.safetensors cannot be read: "),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_folder_is_refused_with_the_file_and_the_reason(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(folder)
+    with pytest.raises(AdapterError, match=re.escape(message)) as caught:
+        read_adapter(folder)
+    assert str(caught.value).startswith("adapter 'math': ")
+    assert str(folder) in str(caught.value)
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="nowhere is not a PEFT folder"):
+        read_adapter(tmp_path / "nowhere")
+
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "no B": (lambda t: without(t, Q_B), f"{Q}: lora_B is missing"),
+    "no A": (lambda t: without(t, V_A), f"{V}: lora_A is missing"),
+    "NaN": (lambda t: t | {Q_A: t[Q_A] / 0 * 0}, f"{Q_A} holds NaN or infinite values"),
+    "infinite": (lambda t: t | {V_B: t[V_B] / 0}, f"{V_B} holds NaN or infinite values"),
+    "integers": (lambda t: t | {Q_A: t[Q_A].int()}, f"{Q_A} is torch.int32; factors are float32, float16 or bfloat16"),
+    "eight bits": (lambda t: t | {V_A: t[V_A].to(torch.float8_e4m3fn)}, f"{V_A} is torch.float8_e4m3fn; factors are"),
+    "ranks of A and B": (
+        lambda t: t | {Q_B: t[Q_B][:, :3].contiguous()},
+        f"{Q}: lora_A (4, 32) and lora_B (32, 3) do not fit: need (r, in), (out, r)",
+    ),
+    "three axes": (lambda t: t | {Q_A: t[Q_A][None]}, f"{Q}: lora_A (1, 4, 32) and lora_B (32, 4) do not fit"),
+    "rank 0": (
+        lambda t: t | {Q_A: t[Q_A][:0].clone(), Q_B: t[Q_B][:, :0].clone()},
+        f"{Q}: lora_A (0, 32) and lora_B (32, 0) do not fit",
+    ),
+    "rank not the config's": (
+        lambda t: t | {Q_A: t[Q_A][:2].clone(), Q_B: t[Q_B][:, :2].clone()},
+        f"{Q}: its factors have rank 2, its config says 4",
+    ),
+    "all B zero": (
+        lambda t: {k: x * 0 if "lora_B" in k else x for k, x in t.items()},
+        "all its B factors are zero: it changes nothing (was it saved before training?)",
+    ),
+    "foreign": (
+        lambda t: t | {"base_model.model.lm_head.weight": torch.ones(260, 32)},
+        "base_model.model.lm_head.weight: not a LoRA factor",
+    ),
+    "bias": (lambda t: t | {Q_B.replace("weight", "bias"): torch.ones(32)}, f"{Q_B[:-6]}bias: not a LoRA factor"),
+    "DoRA magnitude": (
+        lambda t: t | {f"{LAYER}.q_proj.lora_magnitude_vector": torch.ones(32)},
+        f"{LAYER}.q_proj.lora_magnitude_vector: a DoRA magnitude; DoRA cannot be blended",
+    ),
+    "embedding": (
+        lambda t: t | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 260)},
+        "base_model.model.model.embed_tokens.lora_embedding_A: factors of an embedding, not of a linear layer",
+    ),
+    "empty": (lambda _: {}, "it holds no factors"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_one_damaged_tensor_is_one_problem(folder: Path, damage: Callable[[Tensors], Tensors], message: str) -> None:
+    edit_tensors(folder, damage)
+    (problem,) = problems_of(folder)
+    assert problem.startswith(message)
+
+
+def test_a_rank_that_disagrees_with_the_config_is_refused(folder: Path) -> None:
+    edit_config(folder, r=8)
+    assert problems_of(folder) == [
+        f"model.layers.{layer}.self_attn.{module}: its factors have rank 4, its config says 8"
+        for layer in (0, 1)
+        for module in ("q_proj", "v_proj")
+    ]
+
+
+def test_all_problems_are_in_one_message(folder: Path) -> None:
+    edit_config(folder, bias="all", use_dora=True, init_lora_weights="pissa")
+    edit_tensors(folder, lambda tensors: without(tensors, Q_B) | {V_A: tensors[V_A] / 0, "extra": torch.ones(1)})
+    named = {re.split(r":? ", problem)[0] for problem in problems_of(folder)}
+    assert named == {"bias='all'", "use_dora", "init_lora_weights='pissa'", V_A, "extra", Q}
+
+
+# --- fields that this version does not know -------------------------------------------------------------------------
+
+
+def test_an_unknown_field_that_is_set_is_a_warning_that_names_it(folder: Path) -> None:
+    edit_config(folder, use_new_trick=True, other_trick={"k": 1}, unused_trick=None, off_trick=False)
+    with pytest.warns(
+        UserWarning, match="^adapter 'math': unknown fields that may matter: other_trick, use_new_trick$"
+    ):
+        adapter = read_adapter(folder)
+    assert adapter.pairs.keys() == {f"model.layers.{i}.self_attn.{m}_proj" for i in (0, 1) for m in "qv"}
+
+
+def test_no_field_of_the_installed_pefts_config_is_unknown(folder: Path) -> None:
+    """A new PEFT field must be sorted into refused or harmless, not discovered by a user."""
+    from peft import LoraConfig
+
+    from treadle.adapters import HARMLESS_FIELDS, REFUSED_FEATURES
+
+    written = LoraConfig().to_dict().keys() | json.loads((folder / "adapter_config.json").read_text()).keys()
+    assert written <= HARMLESS_FIELDS | REFUSED_FEATURES.keys()

@@ -1,0 +1,196 @@
+"""Means, counts and scatter are plain statistics; the scores are closed forms of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treadle.centroids import SHRINKAGE, Centroids, log_softmax
+from treadle.errors import AdapterError, OptionError
+
+quick = settings(max_examples=40, deadline=None)
+
+
+def samples(seed: int, counts: tuple[int, ...] = (5, 8, 3), dim: int = 6) -> dict[str, np.ndarray]:
+    """Random embeddings (count, D) of adapters a, b, c, around different means."""
+    random = np.random.default_rng(seed)
+    return {
+        name: (random.normal(size=dim) + 0.5 * random.normal(size=(count, dim))).astype(np.float32)
+        for name, count in zip("abcdef", counts, strict=False)
+    }
+
+
+def fitted(clouds: dict[str, np.ndarray]) -> Centroids:
+    centroids = Centroids.empty("test", next(iter(clouds.values())).shape[1])
+    for name, cloud in clouds.items():
+        centroids = centroids.add(name, cloud)
+    return centroids
+
+
+shapes = st.tuples(
+    st.integers(0, 99), st.lists(st.integers(2, 9), min_size=2, max_size=5).map(tuple), st.integers(1, 7)
+)
+clouds_of = shapes.map(lambda drawn: samples(*drawn))
+
+
+@given(clouds_of)
+@quick
+def test_they_are_the_mean_the_count_and_the_scatter_of_the_samples(clouds):
+    centroids = fitted(clouds)
+    assert centroids.names == tuple(clouds)
+    for index, cloud in enumerate(clouds.values()):
+        np.testing.assert_allclose(centroids.means[index], cloud.mean(0), atol=1e-5)
+        assert centroids.counts[index] == len(cloud)
+        np.testing.assert_allclose(
+            centroids.scatter[index], np.cov(cloud.T, ddof=0).reshape(len(cloud.T), -1) * len(cloud), atol=1e-4
+        )
+    assert centroids.means.dtype == centroids.scatter.dtype == np.float32
+
+
+@given(clouds_of, st.data())
+@quick
+def test_adding_then_removing_is_as_before(clouds, data):
+    name = data.draw(st.sampled_from(sorted(clouds)))
+    without = fitted({other: cloud for other, cloud in clouds.items() if other != name})
+    same = without.add(name, clouds[name]).remove(name)
+    also = fitted(clouds).remove(name)
+    for result in (same, also):
+        assert result.names == without.names
+        for field in ("means", "counts", "scatter"):
+            np.testing.assert_array_equal(getattr(result, field), getattr(without, field))
+
+
+def test_a_centroid_is_not_normalised_again():
+    centroids = fitted({"a": np.float32([[1, 0], [0, 1]])})
+    np.testing.assert_array_equal(centroids.means, [[0.5, 0.5]])
+
+
+# Scores
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@given(clouds_of, st.integers(0, 99))
+@quick
+def test_cosines_are_cosines(clouds, seed):
+    centroids = fitted(clouds)
+    x = np.random.default_rng(seed).normal(size=(2, 3, centroids.means.shape[1])).astype(np.float32)
+    expected = np.einsum("bte,ne->btn", unit(x), unit(centroids.means))
+    np.testing.assert_allclose(centroids.score(x, "cosine"), expected, atol=1e-5)
+    middle = centroids.means.mean(0)
+    expected = np.einsum("bte,ne->btn", unit(x - middle), unit(centroids.means - middle))
+    np.testing.assert_allclose(centroids.score(x, "centred"), expected, atol=1e-4)
+
+
+def test_a_text_without_words_is_equally_far_from_all():
+    np.testing.assert_array_equal(fitted(samples(0)).score(np.zeros((1, 6), np.float32), "cosine"), [[0, 0, 0]])
+
+
+def log_posteriors(clouds: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """Gaussians of one covariance and equal priors, each density written out."""
+    means = [cloud.mean(0, dtype=np.float64) for cloud in clouds.values()]
+    residuals = np.concatenate([cloud - mean for cloud, mean in zip(clouds.values(), means, strict=True)])
+    pooled = residuals.T @ residuals / (len(residuals) - len(means))
+    covariance = (1 - SHRINKAGE) * pooled + SHRINKAGE * np.diag(np.full(len(pooled), np.diag(pooled).mean()))
+    inverse = np.linalg.inv(covariance)
+    logs = np.stack([[-0.5 * (row - mean) @ inverse @ (row - mean) for mean in means] for row in x])  # (B, N)
+    return (
+        logs - np.log(np.exp(logs - logs.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logs.max(-1, keepdims=True)
+    )
+
+
+@given(clouds_of, st.integers(0, 99))
+@quick
+def test_lda_is_the_log_posterior_of_gaussians_with_one_shrunk_covariance(clouds, seed):
+    centroids = fitted(clouds)
+    x = np.random.default_rng(seed).normal(size=(4, centroids.means.shape[1])).astype(np.float32)
+    scores, expected = centroids.score(x, "lda"), log_posteriors(clouds, x)
+    np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose(np.exp(scores).sum(-1), 1, atol=1e-5)
+
+
+def test_lda_is_scikit_learns():
+    discriminant = pytest.importorskip("sklearn.discriminant_analysis")
+    count = 9
+    clouds = samples(3, (count, count, count, count))
+    reference = discriminant.LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[0.25] * 4)
+    reference.fit(np.concatenate(list(clouds.values())), np.repeat(range(4), count))
+    x = np.random.default_rng(4).normal(size=(5, 6)).astype(np.float32)
+    # scikit-learn divides each scatter by n, we divide the pooled one by its degrees of freedom, n - 1 an adapter
+    expected = log_softmax(reference.decision_function(x) * (count - 1) / count)
+    np.testing.assert_allclose(fitted(clouds).score(x, "lda"), expected, atol=1e-4)
+
+
+def test_lda_finds_directions_that_cosines_miss():
+    """Two adapters that differ in a quiet direction, beside a loud one that says nothing."""
+    random = np.random.default_rng(0)
+    loud, quiet = random.normal(3, 2, size=200), random.normal([[0.5], [1.5]], 0.1, size=(2, 200))
+    clouds = {name: np.stack([loud, quiet[i]], 1).astype(np.float32) for i, name in enumerate("ab")}
+    centroids = fitted(clouds)
+    x = np.concatenate(list(clouds.values()))
+    truth = np.repeat([0, 1], 200)
+    assert (centroids.score(x, "lda").argmax(-1) == truth).mean() > 0.97
+    assert (centroids.score(x, "cosine").argmax(-1) == truth).mean() < 0.8
+
+
+@given(clouds_of, st.sampled_from(["cosine", "centred", "lda"]))
+@quick
+def test_a_batch_scores_as_its_rows(clouds, score):
+    centroids = fitted(clouds)
+    x = np.concatenate(list(clouds.values()))
+    rows = np.stack([centroids.score(row, score) for row in x])
+    np.testing.assert_allclose(centroids.score(x, score), rows, atol=1e-3, rtol=1e-4)
+
+
+def test_lda_works_where_samples_do_not_vary():
+    centroids = fitted({"a": np.float32([[1, 0], [1, 0]]), "b": np.float32([[0, 1]])})
+    scores = centroids.score(np.float32([[1, 0], [0, 1]]), "lda")
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(scores.argmax(-1), [0, 1])
+
+
+# Errors
+
+
+def test_lda_needs_an_adapter_with_two_samples():
+    centroids = fitted({"a": np.float32([[1, 0]]), "b": np.float32([[0, 1]])})
+    assert centroids.score(np.float32([[1, 0]]), "cosine").argmax() == 0
+    with pytest.raises(OptionError, match="at least two samples; use cosine or centred"):
+        centroids.score(np.float32([[1, 0]]), "lda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"means": np.zeros((2, 6), np.float32)}, r"means has shape \(2, 6\), expected \(3, 6\)"),
+        ({"counts": np.ones(4, np.int64)}, r"counts has shape \(4,\), expected \(3,\)"),
+        ({"scatter": np.zeros((3, 6), np.float32)}, r"scatter has shape \(3, 6\), expected \(3, 6, 6\)"),
+        ({"means": np.full((3, 6), np.nan, np.float32)}, "means holds NaN or infinity"),
+        ({"scatter": np.full((3, 6, 6), np.inf, np.float32)}, "scatter holds NaN or infinity"),
+        ({"names": ("a", "b", "a")}, "names repeat: a, b, a"),
+        ({"counts": np.array([3, 0, 1])}, "every adapter needs at least one sample"),
+        (
+            {"means": np.full((2, 6), np.nan, np.float32), "counts": np.zeros(3, np.int64)},
+            r"(?s)shape.*NaN.*at least one",
+        ),
+    ],
+)
+def test_centroids_refuse(changes, message):
+    with pytest.raises(OptionError, match=message):
+        replace(fitted(samples(0)), **changes)
+
+
+def test_names_are_checked():
+    centroids = fitted(samples(0))
+    with pytest.raises(AdapterError, match="'a' has a centroid already"):
+        centroids.add("a", np.zeros((1, 6), np.float32))
+    with pytest.raises(AdapterError, match=r"unknown adapter 'z'.*Allowed: a, b, c"):
+        centroids.remove("z")
+    with pytest.raises(OptionError, match="'d' has no sample texts"):
+        centroids.add("d", np.zeros((0, 6), np.float32))
+    with pytest.raises(OptionError, match="NaN"):
+        centroids.add("d", np.full((2, 6), np.nan, np.float32))

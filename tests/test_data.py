@@ -1,0 +1,294 @@
+"""Rows of the four tasks become exactly these texts; whatever is wrong with a file is said with its place."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from treadle.data import load_examples, load_texts, read_rows, sample_texts
+from treadle.errors import DataError, OptionError
+from treadle.tasks import TASKS, Example, get_task
+
+PAIRS = [{"prompt": f"Q{index}", "completion": f" A{index}"} for index in range(20)]
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
+    return file
+
+
+# Formats: what the adapters were trained on
+
+
+def choices(labels: str) -> dict[str, list[str]]:
+    return {"text": ["ice", "steam", "fog", "dew", "hail"][: len(labels)], "label": list(labels)}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "prompt", "completion", "bare"),
+    [
+        (
+            "math",
+            {"question": "2 + 2? ", "answer": "It is 4.\n#### 4\n"},
+            "Question: 2 + 2?\n\nAnswer:",
+            " It is 4.\n#### 4",
+            "2 + 2?",
+        ),
+        (
+            "science",
+            {"question": "Which is cold?", "choices": choices("ABCD"), "answerKey": "A"},
+            "Question: Which is cold?\n\nChoices:\nA. ice\nB. steam\nC. fog\nD. dew\n\nAnswer:",
+            " A",
+            "Which is cold? ice steam fog dew",
+        ),
+        (
+            "science",  # some rows of ARC label their choices 1-4; the prompt always says A-D
+            {"question": "Which is cold?", "choices": choices("1234"), "answerKey": "3"},
+            "Question: Which is cold?\n\nChoices:\nA. ice\nB. steam\nC. fog\nD. dew\n\nAnswer:",
+            " C",
+            "Which is cold? ice steam fog dew",
+        ),
+        (
+            "science",
+            {"question": "Which is cold?", "choices": choices("ABC"), "answerKey": "C"},
+            "Question: Which is cold?\n\nChoices:\nA. ice\nB. steam\nC. fog\n\nAnswer:",
+            " C",
+            "Which is cold? ice steam fog",
+        ),
+        (
+            "science",
+            {"question": "Which is cold?", "choices": choices("ABCDE"), "answerKey": "E"},
+            "Question: Which is cold?\n\nChoices:\nA. ice\nB. steam\nC. fog\nD. dew\nE. hail\n\nAnswer:",
+            " E",
+            "Which is cold? ice steam fog dew hail",
+        ),
+        (
+            "code",
+            {"instruction": "Add them.", "input": "1, 2", "output": "1 + 2\n"},
+            "Question: Add them.\n1, 2\n\nAnswer:",
+            "\n1 + 2",
+            "Add them.\n1, 2",
+        ),
+        (
+            "code",
+            {"instruction": "Print.", "input": "", "output": "print()"},
+            "Question: Print.\n\nAnswer:",
+            "\nprint()",
+            "Print.",
+        ),
+        (
+            "reading",
+            {"context": "It rained. ", "question": "What fell?", "answers": {"text": ["rain", "water"]}},
+            "Context: It rained.\n\nQuestion: What fell?\n\nAnswer:",
+            " rain",
+            "It rained. What fell?",
+        ),
+    ],
+)
+def test_a_row_becomes(tmp_path, task, row, prompt, completion, bare):
+    expected = Example(prompt, completion, bare)
+    assert get_task(task).read(row) == expected
+    assert load_examples(write(tmp_path / "rows.jsonl", [row]), task) == [expected]
+
+
+def test_an_unknown_task_names_the_known():
+    assert set(TASKS) == {"math", "science", "code", "reading"}
+    with pytest.raises(OptionError, match=r"unknown task 'maths'\. Did you mean 'math'\?"):
+        get_task("maths")
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.data"])
+def test_rows_are_read_in_their_order(tmp_path, name):
+    file = write(tmp_path / name, PAIRS)
+    assert list(read_rows(file)) == PAIRS
+    assert load_examples(str(file)) == [Example(row["prompt"], row["completion"]) for row in PAIRS]
+
+
+def test_blank_lines_and_other_alphabets_are_fine(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('\n{"prompt": "é漢", "completion": " 😀"}\n  \n', "utf-8")
+    assert load_examples(file) == [Example("é漢", " 😀")]
+
+
+def test_a_limit_is_a_seeded_choice_in_the_order_of_the_file(tmp_path):
+    file = write(tmp_path / "rows.jsonl", PAIRS)
+    everything = load_examples(file)
+    chosen = load_examples(file, limit=7, seed=1)
+    assert chosen == load_examples(file, limit=7, seed=1)
+    assert [example for example in everything if example in chosen] == chosen
+    assert len(set(chosen)) == 7
+    assert chosen != everything[:7]
+    assert chosen != load_examples(file, limit=7, seed=2)
+    assert load_examples(file, limit=20) == load_examples(file, limit=99) == everything
+
+
+def test_rows_without_an_answer_teach_nothing(tmp_path):
+    rows = [{"instruction": "a", "input": "", "output": " "}, {"instruction": "b", "input": "", "output": "c"}]
+    assert load_examples(write(tmp_path / "rows.jsonl", rows), "code") == [
+        Example("Question: b\n\nAnswer:", "\nc", "b")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no examples in it"),
+        (b'{"prompt": "a", "completion": "b"}\n{oops\n', "line 2: not JSON"),
+        (b"\n[1, 2]\n", "line 2: expected an object, got list"),
+        (b'{"prompt": "a"}\n', "row 1: KeyError: 'completion'; fields: prompt"),
+        (b'{"prompt": "a", "completion": "\xff"}\n', "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path, content, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_examples(file)
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: b"plain" + data], ids=["truncated", "not gzip"]
+)
+def test_a_damaged_archive_is_refused(tmp_path, damage):
+    file = write(tmp_path / "rows.jsonl.gz", PAIRS)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz: cannot be read"):
+        load_examples(file)
+
+
+def test_all_bad_rows_are_in_one_message_the_first_ten_in_full(tmp_path):
+    good = {"question": "a", "answer": "b"}
+    file = write(tmp_path / "rows.jsonl", [good, *[{"question": "a"}] * 3, good, {"question": 7, "answer": "b"}])
+    with pytest.raises(DataError) as caught:
+        load_examples(file, "math")
+    message = str(caught.value)
+    assert "rows are not a row of task 'math':" in message
+    assert [f"row {n}:" in message for n in range(1, 7)] == [False, True, True, True, False, True]
+    file = write(tmp_path / "rows.jsonl", [{"question": "a"}] * 25)
+    with pytest.raises(DataError, match=r"(?s)row 10: .*and 15 more"):
+        load_examples(file, "math")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "?", "choices": choices("ABCD"), "answerKey": "E"},
+        {"question": "?", "choices": {"text": ["one"], "label": ["A", "B"]}, "answerKey": "B"},
+        {"question": "?", "choices": {"text": list("123456"), "label": list("ABCDEF")}, "answerKey": "A"},
+        {"question": "?", "choices": "A B C", "answerKey": "A"},
+    ],
+)
+def test_a_choice_that_does_not_exist_is_a_bad_row(tmp_path, row):
+    with pytest.raises(DataError, match="row 1: "):
+        load_examples(write(tmp_path / "rows.jsonl", [row]), "science")
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.jsonl.gz", "missing.txt"])
+def test_a_missing_file_is_not_looked_up_on_the_hub(tmp_path, name):
+    with pytest.raises(DataError, match="no such file"):
+        (load_texts if name.endswith("txt") else load_examples)(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/name:test", ("owner/name", None, "test")),
+        ("owner/name:main:validation", ("owner/name", "main", "validation")),
+    ],
+)
+def test_a_hub_data_set_is_named_with_config_and_split(monkeypatch, source, expected):
+    asked: list[Any] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> list[dict[str, str]]:
+        asked.append((name, config, split))
+        return PAIRS
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert len(load_examples(source)) == len(PAIRS)
+    assert asked == [expected]
+
+
+def test_what_the_hub_says_is_passed_on(monkeypatch):
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("unreachable")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match="owner/name: no such file, and the hub says: unreachable"):
+        load_examples("owner/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'treadle\[data\]'"):
+        load_examples("owner/name")
+
+
+# Sample texts of a router
+
+
+def words(count: int) -> str:
+    return " ".join(f"w{index}" for index in range(count))
+
+
+def test_samples_hold_each_whole_and_each_prompt_with_and_without_the_template():
+    examples = [Example("Question: a b", " c", "a b"), Example("just text", "")]
+    texts = sample_texts(examples)
+    for text in ("Question: a b c", "Question: a b", "a b c", "a b", "just text"):
+        assert text in texts
+
+
+def test_samples_hold_a_beginning_of_the_prompt_and_any_part_of_the_whole():
+    prompt, completion = words(100), " and then " + words(100)
+    whole = prompt + completion
+    rest = [text for text in sample_texts([Example(prompt, completion)] * 20) if text not in (prompt, whole)]
+    assert len(rest) == 40
+    assert {len(text.split()) for text in rest} == {8, 16, 32, 64}
+    assert all(text in whole for text in rest)
+    assert sum(prompt.startswith(text.strip()) for text in rest) >= 20
+    assert any("then" in text for text in rest)
+
+
+def test_samples_are_the_same_every_time():
+    examples = [Example(words(90), words(90), words(80))] * 3
+    assert sample_texts(examples) == sample_texts(examples)
+    assert sample_texts(examples) != sample_texts(examples, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one two\n\n  three  \n", ["one two", "three"]),
+        ("a.jsonl", '{"text": "one"}\n', ["one"]),
+        ("a.jsonl", '{"prompt": "one", "completion": " two"}\n', ["one", "one two"]),
+        ("a.jsonl", '{"prompt": "one"}\n', ["one"]),
+        ("a.jsonl", '{"prompt": "Q: one", "completion": " two", "bare": "one"}\n', ["Q: one two", "one two", "one"]),
+    ],
+)
+def test_sample_files_hold_texts_or_pairs(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content)
+    texts = load_texts(tmp_path / name)
+    assert set(expected) <= set(texts)
+    assert all(any(text in whole for whole in expected) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "\n \n", "no sample texts in it"),
+        ("a.jsonl", "", "no sample texts in it"),
+        ("a.txt", "\udcff", "cannot be read"),
+        ("a.jsonl", '{"body": "x"}\n', "rows need a field 'text', or 'prompt' and 'completion'; got body"),
+    ],
+)
+def test_sample_files_without_texts_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, "utf-8", "surrogateescape")
+    with pytest.raises(DataError, match=message):
+        load_texts(tmp_path / name)

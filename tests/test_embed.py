@@ -1,0 +1,299 @@
+"""A running text is embedded as the whole text is, however it is cut; an append costs the same at any length."""
+
+import json
+import logging
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from model2vec import StaticModel
+
+from treadle.embed import WORD, SentenceEmbedder, StaticEmbedder, load_embedder
+from treadle.errors import BundleError, ModelError, OptionError
+
+quick = settings(max_examples=80, deadline=None)
+LETTERS = "ab é漢字😀ñ\u0301_1.,-\n\ufffd"
+texts = st.text(max_size=60) | st.text(alphabet=LETTERS, max_size=150)
+pieces_of = st.lists(st.text(max_size=8) | st.text(alphabet=LETTERS, max_size=50), max_size=8)
+
+
+def byte_model(**options: object) -> StaticModel:
+    """A vector for every byte, so that every visible character moves the embedding."""
+    core = byte_tokenizer().backend_tokenizer
+    vectors = np.random.default_rng(0).normal(size=(core.get_vocab_size(), 6)).astype(np.float32)
+    return StaticModel(**{"vectors": vectors, "tokenizer": core, "max_length": None, **options})
+
+
+@pytest.fixture(scope="module")
+def bytewise() -> StaticEmbedder:
+    return StaticEmbedder(byte_model())
+
+
+def total(embedder: StaticEmbedder, text: str) -> np.ndarray:
+    """The sum (D,) of the vectors of a text's words, before it is normalised."""
+    return embedder.sum_words(WORD.findall(text))
+
+
+# The static embedder
+
+
+@given(texts, st.lists(st.integers(0, 150), max_size=12))
+@example("a" * 100 + "é" * 50, [40, 41, 80, 120])  # words are at most 40 characters long
+@example("", [0])
+@quick
+def test_a_running_text_is_embedded_as_the_whole_however_it_is_cut(bytewise, text, cuts):
+    bounds = [0, *sorted(cuts), len(text)]
+    pieces = [text[start:end] for start, end in pairwise(bounds)]
+    track = bytewise.track(None)
+    for piece in pieces:
+        track.extend([piece])
+    np.testing.assert_allclose(track.snapshot(), total(bytewise, text), atol=1e-4)
+    at_once = bytewise.track(None)
+    at_once.extend(pieces)
+    vectors = bytewise.finish([track.snapshot(), at_once.snapshot()])
+    np.testing.assert_allclose(vectors, bytewise.encode([text] * 2), atol=1e-4)
+
+
+@given(pieces_of, st.integers(1, 5))
+@quick
+def test_a_window_holds_what_its_last_tokens_added(bytewise, pieces, window):
+    track = bytewise.track(window)
+    for number, piece in enumerate(pieces, 1):
+        track.extend([piece])
+        before, now = "".join(pieces[: max(0, number - window)]), "".join(pieces[:number])
+        np.testing.assert_allclose(track.snapshot(), total(bytewise, now) - total(bytewise, before), atol=1e-4)
+
+
+@given(pieces_of, st.integers(1, 5))
+@quick
+def test_a_window_does_not_depend_on_how_its_tokens_came(bytewise, pieces, window):
+    one_by_one, at_once = bytewise.track(window), bytewise.track(window)
+    for piece in pieces:
+        one_by_one.extend([piece])
+    at_once.extend(pieces)
+    np.testing.assert_array_equal(one_by_one.snapshot(), at_once.snapshot())
+
+
+def test_a_snapshot_does_not_move_with_the_text(bytewise):
+    track = bytewise.track(None)
+    track.extend(["one"])
+    before = track.snapshot()
+    kept = before.copy()
+    track.extend([" two three"])
+    np.testing.assert_array_equal(before, kept)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_an_append_costs_the_same_at_any_length(bytewise, monkeypatch, window):
+    summed: list[int] = []
+    tokenized: list[int] = []
+    embedder = StaticEmbedder(bytewise.model)
+    sum_words, tokenize = embedder.sum_words, bytewise.model.tokenize
+    monkeypatch.setattr(embedder, "sum_words", lambda words: summed.append(len(words)) or sum_words(words))
+    monkeypatch.setattr(bytewise.model, "tokenize", lambda words: tokenized.append(len(words)) or tokenize(words))
+    costs: list[tuple[int, int]] = []
+    for length in (10, 3000):
+        track = embedder.track(window)
+        track.extend([f"w{index} " for index in range(length)])
+        summed.clear()
+        tokenized.clear()
+        track.extend([f"new{length}"])
+        track.extend([", and"])
+        track.snapshot()
+        costs.append((sum(summed), sum(tokenized)))
+    assert costs[0][0] == costs[1][0] <= 5
+    assert costs[1][1] <= costs[0][1] <= 4
+
+
+def test_a_word_is_tokenised_once(bytewise, monkeypatch):
+    seen: list[str] = []
+    embedder, tokenize = StaticEmbedder(bytewise.model), bytewise.model.tokenize
+    monkeypatch.setattr(bytewise.model, "tokenize", lambda words: seen.extend(words) or tokenize(words))
+    embedder.encode(["the cell and the atom", "the atom"])
+    assert sorted(seen) == ["and", "atom", "cell", "the"]
+
+
+@pytest.mark.parametrize("cap", [1, 3, 4])
+def test_a_full_cache_changes_nothing(bytewise, monkeypatch, cap):
+    many = ["one two three", "two three four five", "six", "one two three four five six", ""]
+    expected = bytewise.encode(many)
+    monkeypatch.setattr("treadle.embed.MAX_CACHED_WORDS", cap)
+    embedder = StaticEmbedder(bytewise.model)
+    for _ in range(2):
+        np.testing.assert_array_equal(embedder.encode(many), expected)
+    track = embedder.track(None)
+    track.extend(["one two thr", "ee four ", "five", " six"])
+    np.testing.assert_allclose(embedder.finish([track.snapshot()])[0], expected[3], atol=1e-6)
+
+
+@given(st.lists(texts, max_size=4))
+@quick
+def test_vectors_are_of_length_one_and_zero_without_words(bytewise, many):
+    vectors = bytewise.encode(many)
+    assert vectors.shape == (len(many), 6)
+    assert vectors.dtype == np.float32
+    expected = [1.0 if text.strip() and WORD.search(text) else 0.0 for text in many]
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), expected, atol=1e-5)
+
+
+def test_it_is_what_model2vec_computes(embedder):
+    many = ["add three plus four", "the planet, the heat", "unheard"]
+    expected = embedder.model.encode(many, normalize=True)
+    np.testing.assert_allclose(embedder.encode(many), expected, atol=1e-6)
+
+
+def small_models() -> dict[str, StaticModel]:
+    """Models as people shrink them: fewer bits, fewer dimensions, fewer rows than tokens."""
+    vectors = byte_model().embedding
+    random = np.random.default_rng(1)
+    mapping, weights = random.integers(0, 40, len(vectors)), random.uniform(0.5, 2, len(vectors)).astype(np.float32)
+    return {
+        "int8": byte_model(vectors=np.clip(vectors * 30, -127, 127).astype(np.int8)),
+        "float16": byte_model(vectors=vectors.astype(np.float16)),
+        "quantised vocabulary": byte_model(vectors=vectors[:40], token_mapping=mapping, weights=weights),
+    }
+
+
+@pytest.mark.parametrize("model", small_models().values(), ids=small_models())
+def test_small_models_embed_as_model2vec_does_and_survive_saving(model, tmp_path):
+    embedder = StaticEmbedder(model)
+    vectors = embedder.encode(["the cell", "é漢字😀", ""])
+    rows = model.embedding.astype(np.float32)
+    for text, vector in zip(["thecell", "é漢字😀"], vectors[:2], strict=True):
+        (ids,) = model.tokenize([text])
+        picked = rows[ids] if model.token_mapping is None else rows[model.token_mapping[ids]]
+        expected = (picked if model.weights is None else picked * model.weights[ids, None]).sum(0)
+        np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-3)
+    assert embedder.save(tmp_path) == "embedder"
+    loaded = load_embedder(tmp_path / "embedder")
+    assert isinstance(loaded, StaticEmbedder)
+    assert loaded.id == embedder.id
+    assert loaded.model.embedding.dtype == model.embedding.dtype
+    np.testing.assert_array_equal(loaded.encode(["the cell", "é漢字😀", ""]), vectors)
+
+
+def test_other_vectors_have_another_id(bytewise):
+    vectors = bytewise.model.embedding.copy()
+    vectors[7, 3] += 1e-3
+    assert StaticEmbedder(byte_model(vectors=vectors)).id != bytewise.id
+    assert StaticEmbedder(byte_model()).id == bytewise.id
+
+
+# Loading
+
+
+def test_a_folder_that_is_missing_is_not_looked_up_on_the_hub(tmp_path):
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "../nowhere"):
+        with pytest.raises(OptionError, match="no such folder"):
+            load_embedder(name)
+
+
+def test_a_folder_that_holds_no_embedder_is_refused(tmp_path):
+    with pytest.raises(BundleError, match=r"config\.json cannot be read"):
+        load_embedder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BundleError, match=r"config\.json cannot be read"):
+        load_embedder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "model2vec"}))
+    with pytest.raises(ModelError, match=r"static embedder .* cannot be loaded"):
+        load_embedder(tmp_path)
+
+
+# The sentence embedder
+
+SENTENCE = "the cell add heat loop"
+LIMIT = 10
+"""Word pieces that the tiny model reads, of a maximum of 12."""
+
+
+@pytest.fixture(scope="module")
+def sentence_folder(tmp_path_factory) -> Path:
+    """A sentence-transformers model of one random layer that reads 12 word pieces, two of them its own."""
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    root = tmp_path_factory.mktemp("sentence")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *SENTENCE.split(), *letters, *(f"##{c}" for c in letters)]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(pieces), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(root / "bert")
+    BertTokenizerFast(vocab={piece: index for index, piece in enumerate(pieces)}).save_pretrained(root / "bert")
+    modules = [Transformer(str(root / "bert"), max_seq_length=LIMIT + 2), Pooling(16)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(root / "tiny"), create_model_card=False)
+    return root / "tiny"
+
+
+@pytest.fixture(scope="module")
+def sentences(sentence_folder) -> SentenceEmbedder:
+    embedder = load_embedder(sentence_folder)
+    assert isinstance(embedder, SentenceEmbedder)
+    return embedder
+
+
+def test_sentence_vectors_are_of_length_one(sentences):
+    vectors = sentences.encode([SENTENCE, "loop", SENTENCE])
+    assert vectors.shape == (3, 16)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-6)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    assert sentences.encode([]).shape == (0, 16)
+
+
+def test_of_a_long_text_the_last_pieces_count_and_it_says_so_once(sentence_folder, caplog):
+    embedder = load_embedder(sentence_folder)
+    tail = "the cell add heat loop the cell add heat loop"
+    with caplog.at_level(logging.WARNING, logger="treadle"):
+        short = embedder.encode([tail])
+        assert not caplog.records  # LIMIT pieces fit
+        long = embedder.encode(["heat heat heat " + tail, "loop " * 500 + tail])
+    np.testing.assert_allclose(long, np.repeat(short, 2, 0), atol=1e-6)
+    assert len(caplog.records) == 1
+    assert f"reads {LIMIT} word pieces; of longer texts it sees the last" in caplog.text
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_running_sentence_is_encoded_as_its_text(sentences, window):
+    pieces = ["the ", "ce", "ll", " add", " heat"]
+    track = sentences.track(window)
+    for number, piece in enumerate(pieces, 1):
+        track.extend([piece])
+        text = "".join(pieces[:number][-(window or number) :])
+        np.testing.assert_allclose(sentences.finish([track.snapshot()]), sentences.encode([text]), atol=1e-6)
+
+
+def test_all_rows_that_are_due_are_one_call(sentences, monkeypatch):
+    calls: list[int] = []
+    encode = sentences.model.encode
+    monkeypatch.setattr(sentences.model, "encode", lambda many, **o: calls.append(len(many)) or encode(many, **o))
+    tracks = [sentences.track(None) for _ in range(5)]
+    for track in tracks:
+        track.extend(["the ", "cell"])
+    sentences.finish([track.snapshot() for track in tracks])
+    assert calls == [5]
+
+
+def test_a_sentence_embedder_is_saved_into_the_bundle_and_keeps_its_id(sentences, tmp_path):
+    assert sentences.save(tmp_path) == "embedder"
+    loaded = load_embedder(tmp_path / "embedder")
+    assert loaded.id == sentences.id
+    np.testing.assert_allclose(loaded.encode([SENTENCE]), sentences.encode([SENTENCE]), atol=1e-6)
+
+
+def test_a_sentence_embedder_that_is_a_pickle_is_refused(sentences, sentence_folder, tmp_path):
+    shutil.copytree(sentence_folder, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(sentences.model[0].auto_model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*no file named model\.safetensors"):
+        load_embedder(tmp_path / "pickled")

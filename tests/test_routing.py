@@ -1,0 +1,352 @@
+"""The rules are pure functions of scores; weights are a pure function of the text so far."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import SAMPLES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from treadle.errors import AdapterError, OptionError
+from treadle.params import RoutingParams
+from treadle.routing import Router, apply_rule, boosted, decision_length, fit, softmax, top_k
+from treadle.text import Detokenizer
+
+quick = settings(max_examples=60, deadline=None)
+NAMES = tuple(SAMPLES)
+
+
+def scores(low: float = -20.0, high: float = 20.0, unique: bool = False) -> st.SearchStrategy:
+    """(B, N) float32."""
+    shapes = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6)
+    return hnp.arrays(np.float32, shapes, elements=st.floats(low, high, width=32), unique=unique)
+
+
+cosines = scores(-1.0, 1.0)
+RULES = {
+    "softmax": lambda s: softmax(s, 1.7),
+    "boosted": lambda s: boosted(s / 20),  # cosines
+    "top_k": lambda s: top_k(s, 2, 1.7),
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+# Laws of the rules
+
+
+@every_rule
+@given(scores())
+@quick
+def test_rows_are_not_negative_and_sum_to_one(rule, s):
+    weights = rule(s)
+    assert weights.dtype == np.float32
+    assert weights.shape == s.shape
+    assert (weights >= 0).all()
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+@every_rule
+@given(s=scores(unique=True), data=st.data())
+@quick
+def test_adapters_in_another_order_get_the_same_weights(rule, s, data):
+    order = data.draw(st.permutations(range(s.shape[1])))
+    np.testing.assert_allclose(rule(s[:, order]), rule(s)[:, order], atol=1e-6)
+
+
+@every_rule
+@given(scores())
+@quick
+def test_a_batch_is_its_rows(rule, s):
+    np.testing.assert_allclose(rule(s), np.stack([rule(row) for row in s]), atol=1e-6)
+    np.testing.assert_allclose(rule(s[None]), rule(s)[None], atol=1e-6)
+
+
+@every_rule
+@given(scores(unique=True))
+@quick
+def test_a_higher_score_never_gets_a_lower_weight(rule, s):
+    ordered = np.take_along_axis(rule(s), s.argsort(-1), -1)
+    assert (np.diff(ordered) >= 0).all()
+
+
+@given(scores(unique=True), st.integers(1, 8))
+@quick
+def test_top_k_keeps_the_k_largest(s, k):
+    kept = top_k(s, k) > 0
+    assert (kept.sum(-1) == min(k, s.shape[1])).all()
+    assert (np.where(kept, s, np.inf).min(-1) >= np.where(kept, -np.inf, s).max(-1)).all()
+
+
+def test_top_k_gives_ties_to_the_earlier_adapter():
+    np.testing.assert_array_equal(top_k(np.float32([1, 1, 1]), 2), np.float32([0.5, 0.5, 0]))
+
+
+@given(scores(), st.integers(-50, 50))
+@quick
+def test_softmax_ignores_a_shift(s, shift):
+    np.testing.assert_allclose(softmax(s + np.float32(shift), 2.0), softmax(s, 2.0), atol=1e-5)
+
+
+def test_softmax_of_minus_infinity_is_zero():
+    np.testing.assert_array_equal(softmax(np.float32([[0, -np.inf], [-np.inf, -np.inf]])), [[1, 0], [0, 0]])
+
+
+def test_boosted_is_the_papers_softmax():
+    # 4 * 0.5 = 2: exp(2), exp(0.25), exp(0) are 7.389056, 1.284025, 1, together 9.673081
+    expected = [0.763878, 0.132742, 0.103380]
+    np.testing.assert_allclose(boosted(np.float32([0.5, 0.25, 0])), expected, atol=1e-6)
+    fixed = np.float32([0.31, 0.62, 0.18, 0.44])
+    raised = np.exp(fixed * [1, 4, 1, 1])
+    np.testing.assert_allclose(boosted(fixed, 4.0), raised / raised.sum(), atol=1e-6)
+
+
+def test_boosted_divides_a_negative_largest_cosine():
+    raised = np.exp([-0.2 / 4, -0.4])
+    np.testing.assert_allclose(boosted(np.float32([-0.2, -0.4])), raised / raised.sum(), atol=1e-6)
+
+
+@given(cosines, st.floats(1.0, 16.0, width=32))
+@quick
+def test_boosting_never_lowers_the_nearest(s, boost):
+    nearest = s.argmax(-1)[:, None]
+    lifted, plain = (np.take_along_axis(w, nearest, -1) for w in (boosted(s, boost), softmax(s)))
+    assert (lifted >= plain - 1e-6).all()
+    apart = (np.abs(s.max(-1)) > 0.1) & (s.shape[1] > 1) & (boost > 1.5)
+    assert (lifted > plain)[apart].all()
+
+
+@given(scores(-1.0, 1.0), st.sampled_from(["softmax", "boosted", "top_k"]))
+@quick
+def test_unit_scale_gives_the_nearest_the_weight_one_and_keeps_ratios(s, rule):
+    params = RoutingParams(score="cosine", rule=rule, temperature=0.5)
+    plain, scaled = apply_rule(s, params), apply_rule(s, replace(params, unit_scale=True))
+    np.testing.assert_array_equal(scaled.max(-1), 1)
+    np.testing.assert_allclose(scaled * plain.max(-1, keepdims=True), plain, atol=1e-6)
+
+
+@given(scores(-1.0, 1.0), st.floats(-1, 1, width=32), st.sampled_from(["softmax", "boosted", "top_k"]), st.booleans())
+@quick
+def test_below_the_floor_is_zero_and_where_all_are_the_base_answers(s, floor, rule, unit_scale):
+    params = RoutingParams(score="cosine", rule=rule, floor=floor, unit_scale=unit_scale, temperature=0.5)
+    weights = apply_rule(s, params)
+    assert (weights[s < floor] == 0).all()
+    answered = (s >= floor).any(-1)
+    total = weights.max(-1) if unit_scale else weights.sum(-1)
+    np.testing.assert_allclose(total, answered, atol=1e-5)
+
+
+@pytest.mark.parametrize(("score", "temperature"), [("lda", 2.4), ("cosine", 0.05), ("centred", 0.05)])
+def test_the_default_temperature_depends_on_the_score(score, temperature):
+    s = np.float32([0.1, 0.3, -0.2])
+    np.testing.assert_array_equal(apply_rule(s, RoutingParams(score=score)), softmax(s, temperature))
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "cosin"}, "unknown score 'cosin'. Did you mean 'cosine'?"),
+        ({"rule": "hard"}, "unknown rule 'hard'"),
+        ({"combine": "cat"}, "unknown combine 'cat'. Allowed: sum, linear, paper."),
+        ({"prefill": "all"}, "unknown prefill"),
+        ({"past": "forget"}, "unknown past"),
+        ({"boost": 0.0}, "boost must be a number above 0, not 0.0"),
+        ({"boost": None}, "boost must be a number above 0, not None"),
+        ({"boost": "4"}, "boost must be a number above 0, not '4'"),
+        ({"temperature": -1.0}, "temperature must be a number above 0, or none, not -1.0"),
+        ({"temperature": float("nan")}, "temperature must be a number above 0, or none, not nan"),
+        ({"temperature": float("inf")}, "temperature must be a number above 0, or none, not inf"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, not 0"),
+        ({"top_k": None}, "top_k must be a whole number of at least 1, not None"),
+        ({"every": 0}, "every must be a whole number of at least 1, or none, not 0"),
+        ({"every": 1.5}, "every must be a whole number of at least 1, or none, not 1.5"),
+        ({"window": -3}, "window must be a whole number of at least 1, or none, not -3"),
+        ({"floor": float("nan")}, "floor must be a finite score, or none, not nan"),
+        ({"rule": "fixed", "fixed": {"math": -1.0}}, "fixed weight of 'math' must be finite and not negative"),
+        ({"rule": "fixed", "fixed": {"math": float("inf")}}, "fixed weight of 'math'"),
+        ({"rule": "boosted"}, "rule boosted multiplies a cosine; with score lda use rule softmax"),
+        ({"rule": "fixed"}, "rule fixed and fixed weights go together"),
+        ({"fixed": {"math": 1.0}}, "rule fixed and fixed weights go together"),
+        ({"prefill": "causal", "every": None}, "prefill causal decides in blocks of `every` tokens"),
+        ({"prefill": "causal", "past": "recompute"}, "it cannot be causal"),
+    ],
+)
+def test_params_refuse(options, message):
+    with pytest.raises(OptionError) as caught:
+        RoutingParams(**options)
+    assert message in str(caught.value)
+
+
+def test_params_report_all_problems_at_once():
+    with pytest.raises(OptionError) as caught:
+        RoutingParams(score="l", boost=-1.0, every=0, floor=float("inf"), fixed={"math": -1.0})
+    message = str(caught.value)
+    for part in ("unknown score", "boost must", "every must", "floor must", "weight of 'math'", "go together"):
+        assert part in message
+    assert message.count("\n  - ") == 6
+
+
+def test_named_params_are_what_their_names_say():
+    paper = RoutingParams.paper()
+    assert (paper.score, paper.rule, paper.boost, paper.every) == ("cosine", "boosted", 4.0, 2)
+    assert (paper.past, paper.combine, paper.window, paper.unit_scale) == ("recompute", "paper", None, False)
+    assert RoutingParams.base().fixed == {}
+    assert RoutingParams.one("math").fixed == {"math": 1.0}
+    assert RoutingParams.uniform(NAMES).fixed == dict.fromkeys(NAMES, 1 / 3)
+
+
+def test_fixed_weights_are_copied():
+    given_weights = {"math": 1.0}
+    params = RoutingParams(rule="fixed", fixed=given_weights)
+    given_weights["math"] = 5.0
+    assert params.fixed == {"math": 1.0}
+
+
+# When weights are decided, and from how much of the text
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),  # lengths for positions 0..9 of a text whose prompt has 4 tokens
+    [
+        (RoutingParams(every=1), [4, 4, 4, 4, 5, 6, 7, 8, 9, 10]),
+        (RoutingParams(every=2), [4, 4, 4, 4, 4, 6, 6, 8, 8, 10]),
+        (RoutingParams(every=3), [4, 4, 4, 4, 4, 4, 7, 7, 7, 10]),
+        (RoutingParams(every=2, window=1), [4, 4, 4, 4, 4, 6, 6, 8, 8, 10]),  # a window moves the start, not the end
+        (RoutingParams(every=2, past="recompute"), [4, 4, 4, 4, 4, 6, 6, 8, 8, 10]),
+        (RoutingParams(every=None), [4] * 10),
+        (RoutingParams(every=1, prefill="causal"), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (RoutingParams(every=3, prefill="causal"), [1, 1, 1, 4, 4, 4, 7, 7, 7, 10]),
+        (RoutingParams.base(), [0] * 10),
+    ],
+)
+def test_weights_are_decided_from(params, expected):
+    assert [decision_length(position, 4, params) for position in range(10)] == expected
+
+
+every = st.integers(1, 5)
+when = st.one_of(
+    st.builds(RoutingParams, every=st.none() | every), st.builds(RoutingParams, every=every, prefill=st.just("causal"))
+)
+
+
+@given(when, st.integers(1, 12))
+@quick
+def test_weights_never_see_the_future_and_never_forget(params, prompt_tokens):
+    lengths = [decision_length(position, prompt_tokens, params) for position in range(40)]
+    for position, length in enumerate(lengths):
+        whole_prompt = params.prefill == "prompt" and position < prompt_tokens
+        assert 1 <= length <= (prompt_tokens if whole_prompt else position + 1)
+    assert lengths == sorted(lengths)
+    if params.every:  # nor do they lag behind by a block
+        assert all(position + 1 - length < params.every for position, length in enumerate(lengths))
+
+
+@given(every, st.integers(0, 40), st.integers(1, 12), st.integers(1, 12))
+@quick
+def test_causal_weights_do_not_depend_on_where_the_prompt_ends(k, position, one, other):
+    params = RoutingParams(every=k, prefill="causal")
+    assert decision_length(position, one, params) == decision_length(position, other, params)
+
+
+# The router
+
+
+@pytest.fixture(scope="module")
+def routed(embedder) -> Router:
+    return fit(SAMPLES, embedder)
+
+
+def test_fit_knows_its_own_samples(routed):
+    for index, texts in enumerate(SAMPLES.values()):
+        weights = routed.weights(texts)
+        assert weights.shape == (len(texts), 3)
+        assert weights.dtype == np.float32
+        assert (weights.argmax(-1) == index).all()
+        assert (routed.scores(texts).argmax(-1) == index).all()
+
+
+def test_weights_of_texts_are_the_rule_of_the_scores_of_their_embeddings(routed):
+    texts = ["add three", "the planet loop", ""]
+    for score in ("cosine", "centred", "lda"):
+        params = RoutingParams(score=score, rule="top_k", temperature=0.7)
+        embeddings = routed.embedder.encode(texts)
+        expected = apply_rule(routed.centroids.score(embeddings, score), params)
+        np.testing.assert_array_equal(routed.weights(texts, params), expected)
+        np.testing.assert_array_equal(routed.weigh(embeddings, params), expected)
+
+
+def test_fixed_weights_follow_the_routers_order(routed):
+    params = RoutingParams(rule="fixed", fixed={"code": 0.25, "math": 2.0})
+    np.testing.assert_array_equal(routed.weights(["any", "text"], params), [[2, 0, 0.25]] * 2)
+    np.testing.assert_array_equal(routed.trace(["any", " text"], 1, params), [[2, 0, 0.25]] * 2)
+    np.testing.assert_array_equal(routed.weights(["any"], RoutingParams.base()), [[0, 0, 0]])
+    np.testing.assert_array_equal(routed.weights(["any"], RoutingParams.one("science")), [[0, 1, 0]])
+    np.testing.assert_allclose(routed.weights(["any"], RoutingParams.uniform(NAMES)), [[1 / 3] * 3])
+
+
+def test_an_unknown_name_in_fixed_weights_is_named_with_the_nearest(routed):
+    with pytest.raises(AdapterError, match=r"unknown adapter 'maths'\. Did you mean 'math'\? Allowed: math, science"):
+        routed.weights(["any"], RoutingParams.one("maths"))
+    with pytest.raises(AdapterError, match=r"(?s)'maths'.*'cod'"):
+        routed.weights([], RoutingParams(rule="fixed", fixed={"maths": 1.0, "cod": 1.0}))
+
+
+def test_a_router_refuses_another_embedder(routed):
+    foreign = replace(routed.centroids, embedder_id="static:other")
+    with pytest.raises(OptionError, match=r"made by the embedder 'static:other', not 'static:\w+'; fit them again"):
+        Router(foreign, routed.embedder)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({}, "needs sample texts of at least one adapter"),
+        ({"math": "one text"}, "samples of 'math' are one text; give a list"),
+        ({"math": ["one"], "code": []}, "adapter 'code' has no sample texts"),
+    ],
+)
+def test_fit_refuses(embedder, samples, message):
+    with pytest.raises(OptionError, match=message):
+        fit(samples, embedder)
+
+
+running = st.lists(
+    st.sampled_from(["add ", "three", "cell", "atom", " def", "loop ", "é", "😀", "x", " ", ","]), min_size=3
+)
+routing = st.one_of(
+    st.builds(RoutingParams, every=st.none() | every, window=st.none() | st.integers(1, 4)),
+    st.builds(RoutingParams, every=every, prefill=st.just("causal"), window=st.none() | st.integers(1, 4)),
+    st.just(RoutingParams.paper()),
+)
+
+
+@given(words=running, params=routing, data=st.data())
+@quick
+def test_a_trace_is_routing_step_by_step(routed, tokenizer, words, params, data):
+    text = Detokenizer(tokenizer)
+    pieces = [text.push(token_id) for token_id in tokenizer("".join(words)).input_ids]  # characters span tokens
+    prompt_tokens = data.draw(st.integers(1, len(pieces)))
+    trace = routed.trace(pieces, prompt_tokens, params)
+    assert trace.shape == (len(pieces), 3)
+
+    track = routed.embedder.track(params.window)
+    read = 0
+    for position, weights in enumerate(trace):
+        length = decision_length(position, prompt_tokens, params)
+        for piece in pieces[read:length]:
+            track.extend([piece])
+        read = length
+        stepwise = routed.weigh(routed.embedder.finish([track.snapshot()]), params)[0]
+        np.testing.assert_allclose(weights, stepwise, atol=1e-5)
+        if params.window is None:
+            np.testing.assert_allclose(weights, routed.weights(["".join(pieces[:length])], params)[0], atol=1e-4)
+
+
+def test_no_adapters_no_weights(routed):
+    bare = replace(routed, centroids=routed.centroids.empty(routed.embedder.id, routed.embedder.dim))
+    for score in ("cosine", "centred", "lda"):
+        assert bare.weights(["any", "text"], RoutingParams(score=score)).shape == (2, 0)

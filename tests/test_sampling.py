@@ -1,0 +1,158 @@
+"""Each row is sampled by its own options and its own random stream."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treadle.errors import OptionError
+from treadle.params import SamplingParams
+from treadle.sampling import new_generator, sample, truncate
+
+quick = settings(max_examples=60, deadline=None)
+CPU = torch.device("cpu")
+GREEDY = SamplingParams()
+
+
+def logits_of(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def draws(logits: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
+    """Tokens that one row's stream gives in turn for the same logits (V,)."""
+    generator = new_generator(params, CPU)
+    return [sample(logits[None], [params], [generator])[0][0] for _ in range(count)]
+
+
+@given(st.integers(0, 99), st.integers(1, 5))
+@quick
+def test_greedy_is_the_most_probable_token_and_its_log_probability(seed, rows):
+    logits = logits_of(seed, rows, 11)
+    tokens, logprobs = sample(logits, [GREEDY] * rows, [None] * rows)
+    assert tokens == logits.argmax(-1).tolist()
+    assert all(isinstance(token, int) for token in tokens)
+    np.testing.assert_allclose(logprobs, torch.log_softmax(logits, -1).max(-1).values, atol=1e-5)
+
+
+@given(st.integers(0, 99), st.floats(0.2, 3), st.integers(0, 5), st.floats(0.1, 1))
+@quick
+def test_log_probabilities_are_the_models_own_whatever_the_options(seed, temperature, top_k, top_p):
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    logits = logits_of(seed, 2, 11)
+    tokens, logprobs = sample(logits, [params] * 2, [new_generator(params, CPU) for _ in range(2)])
+    assert tokens[0] in torch.isfinite(truncate(logits[0] / temperature, params)).nonzero()
+    np.testing.assert_allclose(logprobs, torch.log_softmax(logits, -1)[range(2), tokens], atol=1e-5)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.7, 1.5]), st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=5)
+)
+@quick
+def test_a_batch_is_its_rows(drawn):
+    options = [SamplingParams(temperature=t, top_k=k, seed=seed) for t, k, seed in drawn]
+    logits = logits_of(1, len(options), 11)
+    together = sample(logits, options, [new_generator(params, CPU) for params in options])
+    alone = [
+        sample(logits[row : row + 1], [params], [new_generator(params, CPU)]) for row, params in enumerate(options)
+    ]
+    assert together[0] == [tokens[0] for tokens, _ in alone]
+    np.testing.assert_allclose(together[1], [logprobs[0] for _, logprobs in alone], atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
+    logits, params = logits_of(0, 50) / 3, SamplingParams(temperature=1.0, seed=5)
+    assert draws(logits, params, 20) == draws(logits, params, 20)
+    assert draws(logits, params, 20) != draws(logits, SamplingParams(temperature=1.0, seed=6), 20)
+
+
+def test_without_a_seed_every_stream_is_fresh():
+    logits, params = logits_of(0, 50) / 3, SamplingParams(temperature=1.0)
+    assert draws(logits, params, 20) != draws(logits, params, 20)
+
+
+def test_a_greedy_row_needs_no_random_stream():
+    assert new_generator(GREEDY, CPU) is None
+    assert new_generator(SamplingParams(temperature=0.1), CPU) is not None
+
+
+def test_tokens_come_as_often_as_their_probability_says():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    tokens = draws(probabilities.log(), SamplingParams(temperature=1.0, seed=0), 2000)
+    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 2000, probabilities, atol=0.04)
+    squared = probabilities**2 / (probabilities**2).sum()
+    tokens = draws(probabilities.log(), SamplingParams(temperature=0.5, seed=0), 2000)
+    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 2000, squared, atol=0.04)
+
+
+# What top_k and top_p leave out
+
+
+@given(st.integers(0, 999), st.integers(0, 14))
+@quick
+def test_top_k_keeps_the_k_most_probable(seed, k):
+    logits = logits_of(seed, 11)
+    kept = truncate(logits, SamplingParams(temperature=1.0, top_k=k))
+    expected = set(sorted(range(11), key=lambda token: -logits[token])[: k or 11])
+    assert set(torch.isfinite(kept).nonzero().flatten().tolist()) == expected
+    assert torch.equal(kept[sorted(expected)], logits[sorted(expected)])
+
+
+@given(st.integers(0, 999), st.floats(0.01, 1), st.integers(0, 8))
+@quick
+def test_top_p_keeps_the_smallest_set_with_that_mass(seed, top_p, k):
+    logits = logits_of(seed, 11)
+    kept = torch.isfinite(truncate(logits, SamplingParams(temperature=1.0, top_p=top_p, top_k=k)))
+    order = logits.argsort(descending=True)
+    count = int(kept.sum())
+    assert kept[order[:count]].all()  # the most probable ones
+    probabilities = torch.softmax(logits[order[: k or 11]].double(), -1)  # of what top_k has left
+    mass = probabilities.cumsum(-1)
+    assert mass[count - 1] >= top_p - 1e-5
+    assert count == 1 or mass[count - 2] < top_p + 1e-5
+
+
+def test_the_most_probable_token_always_stays():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    for params in (SamplingParams(top_p=1e-9), SamplingParams(top_k=1), SamplingParams(top_p=1e-9, top_k=2)):
+        assert torch.isfinite(truncate(logits, params)).tolist() == [False, True, False]
+
+
+@given(st.integers(0, 99))
+@quick
+def test_top_k_of_one_is_greedy(seed):
+    logits = logits_of(seed, 11)
+    assert draws(logits, SamplingParams(temperature=5.0, top_k=1, seed=seed), 3) == [int(logits.argmax())] * 3
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be a finite number of at least 0, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a finite number of at least 0, not nan"),
+        ({"temperature": float("inf")}, "temperature must be a finite number of at least 0, not inf"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
+        ({"top_k": -1}, "top_k must be at least 0, not -1"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        ({"stop": ("a", "")}, "a stop string is empty"),
+        ({"stop": ""}, "a stop string is empty"),
+    ],
+)
+def test_params_refuse(options, message):
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(**options)
+    assert message in str(caught.value)
+
+
+def test_params_report_all_problems_at_once():
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(temperature=-1.0, top_p=2.0, top_k=-1, max_tokens=0, stop=("",))
+    assert str(caught.value).count("\n  - ") == 5
+
+
+def test_one_stop_string_is_a_tuple_of_one():
+    assert SamplingParams(stop="END").stop == ("END",)
