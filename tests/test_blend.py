@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RANKS, SAMPLES, TARGETS, save_adapter, tiny_llama
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
@@ -15,6 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from treadle.adapters import Adapter, LoraPair, read_adapter
 from treadle.blend import Blend, attach
 from treadle.errors import AdapterError, OptionError
+
+from conftest import RANKS, SAMPLES, TARGETS, save_adapter, tiny_llama
 
 NAMES = tuple(SAMPLES)
 IDS = torch.tensor([[5, 17, 40, 99, 3, 250, 61], [8, 1, 77, 120, 200, 33, 90], [61, 9, 9, 30, 2, 111, 4]])  # (B, T)
@@ -416,8 +417,11 @@ def test_added_and_removed_adapters_are_the_set_attached_from_the_start(unequal:
     math, science, code = unequal
     model, fresh = calm_llama(), calm_llama()
     blend, reference = attach(model, [math]), attach(fresh, [code, math])
+    blend.set_weights([0.7])
     blend.add(science, code)
     assert blend.names == NAMES
+    assert torch.equal(logits(model), logits(fresh)), "weights of the adapters before are still in force"
+    blend.set_weights([0.1, 0.2, 0.3])
     blend.remove("science")
     blend.remove("math")
     blend.add(math)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, SAMPLES, edit_config, save_adapter, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -24,6 +23,8 @@ from treadle.errors import BundleError
 from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import fit
+
+from conftest import BASE, SAMPLES, edit_config, save_adapter, tiny_llama
 
 TEXTS = ["add three", "the planet loop", "def", ""]
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treadle.centroids import SHRINKAGE, Centroids, log_softmax
 from treadle.errors import AdapterError, OptionError
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def samples(seed: int, counts: tuple[int, ...] = (5, 8, 3), dim: int = 6) -> dict[str, np.ndarray]:

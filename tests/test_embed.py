@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from model2vec import StaticModel
 
 from treadle.embed import WORD, SentenceEmbedder, StaticEmbedder, load_embedder
 from treadle.errors import BundleError, ModelError, OptionError
 
-quick = settings(max_examples=80, deadline=None)
+from conftest import byte_tokenizer
+
+quick = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LETTERS = "ab é漢字😀ñ\u0301_1.,-\n\ufffd"
 texts = st.text(max_size=60) | st.text(alphabet=LETTERS, max_size=150)
 pieces_of = st.lists(st.text(max_size=8) | st.text(alphabet=LETTERS, max_size=50), max_size=8)

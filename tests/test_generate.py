@@ -4,13 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES, save_adapter, tiny_llama
 
 from treadle.errors import AdapterError, OptionError, TreadleError
 from treadle.generate import Completion, Engine
 from treadle.params import RoutingParams, SamplingParams
-from treadle.score import trace_weights
+from treadle.score import score_ids, trace_weights
 from treadle.text import prompt_ids
+
+from conftest import SAMPLES, save_adapter, tiny_llama
 
 PROMPTS = ["add three plus four", "the planet", "def loop return list of the cell, and then some more text"]
 GREEDY = SamplingParams(max_tokens=20)

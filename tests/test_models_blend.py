@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import save_adapter
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
+
+from conftest import save_adapter
 
 IDS = torch.tensor([[5, 17, 40, 99, 3, 250, 61], [8, 1, 77, 120, 200, 33, 90]])  # (B, T)
 SIZES = {

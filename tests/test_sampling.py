@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import OptionError
 from treadle.params import SamplingParams
 from treadle.sampling import new_generator, sample, truncate
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CPU = torch.device("cpu")
 GREEDY = SamplingParams()
 
@@ -131,9 +131,9 @@ def test_top_k_of_one_is_greedy(seed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be a finite number of at least 0, not -0.1"),
-        ({"temperature": float("nan")}, "temperature must be a finite number of at least 0, not nan"),
-        ({"temperature": float("inf")}, "temperature must be a finite number of at least 0, not inf"),
+        ({"temperature": -0.1}, "temperature must be 0 (greedy) or finite and at least 0.001, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 (greedy) or finite and at least 0.001, not nan"),
+        ({"temperature": float("inf")}, "temperature must be 0 (greedy) or finite and at least 0.001, not inf"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
         ({"top_k": -1}, "top_k must be at least 0, not -1"),

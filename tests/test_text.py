@@ -1,8 +1,7 @@
 """Text that grows token by token joins to the whole; stop strings cut it at the same place however it is cut."""
 
 import pytest
-from conftest import byte_tokenizer
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -10,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from treadle.errors import ModelError, OptionError
 from treadle.text import Detokenizer, StopStrings, completion_ids, prompt_ids
 
-quick = settings(max_examples=150, deadline=None)
+from conftest import byte_tokenizer
+
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 texts = st.text(max_size=30) | st.text(alphabet="aé€😀漢\u0301\ufffd \n", max_size=20)
 
 
@@ -147,7 +148,7 @@ def expected(stops: tuple[str, ...], text: str) -> tuple[str, bool]:
 )
 @example(stops=("abcab", "ca"), pieces=["abca", "b"])  # one inside the other: the first to end
 @example(stops=("aab",), pieces=["a", "a", "a", "b"])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_cut_stops_at_the_same_place(stops, pieces):
     text = "".join(pieces)
     assert stopped(stops, pieces) == stopped(stops, [text]) == stopped(stops, list(text)) == expected(stops, text)

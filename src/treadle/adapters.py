@@ -150,6 +150,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise AdapterError(f"adapter {name!r}: {file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"adapter {name!r}: {file} does not hold an object.")
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise AdapterError(f"adapter {name!r}: its peft_type is {kind}; only LORA can be blended.")
     if malformed := list(_malformed_fields(config)):
         raise AdapterError(problem_list(f"adapter {name!r}: {file} is malformed:", malformed))
     return config
@@ -186,10 +188,7 @@ def _is_expression(value: Any) -> bool:
 
 
 def _config_problems(config: dict[str, Any]) -> Iterator[str]:
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        yield f"its peft_type is {kind}; only LORA can be blended"
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         yield f"bias={config['bias']!r}: it trains biases of the base model, which cannot be blended"
     yield from (f"{key}: {why}" for key, why in REFUSED_FEATURES.items() if config.get(key))
     init = config.get("init_lora_weights")

@@ -8,6 +8,7 @@ computed once a step and shared by all modules of the same layout. Base weights 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, get_args
 
 import numpy as np
@@ -76,7 +77,9 @@ class BlendedLinear(nn.Module):
 
     def stack(self, pairs: Sequence[LoraPair], slot: int) -> None:
         """Lay out the factors of all adapters: `a` (R, in) and `b_t` (R, out); `slot` is the key of their gates."""
-        device = next(self.base.parameters()).device
+        device = next(
+            chain(self.base.parameters(), self.base.buffers())
+        ).device  # some quantised layers have buffers only
         a, b = torch.cat([pair.a for pair in pairs], 0), torch.cat([pair.b for pair in pairs], 1)
         self.register_buffer("a", a.to(device, self.dtype), persistent=False)
         self.register_buffer("b_t", b.t().contiguous().to(device, self.dtype), persistent=False)
@@ -136,13 +139,14 @@ class Blend:
             weights: (N,), (B, N) or (B|1, T|1, N), not negative; None = the base model alone, bit for bit.
             combine: one combine, or one a row; None takes the one given to `attach`.
         """
-        before = dict(self._gates)
+        before, layouts = dict(self._gates), self._layouts
         self.set_weights(weights, combine)
         try:
             yield
         finally:
             self._gates.clear()
-            self._gates.update(before)
+            if self._layouts is layouts:  # adapters that came or went inside have other gates
+                self._gates.update(before)
 
     def set_weights(self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None) -> None:
         """Set the weights of the forward passes that follow; arguments as in `using`; on an error nothing changes."""

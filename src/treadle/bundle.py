@@ -135,12 +135,24 @@ def save_bundle(
     whole = folder.absolute()  # "." has no name
     part = whole.with_name(whole.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(part, base, {name: Path(source) for name, source in adapters.items()}, router, samples or {})
+        _replace(folder, part)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _write(
+    part: Path, base: str, adapters: Mapping[str, Path], router: Router, samples: Mapping[str, Sequence[str]]
+) -> None:
+    """Write all files of a bundle into the new folder `part`."""
     part.mkdir(parents=True)
     for name in router.names:
         target = part / "adapters" / name
         target.mkdir(parents=True)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(Path(adapters[name]) / file, target / file)
+            shutil.copyfile(adapters[name] / file, target / file)
     _write_centroids(part / CENTROIDS_FILE, router.centroids)
     if samples:
         _write_json(part / SAMPLES_FILE, {name: list(texts) for name, texts in samples.items()})
@@ -156,8 +168,6 @@ def save_bundle(
         "routing": asdict(router.params),
     }
     _write_json(part / BUNDLE_FILE, document)
-    _replace(folder, part)
-    return folder
 
 
 def _replace(folder: Path, part: Path) -> None:
@@ -169,7 +179,6 @@ def _replace(folder: Path, part: Path) -> None:
         shutil.rmtree(folder / entry, ignore_errors=True)
     for entry in sorted(part.iterdir(), key=lambda entry: entry.name == BUNDLE_FILE):  # bundle.json last
         entry.rename(folder / entry.name)
-    part.rmdir()
 
 
 def _read_document(folder: Path) -> dict[str, Any]:

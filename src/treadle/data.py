@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from treadle.errors import DataError, problem_list
+from treadle.errors import DataError, OptionError, problem_list
 from treadle.tasks import Example, get_task
 
 MAX_REPORTED = 10
@@ -33,6 +33,8 @@ def load_examples(
     Raises:
         DataError: the source cannot be read, or rows lack fields (the first ten are listed).
     """
+    if limit is not None and limit < 1:
+        raise OptionError(f"limit must be at least 1, or none, not {limit}")
     rows = list(read_rows(source))
     examples: list[Example] = []
     problems: list[str] = []

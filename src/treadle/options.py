@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import field, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from treadle.errors import OptionError, unknown_name
+from treadle.errors import OptionError, problem_list, unknown_name
 
 Value = TypeVar("Value")
 
@@ -23,19 +23,27 @@ def meanings(options: type) -> dict[str, str]:
 def read_options(options: type[Value], given: Mapping[str, Any], *, onto: Value | None = None) -> Value:
     """Return the dataclass `options` with the fields of `given`, over those of `onto` or the defaults.
 
-    Values may be text, as a command line or a file gives them (`"none"`, `"true"`, `"a,b"`, `"math=0.7,code=0.3"`).
+    Values may be text, as a command line or a file gives them (`"none"`, `"true"`, `"math=0.7,code=0.3"`).
 
     Raises:
         OptionError: a field does not exist, a value has the wrong type, or the dataclass refuses it.
     """
     hints = get_type_hints(options)
     names = [entry.name for entry in fields(cast(Any, options))]
-    for name in given:
-        if name not in names:
-            raise OptionError(unknown_name("option", name, names))
     values = {name: getattr(onto, name) for name in names} if onto is not None else {}
-    values |= {name: parse(hints[name], value, name) for name, value in given.items()}
+    problems: list[str] = []
+    for name, value in given.items():
+        try:
+            values[name] = parse(hints[name], value, name) if name in names else _refuse(name, names)
+        except OptionError as error:
+            problems.append(str(error))
+    if problems:
+        raise OptionError(problems[0] if len(problems) == 1 else problem_list("options:", problems))
     return options(**values)
+
+
+def _refuse(name: str, names: list[str]) -> NoReturn:
+    raise OptionError(unknown_name("option", name, names))
 
 
 def parse(kind: Any, value: Any, name: str) -> Any:
@@ -61,7 +69,7 @@ def parse(kind: Any, value: Any, name: str) -> Any:
 def _described(kind: Any) -> str:
     origin = get_origin(kind) or kind
     if origin is tuple:
-        return "names, separated by commas"
+        return "a text or a list of texts"
     return getattr(origin, "__name__", str(kind)) if get_origin(kind) is None else "name=number pairs"
 
 
@@ -94,7 +102,7 @@ def _str(value: Any) -> str | None:
 
 def _names(value: Any) -> tuple[str, ...] | None:
     if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
+        value = [value]  # one entry: a stop string may hold commas and spaces
     return tuple(value) if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else None
 
 

@@ -18,6 +18,9 @@ Combine = Literal["sum", "linear", "paper"]
 DEFAULT_TEMPERATURE: dict[Score, float] = {"lda": 2.4, "cosine": 0.05, "centred": 0.05}
 """Log-posteriors are overconfident, cosines lie close together: for `lda`, the least log-loss on held-out prompts."""
 
+SMALLEST = 1e-6
+"""Of a boost or temperature; below, scores divided by it overflow."""
+
 
 @dataclass(frozen=True)
 class RoutingParams:
@@ -62,9 +65,9 @@ class RoutingParams:
             name: value for name, value in vars(self).items() if value is not None or name not in or_none
         }
         problems = [
-            f"{name} must be a number above 0{or_none.get(name, '')}, not {given[name]!r}"
+            f"{name} must be a finite number of at least {SMALLEST}{or_none.get(name, '')}, not {given[name]!r}"
             for name in ("boost", "temperature")
-            if name in given and not (isinstance(given[name], int | float) and 0 < given[name] < float("inf"))
+            if name in given and not (isinstance(given[name], int | float) and SMALLEST <= given[name] < float("inf"))
         ]
         problems += [
             f"{name} must be a whole number of at least 1{or_none.get(name, '')}, not {given[name]!r}"
@@ -127,8 +130,8 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         problems: list[str] = []
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
+        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):
+            problems.append(f"temperature must be 0 (greedy) or finite and at least 0.001, not {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
         if self.top_k < 0:
@@ -137,5 +140,7 @@ class SamplingParams:
             problems.append(f"max_tokens must be at least 1, not {self.max_tokens!r}")
         if "" in self.stop:
             problems.append("a stop string is empty")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            problems.append(f"seed must be at least 0 and below 2**63, or none, not {self.seed!r}")
         if problems:
             raise OptionError(problem_list("sampling options:", problems))

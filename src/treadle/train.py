@@ -40,7 +40,8 @@ class TrainParams:
     seed: int = option(0, "of the order, the joining and the first factors")
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check every field; a target may name several modules, separated by commas."""
+        object.__setattr__(self, "targets", tuple(name for each in self.targets for name in each.split(",") if name))
         problems = [
             f"{name} must be positive, not {getattr(self, name)}"
             for name in ("rank", "alpha", "learning_rate", "steps", "batch_size", "max_tokens")

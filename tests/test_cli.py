@@ -1,0 +1,169 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from treadle.bundle import save_bundle
+from treadle.routing import fit
+
+from conftest import BASE, SAMPLES, byte_tokenizer, tiny_llama
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, adapter_folders: dict[str, Path], embedder: object) -> Path:
+    tiny_llama().save_pretrained(tmp_path / BASE)
+    byte_tokenizer().save_pretrained(tmp_path / BASE)
+    base = str(tmp_path / BASE)
+    samples = {name: texts[:1] for name, texts in SAMPLES.items()}
+    return save_bundle(
+        tmp_path / "bundle", base=base, adapters=adapter_folders, router=fit(SAMPLES, embedder), samples=samples
+    )
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line; return exit code, stdout and stderr."""
+    from treadle.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["treadle", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_generate_prints_what_the_engine_gives(run: Run, bundle: Path) -> None:
+    import treadle
+
+    done = treadle.load(bundle).generate("add three", sampling=treadle.SamplingParams(max_tokens=8))
+    code, out, _ = run("generate", bundle, "--prompt", "add three", "--max-tokens", 8, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["text"] == done.text
+    assert document["weights"] == done.weights.tolist()
+    assert document["routing"]["every"] == 2
+    code, _, err = run("generate", bundle, "--prompt", "add three", "--max-tokens", 8)
+    assert code == 0
+    assert "mean weights: math" in err
+
+
+def test_generate_takes_routing_flags_and_writes_a_trace(run: Run, bundle: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    flags = ["--fixed", "math=0.7,code=0.3", "--max-tokens", 3, "--stop", "\n", "--trace", trace]
+    code, _, _ = run("generate", bundle, "--prompt", "add", *flags)
+    document = json.loads(trace.read_text())
+    assert code == 0
+    assert document["adapter_names"] == ["math", "science", "code"]
+    assert document["weights"][0] == pytest.approx([0.7, 0.0, 0.3])
+    assert document["sampling"]["stop"] == ["\n"]
+    flags = ["--temperature", 0.9, "--seed", 1, "--routing-temperature", 7, "--every", "none", "--unit-scale"]
+    _, out, _ = run("generate", bundle, "--prompt", "add", "--max-tokens", 2, "--json", *flags)
+    document = json.loads(out)
+    assert (document["sampling"]["temperature"], document["routing"]["temperature"]) == (0.9, 7.0)
+    assert document["routing"]["every"] is None
+    assert max(document["weights"][0]) == 1.0
+
+
+def test_generate_in_chat_uses_the_template(run: Run, bundle: Path) -> None:
+    _, plain, _ = run("generate", bundle, "--prompt", "user: add\nassistant:", "--max-tokens", 4, "--json")
+    _, chat, _ = run("generate", bundle, "--prompt", "add", "--chat", "--max-tokens", 4, "--json")
+    assert json.loads(plain)["token_ids"] == json.loads(chat)["token_ids"]
+
+
+def test_route_shows_weights_and_the_words_that_decided(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treadle.models.load_model", lambda *_, **__: pytest.fail("the base model was loaded"))
+    code, out, _ = run("route", bundle, "--text", "add the sum", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["names"][max(range(3), key=lambda i: document["weights"][i])] == "math"
+    assert {word for word, _ in document["words"]} <= {"add", "the", "sum"}
+    assert document["words"]
+    _, out, _ = run("route", bundle, "--text", "add the sum")
+    assert "for the nearest spoke" in out
+
+
+def test_fit_makes_a_bundle_that_generates(
+    run: Run, bundle: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    base = json.loads((bundle / "bundle.json").read_text())["base_model"]
+    arguments: list[object] = ["--base", base, "--embedder", bundle / "embedder", "-o", tmp_path / "new"]
+    for name, folder in adapter_folders.items():
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n".join(SAMPLES[name]))
+        arguments += ["--adapter", f"{name}={folder}", "--samples", f"{name}={file}"]
+    code, out, _ = run("fit", *arguments, "--every", 4, "--json")
+    assert code == 0
+    assert set(json.loads(out)["texts"]) == set(SAMPLES)
+    assert json.loads((tmp_path / "new" / "bundle.json").read_text())["routing"]["every"] == 4
+    assert run("generate", tmp_path / "new", "--prompt", "add", "--max-tokens", 2)[0] == 0
+    code, _, err = run("fit", *arguments)
+    assert code == 1
+    assert "holds a bundle already" in err
+    assert run("fit", *arguments, "--overwrite")[0] == 0
+
+
+def test_doctor_reports_and_finds_the_adapter_that_moves_nothing(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run("doctor", bundle, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [adapter["ranks"] for adapter in report["adapters"]] == [[4], [2], [3]]
+    assert all(adapter["change"] > 1e-3 and adapter["norm"] > 0 for adapter in report["adapters"])
+    assert all(adapter["cosines"][i] == pytest.approx(1.0) for i, adapter in enumerate(report["adapters"]))
+    assert report["base_step"] > 0 < report["blended_step"]
+    assert "a step: base" in run("doctor", bundle)[1]
+
+    from safetensors.torch import load_file, save_file
+
+    weights = bundle / "adapters" / "code" / "adapter_model.safetensors"
+    save_file({key: tensor * 1e-5 for key, tensor in load_file(weights).items()}, weights)
+    code, _, err = run("doctor", bundle)
+    assert code == 1
+    assert "adapter 'code' moves nothing" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "nowhere", "--prompt", "x"], 1, "nowhere is not a bundle: it has no bundle.json"),
+        (["generate", "BUNDLE", "--prompt", "x", "--every", "often"], 1, "every: expected int, got 'often'"),
+        (["generate", "BUNDLE", "--prompt", "x", "--every", "0", "--rule", "sofmax"], 1, "Did you mean 'softmax'"),
+        (["generate", "BUNDLE", "--prompt", "x", "--fixed", "maths=1"], 1, "Did you mean 'math'"),
+        (["generate", "BUNDLE", "--prompt", "x", "--max-tokens", "-1", "--top-p", "7"], 1, "top_p must be above 0"),
+        (["generate", "BUNDLE", "--prompt", ""], 1, "the prompt is empty"),
+        (["generate", "BUNDLE", "--prompt", "x", "--dtype", "float12"], 1, "allowed are float32"),
+        (["generate", "BUNDLE"], 2, "--prompt"),
+        (["generate", "BUNDLE", "--prompt", "x", "--colour", "red"], 2, "--colour"),
+        (["fit", "--base", "b", "--adapter", "x", "--samples", "x=y", "-o", "z"], 1, "--adapter takes name=PATH"),
+        (["fit", "--base", "b", "--adapter", "a=b", "--samples", "c=d", "-o", "z"], 1, "--samples names c"),
+        (["base", "org/model"], 2, "--gguf and --package"),
+        (["base", "org/model", "--package", "no-such-package"], 1, "is not installed"),
+    ],
+)
+def test_errors_are_for_the_person_who_must_fix_them(
+    run: Run, bundle: Path, arguments: list[str], code: int, message: str
+) -> None:
+    ended, out, err = run(*[str(bundle) if argument == "BUNDLE" else argument for argument in arguments])
+    assert ended == code
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from treadle.cli import main
+    from treadle.errors import BundleError
+
+    monkeypatch.setattr(sys, "argv", ["treadle", "--debug", "route", "nowhere", "--text", "x"])
+    with pytest.raises(BundleError):
+        main()

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+
+from treadle.adapters import read_adapter
+from treadle.blend import attach
+from treadle.errors import DataError, OptionError
+from treadle.tasks import Example
+from treadle.train import IGNORED, TrainParams, train_adapter, training_rows
+
+from conftest import BASE, byte_tokenizer, tiny_llama
+
+OWN = [Example(f"own question {index}?", f" own answer {index}") for index in range(12)]
+OTHERS = [Example(f"foreign question {index}?", f" foreign answer {index}") for index in range(12)]
+TOKENIZER = byte_tokenizer()
+
+
+def learned(row: dict[str, list[int]]) -> list[int]:
+    return [label for label in row["labels"] if label != IGNORED]
+
+
+def test_the_loss_is_on_the_answer_and_the_end_of_text() -> None:
+    (row,) = training_rows(TOKENIZER, OWN[:1], (), TrainParams(join=0.0))
+    assert TOKENIZER.decode(row["input_ids"][:-1]) == OWN[0].prompt + OWN[0].completion
+    assert TOKENIZER.decode(learned(row)[:-1]) == OWN[0].completion
+    assert learned(row)[-1] == row["input_ids"][-1] == TOKENIZER.eos_token_id
+    assert len(row["labels"]) == len(row["input_ids"])
+
+
+def test_joined_sequences_learn_this_adapters_own_answers_only() -> None:
+    rows = list(training_rows(TOKENIZER, OWN, OTHERS, TrainParams(join=1.0)))
+    texts = [TOKENIZER.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
+    assert len(rows) == len(OWN)
+    assert all(2 <= text.count("question") <= 3 for text in texts)
+    assert any("foreign" in text for text in texts)
+    for text, row in zip(texts, rows, strict=True):
+        answers = TOKENIZER.decode(learned(row), skip_special_tokens=True)
+        assert "foreign" not in answers
+        assert answers.count("own answer") == text.count("own answer") >= 1
+        ends_in_own = "own" in text.rpartition("question")[2] and "foreign" not in text.rpartition("question")[2]
+        assert (row["input_ids"][-1] == TOKENIZER.eos_token_id) == ends_in_own
+
+
+def test_rows_are_a_function_of_the_seed() -> None:
+    first, again, other = (
+        list(training_rows(TOKENIZER, OWN, OTHERS, TrainParams(join=0.5, seed=seed))) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_what_is_too_long_is_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    long = Example("x" * 400, " y")
+    rows = list(training_rows(TOKENIZER, [*OWN[:2], long], OTHERS, TrainParams(join=1.0, max_tokens=40)))
+    assert len(rows) == 2  # the two fall back to their single examples
+    assert "left out 1 of 3 examples" in capsys.readouterr().out
+    with pytest.raises(DataError, match="every example is longer than max_tokens=40"):
+        list(training_rows(TOKENIZER, [long], (), TrainParams(max_tokens=40)))
+    with pytest.raises(DataError, match="no example"):
+        list(training_rows(TOKENIZER, [], (), TrainParams()))
+
+
+def test_params_refuse_nonsense_all_at_once() -> None:
+    with pytest.raises(OptionError) as caught:
+        TrainParams(rank=0, steps=-1, join=2.0, targets=())
+    for part in ("rank must be positive", "steps must be positive", "join is a share", "targets names no module"):
+        assert part in str(caught.value)
+    assert TrainParams(targets=("q_proj,v_proj", "o_proj")).targets == ("q_proj", "v_proj", "o_proj")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_training_through_trl_writes_a_folder_that_blends(tmp_path: Path) -> None:
+    base = tmp_path / BASE
+    tiny_llama().save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    params = TrainParams(steps=6, batch_size=4, rank=2, alpha=4, dtype="float32", learning_rate=1e-2)
+    folder = train_adapter(str(base), OWN, tmp_path / "own", others=OTHERS, params=params)
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    adapter = read_adapter(folder)
+    assert adapter.base_model == str(base)
+    assert {pair.rank for pair in adapter.pairs.values()} == {2}
+    blend = attach(model := tiny_llama(), [adapter])
+    row = next(training_rows(TOKENIZER, OWN, (), TrainParams(join=0.0)))
+    assert nll(model, row, blend, [1.0]) < nll(model, row, blend, None) - 0.05
+    with pytest.raises(OptionError, match="holds an adapter already"):
+        train_adapter(str(base), OWN, folder, params=params)
+
+
+def nll(model: object, row: dict[str, list[int]], blend: object, weights: list[float] | None) -> float:
+    import torch
+
+    with torch.inference_mode(), blend.using(weights):
+        return float(model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss)
