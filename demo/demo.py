@@ -8,6 +8,7 @@ the prompt's domain.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from transformers.utils import logging
 
 import treadle
 from treadle.params import SamplingParams
-from treadle.show import legend, mean_weights, stream_coloured, weights_table
+from treadle.score import trace_weights
+from treadle.show import legend, mean_weights, print_coloured, stream_coloured, weights_table
 from treadle.tasks import TASKS
+from treadle.text import Detokenizer, prompt_ids
 
+WINDOW = 24  # tokens
 BUNDLE = Path(__file__).parent / "bundle"
 # written for this demo, in the formats of treadle.tasks
 PROMPTS = {
@@ -58,11 +62,19 @@ def main() -> None:
 
     console.print("Every token has the colour of its leading adapter:", legend(engine.adapter_names))
     rows: list[tuple[str, np.ndarray]] = []
-    for name, prompt in [*((name, example.prompt) for name, example in PROMPTS.items()), ("math, then code", CHANGE)]:
+    for name, example in PROMPTS.items():
         console.rule(name, align="left")
-        console.print(prompt, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
-        events = stream_coloured(console, engine.stream(prompt, sampling=sampling))
-        rows.append((name, mean_weights(events)))
+        console.print(example.prompt, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
+        rows.append((name, mean_weights(stream_coloured(console, engine.stream(example.prompt, sampling=sampling)))))
+
+    # a window lets go of what has been; causal weighs each token of the prompt by the text up to it, so it has colours
+    routing = replace(engine.router.params, window=WINDOW, prefill="causal")
+    console.rule(f"math, then code (window={WINDOW}, prefill=causal)", align="left")
+    ids = prompt_ids(engine.tokenizer, CHANGE)
+    text = Detokenizer(engine.tokenizer)
+    print_coloured(console, [text.push(each) for each in ids], trace_weights(engine, ids, len(ids), routing))
+    events = stream_coloured(console, engine.stream(CHANGE, sampling=sampling, routing=routing))
+    rows.append(("math, then code", mean_weights(events)))
     console.print(weights_table("mean weights while answering", engine.adapter_names, rows))
     if options.svg:
         console.save_svg(str(options.svg), title="treadle: four adapters, one model")

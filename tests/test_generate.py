@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from treadle.errors import AdapterError, OptionError, TreadleError
+from treadle.errors import AdapterError, ModelError, OptionError, TreadleError
 from treadle.generate import Completion, Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.score import score_ids, trace_weights
@@ -330,3 +330,10 @@ def test_nonsense_is_refused_before_anything_runs(
     monkeypatch.setattr(engine.model, "forward", lambda **_: pytest.fail("the model was run"))
     with pytest.raises(TreadleError, match=message):
         call(engine)
+
+
+def test_a_model_without_a_key_value_cache_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(engine.model), "_is_stateful", True)
+    engine.detach()
+    with pytest.raises(ModelError, match="LlamaForCausalLM keeps a recurrent state"):
+        Engine(engine.model, engine.tokenizer, [], engine.router)

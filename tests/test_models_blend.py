@@ -10,12 +10,18 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
+from treadle.embed import StaticEmbedder
+from treadle.generate import Engine
+from treadle.params import RoutingParams, SamplingParams
+from treadle.routing import fit
+from treadle.score import score_ids
+from treadle.text import prompt_ids
 
-from conftest import save_adapter
+from conftest import SAMPLES, save_adapter
 
 IDS = torch.tensor([[5, 17, 40, 99, 3, 250, 61], [8, 1, 77, 120, 200, 33, 90]])  # (B, T)
 SIZES = {
@@ -196,3 +202,22 @@ def test_a_quantised_layer_gains_the_explicit_update(adapters: list[Adapter], ki
     pairs = [adapter.pairs[path] for adapter in adapters]
     delta = sum(w * pair.scale * pair.b @ pair.a for w, pair in zip([0.7, 0.6], pairs, strict=True))
     assert_close(ours, base + x @ delta.T)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+def test_the_engine_decodes_every_architecture_as_one_uncached_forward(
+    tmp_path: Path, architecture: Architecture, tokenizer: PreTrainedTokenizerFast, embedder: StaticEmbedder
+) -> None:
+    """Padded rows, a window of attention shorter than the text, learned positions: none may change a number."""
+    adapters = [read_adapter(folder) for folder in two_adapters(tmp_path, architecture).values()]
+    router = fit({"one": SAMPLES["math"], "two": SAMPLES["code"]}, embedder)
+    engine = Engine(architecture.build(), tokenizer, adapters, router)
+    prompts = ["add", "def list", "the planet x"]
+    sampling, routing = SamplingParams(max_tokens=14), RoutingParams(every=1, window=4, temperature=5.0)
+    together = engine.generate(prompts, sampling=sampling, routing=routing)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = engine.generate(prompt, sampling=sampling, routing=routing)
+        assert alone.token_ids == row.token_ids
+        ids = prompt_ids(tokenizer, prompt)
+        (scores,) = score_ids(engine, [(ids, list(row.token_ids))], routing)
+        assert_close(torch.from_numpy(row.logprobs), torch.from_numpy(scores), atol=1e-4)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -246,6 +247,8 @@ def _stream(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: Ro
 def main() -> NoReturn:
     """Run the command line: exit code 0, 1 (an error, in one line on stderr) or 2 (wrong usage)."""
     debug = "--debug" in sys.argv
+    if not debug:
+        warnings.simplefilter("ignore", FutureWarning)  # what other libraries say to their callers
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)

@@ -12,7 +12,7 @@ import numpy as np
 from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
 from treadle.centroids import Floats
-from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.errors import AdapterError, ModelError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Router
 from treadle.rows import Batch, FinishReason, Row, TokenEvent
@@ -61,6 +61,11 @@ class Engine:
         adapters: Sequence[Adapter],
         router: Router,
     ) -> None:
+        if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
+            raise ModelError(
+                f"{type(model).__name__} keeps a recurrent state or has an encoder; the engine needs a decoder with "
+                "a key-value cache. treadle.attach works on any model."
+            )
         if sorted(adapter.name for adapter in adapters) != sorted(router.names):
             raise AdapterError(
                 f"the router knows {', '.join(router.names)}; the adapters are {', '.join(a.name for a in adapters)}."

@@ -31,12 +31,18 @@ def legend(names: Sequence[str]) -> Text:
     return line.append("■ base", style="default")
 
 
+def print_coloured(console: Console, pieces: Sequence[str], weights: Floats) -> None:
+    """Print the text of T tokens, each in the colour that leads in its row of `weights` (T, N)."""
+    for piece, each in zip(pieces, weights, strict=True):
+        style = colour(int(each.argmax())) if each.any() else "default"
+        console.print(Text(piece, style=style), end="", soft_wrap=True)
+
+
 def stream_coloured(console: Console, events: Iterable["TokenEvent"]) -> list["TokenEvent"]:
     """Print tokens as they come, each in the colour of its leading adapter (plain where none acts); return them."""
     shown: list[TokenEvent] = []
     for event in events:
-        style = colour(int(event.weights.argmax())) if event.weights.any() else "default"
-        console.print(Text(event.text, style=style), end="", soft_wrap=True)
+        print_coloured(console, [event.text], event.weights[None])
         shown.append(event)
     console.print()
     return shown
