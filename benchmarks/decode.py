@@ -16,10 +16,9 @@ from statistics import median, quantiles
 
 import torch
 import transformers
-from transformers.utils import logging
 
 import treadle
-from treadle.models import load_model
+from treadle.models import load_model, quiet_libraries
 from treadle.params import RoutingParams, SamplingParams
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
@@ -34,8 +33,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}, {options.tokens} tokens, "
           f"{options.rounds} rounds\n")  # fmt: skip

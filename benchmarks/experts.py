@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from transformers.utils import logging
 
 import treadle
 from treadle.data import load_examples
+from treadle.models import quiet_libraries
 from treadle.params import RoutingParams
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="examples a task")
     parser.add_argument("--dtype", default=None)
     options = parser.parse_args()
-    logging.disable_progress_bar()
+    quiet_libraries()
     engine = treadle.load(options.bundle, dtype=options.dtype)
     names = engine.adapter_names
     arms = {"base": RoutingParams.base()} | {name: RoutingParams.one(name) for name in names}
-    arms |= {"uniform": RoutingParams.uniform(names), "routed": engine.router.params}
+    arms["routed"] = engine.router.params
 
     print(f"| task (n = {options.limit}) | " + " | ".join(arms) + " |")
     print("|---" * (len(arms) + 1) + "|")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from transformers.utils import logging
 
 import treadle
+from treadle.models import quiet_libraries
 from treadle.params import SamplingParams
 from treadle.score import trace_weights
 from treadle.show import legend, mean_weights, print_coloured, stream_coloured, weights_table
@@ -40,9 +40,10 @@ PROMPTS = {
         "instruction": "Write a Python function that returns the largest number in a list.", "input": "", "output": "",
     }),
     "reading": TASKS["reading"].read({
-        "context": "The treadle was patented for the sewing machine in the middle of the nineteenth century. It let "
-        "the seamstress drive the needle with her feet and keep both hands on the cloth.",
-        "question": "What did the seamstress use to drive the needle?",
+        "context": "The University of Padua was founded in 1222 by students and professors who had left Bologna. "
+        "Galileo Galilei held the chair of mathematics there between 1592 and 1610. In 1678 Elena Cornaro Piscopia "
+        "became the first woman to be awarded a doctoral degree by the university.",
+        "question": "Who was the first woman to be awarded a doctoral degree?",
         "answers": {"text": [""]},
     }),
 }  # fmt: skip
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--svg", type=Path, help="also draw what was shown to this file")
     options = parser.parse_args()
-    logging.disable_progress_bar()
+    quiet_libraries()
     console = Console(record=options.svg is not None, width=100 if options.svg else None)
     engine = treadle.load(BUNDLE)
     sampling = SamplingParams(max_tokens=options.max_tokens)

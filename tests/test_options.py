@@ -115,10 +115,11 @@ def test_any_json_becomes_options_or_an_option_error(options, data):
         assert isinstance(read_options(options, document), options)
 
 
-def as_text(value: Any) -> str:
+def as_text(value: Any) -> Any:
+    """Return a value as a flag or a text file gives it; a flag for several texts repeats, as commas may belong to one."""
     if isinstance(value, Mapping):
         return ",".join(f"{name}={number!r}" for name, number in value.items())
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return list(value) if isinstance(value, tuple) else str(value)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ def doctor(
     """Examine a bundle: load it strictly, check that each adapter acts, time a step. Exit 1 if something is wrong."""
     from treadle.data import load_texts
     from treadle.doctor import examine
+    from treadle.models import quiet_libraries
 
+    quiet_libraries()
     texts = {name: load_texts(file)[:8] for name, file in _pairs(samples or [], "--samples").items()}
     report = examine(bundle, samples=texts, device=device, dtype=dtype)
     if as_json:
@@ -194,11 +196,10 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 
 
 def _load(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
-    from transformers.utils import logging
-
     from treadle.generate import load
+    from treadle.models import quiet_libraries
 
-    logging.disable_progress_bar()
+    quiet_libraries()
     return load(bundle, device=device, dtype=dtype)
 
 

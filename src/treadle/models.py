@@ -5,6 +5,7 @@ Hugging Face folder in the cache; from then on it loads like any other.
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,15 @@ def resolve_dtype(dtype: str | None, device: str) -> "torch.dtype | str":
     if dtype not in DTYPES:
         raise OptionError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}.")
     return getattr(torch, dtype)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars, and what torchao logs when transformers finds it without a GPU; for command lines."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _load(from_pretrained: Any, name: str, **options: Any) -> Any:
