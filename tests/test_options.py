@@ -116,7 +116,7 @@ def test_any_json_becomes_options_or_an_option_error(options, data):
 
 
 def as_text(value: Any) -> Any:
-    """Return a value as a flag or a text file gives it; a flag for several texts repeats, as commas may belong to one."""
+    """Return a value as a flag gives it: several texts are several flags, as commas may belong to one."""
     if isinstance(value, Mapping):
         return ",".join(f"{name}={number!r}" for name, number in value.items())
     return list(value) if isinstance(value, tuple) else str(value)
