@@ -7,12 +7,14 @@ the prompt's domain.
 """
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 import treadle
 from treadle.models import quiet_libraries
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, help="also draw what was shown to this file")
     options = parser.parse_args()
     quiet_libraries()
-    console = Console(record=options.svg is not None, width=100 if options.svg else None)
+    console = Console(record=options.svg is not None, width=124 if options.svg else None)
     engine = treadle.load(BUNDLE)
     sampling = SamplingParams(max_tokens=options.max_tokens)
 
@@ -65,12 +67,12 @@ def main() -> None:
     rows: list[tuple[str, np.ndarray]] = []
     for name, example in PROMPTS.items():
         console.rule(name, align="left")
-        console.print(example.prompt, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
+        console.print(example.prompt, style="dim", end="", highlight=False, markup=False)
         rows.append((name, mean_weights(stream_coloured(console, engine.stream(example.prompt, sampling=sampling)))))
 
     # a window lets go of what has been; causal weighs each token of the prompt by the text up to it, so it has colours
     routing = replace(engine.router.params, window=WINDOW, prefill="causal")
-    console.rule(f"math, then code (window={WINDOW}, prefill=causal)", align="left")
+    console.rule(Text(f"math, then code (window={WINDOW}, prefill=causal)"), align="left")
     ids = prompt_ids(engine.tokenizer, CHANGE)
     text = Detokenizer(engine.tokenizer)
     print_coloured(console, [text.push(each) for each in ids], trace_weights(engine, ids, len(ids), routing))
@@ -78,7 +80,10 @@ def main() -> None:
     rows.append(("math, then code", mean_weights(events)))
     console.print(weights_table("mean weights while answering", engine.adapter_names, rows))
     if options.svg:
-        console.save_svg(str(options.svg), title="treadle: four adapters, one model")
+        svg = console.export_svg(title="treadle: four adapters, one model")
+        options.svg.write_text(
+            re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), "utf-8"
+        )  # no font from the web
 
     lost = [name for name, weights in rows if engine.adapter_names[weights.argmax()] != name.split(" ")[-1]]
     if lost:
