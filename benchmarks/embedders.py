@@ -68,7 +68,7 @@ def main() -> None:
     }
     if options.sentence:
         embedders["all-MiniLM-L6-v2"] = SentenceEmbedder(str(minilm_folder()))
-    print(f"| embedder | score | fitted on | with template | bare | first 16 words |   (n = {options.limit} a task)")
+    print(f"n = {options.limit} a task\n\n| embedder | score | fitted on | with template | bare | first 16 words |")
     print("|---|---|---|---|---|---|")
     for name, embedder in embedders.items():
         for score in ("cosine", "centred", "lda"):
