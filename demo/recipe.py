@@ -27,6 +27,8 @@ ADAPTERS = {
     "code": ("code_alpaca-train.jsonl.gz", 90),
     "reading": ("squad-train.jsonl.gz", 80),
 }
+JOINED = ("science", "math", "reading", "code")
+"""The order in which other tasks are read for joined sequences; the random choices depend on it."""
 SAMPLES = 400
 """Training examples of each task that the router is fitted on."""
 
@@ -42,7 +44,7 @@ def train(data: Path, work: Path) -> None:
         output = work / "adapters" / task
         if (output / "adapter_model.safetensors").exists():
             continue
-        also = [f"--also={other}={data / ADAPTERS[other][0]}" for other in ADAPTERS if other != task]
+        also = [f"--also={other}={data / ADAPTERS[other][0]}" for other in JOINED if other != task]
         limit = steps * 8  # one pass over a seeded choice of the training split
         treadle("train", "--base", BASE, "--data", data / file, "--task", task, "--limit", limit, "--steps", steps,
                 *also, "-o", output)  # fmt: skip

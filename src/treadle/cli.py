@@ -158,8 +158,9 @@ def base(
     as_json: Json = False,
 ) -> None:
     """Turn a GGUF file into a plain Hugging Face folder in treadle's cache, once."""
-    from treadle.models import convert_gguf, gguf_in_package
+    from treadle.models import convert_gguf, gguf_in_package, quiet_libraries
 
+    quiet_libraries()
     if (gguf is None) == (package is None):
         raise typer.BadParameter("give one of --gguf and --package")
     folder = convert_gguf(name, gguf if gguf is not None else gguf_in_package(package or ""))
