@@ -17,6 +17,7 @@ from treadle.tasks import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from trl.trainer.sft_config import SFTConfig
 
 IGNORED = -100
 """The label that PyTorch's cross entropy skips."""
@@ -75,7 +76,6 @@ def train_adapter(
     try:
         from datasets import Dataset
         from peft import LoraConfig
-        from trl.trainer.sft_config import SFTConfig
         from trl.trainer.sft_trainer import SFTTrainer
     except ImportError as error:
         raise TreadleError("training needs: pip install 'treadle[train]'") from error
@@ -85,7 +85,24 @@ def train_adapter(
 
     tokenizer = load_tokenizer(base)
     rows = list(training_rows(tokenizer, examples, others, params))
-    config = SFTConfig(
+    trainer = SFTTrainer(
+        model=load_model(base, dtype=params.dtype),
+        args=_trainer_config(output, params),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=params.rank, lora_alpha=params.alpha, target_modules=list(params.targets), task_type="CAUSAL_LM"
+        ),
+    )
+    trainer.train()
+    _save(trainer.model, base, output)
+    return output
+
+
+def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig(
         output_dir=str(output),
         max_steps=params.steps,
         per_device_train_batch_size=params.batch_size,
@@ -102,18 +119,6 @@ def train_adapter(
         dataloader_pin_memory=False,
         seed=params.seed,
     )
-    trainer = SFTTrainer(
-        model=load_model(base, dtype=params.dtype),
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=params.rank, lora_alpha=params.alpha, target_modules=list(params.targets), task_type="CAUSAL_LM"
-        ),
-    )
-    trainer.train()
-    _save(trainer.model, base, output)
-    return output
 
 
 def _save(model: Any, base: str, output: Path) -> None:
