@@ -1,19 +1,23 @@
 """The laws of blending, against the real PEFT on a tiny Llama: float32, absolute tolerance 1e-5 on the logits."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from treadle.adapters import Adapter, LoraPair, read_adapter
 from treadle.blend import Blend, attach
 from treadle.errors import AdapterError, OptionError
+from treadle.layers import BlendedLinear
 
 from conftest import RANKS, SAMPLES, TARGETS, save_adapter, tiny_llama
 
@@ -408,6 +412,55 @@ def test_weights_of_one_shape_broadcast_like_their_expansion(model: PreTrainedMo
     for same in (w.tolist(), w.numpy().astype(np.float64), w.expand(3, 3), w.expand(1, 7, 3), w.expand(3, 7, 3)):
         with blend.using(same):
             assert_close(logits(model), expected)
+
+
+# --- the work of a pass ---------------------------------------------------------------------------------------------
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts the matrix products inside it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, counted if it is a product."""
+        self.count += func.__name__.split(".")[0] in {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
+        return func(*args, **(kwargs or {}))
+
+
+def count_products(model: PreTrainedModel) -> int:
+    with CountedProducts() as counted:
+        logits(model)
+    return counted.count
+
+
+def test_a_pass_makes_one_product_an_input_and_one_a_layer_however_many_adapters(
+    model: PreTrainedModel, unequal: list[Adapter]
+) -> None:
+    base = count_products(model)
+    for adapters in (unequal[:1], unequal):
+        blend = attach(model, adapters)
+        layers = [path for path, module in model.named_modules() if isinstance(module, BlendedLinear)]
+        inputs = {re.sub("(q|k|v)_proj$", "qkv", re.sub("(gate|up)_proj$", "gate_up", path)) for path in layers}
+        with blend.using([0.5] * len(adapters)):
+            assert count_products(model) == base + len(inputs) + len(layers)
+        blend.detach()
+    assert len(inputs) < len(layers), "nothing shares an input: the comparison would be empty"
+
+
+def test_layers_that_share_a_product_may_read_other_inputs_and_in_any_order(
+    model: PreTrainedModel, unequal: list[Adapter]
+) -> None:
+    blend = attach(model, unequal)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    names = [name for name in ("v_proj", "k_proj", "q_proj") if isinstance(getattr(attention, name), BlendedLinear)]
+    x, other = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
+    with torch.no_grad(), blend.using([0.5, 0.3, 0.2]):
+        expected = {name: [getattr(attention, name)(each.clone()) for each in (x, other)] for name in names}
+        for name in names * 2:  # a pass that broke off leaves products behind: nobody may take them for another input
+            assert_close(getattr(attention, name)(x), expected[name][0])
+            assert_close(getattr(attention, name)(other), expected[name][1])
+    assert len(names) > 1
 
 
 # --- adapters come and go -------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import pytest
 import treadle
 
 PACKAGE = Path(treadle.__file__).parent
-CORE = set(
-    "errors options params adapters blend centroids embed routing sampling text cache rows generate score bundle models"
-    .split()
-)  # fmt: skip
+CORE = {
+    *("errors", "options", "params", "adapters", "layers", "blend", "centroids", "embed", "routing", "sampling"),
+    *("text", "cache", "rows", "generate", "score", "bundle", "models"),
+}
 
 
 def imported(module: str) -> set[str]:

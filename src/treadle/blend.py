@@ -1,111 +1,27 @@
 """Adds a weighted mixture of LoRA adapters to the linear layers of a model, and takes it away again.
 
-All adapters of a module are stacked by rank once: A (R, in) and B (out, R). A step then needs two matrix products a
-module, however many adapters there are; what changes between steps is one small tensor of gates, (B|1, T|1, R),
-computed once a step and shared by all modules of the same layout. Base weights are never written to.
+The blended layers (`treadle.layers`) hold the factors; the blend holds what changes between steps, a small tensor of
+gates for each layout of ranks, computed once a step. Base weights are never written to.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from treadle.adapters import Adapter, LoraPair
+from treadle.adapters import Adapter
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
+from treadle.layers import BlendedLinear, Gates, Layout, Shrink
 from treadle.params import Combine
 
 COMBINES: tuple[Combine, ...] = get_args(Combine)
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Names of the linear layers of a block that read one input; a layer given another input computes its own product."""
 Weights = Tensor | np.ndarray[Any, Any] | Sequence[float]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Who owns which rows of a stack: (adapter index, rank, scale) of each adapter that has factors there."""
-
-    parts: tuple[tuple[int, int, float], ...]
-
-    def spread(self, num_adapters: int, power: float) -> Tensor:
-        """Return the (N, R) matrix that takes weights to gates, each row of the stack times its scale ** power."""
-        columns: list[Tensor] = []
-        for index, rank, scale in self.parts:
-            block = torch.zeros(num_adapters, rank)
-            block[index] = scale**power
-            columns.append(block)
-        return torch.cat(columns, 1)
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What stands between the two products of a module: h -> direct * h + outer * tile(fold(inner * h)).
-
-    `fold` adds up the adapters' blocks of r rows and `tile` repeats the result for each of them. Each gate is
-    (B|1, T|1, R) or None: `direct` alone is the combine `sum`; `inner` and `outer` are `linear` and `paper`.
-    """
-
-    direct: Tensor | None
-    inner: Tensor | None
-    outer: Tensor | None
-    num_blocks: int
-
-    def apply(self, h: Tensor) -> Tensor:
-        """Return the gated `h` (B, T, R)."""
-        if self.inner is None or self.outer is None:
-            return h if self.direct is None else h * self.direct
-        folded = (h * self.inner).unflatten(-1, (self.num_blocks, -1)).sum(-2)  # (B, T, r)
-        crossed = self.outer * folded.tile(self.num_blocks)  # (B, T, R)
-        return crossed if self.direct is None else torch.addcmul(crossed, h, self.direct)
-
-
-class BlendedLinear(nn.Module):
-    """A linear layer of the base model and, beside it, the stacked factors of all adapters that target it."""
-
-    a: Tensor
-    b_t: Tensor
-
-    def __init__(self, base: nn.Module, dtype: torch.dtype, gates: dict[int, Gates]) -> None:
-        super().__init__()
-        self.base = base
-        self.gates = gates  # the blend's own: what it puts there acts on the next forward pass
-        self.dtype = dtype
-        self.slot = -1
-
-    def stack(self, pairs: Sequence[LoraPair], slot: int) -> None:
-        """Lay out the factors of all adapters: `a` (R, in) and `b_t` (R, out); `slot` is the key of their gates."""
-        device = next(
-            chain(self.base.parameters(), self.base.buffers())
-        ).device  # some quantised layers have buffers only
-        a, b = torch.cat([pair.a for pair in pairs], 0), torch.cat([pair.b for pair in pairs], 1)
-        self.register_buffer("a", a.to(device, self.dtype), persistent=False)
-        self.register_buffer("b_t", b.t().contiguous().to(device, self.dtype), persistent=False)
-        self.slot = slot
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return base(x) + the gated update: (B, T, in) -> (B, T, out)."""
-        y = self.base(x, *args, **kwargs)
-        gates = self.gates.get(self.slot)
-        if gates is None:
-            return y
-        h = gates.apply(functional.linear(x.to(self.dtype), self.a))  # (B, T, R)
-        if y.dtype != self.dtype or not y.is_contiguous():
-            return y.add_(h @ self.b_t)
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b_t)  # in place: y is ours, fresh from the base
-        return y
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, for model code that reads it."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias, for model code that reads it."""
-        return self.base.bias  # type: ignore[return-value]
 
 
 class Blend:
@@ -235,10 +151,14 @@ class Blend:
             self._layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates)
             self._put(path, self._layers[path])
         layouts: dict[Layout, int] = {}
-        for path, layer in self._layers.items():
-            owners = [(index, adapter.pairs[path]) for index, adapter in enumerate(adapters) if path in adapter.pairs]
-            layout = Layout(tuple((index, pair.rank, pair.scale) for index, pair in owners))
-            layer.stack([pair for _, pair in owners], layouts.setdefault(layout, len(layouts)))
+        for paths in _same_input(self._layers):
+            owners = [[(i, a.pairs[path]) for i, a in enumerate(adapters) if path in a.pairs] for path in paths]
+            first = self._layers[paths[0]]
+            shrink = Shrink([torch.cat([pair.a for _, pair in each]) for each in owners], first.device, first.dtype)
+            for index, (path, each) in enumerate(zip(paths, owners, strict=True)):
+                layout = Layout(tuple((i, pair.rank, pair.scale) for i, pair in each))
+                slot = layouts.setdefault(layout, len(layouts))
+                self._layers[path].stack([pair.b for _, pair in each], shrink, index, slot)
         self.adapters = adapters
         self._layouts = list(layouts)
         self._spreads.clear()
@@ -305,6 +225,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         if all(isinstance(getattr(module, name, None), int) for name in names):
             return getattr(module, names[0]), getattr(module, names[1])
     return None
+
+
+def _same_input(layers: Mapping[str, BlendedLinear]) -> list[list[str]]:
+    """Group the paths of layers that read the same input: of one block, by the names that models give them."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for path in sorted(layers):
+        parent, _, child = path.rpartition(".")
+        names = next((names for names in SAME_INPUT if child in names), path)
+        groups.setdefault((parent, names, layers[path].dtype, layers[path].device), []).append(path)
+    return list(groups.values())
 
 
 def _one_or_each(combine: Combine | Sequence[Combine]) -> Sequence[Combine]:

@@ -204,10 +204,10 @@ class Batch:
         if not any(each.any() for each in weights):
             return None
         length = num_tokens if any(len(each) > 1 for each in weights) else 1
-        columns = {name: column for column, name in enumerate(self._blend.names)}
-        stacked = np.zeros((len(rows), length, len(columns)), np.float32)
+        names = self._blend.names
+        stacked = np.zeros((len(rows), length, len(names)), np.float32)
         for index, (row, each) in enumerate(zip(rows, weights, strict=True)):
-            places = [columns[name] for name in row.router.names]
+            places = [names.index(name) for name in row.router.names]
             stacked[index, max(0, length - len(each)) if len(each) > 1 else 0 :, places] = each.T
         return stacked
 

@@ -1,0 +1,130 @@
+"""A linear layer with the stacked factors of all adapters beside it: two matrix products, however many adapters.
+
+A step then needs two matrix products a module; what changes between steps is one small tensor of gates, (B|1, T|1, R),
+computed once a step and shared by all modules of the same layout. Base weights are never written to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who owns which rows of a stack: (adapter index, rank, scale) of each adapter that has factors there."""
+
+    parts: tuple[tuple[int, int, float], ...]
+
+    def spread(self, num_adapters: int, power: float) -> Tensor:
+        """Return the (N, R) matrix that takes weights to gates, each row of the stack times its scale ** power."""
+        columns: list[Tensor] = []
+        for index, rank, scale in self.parts:
+            block = torch.zeros(num_adapters, rank)
+            block[index] = scale**power
+            columns.append(block)
+        return torch.cat(columns, 1)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What stands between the two products of a module: h -> direct * h + outer * tile(fold(inner * h)).
+
+    `fold` adds up the adapters' blocks of r rows and `tile` repeats the result for each of them. Each gate is
+    (B|1, T|1, R) or None: `direct` alone is the combine `sum`; `inner` and `outer` are `linear` and `paper`.
+    """
+
+    direct: Tensor | None
+    inner: Tensor | None
+    outer: Tensor | None
+    num_blocks: int
+
+    def apply(self, h: Tensor) -> Tensor:
+        """Return the gated `h` (B, T, R)."""
+        if self.inner is None or self.outer is None:
+            return h if self.direct is None else h * self.direct
+        folded = (h * self.inner).unflatten(-1, (self.num_blocks, -1)).sum(-2)  # (B, T, r)
+        crossed = self.outer * folded.tile(self.num_blocks)  # (B, T, R)
+        return crossed if self.direct is None else torch.addcmul(crossed, h, self.direct)
+
+
+class Shrink(nn.Module):
+    """The first product, A x, of all layers of a block that read the same input (q, k and v, say): made once a pass."""
+
+    a: Tensor
+
+    def __init__(self, factors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        """Stack the A (R, in) of each layer."""
+        super().__init__()
+        self.register_buffer("a", torch.cat(list(factors)).to(device, dtype), persistent=False)  # (sum of R, in)
+        self.dtype = dtype
+        self.sizes = [len(each) for each in factors]
+        self._x: Tensor | None = None
+        self._products: list[Tensor | None] = []
+
+    def product(self, x: Tensor, index: int) -> Tensor:
+        """Return A x (B, T, R) of the layer `index`; an input is known again by being the same object."""
+        if len(self.sizes) == 1:
+            return functional.linear(x.to(self.dtype), self.a)
+        if x is not self._x or self._products[index] is None:
+            self._x = x
+            self._products = list(functional.linear(x.to(self.dtype), self.a).split(self.sizes, -1))
+        product, self._products[index] = self._products[index], None
+        if not any(each is not None for each in self._products):
+            self._x = None  # hold no activations between passes
+        return cast(Tensor, product)
+
+
+class BlendedLinear(nn.Module):
+    """A linear layer of the base model and, beside it, the stacked factors of all adapters that target it."""
+
+    b_t: Tensor
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype, gates: dict[int, Gates]) -> None:
+        super().__init__()
+        self.base = base
+        self.gates = gates  # the blend's own: what it puts there acts on the next forward pass
+        self.dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base layer is; some quantised layers have buffers only."""
+        return next(chain(self.base.parameters(), self.base.buffers())).device
+
+    def stack(self, factors: Sequence[Tensor], shrink: Shrink, index: int, slot: int) -> None:
+        """Lay out the B (out, r) of all adapters as `b_t` (R, out); `shrink` holds their A as its layer number `index`.
+
+        Args:
+            factors: the B of each adapter.
+            shrink: has the first product.
+            index: this layer's number in `shrink`.
+            slot: the key of the gates.
+        """
+        self.register_buffer("b_t", torch.cat(list(factors), 1).t().contiguous().to(self.device, self.dtype), False)
+        self.shrink, self.index, self.slot = shrink, index, slot
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base(x) + the gated update: (B, T, in) -> (B, T, out)."""
+        y = self.base(x, *args, **kwargs)
+        gates = self.gates.get(self.slot)
+        if gates is None:
+            return y
+        h = gates.apply(self.shrink.product(x, self.index))  # (B, T, R)
+        if y.dtype != self.dtype or not y.is_contiguous():
+            return y.add_(h @ self.b_t)
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b_t)  # in place: y is ours, fresh from the base
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for model code that reads it."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, for model code that reads it."""
+        return self.base.bias  # type: ignore[return-value]
