@@ -39,7 +39,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[dev,gguf,sentence,train]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,gguf,sentence,train,eval,plots]'
 	touch $@
 
 bundle: $(VENV)/.dev $(VENV)/.demo

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from treadle import lab
 from treadle.errors import OptionError, TreadleError
-from treadle.flags import takes
+from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
 from treadle.params import RoutingParams, SamplingParams
 from treadle.train import TrainParams
@@ -28,10 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
-BundlePath = Annotated[Path, typer.Argument(help="folder of a bundle", metavar="BUNDLE")]
-Device = Annotated[str | None, typer.Option(help="torch device; default: CUDA where there is one")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU")]
+app.add_typer(lab.app)
 
 
 @app.command()

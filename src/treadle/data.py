@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from treadle.errors import DataError, OptionError, problem_list
-from treadle.tasks import Example, get_task
+from treadle.tasks import Example, Task, get_task
 
 MAX_REPORTED = 10
 """How many bad rows one message lists."""
 
 
 def load_examples(
-    source: str | Path, task: str | None = None, *, limit: int | None = None, seed: int = 0
+    source: str | Path, task: str | Task | None = None, *, limit: int | None = None, seed: int = 0
 ) -> list[Example]:
     """Return the examples of a file or hub data set, a seeded random choice of `limit` of them where it is given.
 
     Args:
         source: a `.jsonl` or `.jsonl.gz` file, or `name[:config]:split` of a hub data set.
-        task: which of the paper's tasks the rows belong to (`treadle.tasks`); None = rows have `prompt`, `completion`.
+        task: whose rows they are, by its name in `treadle.tasks` or itself; None = rows have `prompt`, `completion`.
         limit: how many examples to keep; None keeps all, in the order of the file.
         seed: of the choice.
 
@@ -38,7 +38,8 @@ def load_examples(
     rows = list(read_rows(source))
     examples: list[Example] = []
     problems: list[str] = []
-    read = get_task(task).read if task else _prompt_and_completion
+    task = get_task(task) if isinstance(task, str) else task
+    read = task.read if task else _prompt_and_completion
     for number, row in enumerate(rows, 1):
         try:
             example = read(row)
@@ -49,7 +50,7 @@ def load_examples(
             examples.append(example)
     if problems:
         more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        kind = f"a row of task {task!r}" if task else "{'prompt': ..., 'completion': ...} (or name a --task)"
+        kind = f"a row of task {task.name!r}" if task else "{'prompt': ..., 'completion': ...} (or name a --task)"
         raise DataError(problem_list(f"{source}: rows are not {kind}:", problems[:MAX_REPORTED] + more))
     if not examples:
         raise DataError(f"{source}: no examples in it")

@@ -1,8 +1,9 @@
-"""Gives a typer command one flag for each field of an options dataclass."""
+"""Flags: those that commands share, and one for each field of an options dataclass."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
@@ -10,6 +11,10 @@ import typer
 from treadle.options import meanings
 
 Command = Callable[..., None]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+BundlePath = Annotated[Path, typer.Argument(help="folder of a bundle", metavar="BUNDLE")]
+Device = Annotated[str | None, typer.Option(help="torch device; default: CUDA where there is one")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU")]
 
 
 def takes(**options: type) -> Callable[[Command], Command]:

@@ -1,4 +1,4 @@
-"""The options of routing and of sampling: frozen, checked once, the same for Python, flags, requests and results.
+"""The options of routing, sampling and evaluation: frozen, checked once, the same everywhere (flags, files, requests).
 
 Pure Python, so that `treadle --help` need not wait for numpy or torch.
 """
@@ -144,3 +144,26 @@ class SamplingParams:
             problems.append(f"seed must be at least 0 and below 2**63, or none, not {self.seed!r}")
         if problems:
             raise OptionError(problem_list("sampling options:", problems))
+
+
+@dataclass(frozen=True)
+class EvalParams:
+    """What is evaluated: which rows, and how."""
+
+    limit: int = option(300, "examples a task, a seeded choice")
+    seed: int = option(0, "of the choice of examples and shots, of streams and of bootstrap samples")
+    shots: int = option(0, "solved examples of the same task before each prompt")
+    generate: bool = option(True, "generate texts and judge them; without, only likelihoods are measured")
+    max_tokens: int | None = option(None, "tokens to generate at most; none = the task's own number")
+
+    def __post_init__(self) -> None:
+        """Check every field; one message lists all problems."""
+        least = {"limit": 1, "seed": 0, "shots": 0, "max_tokens": 1}
+        given = {name: getattr(self, name) for name in least if getattr(self, name) is not None}
+        problems = [
+            f"{name} must be at least {least[name]}, not {value}"
+            for name, value in given.items()
+            if value < least[name]
+        ]
+        if problems:
+            raise OptionError(problem_list("evaluation options:", problems))

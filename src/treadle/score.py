@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BATCH = 8
 """Rows of one forward pass."""
+Pair = tuple[list[int], list[int]]
+"""Ids of a prompt and of the completion after it."""
 
 
 def score(
@@ -36,10 +38,10 @@ def score(
 
 
 @torch.inference_mode()
-def score_ids(engine: "Engine", pairs: Sequence[tuple[list[int], list[int]]], params: RoutingParams) -> list[Floats]:
+def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
     """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair."""
     run = _score_again if params.past == "recompute" and params.every is not None else _score_once
-    by_length = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))
+    by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
     results: dict[int, Floats] = {}
     for start in range(0, len(pairs), BATCH):
         chosen = by_length[start : start + BATCH]
@@ -53,24 +55,42 @@ def trace_weights(engine: "Engine", ids: Sequence[int], prompt_tokens: int, para
     return engine.router.trace([text.push(token_id) for token_id in ids], prompt_tokens, params)
 
 
-def _score_once(engine: "Engine", pairs: Sequence[tuple[list[int], list[int]]], params: RoutingParams) -> list[Floats]:
-    """One pass over all rows, padded on the right; with past="keep" this is what cached decoding computes."""
-    rows = [prompt + answer[:-1] for prompt, answer in pairs]  # nothing follows the last token
-    length, names = max(map(len, rows)), engine.blend.names
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+def _score_once(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
+    """One pass over all rows; with past="keep" this is what cached decoding computes."""
+    traces = [trace_weights(engine, prompt + answer[:-1], len(prompt), params) for prompt, answer in pairs]
+    return score_under(engine, pairs, traces, params)
+
+
+@torch.inference_mode()
+def score_under(
+    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams
+) -> list[Floats]:
+    """Return the log-probabilities of `score_ids` under given weights, in one forward pass padded on the right.
+
+    Args:
+        engine: the model and its adapters.
+        pairs: ids of prompts and completions.
+        traces: (T, N) for each pair, T = its tokens but the last, which nothing follows.
+        params: only the combine is read.
+    """
+    # the one-token options of a choice differ in what nobody reads: their rows are one row
+    keys = [(len(prompt), *prompt, *answer[:-1]) for prompt, answer in pairs]
+    rows = {key: (list(key[1:]), trace) for key, trace in zip(keys, traces, strict=True)}
+    length, names = max(len(row) for row, _ in rows.values()), engine.blend.names
+    ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in rows.values()])  # (rows, length)
     weights = np.zeros((len(rows), length, len(names)), np.float32)
     columns = [names.index(name) for name in engine.router.names]
-    for index, (row, (prompt, _)) in enumerate(zip(rows, pairs, strict=True)):
-        weights[index, : len(row), columns] = trace_weights(engine, row, len(prompt), params).T
+    for index, (row, trace) in enumerate(rows.values()):
+        weights[index, : len(row), columns] = trace.T
     first = min(len(prompt) for prompt, _ in pairs) - 1  # the earliest position whose logits matter
-    logits = _logits(engine, ids, weights, params, first)
+    logits = dict(zip(rows, _logits(engine, ids, weights, params, first), strict=True))
     return [
-        _chosen(logits[index, len(prompt) - 1 - first : len(prompt) - 1 - first + len(answer)], answer)
-        for index, (prompt, answer) in enumerate(pairs)
+        _chosen(logits[key][len(prompt) - 1 - first : len(prompt) - 1 - first + len(answer)], answer)
+        for key, (prompt, answer) in zip(keys, pairs, strict=True)
     ]
 
 
-def _score_again(engine: "Engine", pairs: Sequence[tuple[list[int], list[int]]], params: RoutingParams) -> list[Floats]:
+def _score_again(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
     """Run a pass for each decision, over all the text so far under the newest weights: past="recompute"."""
     results: list[Floats] = []
     columns = [engine.blend.names.index(name) for name in engine.router.names]

@@ -13,6 +13,7 @@ from treadle.centroids import Floats
 if TYPE_CHECKING:
     from treadle.doctor import Report
     from treadle.explain import Explanation
+    from treadle.results import EvalResult
     from treadle.rows import TokenEvent
 
 COLOURS = ("bright_blue", "bright_green", "bright_magenta", "yellow", "cyan", "red", "green", "blue", "magenta")
@@ -97,4 +98,19 @@ def report_table(report: "Report") -> Table:
             str(adapter.samples) if adapter.samples else "none: probe text",
             *(f"{cosine:.3f}" for cosine in adapter.cosines),
         )
+    return table
+
+
+def results_table(results: Sequence["EvalResult"]) -> Table:
+    """Return values with their 95 % intervals: one row an arm, one column a task and metric."""
+    columns = list(dict.fromkeys((result.task, result.metric) for result in results))
+    arms = list(dict.fromkeys(result.arm for result in results))
+    cells = {(result.arm, result.task, result.metric): result for result in results}
+    table = Table(title_justify="left")
+    table.add_column("arm")
+    for task, metric in columns:
+        table.add_column(f"{task}\n{metric}", justify="right")
+    for arm in arms:
+        row = [cells.get((arm, *column)) for column in columns]
+        table.add_row(arm, *(f"{r.value:.3f}\n{r.low:.3f}-{r.high:.3f}" if r else "" for r in row))
     return table

@@ -1,14 +1,17 @@
-"""The paper's four tasks: how a row of each data set becomes a prompt and its completion.
+"""Tasks: how a row of a data set becomes a prompt and its completion, and which metrics judge an answer.
 
-These formats are used for training, for centroids and for evaluation alike, and live only here.
-This module knows rows and text; it knows nothing of models, files or metrics.
+These formats are used for training, for centroids and for evaluation alike, and live only here. The paper's four tasks
+and MBPP are built in; any other is a few lines of JSON. This module knows rows and text; it knows nothing of models.
 """
 
+import json
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from treadle.errors import OptionError, unknown_name
+from treadle.errors import DataError, OptionError, problem_list, unknown_name
 
 Row = Mapping[str, Any]
 
@@ -17,22 +20,48 @@ Row = Mapping[str, Any]
 class Example:
     """One prompt and the completion that a model should give; `prompt + completion` is the running text.
 
-    `bare` is the same question without the template's words (`Question:`, `Choices:` ...): a router that is fitted on
-    both forms learns the domain, not the template.
+    Attributes:
+        prompt: what the model reads.
+        completion: the reference, of which the NLL is taken.
+        bare: the same question without the template's words (`Question:`, `Choices:` ...): a router that is fitted on
+            both forms learns the domain, not the template.
+        answers: all accepted answers, where there are several.
+        options: the completions to choose from, where the task is a choice.
+        tests: statements that a generated program must pass.
     """
 
     prompt: str
     completion: str
     bare: str = ""
+    answers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The accepted answers; the completion where no others are known."""
+        return self.answers or (self.completion,)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One data set of the paper: its short name, its hub id and the function that reads one of its rows."""
+    """One kind of example and how answers to it are judged.
+
+    Attributes:
+        name: its short name.
+        dataset: hub id of its data set, with configuration and evaluation split (`name:config:split`).
+        read: makes an Example of a row.
+        metrics: names of `treadle.metrics` that judge generated texts.
+        max_tokens: tokens to generate at most.
+        adapter: the adapter of its own, which the arm `oracle` uses; "" = the one called like the task.
+    """
 
     name: str
     dataset: str
     read: Callable[[Row], Example]
+    metrics: tuple[str, ...] = ()
+    max_tokens: int = 128
+    adapter: str = ""
 
 
 def _math(row: Row) -> Example:
@@ -49,6 +78,7 @@ def _science(row: Row) -> Example:
         f"Question: {question}\n\nChoices:\n{choices}\n\nAnswer:",
         " " + letters[labels.index(row["answerKey"])],
         bare=" ".join([question, *texts]),
+        options=tuple(f" {letter}" for letter in letters),
     )
 
 
@@ -63,18 +93,35 @@ def _reading(row: Row) -> Example:
         f"Context: {context}\n\nQuestion: {question}\n\nAnswer:",
         " " + row["answers"]["text"][0].strip(),
         bare=f"{context} {question}",
+        answers=tuple(row["answers"]["text"]),
+    )
+
+
+def _mbpp(row: Row) -> Example:
+    asked, tests = row["text"].strip(), tuple(row["test_list"])
+    listed = "\n".join(tests)
+    setup = tuple(filter(None, [row.get("test_setup_code", "")]))
+    return Example(
+        f"Question: {asked}\nYour code should pass these tests:\n{listed}\n\nAnswer:",
+        "\n" + row["code"].replace("\r\n", "\n").strip(),
+        bare=asked,
+        tests=setup + tests,
     )
 
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("math", "openai/gsm8k", _math),
-        Task("science", "allenai/ai2_arc", _science),
-        Task("code", "sahil2801/CodeAlpaca-20k", _code),
-        Task("reading", "rajpurkar/squad", _reading),
+        Task("math", "openai/gsm8k:main:test", _math, ("exact_number",), 192),
+        Task("science", "allenai/ai2_arc:ARC-Challenge:validation", _science, ("letter",), 8),
+        Task("code", "sahil2801/CodeAlpaca-20k:train", _code, ("rouge_l", "chrf", "parses")),
+        Task("reading", "rajpurkar/squad:validation", _reading, ("exact_match", "f1"), 24),
+        Task("mbpp", "google-research-datasets/mbpp:full:validation", _mbpp, ("pass_at_1", "parses"), 192, "code"),
     )
 }
+PAPER = ("math", "science", "code", "reading")
+"""The tasks of the paper."""
+FILE_KEYS = ("name", "source", "prompt", "completion", "bare", "metrics", "max_tokens", "adapter")
 
 
 def get_task(name: str) -> Task:
@@ -82,3 +129,53 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise OptionError(unknown_name("task", name, TASKS))
     return TASKS[name]
+
+
+def read_task(file: str | Path) -> Task:
+    """Return the task that a JSON file describes.
+
+    Its keys: `name`; `prompt` and `completion`, texts in which `{field}` stands for a field of the row; optional
+    `source` (file or hub id of the rows), `bare`, `metrics` (names of `treadle.metrics`), `max_tokens`, `adapter`.
+    """
+    from treadle.metrics import METRICS
+
+    try:
+        given = json.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"task file {file} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise DataError(f"task file {file}: expected an object with {', '.join(FILE_KEYS)}")
+    given = cast(dict[str, Any], given)
+    problems = [unknown_name("key", key, FILE_KEYS) for key in given if key not in FILE_KEYS]
+    problems += [f"{key} is missing" for key in ("name", "prompt", "completion") if key not in given]
+    texts = {key: given.get(key, "") for key in ("name", "source", "prompt", "completion", "bare", "adapter")}
+    problems += [f"{key} must be a text" for key, text in texts.items() if not isinstance(text, str)]
+    templates = {key: _template(texts[key], problems) for key in ("prompt", "completion", "bare")}
+    metrics, tokens = given.get("metrics", []), given.get("max_tokens", 128)
+    if not isinstance(metrics, list):
+        problems.append("metrics must be a list of names")
+    else:
+        problems += [unknown_name("metric", str(name), METRICS) for name in metrics if name not in METRICS]
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        problems.append(f"max_tokens must be a whole number of at least 1, not {tokens!r}")
+    if problems:
+        raise DataError(problem_list(f"task file {file}:", problems))
+
+    def read(row: Row) -> Example:
+        return Example(**{key: fill(row) for key, fill in templates.items()})
+
+    return Task(texts["name"], texts["source"], read, tuple(metrics), tokens, texts["adapter"])
+
+
+def _template(text: Any, problems: list[str]) -> Callable[[Row], str]:
+    """Return a function that fills the `{field}`s of a text from a row; a missing field is a KeyError."""
+    names: list[str] = []
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(str(text)) if name is not None]
+    except ValueError as error:  # a lone brace
+        problems.append(f"{text!r} is not a template: {error}; write {{{{ and }}}} for braces")
+
+    def fill(row: Row) -> str:
+        return str(text).format_map({name: row[name] for name in names})
+
+    return fill

@@ -1,0 +1,154 @@
+"""Arms of an experiment: names for RoutingParams, so that an arm is data and not code.
+
+A file of arms is TOML. A table under `arms` names one arm; a table under `grid` stands for all combinations of its
+lists. Values left out are the bundle's.
+
+    [arms.mine]
+    every = 4
+    window = 64
+
+    [grid.frequency]            # arms frequency/every=1, frequency/every=2 ...
+    every = [1, 2, 4, "none"]
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from treadle.errors import OptionError, TreadleError, problem_list, unknown_name
+from treadle.options import read_options
+from treadle.params import RoutingParams
+
+EVERY = (1, 2, 3, 4, 6, 8, 16)
+WINDOWS = (16, 32, 64, 128)
+BOOSTS = (1, 2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to weigh the adapters; `params` None is the oracle, which each task gives its own adapter."""
+
+    name: str
+    params: RoutingParams | None
+
+    def params_for(self, adapter: str) -> RoutingParams:
+        """Return the params on a task whose own adapter is `adapter`."""
+        if self.params is not None:
+            return self.params
+        if not adapter:
+            raise OptionError("the arm oracle needs tasks that have an adapter of their own")
+        return RoutingParams.one(adapter)
+
+
+def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm]:
+    """Return the arms that have names of their own, for adapters `names` and a bundle's default params.
+
+    `base`, each adapter, `oracle`, `uniform`, `routed` (the default), `nearest`, `prompt`, `every-K`, `window-N`,
+    `linear`, `paper-combine`, `cosine`, `centred`, `lda`, `causal`, `recompute`, `unit-scale`, `boost-B`, and `paper`.
+    """
+    routed = replace(default, rule="softmax", score="lda", fixed=None) if default.rule == "fixed" else default
+    cosine = replace(routed, score="cosine", rule="softmax", temperature=None)
+    boosted = replace(cosine, rule="boosted")
+    given: dict[str, RoutingParams | None] = {
+        "base": RoutingParams.base(),
+        **{name: RoutingParams.one(name) for name in names},
+        "oracle": None,
+        "uniform": RoutingParams.uniform(names),
+        "routed": default,
+        "nearest": replace(routed, rule="top_k", top_k=1),
+        "prompt": replace(routed, every=None, prefill="prompt"),
+        **{f"every-{every}": replace(routed, every=every) for every in EVERY},
+        **{f"window-{window}": replace(routed, window=window) for window in WINDOWS},
+        "linear": replace(routed, combine="linear"),
+        "paper-combine": replace(routed, combine="paper"),
+        "cosine": cosine,
+        "centred": replace(cosine, score="centred"),
+        "lda": replace(cosine, score="lda"),
+        "causal": replace(routed, every=routed.every or 2, prefill="causal", past="keep"),
+        "recompute": replace(routed, every=routed.every or 2, prefill="prompt", past="recompute"),
+        "unit-scale": replace(routed, unit_scale=True),
+        **{f"boost-{boost}": replace(boosted, boost=float(boost)) for boost in BOOSTS},
+        "paper": RoutingParams.paper(),
+    }
+    return {name: Arm(name, params) for name, params in given.items()}
+
+
+def choose_arms(wanted: Sequence[str], names: Sequence[str], default: RoutingParams) -> list[Arm]:
+    """Return the arms that `wanted` names: standard arms, or TOML files of arms.
+
+    Raises:
+        OptionError: lists every name that does not exist and every option that is not possible.
+    """
+    standard, chosen, problems = standard_arms(names, default), dict[str, Arm](), list[str]()
+    for entry in wanted:
+        if entry.endswith(".toml"):
+            try:
+                chosen |= {arm.name: arm for arm in read_arms(Path(entry), default)}
+            except TreadleError as error:
+                problems.append(str(error))
+        elif entry in standard:
+            chosen[entry] = standard[entry]
+        else:
+            problems.append(unknown_name("arm", entry, standard))
+    if problems:
+        raise OptionError(problem_list("arms:", problems))
+    return list(chosen.values())
+
+
+def read_arms(file: Path, default: RoutingParams) -> list[Arm]:
+    """Return the arms of a TOML file, over the params `default`; an arm that is not possible is an OptionError."""
+    document = read_toml(file)
+    unknown = [unknown_name("table", key, ("arms", "grid")) for key in document if key not in {"arms", "grid"}]
+    if unknown:
+        raise OptionError(problem_list(f"{file}:", unknown))
+    return arms_of(document, file, default)
+
+
+def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams) -> list[Arm]:
+    """Return the arms that the tables `arms` and `grid` of a TOML document stand for, over the params `default`."""
+    tables: dict[str, Mapping[str, Any]] = {}
+    for name, table in _tables(document, "arms", file).items():
+        tables[name] = table
+    for name, table in _tables(document, "grid", file).items():
+        tables |= {f"{name}/{label}": row for label, row in expand(table).items()}
+    arms: list[Arm] = []
+    problems: list[str] = []
+    for name, table in tables.items():
+        try:
+            implied = {"rule": "fixed"} if table.get("fixed") is not None else {}
+            arms.append(Arm(name, read_options(RoutingParams, {**implied, **table}, onto=default)))
+        except TreadleError as error:
+            problems.append(f"{name}: {error}")
+    if not tables:
+        problems.append("it names no arm: write a table [arms.NAME] or [grid.NAME]")
+    if problems:
+        raise OptionError(problem_list(f"{file}:", problems))
+    return arms
+
+
+def expand(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return every combination of a grid's lists, under a label such as `every=2 window=64` of what varies."""
+    axes = {key: value if isinstance(value, list) else [value] for key, value in grid.items()}
+    rows = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    varies = [key for key, values in axes.items() if len(values) > 1] or list(axes)
+    return {" ".join(f"{key}={row[key]}" for key in varies): row for row in rows}
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Return the document of a TOML file; an OptionError where it cannot be read."""
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{file} cannot be read: {error}") from error
+
+
+def _tables(document: Mapping[str, Any], key: str, file: Path) -> dict[str, Mapping[str, Any]]:
+    tables = document.get(key, {})
+    if not isinstance(tables, dict) or not all(
+        isinstance(each, dict) for each in cast(dict[str, Any], tables).values()
+    ):
+        raise OptionError(f"{file}: write [{key}.NAME] and the options of that name below it")
+    return cast(dict[str, Mapping[str, Any]], tables)

@@ -1,0 +1,304 @@
+"""Arms x tasks -> results with intervals, resumable: what the routed model is worth against the base and each adapter.
+
+A cell is an arm on a task. Finished cells are on disk (`treadle.results`) and are not measured again; beside them
+`settings.json` says what was asked, and a folder is only added to with the same settings.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from treadle.arms import Arm
+from treadle.centroids import Floats
+from treadle.data import load_examples
+from treadle.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.metrics import METRICS
+from treadle.params import EvalParams, RoutingParams, SamplingParams
+from treadle.results import EvalResult, Fraction, interval, read_results, write_cell, write_results
+from treadle.streams import STREAMS, Stream, join_streams, score_streams
+from treadle.tasks import TASKS, Example, Task, get_task, read_task
+
+if TYPE_CHECKING:
+    from treadle.generate import Engine
+
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """The examples of one task, or mixed streams of several.
+
+    Attributes:
+        name: of the task; `stream` and `conversation` are mixed streams.
+        source: the file or hub data set of its rows; for streams, the tasks that they join.
+        task: how texts are judged; None for streams.
+        examples: with their shots, if any.
+        streams: where `task` is None.
+    """
+
+    name: str
+    source: str
+    task: Task | None
+    examples: tuple[Example, ...] = ()
+    streams: tuple[Stream, ...] = ()
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that the task has for its own."""
+        return "" if self.task is None else self.task.adapter or self.task.name
+
+    def __len__(self) -> int:
+        """Return how many examples or streams it holds."""
+        return len(self.examples) or len(self.streams)
+
+
+@dataclass
+class Cell:
+    """What an arm did on a task, while it is measured: one entry an example everywhere."""
+
+    values: dict[str, list[Fraction]] = field(default_factory=dict)
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    generation_seconds: float = 0.0
+
+
+Progress = Callable[[str, int], None]
+"""Called with the name of a cell and the number of its examples, when the cell is done."""
+
+
+def load_sets(specs: Sequence[str], params: EvalParams) -> list[EvalSet]:
+    """Return the examples that specifications name.
+
+    Each is `TASK` (rows of the hub), `TASK=FILE`, a task's JSON file (`treadle.tasks.read_task`), that with `=FILE`, or
+    `stream` or `conversation`, which join the examples of the other tasks.
+
+    Raises:
+        TreadleError: lists everything that cannot be read.
+    """
+    problems: list[str] = []
+    sets: dict[str, EvalSet] = {}
+    mixed = [spec for spec in specs if spec in STREAMS]
+    for spec in [spec for spec in specs if spec not in STREAMS]:
+        try:
+            each = _load_set(spec, params)
+            if each.name in sets:
+                problems.append(f"task {each.name!r} is given twice")
+            sets[each.name] = each
+        except TreadleError as error:
+            problems.append(str(error))
+    pools: dict[str, tuple[Example, ...]] = {}
+    for each in sets.values():
+        pools.setdefault(each.adapter, each.examples)
+    if mixed and len(pools) < 2 and not problems:
+        problems.append(f"{', '.join(mixed)}: name the tasks whose examples are joined, two at least")
+    if problems:
+        raise DataError(problem_list("tasks:", problems))
+    streams = tuple(join_streams(pools, params.limit, params.seed)) if mixed else ()
+    joined = " + ".join(each.source for each in sets.values())
+    return [*sets.values(), *(EvalSet(name, joined, None, streams=streams) for name in dict.fromkeys(mixed))]
+
+
+def _load_set(spec: str, params: EvalParams) -> EvalSet:
+    name, _, file = spec.partition("=")
+    if not name.endswith(".json") and name not in TASKS:
+        raise OptionError(unknown_name("task", name, [*TASKS, *STREAMS]) + " A task of your own is a .json file.")
+    task = read_task(name) if name.endswith(".json") else get_task(name)
+    source = file or task.dataset
+    if not source:
+        raise DataError(f"{name}: it names no source; write {name}=FILE")
+    rows = load_examples(source, task, limit=params.limit + params.shots, seed=params.seed)
+    shots, examples = rows[: params.shots], rows[params.shots :]
+    if not examples:
+        raise DataError(f"{source}: {len(rows)} examples are not more than the {params.shots} shots")
+    before = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in shots)
+    shown = [Example(**{**vars(each), "prompt": before + each.prompt}) for each in examples] if shots else examples
+    return EvalSet(task.name, source, task, tuple(shown))
+
+
+def evaluate(
+    engine: "Engine",
+    sets: Sequence[EvalSet],
+    arms: Sequence[Arm],
+    output: Path,
+    params: EvalParams,
+    progress: Progress = lambda name, count: None,
+) -> list[EvalResult]:
+    """Measure every arm on every task and return all results, also those that `output` held before.
+
+    Raises:
+        TreadleError: an arm is not possible with these adapters, or `output` was made with other settings.
+    """
+    engine.check_routing([arm.params_for(each.adapter) for arm, each in _cells(arms, sets) if _has_params(arm, each)])
+    _check_settings(output, params, engine)
+    before = read_results(output)
+    write_results(output, before, append=False)  # without what a kill left of a cell
+    done = {(result.arm, result.task): result for result in before}
+    _check_same(done, arms, sets)
+    for arm, each in _cells(arms, sets):
+        if (arm.name, each.name) not in done:
+            started = time.perf_counter()
+            cell = measure(engine, arm, each, params)
+            write_cell(output, arm.name, each.name, _rows(each, cell))
+            seconds = time.perf_counter() - started
+            write_results(output, _results(engine, arm, each, cell, seconds, params.seed), append=True)
+        progress(f"{arm.name} on {each.name}", len(each))
+    return read_results(output)
+
+
+def _cells(arms: Sequence[Arm], sets: Sequence[EvalSet]) -> Iterator[tuple[Arm, EvalSet]]:
+    return ((arm, each) for each in sets for arm in arms)
+
+
+def _has_params(arm: Arm, each: EvalSet) -> bool:
+    return arm.params is not None or each.task is not None
+
+
+def measure(engine: "Engine", arm: Arm, each: EvalSet, params: EvalParams) -> Cell:
+    """Return what an arm does on the examples of one task."""
+    if each.task is None:
+        return _measure_streams(engine, arm, each)
+    cell, routing = Cell(), arm.params_for(each.adapter)
+    examples = each.examples
+    prompts = [example.prompt for example in examples]
+    if all(example.options for example in examples):
+        _measure_options(engine, examples, routing, cell)
+    else:
+        scores = engine.score(prompts, [example.completion for example in examples], routing=routing)
+        cell.values["nll"] = [_nll(row) for row in scores]
+    if params.generate and each.task.metrics:
+        _measure_texts(engine, each.task, examples, routing, params, cell)
+    return cell
+
+
+def _nll(logprobs: Floats) -> Fraction:
+    return -float(logprobs.sum()), float(len(logprobs))
+
+
+def _measure_options(engine: "Engine", examples: Sequence[Example], routing: RoutingParams, cell: Cell) -> None:
+    """Score every option of every example: the reference's gives the NLL, the likeliest (a token) the choice."""
+    pairs = [(example, choice) for example in examples for choice in example.options]
+    scores = engine.score([example.prompt for example, _ in pairs], [choice for _, choice in pairs], routing=routing)
+    rows = iter(scores)
+    cell.values |= {"nll": [], "option": []}
+    for example in examples:
+        found = dict(zip(example.options, rows, strict=False))
+        cell.values["nll"].append(_nll(found[example.completion]))
+        best = max(found, key=lambda choice: float(found[choice].mean()))
+        cell.values["option"].append((float(best == example.completion), 1.0))
+
+
+def _measure_texts(
+    engine: "Engine", task: Task, examples: Sequence[Example], routing: RoutingParams, params: EvalParams, cell: Cell
+) -> None:
+    """Generate an answer to every example, greedily, and judge it."""
+    sampling = SamplingParams(max_tokens=params.max_tokens or task.max_tokens)
+    started = time.perf_counter()
+    done = engine.generate([example.prompt for example in examples], sampling=sampling, routing=routing)
+    cell.generation_seconds = time.perf_counter() - started
+    cell.tokens = sum(len(each.token_ids) for each in done)
+    for name in task.metrics:
+        points = [METRICS[name](each.text, example) for each, example in zip(done, examples, strict=True)]
+        cell.values[name] = [(point or 0.0, float(point is not None)) for point in points]
+    cell.texts = [
+        {"text": each.text, "finish_reason": each.finish_reason, "weights": each.weights.round(3).tolist()}
+        for each in done
+    ]
+
+
+def _measure_streams(engine: "Engine", arm: Arm, each: EvalSet) -> Cell:
+    cell = Cell()
+    scores = score_streams(engine, each.streams, arm.params, each.name)
+    cell.values["nll"] = [_nll(np.concatenate(rows)) for rows in scores]
+    for part in range(max(len(rows) for rows in scores)):
+        cell.values[f"nll-{part + 1}"] = [_nll(rows[part]) if part < len(rows) else (0.0, 0.0) for rows in scores]
+    return cell
+
+
+def _results(engine: "Engine", arm: Arm, each: EvalSet, cell: Cell, seconds: float, seed: int) -> list[EvalResult]:
+    speed = cell.tokens / cell.generation_seconds if cell.generation_seconds else 0.0
+    results: list[EvalResult] = []
+    for metric, fractions in cell.values.items():
+        value, low, high = interval(fractions, seed)
+        results.append(
+            EvalResult(
+                arm=arm.name,
+                task=each.name,
+                metric=metric,
+                value=value,
+                low=low,
+                high=high,
+                n=sum(denominator > 0 for _, denominator in fractions),
+                routing=None if arm.params is None else asdict(arm.params),
+                source=each.source,
+                seconds=seconds,
+                tokens=cell.tokens,
+                tokens_per_second=speed,
+                seed=seed,
+                versions=_versions(engine),
+            )
+        )
+    return results
+
+
+def _rows(each: EvalSet, cell: Cell) -> list[dict[str, Any]]:
+    """Return what is kept of each example of a cell."""
+    rows: list[dict[str, Any]] = []
+    for index in range(len(each)):
+        row: dict[str, Any] = {"index": index, "values": {name: points[index] for name, points in cell.values.items()}}
+        if each.task is None:
+            row["adapters"] = [part.adapter for part in each.streams[index]]
+        else:
+            row["prompt"] = each.examples[index].prompt
+            row["reference"] = each.examples[index].completion
+        rows.append({**row, **(cell.texts[index] if cell.texts else {})})
+    return rows
+
+
+def _versions(engine: "Engine") -> dict[str, str]:
+    packages = {name: version(name) for name in ("treadle", "torch", "transformers")}
+    base = str(getattr(engine.model.config, "name_or_path", ""))
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "base": Path(base).name,
+        "embedder": engine.router.embedder.id,
+    }
+
+
+def _check_settings(output: Path, params: EvalParams, engine: "Engine") -> None:
+    """Write the settings into a new folder, or refuse a folder that was made with others."""
+    settings = {**asdict(params), "adapters": list(engine.adapter_names), "embedder": engine.router.embedder.id}
+    file = output / SETTINGS_FILE
+    if not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        return
+    before = json.loads(file.read_text("utf-8"))
+    changed = [
+        f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value
+    ]
+    if changed:
+        raise OptionError(problem_list(f"{output} holds results of other settings; name another folder:", changed))
+
+
+def _check_same(done: Mapping[tuple[str, str], EvalResult], arms: Sequence[Arm], sets: Sequence[EvalSet]) -> None:
+    """Refuse names that stand for something else than in the results that are there."""
+    problems: list[str] = []
+    for arm, each in _cells(arms, sets):
+        before = done.get((arm.name, each.name))
+        routing = None if arm.params is None else json.loads(json.dumps(asdict(arm.params)))
+        if before and before.routing != routing:
+            problems.append(f"arm {arm.name} had other options on {each.name}")
+        if before and before.source != each.source:
+            problems.append(f"task {each.name} had the rows of {before.source}, not {each.source}")
+    if problems:
+        raise OptionError(
+            problem_list("results are there already, but of something else:", list(dict.fromkeys(problems)))
+        )

@@ -1,0 +1,119 @@
+"""The commands of experiments: `treadle eval`, `treadle sweep`, `treadle plot`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from treadle.flags import BundlePath, Device, Dtype, Json, takes
+from treadle.options import read_options
+from treadle.params import EvalParams
+
+if TYPE_CHECKING:
+    from treadle.arms import Arm
+    from treadle.generate import Engine
+
+app = typer.Typer()
+Output = Annotated[Path, typer.Option("-o", "--output", help="folder of results; finished cells are not repeated")]
+
+
+@app.command(name="eval")
+@takes(evaluation=EvalParams)
+def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    bundle: BundlePath,
+    tasks: Annotated[
+        list[str], typer.Option(help="math, science, code, reading, mbpp: TASK=FILE, or alone for the hub's rows; a "
+                                     "task's .json file; stream and conversation join the others; repeatable")
+    ],
+    output: Output,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(help="base, oracle, uniform, routed, nearest, prompt, every-4, paper, an adapter's name ...; or a "
+                          ".toml file of arms; repeatable, or with commas"),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    *,
+    evaluation: dict[str, Any],
+) -> None:  # fmt: skip
+    """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept."""
+    from treadle.arms import choose_arms
+
+    params = read_options(EvalParams, evaluation)
+    engine = _load(bundle, device, dtype)
+    wanted = [name for entry in arms or ["base,oracle,uniform,routed"] for name in entry.split(",")]
+    _run(engine, tasks, choose_arms(wanted, engine.adapter_names, engine.router.params), output, params, as_json)
+
+
+@app.command()
+def sweep(
+    bundle: BundlePath,
+    file: Annotated[Path, typer.Argument(help="TOML file: tasks, options, and grids of routing options")],
+    output: Output,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every combination of a grid of routing options on tasks; resumable."""
+    from treadle.sweep import read_sweep
+
+    engine = _load(bundle, device, dtype)
+    asked = read_sweep(file, engine.adapter_names, engine.router.params)
+    _run(engine, asked.tasks, asked.arms, output, asked.params, as_json)
+
+
+@app.command()
+def plot(
+    results: Annotated[list[Path], typer.Argument(help="folders that eval or sweep wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the figures")],
+    as_json: Json = False,
+) -> None:
+    """Draw every figure that the results allow; nothing is measured."""
+    from treadle.plots import draw_all
+
+    drawn = draw_all(results, output)
+    print(json.dumps({"figures": list(map(str, drawn))}) if as_json else "\n".join(map(str, drawn)))
+
+
+def _load(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
+    from treadle.generate import load
+    from treadle.models import quiet_libraries
+
+    quiet_libraries()
+    return load(bundle, device=device, dtype=dtype)
+
+
+def _run(
+    engine: "Engine", tasks: Sequence[str], arms: Sequence["Arm"], output: Path, params: EvalParams, as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from treadle.evaluate import evaluate, load_sets
+    from treadle.show import results_table
+
+    sets = load_sets(tasks, params)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        shown = bar.add_task("", total=sum(map(len, sets)) * len(arms))
+
+        def advance(name: str, count: int) -> None:
+            bar.update(shown, advance=count, description=name)
+
+        results = evaluate(engine, sets, arms, output, params, advance)
+    if as_json:
+        print(json.dumps([asdict(result) for result in results]))
+    else:
+        Console().print(results_table(results))

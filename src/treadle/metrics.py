@@ -1,0 +1,129 @@
+"""What a generated text is worth against its references: pure functions of texts.
+
+Each metric takes a text and an Example and returns a number from 0 to 1, or None where it does not apply to the
+example (an answer that is not Python need not parse). Scores of libraries where one is kept: rouge-score, sacrebleu.
+"""
+
+import ast
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from treadle.errors import TreadleError
+from treadle.sandbox import passes
+
+if TYPE_CHECKING:
+    from treadle.tasks import Example
+
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+FENCE = re.compile(r"```(?:[\w+-]*)\n(.*?)(?:```|\Z)", re.DOTALL)
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+CODE_NODES = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.For, ast.While, ast.Call)
+"""A text that parses but holds none of these ("yes" is an expression) is not taken for a program."""
+
+
+def exact_number(text: str, example: "Example") -> float:
+    """Whether the final number of the text is that of the reference: the one after `####`, else the last."""
+    found = final_number(text)
+    return float(found is not None and found == final_number(example.completion))
+
+
+def final_number(text: str) -> float | None:
+    """Return the number after the first `####`, or the last number, of a text; None where it has none."""
+    _, mark, after = text.partition("####")
+    numbers = NUMBER.findall(after)[:1] if mark else []
+    numbers = numbers or NUMBER.findall(text)[-1:]
+    return float(numbers[0].replace(",", "").replace("$", "")) if numbers else None
+
+
+def letter(text: str, example: "Example") -> float:
+    """Whether the first lone capital A-E of the text is the reference's."""
+    found = re.search(r"\b([A-E])\b", text)
+    return float(found is not None and found.group(1) == example.completion.strip())
+
+
+def squad_words(text: str) -> list[str]:
+    """Return the words of a text as SQuAD's official script compares them: no case, punctuation or articles."""
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return ARTICLES.sub(" ", kept).split()
+
+
+def exact_match(text: str, example: "Example") -> float:
+    """SQuAD's exact match against the best of the accepted answers."""
+    return float(any(squad_words(text) == squad_words(answer) for answer in example.references))
+
+
+def f1(text: str, example: "Example") -> float:
+    """SQuAD's F1 of words against the best of the accepted answers."""
+    return max(_f1(squad_words(text), squad_words(answer)) for answer in example.references)
+
+
+def _f1(found: list[str], wanted: list[str]) -> float:
+    common = sum((Counter(found) & Counter(wanted)).values())
+    if not common:
+        return float(found == wanted)
+    return 2 * common / (len(found) + len(wanted))
+
+
+def rouge_l(text: str, example: "Example") -> float:
+    """ROUGE-L F-measure (rouge-score, no stemming) against the best of the accepted answers."""
+    return max(_rouge().score(answer, text)["rougeL"].fmeasure for answer in example.references)
+
+
+def chrf(text: str, example: "Example") -> float:
+    """Sentence chrF (sacrebleu) over 100, against the accepted answers."""
+    return _chrf().sentence_score(text.strip(), [answer.strip() for answer in example.references]).score / 100
+
+
+def parses(text: str, example: "Example") -> float | None:
+    """Whether the text is Python; None where the reference is not a Python program."""
+    if not is_python(example.completion):
+        return None
+    return float(is_python(text))
+
+
+def is_python(text: str) -> bool:
+    """Whether a text, or the first fenced block in it, is a Python program."""
+    try:
+        tree = ast.parse(program(text))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what ast.parse raises on texts
+        return False
+    return any(isinstance(node, CODE_NODES) for node in ast.walk(tree))
+
+
+def program(text: str) -> str:
+    """Return the first fenced block of a text, or the text where it has none."""
+    fenced = FENCE.search(text)
+    return (fenced.group(1) if fenced else text).strip()
+
+
+def pass_at_1(text: str, example: "Example") -> float:
+    """Whether the program passes all tests of the example, in a process with limits (`treadle.sandbox`)."""
+    return float(passes(program(text), example.tests))
+
+
+@lru_cache(1)
+def _rouge() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise TreadleError("the metric rouge_l needs: pip install 'treadle[eval]'") from error
+    return RougeScorer(["rougeL"])
+
+
+@lru_cache(1)
+def _chrf() -> Any:
+    try:
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise TreadleError("the metric chrf needs: pip install 'treadle[eval]'") from error
+    return CHRF()
+
+
+METRICS: dict[str, Callable[[str, "Example"], float | None]] = {
+    metric.__name__: metric for metric in (exact_number, letter, exact_match, f1, rouge_l, chrf, parses, pass_at_1)
+}
+"""By name, as tasks and task files name them; all compare a generated text."""

@@ -1,0 +1,164 @@
+"""Results of an evaluation: values with bootstrap intervals, and the files that hold them.
+
+    results.jsonl            one EvalResult a line, appended as each cell (an arm on a task) is finished
+    cells/TASK/ARM.jsonl     every example of a cell: its values, its generated text and the weights of each token
+
+A metric of an example is a fraction (numerator, denominator); a cell's value is the sum of the first over the sum of
+the second: nats over tokens for `nll`, points over examples for the others.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+import numpy as np
+
+from treadle.errors import DataError, OptionError
+
+RESAMPLES = 2000
+"""Bootstrap samples of an interval."""
+Fraction = tuple[float, float]
+RESULTS_FILE, CELLS = "results.jsonl", "cells"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One metric of one arm on one task.
+
+    Attributes:
+        arm: its name.
+        task: its name.
+        metric: `nll` (nats per token of the reference), `option` (accuracy by likelihood), or one of `treadle.metrics`;
+            of streams `nll` over all answers, and `nll-1`, `nll-2` ... of the first, second ... answer.
+        value: the cell's value.
+        low: lower end of the 95 % bootstrap interval over examples.
+        high: its upper end.
+        n: examples that counted.
+        routing: the arm's RoutingParams; null = the oracle.
+        source: where the rows are from.
+        seconds: the whole cell took.
+        tokens: generated in the cell.
+        tokens_per_second: of its generation; 0 where nothing was generated.
+        seed: of the rows, the shots and the bootstrap.
+        versions: of treadle, torch and transformers, of the bundle's base and of its embedder.
+    """
+
+    arm: str
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    routing: Mapping[str, Any] | None
+    source: str
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    seed: int
+    versions: Mapping[str, str]
+
+
+# Values with intervals
+
+
+def interval(fractions: Sequence[Fraction], seed: int) -> tuple[float, float, float]:
+    """Return (value, low, high) of a sum of fractions: the 95 % percentile bootstrap over examples."""
+    parts = np.array(fractions, np.float64).reshape(-1, 2)  # (n, 2)
+    parts = parts[parts[:, 1] > 0]
+    if not len(parts):
+        return float("nan"), float("nan"), float("nan")
+    sums = parts[np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES, len(parts)))].sum(1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return float(parts[:, 0].sum() / parts[:, 1].sum()), float(low), float(high)
+
+
+def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) -> tuple[float, float, float]:
+    """Return (value, low, high) of ours - theirs on the same examples: a paired 95 % bootstrap."""
+    a, b = np.array(ours, np.float64).reshape(-1, 2), np.array(theirs, np.float64).reshape(-1, 2)
+    if a.shape != b.shape:
+        raise OptionError(f"a paired difference needs the same examples; got {len(a)} and {len(b)}")
+    keep = (a[:, 1] > 0) & (b[:, 1] > 0)
+    a, b = a[keep], b[keep]
+    chosen = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
+    means = [parts[chosen].sum(1) for parts in (a, b)]  # (RESAMPLES, 2) each
+    low, high = np.percentile(means[0][:, 0] / means[0][:, 1] - means[1][:, 0] / means[1][:, 1], [2.5, 97.5])
+    sums = a.sum(0), b.sum(0)
+    return float(sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1]), float(low), float(high)
+
+
+# Files
+
+
+def read_results(output: Path) -> list[EvalResult]:
+    """Return the results of a folder; cells that a kill cut short are left out, and so are lines cut short.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    file = output / RESULTS_FILE
+    if not file.exists():
+        return []
+    results: list[EvalResult] = []
+    for line in file.read_text("utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue  # the last line, while it was being written
+        try:
+            results.append(EvalResult(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{file}: not a result: {line[:60]!r} ({error})") from error
+    metrics: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        metrics.setdefault((result.arm, result.task), set()).add(result.metric)
+    whole = {(arm, task) for (arm, task), found in metrics.items() if found == _metrics_of(output, arm, task)}
+    return [result for result in results if (result.arm, result.task) in whole]
+
+
+def write_results(output: Path, results: Sequence[EvalResult], *, append: bool) -> None:
+    """Write results to a folder's file, after those that are there or instead of them."""
+    lines = "".join(json.dumps(asdict(result)) + "\n" for result in results)
+    file = output / RESULTS_FILE
+    if append:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(lines)
+        return
+    half = file.with_suffix(".part")
+    half.write_text(lines, "utf-8")
+    half.rename(file)
+
+
+def write_cell(output: Path, arm: str, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write all examples of a cell at once: a file that is there is whole."""
+    file = _cell_file(output, arm, task)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_suffix(".part")
+    half.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    half.rename(file)
+
+
+def read_cell(output: Path, arm: str, task: str) -> list[dict[str, Any]]:
+    """Return the examples of a finished cell: `index`, `values` {metric: [numerator, denominator]}, text, weights."""
+    file = _cell_file(output, arm, task)
+    if not file.exists():
+        raise DataError(f"{file}: no such cell")
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def fractions_of(output: Path, arm: str, task: str, metric: str) -> list[Fraction]:
+    """Return the fractions of one metric of a finished cell, one an example."""
+    rows = read_cell(output, arm, task)
+    if metric not in rows[0]["values"]:
+        raise OptionError(f"{arm} on {task} has no metric {metric!r}, only {', '.join(rows[0]['values'])}")
+    return [cast(Fraction, tuple(row["values"][metric])) for row in rows]
+
+
+def _metrics_of(output: Path, arm: str, task: str) -> set[str]:
+    file = _cell_file(output, arm, task)
+    return set(read_cell(output, arm, task)[0]["values"]) if file.exists() else set()
+
+
+def _cell_file(output: Path, arm: str, task: str) -> Path:
+    return output / CELLS / quote(task, safe="") / f"{quote(arm, safe=' =')}.jsonl"

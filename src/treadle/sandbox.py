@@ -1,0 +1,69 @@
+"""Runs a generated program against tests in a process of its own, with limits on time, memory and files.
+
+The limits stop accidents (endless loops, memory bombs), not attackers: a hostile program can still read files that the
+user can. Run untrusted models in a container.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+SECONDS = 5.0
+MEMORY = 1 << 30
+"""Bytes of address space."""
+FILE_SIZE = 1 << 20
+"""Bytes that a file may grow to."""
+
+
+def passes(program: str, tests: Sequence[str], *, seconds: float = SECONDS, memory: int = MEMORY) -> bool:
+    """Return whether `program` followed by all of `tests` (assert statements) ends without an error in time.
+
+    Args:
+        program: Python source.
+        tests: statements that raise where the program is wrong; no tests means that nothing passes.
+        seconds: of wall-clock and of processor time.
+        memory: bytes of address space.
+    """
+    if not tests or "\0" in program:
+        return False
+    # the last line proves that the tests were reached: a program that calls exit(0) before them fails
+    done = os.urandom(8).hex()
+    source = "\n".join([program, *tests, f"print({done!r})"])
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
+
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", source],
+            cwd=folder,
+            env={"PATH": "/usr/bin:/bin"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=limit,  # noqa: PLW1509 no threads of ours hold locks that the child needs before it execs
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = -1
+        finally:
+            _kill_group(process.pid)
+            process.wait()
+        output.seek(0)
+        return code == 0 and output.read().rstrip().endswith(done)
+
+
+def _kill_group(pid: int) -> None:
+    """Kill the process and whatever it started."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,58 @@
+"""A sweep: arms x tasks in one TOML file, evaluated like any others and resumable like them.
+
+tasks = ["math=gsm8k.jsonl.gz", "stream"]     as `treadle eval --tasks`
+also = ["base", "oracle"]                     standard arms beside the grid
+limit = 100                                   and any other option of `treadle eval`
+
+[grid.frequency]                              arms: see `treadle.arms`
+every = [1, 2, 4, "none"]
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from treadle.arms import Arm, arms_of, choose_arms, read_toml
+from treadle.errors import OptionError, TreadleError, problem_list, unknown_name
+from treadle.options import read_options
+from treadle.params import EvalParams, RoutingParams
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file asks for."""
+
+    tasks: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    params: EvalParams
+
+
+def read_sweep(file: Path, names: tuple[str, ...], default: RoutingParams) -> Sweep:
+    """Return the sweep of a TOML file for adapters `names`, its arms over the params `default`.
+
+    Raises:
+        OptionError: lists everything that is wrong with the file.
+    """
+    document = read_toml(file)
+    options = [entry.name for entry in fields(EvalParams)]
+    allowed = ["tasks", "also", *options, "arms", "grid"]
+    problems = [unknown_name("key", key, allowed) for key in document if key not in allowed]
+    for key in ("tasks", "also"):
+        listed = document.setdefault(key, [])
+        if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+            problems.append(f"{key} must be a list of texts")
+            document[key] = []
+    if not document["tasks"] and not problems:
+        problems.append("tasks names no task")
+    arms: list[Arm] = []
+    params = EvalParams()
+    try:
+        params = read_options(EvalParams, {key: document[key] for key in options if key in document})
+    except TreadleError as error:
+        problems.append(str(error))
+    try:
+        arms = [*choose_arms(document["also"], names, default), *arms_of(document, file, default)]
+    except TreadleError as error:
+        problems.append(str(error))
+    if problems:
+        raise OptionError(problem_list(f"sweep {file}:", problems))
+    return Sweep(tuple(document["tasks"]), tuple(arms), params)
