@@ -82,47 +82,60 @@ def choose_arms(wanted: Sequence[str], names: Sequence[str], default: RoutingPar
     Raises:
         OptionError: lists every name that does not exist and every option that is not possible.
     """
-    standard, chosen, problems = standard_arms(names, default), dict[str, Arm](), list[str]()
+    standard, chosen, problems = standard_arms(names, default), list[Arm](), list[str]()
     for entry in wanted:
         if entry.endswith(".toml"):
             try:
-                chosen |= {arm.name: arm for arm in read_arms(Path(entry), default)}
+                chosen += read_arms(Path(entry), default)
             except TreadleError as error:
                 problems.append(str(error))
         elif entry in standard:
-            chosen[entry] = standard[entry]
+            chosen.append(standard[entry])
         else:
             problems.append(unknown_name("arm", entry, standard))
+    chosen = distinct(chosen, problems)
     if problems:
         raise OptionError(problem_list("arms:", problems))
-    return list(chosen.values())
+    return chosen
+
+
+def distinct(arms: Sequence[Arm], problems: list[str]) -> list[Arm]:
+    """Return each arm once; a name that two different arms have is added to `problems`, as it keys their results."""
+    kept: dict[str, Arm] = {}
+    for arm in arms:
+        if kept.setdefault(arm.name, arm) != arm:
+            problems.append(f"two arms are called {arm.name!r}")
+    return list(kept.values())
 
 
 def read_arms(file: Path, default: RoutingParams) -> list[Arm]:
     """Return the arms of a TOML file, over the params `default`; an arm that is not possible is an OptionError."""
     document = read_toml(file)
     unknown = [unknown_name("table", key, ("arms", "grid")) for key in document if key not in {"arms", "grid"}]
-    if unknown:
-        raise OptionError(problem_list(f"{file}:", unknown))
-    return arms_of(document, file, default)
+    return arms_of(document, file, default, unknown)
 
 
-def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams) -> list[Arm]:
-    """Return the arms that the tables `arms` and `grid` of a TOML document stand for, over the params `default`."""
-    tables: dict[str, Mapping[str, Any]] = {}
-    for name, table in _tables(document, "arms", file).items():
-        tables[name] = table
-    for name, table in _tables(document, "grid", file).items():
-        tables |= {f"{name}/{label}": row for label, row in expand(table).items()}
+def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams, found: Sequence[str] = ()) -> list[Arm]:
+    """Return the arms that the tables `arms` and `grid` of a TOML document stand for, over the params `default`.
+
+    Raises:
+        OptionError: lists every problem, after those that were `found` before.
+    """
+    problems = list(found)
+    tables = dict(_tables(document, "arms", problems))
+    for name, table in _tables(document, "grid", problems).items():
+        rows = expand(table)
+        tables |= {f"{name}/{label}": row for label, row in rows.items()}
+        if not rows:
+            problems.append(f"{name}: an empty list leaves no combination")
     arms: list[Arm] = []
-    problems: list[str] = []
     for name, table in tables.items():
         try:
             implied = {"rule": "fixed"} if table.get("fixed") is not None else {}
             arms.append(Arm(name, read_options(RoutingParams, {**implied, **table}, onto=default)))
         except TreadleError as error:
             problems.append(f"{name}: {error}")
-    if not tables:
+    if not tables and not problems:
         problems.append("it names no arm: write a table [arms.NAME] or [grid.NAME]")
     if problems:
         raise OptionError(problem_list(f"{file}:", problems))
@@ -145,10 +158,11 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise OptionError(f"{file} cannot be read: {error}") from error
 
 
-def _tables(document: Mapping[str, Any], key: str, file: Path) -> dict[str, Mapping[str, Any]]:
+def _tables(document: Mapping[str, Any], key: str, problems: list[str]) -> dict[str, Mapping[str, Any]]:
     tables = document.get(key, {})
     if not isinstance(tables, dict) or not all(
         isinstance(each, dict) for each in cast(dict[str, Any], tables).values()
     ):
-        raise OptionError(f"{file}: write [{key}.NAME] and the options of that name below it")
+        problems.append(f"write [{key}.NAME] and the options of that name below it")
+        return {}
     return cast(dict[str, Mapping[str, Any]], tables)

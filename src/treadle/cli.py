@@ -63,16 +63,29 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 
 @app.command()
 @takes(routing=RoutingParams)
-def route(
-    bundle: BundlePath, text: Annotated[str, typer.Option(help="the text to route")], as_json: Json = False,
-    *, routing: dict[str, Any],
-) -> None:  # fmt: skip
-    """Show how the router weighs a text, and why; the base model is not loaded."""
+def route(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    bundle: BundlePath,
+    text: Annotated[str | None, typer.Option(help="the text to route")] = None,
+    evaluate: Annotated[bool, typer.Option("--eval", help="accuracy and confusion on held-out examples")] = False,
+    tasks: Annotated[list[str] | None, typer.Option(help="with --eval: TASK=FILE, as treadle eval; repeatable")] = None,
+    limit: Annotated[int, typer.Option(help="with --eval: examples a task")] = 300,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="with --eval: folder for treadle plot")] = None,
+    as_json: Json = False,
+    *,
+    routing: dict[str, Any],
+) -> None:
+    """Show how the router weighs a text, and why, or how often it is right; the base model is not loaded."""
     from treadle.bundle import read_bundle
     from treadle.explain import explain
 
+    if evaluate != bool(tasks) or evaluate != (text is None):
+        raise typer.BadParameter("give --text, or --eval with --tasks")
     router = read_bundle(bundle).router
-    explanation = explain(router, text, _routing(router, routing))
+    params = _routing(router, routing)
+    if evaluate:
+        lab.route_eval(router, tasks or [], limit, output, as_json)
+        return
+    explanation = explain(router, text or "", params)
     if as_json:
         print(json.dumps(asdict(explanation)))
         return

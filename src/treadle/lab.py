@@ -15,6 +15,7 @@ from treadle.params import EvalParams
 if TYPE_CHECKING:
     from treadle.arms import Arm
     from treadle.generate import Engine
+    from treadle.routing import Router
 
 app = typer.Typer()
 Output = Annotated[Path, typer.Option("-o", "--output", help="folder of results; finished cells are not repeated")]
@@ -79,6 +80,33 @@ def plot(
     print(json.dumps({"figures": list(map(str, drawn))}) if as_json else "\n".join(map(str, drawn)))
 
 
+def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path | None, as_json: bool) -> None:
+    """Print how often the nearest adapter is the right one, by each score, and keep it for `treadle plot`."""
+    from dataclasses import replace
+    from typing import get_args
+
+    from rich.console import Console
+
+    from treadle.evaluate import load_sets
+    from treadle.params import RoutingParams, Score
+    from treadle.plots import QUALITY_FILE
+    from treadle.quality import route_quality
+    from treadle.show import quality_tables
+
+    examples = {each.adapter: each.examples for each in load_sets(tasks, EvalParams(limit=limit))}
+    params = [replace(RoutingParams(), score=score) for score in get_args(Score)]
+    qualities = [route_quality(router, examples, each) for each in params]
+    document = json.dumps([asdict(quality) for quality in qualities])
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / QUALITY_FILE).write_text(document + "\n", "utf-8")
+    if as_json:
+        print(document)
+        return
+    for table in quality_tables(qualities):
+        Console().print(table)
+
+
 def _load(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
     from treadle.generate import load
     from treadle.models import quiet_libraries
@@ -115,5 +143,6 @@ def _run(
         results = evaluate(engine, sets, arms, output, params, advance)
     if as_json:
         print(json.dumps([asdict(result) for result in results]))
-    else:
-        Console().print(results_table(results))
+        return
+    for task in dict.fromkeys(result.task for result in results):
+        Console().print(results_table(task, [result for result in results if result.task == task]))

@@ -38,6 +38,11 @@ def read_options(options: type[Value], given: Mapping[str, Any], *, onto: Value 
         except OptionError as error:
             problems.append(str(error))
     if problems:
+        try:  # what can be read may have problems of its own: all in one message
+            options(**values)
+        except OptionError as error:
+            head, *listed = str(error).split("\n  - ")
+            problems += listed or [head]
         raise OptionError(problems[0] if len(problems) == 1 else problem_list("options:", problems))
     return options(**values)
 

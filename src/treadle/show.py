@@ -13,6 +13,7 @@ from treadle.centroids import Floats
 if TYPE_CHECKING:
     from treadle.doctor import Report
     from treadle.explain import Explanation
+    from treadle.quality import Quality
     from treadle.results import EvalResult
     from treadle.rows import TokenEvent
 
@@ -101,16 +102,36 @@ def report_table(report: "Report") -> Table:
     return table
 
 
-def results_table(results: Sequence["EvalResult"]) -> Table:
-    """Return values with their 95 % intervals: one row an arm, one column a task and metric."""
-    columns = list(dict.fromkeys((result.task, result.metric) for result in results))
-    arms = list(dict.fromkeys(result.arm for result in results))
-    cells = {(result.arm, result.task, result.metric): result for result in results}
-    table = Table(title_justify="left")
+def results_table(task: str, results: Sequence["EvalResult"]) -> Table:
+    """Return the values of one task with their 95 % intervals: one row an arm, one column a metric."""
+    metrics = list(dict.fromkeys(result.metric for result in results))
+    cells = {(result.arm, result.metric): result for result in results}
+    table = Table(title=f"{task} (n = {results[0].n})", title_justify="left")
     table.add_column("arm")
-    for task, metric in columns:
-        table.add_column(f"{task}\n{metric}", justify="right")
-    for arm in arms:
-        row = [cells.get((arm, *column)) for column in columns]
-        table.add_row(arm, *(f"{r.value:.3f}\n{r.low:.3f}-{r.high:.3f}" if r else "" for r in row))
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for arm in dict.fromkeys(result.arm for result in results):
+        row = [cells.get((arm, metric)) for metric in metrics]
+        table.add_row(arm, *(f"{r.value:.3f} ({r.low:.3f}-{r.high:.3f})" if r else "" for r in row))
     return table
+
+
+def quality_tables(qualities: Sequence["Quality"]) -> list[Table]:
+    """Return the accuracy of each score on each kind of text, then the confusion of the best score."""
+    kinds = list(qualities[0].accuracy)
+    summary = Table(title="accuracy of the nearest adapter, mean over domains", title_justify="left")
+    for heading in ("score", *kinds):
+        summary.add_column(heading, justify="left" if heading == "score" else "right")
+    for quality in qualities:
+        summary.add_row(quality.score, *(f"{quality.accuracy[kind]:.3f}" for kind in kinds))
+    summary.caption = f"separation of the centroids: {qualities[0].separation:.2f} pooled standard deviations"
+    best = max(qualities, key=lambda quality: min(quality.accuracy.values()))
+    tables = [summary]
+    for kind in kinds:
+        table = Table(title=f"{best.score}, {kind}: domain by nearest adapter", title_justify="left")
+        for heading in ("", *best.names):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, shares in zip(best.names, best.confusion[kind], strict=True):
+            table.add_row(name, *(f"{share:.3f}" for share in shares))
+        tables.append(table)
+    return tables

@@ -1,0 +1,114 @@
+"""Prints the tables of docs/results.md from folders of results, and a verdict on each claim of the paper.
+
+    python benchmarks/claims.py work/studies/main [more folders] [--metric nll] [--routed routed]
+
+A verdict compares the routed arm with others on the same examples: a paired 95 % bootstrap of the difference. It is
+"confirmed" or "refuted" where the interval leaves zero out, else "within noise". Nothing is measured here.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from treadle.results import RESAMPLES, Fraction, difference, fractions_of, read_results
+from treadle.tasks import PAPER
+
+PRIMARY = {"math": "exact_number", "science": "letter", "code": "rouge_l", "reading": "f1"}
+"""The metric that stands for a task where texts were generated."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--metric", default="nll", help="nll, or primary: each task's own (exact_number, letter ...)")
+    parser.add_argument("--routed", default="routed", help="the arm that the claims are about")
+    options = parser.parse_args()
+    cells = {(r.arm, r.task, r.metric): folder for folder in options.folders for r in read_results(folder)}
+    table = Table(cells, options.metric)
+    table.print()
+    if all((options.routed, task, table.metric(task)) in cells for task in PAPER):
+        print()
+        for line in verdicts(table, options.routed):
+            print(f"- {line}")
+
+
+class Table:
+    """Fractions of every arm and task."""
+
+    def __init__(self, cells: dict[tuple[str, str, str], Path], metric: str) -> None:
+        self.cells, self._metric = cells, metric
+        self.tasks = [
+            t for t in dict.fromkeys(t for _, t, _ in cells) if any(k[1:] == (t, self.metric(t)) for k in cells)
+        ]
+        self.arms = list(dict.fromkeys(arm for arm, _, _ in cells))
+
+    def metric(self, task: str) -> str:
+        """Return the metric that the table shows of a task."""
+        return "nll" if self._metric == "nll" else PRIMARY.get(task, "nll")
+
+    def get(self, arm: str, task: str) -> Sequence[Fraction] | None:
+        """Return the fractions of a cell, one an example; None where it was not measured."""
+        folder = self.cells.get((arm, task, self.metric(task)))
+        return None if folder is None else fractions_of(folder, arm, task, self.metric(task))
+
+    def average(self, arm: str) -> np.ndarray | None:
+        """Return the mean over the paper's tasks: the value, then bootstrap samples of it."""
+        rows = [self.get(arm, task) for task in PAPER]
+        if any(row is None for row in rows):
+            return None
+        return np.mean([bootstrap(row) for row in rows], axis=0)
+
+    def print(self) -> None:
+        """Print one row an arm, one column a task, each with its 95 % interval."""
+        names = [f"{task} ({self.metric(task)})" for task in self.tasks]
+        print("| arm | " + " | ".join([*names, "average of four"]) + " |")
+        print("|---" * (len(names) + 2) + "|")
+        for arm in self.arms:
+            rows = [self.get(arm, task) for task in self.tasks]
+            cells = [format_cell(bootstrap(row)) if row else "" for row in rows]
+            average = self.average(arm)
+            print(f"| {arm} | " + " | ".join([*cells, "" if average is None else format_cell(average)]) + " |")
+
+
+def bootstrap(fractions: Sequence[Fraction]) -> np.ndarray:
+    """Return the value of a cell, then RESAMPLES bootstrap values of it; the same choice for every arm of a task."""
+    parts = np.array(fractions, np.float64)
+    chosen = np.random.default_rng(len(parts)).integers(len(parts), size=(RESAMPLES, len(parts)))
+    sums = np.concatenate([parts.sum(0)[None], parts[chosen].sum(1)])
+    return sums[:, 0] / np.maximum(sums[:, 1], 1e-12)
+
+
+def format_cell(samples: np.ndarray) -> str:
+    low, high = np.percentile(samples[1:], [2.5, 97.5])
+    return f"{samples[0]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def verdicts(table: Table, routed: str) -> list[str]:
+    """Return a line for each claim of the paper."""
+    lines: list[str] = []
+    sign = -1 if table.metric("math") == "nll" else 1  # of what is better
+    for task in PAPER:
+        if (base := table.get("base", task)) is not None:
+            found = difference(table.get(routed, task) or [], base, seed=0)
+            lines.append(f"{routed} better than base on {task}: {verdict(found, sign)}")
+    ours = table.average(routed)
+    for other in [arm for arm in table.arms if arm != routed]:
+        theirs = table.average(other)
+        if ours is not None and theirs is not None:
+            gap = ours - theirs
+            low, high = np.percentile(gap[1:], [2.5, 97.5])
+            lines.append(f"{routed}'s average better than that of {other}: {verdict((gap[0], low, high), sign)}")
+    return lines
+
+
+def verdict(found: tuple[float, float, float], sign: int) -> str:
+    value, low, high = found
+    better = sorted((sign * low, sign * high))
+    word = "confirmed" if better[0] > 0 else "refuted" if better[1] < 0 else "within noise"
+    return f"{word} ({value:+.3f}, {low:+.3f} to {high:+.3f})"
+
+
+if __name__ == "__main__":
+    main()

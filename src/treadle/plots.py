@@ -1,0 +1,241 @@
+"""Figures from result files alone: nothing is measured here.
+
+Each figure is a function of results that returns a matplotlib figure, or None where the results do not hold it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from treadle.errors import DataError, TreadleError
+from treadle.results import EvalResult, read_cell, read_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#4269d0", "#3ca951", "#a463f2", "#efb118", "#6cc5b0", "#ff725c", "#97bbf5", "#9c6b4e", "#ff8ab7")
+QUALITY_FILE = "routing.json"
+"""What `treadle route --eval --json` printed, kept in a folder of results."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The results of some folders, and where each cell lies."""
+
+    results: tuple[EvalResult, ...]
+    folders: dict[tuple[str, str], Path]
+    qualities: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def read(cls, folders: Sequence[Path]) -> "Study":
+        """Read folders of results; where two hold the same arm and task, the later one counts."""
+        cells: dict[tuple[str, str, str], EvalResult] = {}
+        places: dict[tuple[str, str], Path] = {}
+        qualities: list[dict[str, Any]] = []
+        for folder in folders:
+            for result in read_results(folder):
+                cells[result.arm, result.task, result.metric] = result
+                places[result.arm, result.task] = folder
+            if (folder / QUALITY_FILE).exists():
+                qualities += json.loads((folder / QUALITY_FILE).read_text("utf-8"))
+        if not cells and not qualities:
+            raise DataError(f"no results in {', '.join(map(str, folders))}; `treadle eval` writes them")
+        return cls(tuple(cells.values()), places, tuple(qualities))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the tasks, in the order in which they were measured."""
+        return list(dict.fromkeys(result.task for result in self.results))
+
+    def get(self, task: str, metric: str) -> list[EvalResult]:
+        """Return the results of one metric of a task, one an arm."""
+        return [result for result in self.results if (result.task, result.metric) == (task, metric)]
+
+
+def draw_all(folders: Sequence[Path], output: Path) -> list[Path]:
+    """Draw every figure that the results allow as SVG files in `output`; return their paths."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise TreadleError("figures need: pip install 'treadle[plots]'") from error
+    mpl.use("agg")  # no display
+    mpl.rcParams["svg.hashsalt"] = "treadle"  # the same results give the same file
+    study = Study.read(folders)
+    output.mkdir(parents=True, exist_ok=True)
+    drawn: list[Path] = []
+    for name, draw in FIGURES.items():
+        figure = draw(study)
+        if figure is not None:
+            figure.savefig(output / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+            drawn.append(output / f"{name}.svg")
+    return drawn
+
+
+def arms_figure(study: Study) -> "Figure | None":
+    """NLL of every arm with its 95 % interval, one panel a task."""
+    tasks = [task for task in study.tasks if study.get(task, "nll")]
+    if not tasks:
+        return None
+    figure, axes = _panels(len(tasks), height=0.22 * len(study.get(tasks[0], "nll")) + 1.2)
+    for axis, task in zip(axes, tasks, strict=True):
+        rows = study.get(task, "nll")[::-1]
+        for place, row in enumerate(rows):
+            axis.plot([row.low, row.high], [place, place], color=PALETTE[0], linewidth=2)
+            axis.plot(row.value, place, "o", color=PALETTE[0], markersize=4)
+        axis.set_yticks(range(len(rows)), [row.arm for row in rows], fontsize=7)
+        axis.set_title(task)
+        axis.set_xlabel("nats per token")
+    return figure
+
+
+def _over(option: str, label: str) -> Callable[[Study], "Figure | None"]:
+    """Return a figure of the NLL over one routing option, where arms differ in that option alone."""
+
+    def draw(study: Study) -> "Figure | None":
+        groups: dict[str, list[tuple[str, list[EvalResult]]]] = {}
+        for task in study.tasks:
+            families: dict[str, list[EvalResult]] = {}
+            for result in study.get(task, "nll"):
+                if result.routing and result.routing["rule"] != "fixed":
+                    rest = json.dumps({k: v for k, v in result.routing.items() if k != option}, sort_keys=True)
+                    families.setdefault(rest, []).append(result)
+            for rest, rows in families.items():
+                if len({json.dumps((row.routing or {})[option]) for row in rows}) > 2:
+                    groups.setdefault(task, []).append((rest, rows))
+        if not groups:
+            return None
+        figure, axes = _panels(len(groups))
+        for axis, (task, families) in zip(axes, groups.items(), strict=True):
+            for index, (_, rows) in enumerate(families):
+                _line(axis, rows, option, PALETTE[index % len(PALETTE)])
+            axis.set_title(task)
+            axis.set_xlabel(label)
+            axis.set_ylabel("nats per token")
+        return figure
+
+    return draw
+
+
+def _line(axis: "Axes", rows: Sequence[EvalResult], option: str, color: str) -> None:
+    """Draw values and intervals in the order of the option; none (once, or all of the text) comes last."""
+    given = {json.dumps((row.routing or {})[option]): row for row in rows}
+    order = sorted(given, key=lambda text: (text == "null", json.loads(text) or 0))
+    values = [given[key] for key in order]
+    axis.plot(range(len(order)), [row.value for row in values], "o-", color=color, markersize=4)
+    axis.fill_between(
+        range(len(order)), [row.low for row in values], [row.high for row in values], color=color, alpha=0.15
+    )
+    axis.set_xticks(range(len(order)), ["none" if key == "null" else key for key in order])
+
+
+def speed_figure(study: Study) -> "Figure | None":
+    """Quality against tokens per second of generation, one panel a task."""
+    tasks = [task for task in study.tasks if any(row.tokens_per_second for row in study.get(task, "nll"))]
+    if not tasks:
+        return None
+    figure, axes = _panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for row in study.get(task, "nll"):
+            axis.plot(row.tokens_per_second, row.value, "o", color=PALETTE[0], markersize=4)
+            axis.annotate(row.arm, (row.tokens_per_second, row.value), fontsize=6, xytext=(3, 2),
+                          textcoords="offset points")  # fmt: skip
+        axis.set_title(task)
+        axis.set_xlabel("generated tokens per second")
+        axis.set_ylabel("nats per token")
+    return figure
+
+
+def weights_figure(study: Study) -> "Figure | None":
+    """Weights over the tokens of the longest generation of each task, stacked: of the arm whose weights move most."""
+    found: dict[str, tuple[str, Any]] = {}
+    for arm, task in study.folders:
+        for row in read_cell(study.folders[arm, task], arm, task):
+            weights = np.array(row.get("weights", []))  # (T, N)
+            if len(weights) > 8 and (task not in found or _movement(weights) > _movement(found[task][1])):
+                found[task] = arm, weights
+    if not found:
+        return None
+    figure, axes = _panels(len(found))
+    names = _adapter_names(study)
+    for axis, (task, (arm, weights)) in zip(axes, found.items(), strict=True):
+        colors = [PALETTE[index % len(PALETTE)] for index in range(weights.shape[1])]
+        axis.stackplot(range(len(weights)), weights.T, labels=names, colors=colors)
+        axis.set_title(f"{task}: {arm}")
+        axis.set_xlabel("generated token")
+        axis.set_ylabel("weight")
+    axes[0].legend(fontsize=6, loc="lower left")
+    return figure
+
+
+def _movement(weights: Any) -> float:
+    return float(np.abs(np.diff(weights, axis=0)).sum())
+
+
+def _adapter_names(study: Study) -> list[str]:
+    folder = next(iter(study.folders.values()))
+    return json.loads((folder / "settings.json").read_text("utf-8"))["adapters"]
+
+
+def confusion_figure(study: Study) -> "Figure | None":
+    """Domain by nearest adapter, as shares: the confusion matrix of each kind of text."""
+    if not study.qualities:
+        return None
+    best = max(study.qualities, key=lambda quality: min(quality["accuracy"].values()))
+    kinds = list(best["confusion"])
+    figure, axes = _panels(len(kinds), height=3.2)
+    for axis, kind in zip(axes, kinds, strict=True):
+        table = np.array(best["confusion"][kind])
+        axis.imshow(table, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), share in np.ndenumerate(table):
+            axis.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7,
+                      color="white" if share > 0.5 else "black")  # fmt: skip
+        axis.set_xticks(range(len(best["names"])), best["names"], rotation=30, fontsize=7)
+        axis.set_yticks(range(len(best["names"])), best["names"], fontsize=7)
+        axis.set_title(f"{best['score']}, {kind}: {best['accuracy'][kind]:.3f}", fontsize=9)
+    return figure
+
+
+def cosines_figure(study: Study) -> "Figure | None":
+    """Distributions of the cosines of held-out prompts to all centroids, one panel a domain."""
+    if not study.qualities:
+        return None
+    quality = study.qualities[0]
+    domains = [name for name in quality["names"] if quality["distributions"].get(name)]
+    figure, axes = _panels(len(domains))
+    for axis, domain in zip(axes, domains, strict=True):
+        cosines = np.array(quality["distributions"][domain])  # (examples, N)
+        for index, name in enumerate(quality["names"]):
+            axis.hist(cosines[:, index], bins=30, color=PALETTE[index % len(PALETTE)], alpha=0.6, label=name)
+        axis.set_title(f"prompts of {domain}")
+        axis.set_xlabel("cosine to the centroid")
+    axes[0].legend(fontsize=6)
+    return figure
+
+
+def _panels(count: int, height: float = 2.8) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure
+
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.6 * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+FIGURES: dict[str, "Callable[[Study], Figure | None]"] = {
+    "arms": arms_figure,
+    "every": _over("every", "re-weighed every so many tokens (none = once)"),
+    "window": _over("window", "tokens that the embedder sees (none = all)"),
+    "boost": _over("boost", "boost of the largest cosine"),
+    "speed": speed_figure,
+    "weights": weights_figure,
+    "confusion": confusion_figure,
+    "cosines": cosines_figure,
+}

@@ -1,0 +1,102 @@
+"""How well a router knows the domain, by itself: accuracy and confusion on held-out examples, without the base model.
+
+Three kinds of text: the prompt as it is asked, the prompt without the template's words (a router must know the domain,
+not the word `Context:`), and the running text while its answer grows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.centroids import Floats
+from treadle.errors import OptionError, unknown_name
+from treadle.params import RoutingParams
+from treadle.routing import Router
+from treadle.tasks import Example
+
+KINDS = ("template", "bare", "answer")
+"""Prompts with the template, prompts without its words, and running texts at the end of their reference answers."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a router did with held-out examples of each adapter's domain.
+
+    Attributes:
+        names: (N) adapters.
+        score: which score was read.
+        confusion: kind -> (N, N) shares: row = the domain, column = the adapter that came nearest; rows sum to 1.
+        accuracy: kind -> mean over the domains of the share that came nearest to their own.
+        cosines: (N, N) cosines between the centroids, of the score's kind (centred ones for `centred`).
+        separation: mean Mahalanobis distance between the means of two adapters, in pooled standard deviations.
+        distributions: domain -> cosines (examples, N) of its prompts to all centroids.
+    """
+
+    names: tuple[str, ...]
+    score: str
+    confusion: Mapping[str, list[list[float]]]
+    accuracy: Mapping[str, float]
+    cosines: list[list[float]]
+    separation: float
+    distributions: Mapping[str, list[list[float]]]
+
+
+def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], params: RoutingParams) -> Quality:
+    """Route held-out examples of each adapter's domain and count which adapter came nearest.
+
+    Args:
+        router: centroids and embedder.
+        examples: adapter -> examples that it was not fitted on; adapters without examples get rows of zeros.
+        params: only the score is read.
+    """
+    unknown = [unknown_name("adapter", name, router.names) for name in examples if name not in router.names]
+    if unknown or not examples:
+        raise OptionError("; ".join(unknown) or "give examples of at least one adapter's domain")
+    confusion: dict[str, Any] = {kind: np.zeros((len(router.names),) * 2) for kind in KINDS}
+    for name, rows in examples.items():
+        for kind in KINDS:
+            texts = [text for text in map(TEXTS[kind], rows) if text]
+            if texts:
+                nearest = router.scores(texts, params).argmax(-1)
+                shares = np.bincount(nearest, minlength=len(router.names)) / len(texts)
+                confusion[kind][router.names.index(name)] = shares
+    own = [router.names.index(name) for name in examples]
+    accuracy = {kind: float(np.mean([table[i, i] for i in own])) for kind, table in confusion.items() if table.any()}
+    means = router.centroids.means
+    return Quality(
+        names=router.names,
+        score=params.score,
+        confusion={kind: table.tolist() for kind, table in confusion.items() if table.any()},
+        accuracy=accuracy,
+        cosines=router.centroids.score(means, "centred" if params.score == "centred" else "cosine").tolist(),
+        separation=_separation(router),
+        distributions={
+            name: router.centroids.score(router.embedder.encode([each.prompt for each in rows]), "cosine").tolist()
+            for name, rows in examples.items()
+        },
+    )
+
+
+TEXTS = {
+    "template": lambda example: example.prompt,
+    "bare": lambda example: example.bare,
+    "answer": lambda example: example.prompt + example.completion,
+}
+"""The text of an example that each kind is about."""
+
+
+def _separation(router: Router) -> float:
+    """Return the mean Mahalanobis distance between two means, under the pooled covariance with a small ridge."""
+    means, centroids = router.centroids.means.astype(np.float64), router.centroids
+    freedom = int(centroids.counts.sum()) - len(router.names)
+    if freedom < 1 or len(router.names) < 2:
+        return float("nan")
+    pooled = centroids.scatter.sum(0, dtype=np.float64) / freedom  # (D, D)
+    ridge = 1e-3 * np.trace(pooled) / len(pooled) * np.eye(len(pooled))
+    distances: list[Floats] = []
+    for i, mean in enumerate(means):
+        gaps = means[i + 1 :] - mean  # (N - i - 1, D)
+        distances.append(np.sqrt(np.einsum("nd,nd->n", gaps, np.linalg.solve(pooled + ridge, gaps.T).T)))
+    return float(np.concatenate(distances).mean())

@@ -1,0 +1,233 @@
+"""Evaluation on a tiny engine: its numbers are the engine's, nothing is measured twice, a kill loses nothing."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import treadle.evaluate
+from treadle.arms import Arm, choose_arms
+from treadle.errors import DataError, OptionError
+from treadle.evaluate import EvalSet, evaluate, load_sets
+from treadle.generate import Engine
+from treadle.params import EvalParams, RoutingParams, SamplingParams
+from treadle.results import fractions_of, read_cell, read_results
+from treadle.score import score_under
+from treadle.streams import Part, join_streams, score_streams
+from treadle.tasks import Example
+
+ROWS = {
+    "math": [{"question": f"add {i} plus {i}?", "answer": f"sum {i}\n#### {2 * i}"} for i in range(8)],
+    "science": [
+        {
+            "question": f"which atom {i}?",
+            "choices": {"text": ["cell", "heat", "planet"], "label": ["A", "B", "C"]},
+            "answerKey": "ABC"[i % 3],
+        }
+        for i in range(8)
+    ],
+}
+QUICK = EvalParams(limit=4, max_tokens=5)
+
+
+@pytest.fixture
+def specs(tmp_path: Path) -> list[str]:
+    for name, rows in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"{name}={tmp_path / name}.jsonl" for name in ROWS]
+
+
+def arms(engine: Engine, *names: str) -> list[Arm]:
+    return choose_arms(names, engine.adapter_names, engine.router.params)
+
+
+# Values
+
+
+def test_nll_and_generations_of_a_cell_are_the_engines(engine: Engine, specs: list[str], tmp_path: Path) -> None:
+    sets = load_sets(specs[:1], QUICK)
+    evaluate(engine, sets, arms(engine, "base", "routed", "oracle"), tmp_path / "out", QUICK)
+    examples = sets[0].examples
+    prompts = [example.prompt for example in examples]
+    for name, params in [
+        ("base", RoutingParams.base()), ("routed", engine.router.params), ("oracle", RoutingParams.one("math"))
+    ]:  # fmt: skip
+        scores = engine.score(prompts, [example.completion for example in examples], routing=params)
+        rows = read_cell(tmp_path / "out", name, "math")
+        assert [row["values"]["nll"][0] for row in rows] == pytest.approx([-float(each.sum()) for each in scores])
+        assert [row["values"]["nll"][1] for row in rows] == [len(each) for each in scores]
+        done = engine.generate(prompts, sampling=SamplingParams(max_tokens=5), routing=params)
+        assert [row["text"] for row in rows] == [each.text for each in done]
+        np.testing.assert_allclose(rows[0]["weights"], done[0].weights, atol=6e-4)
+    values = {(r.arm, r.metric): r for r in read_results(tmp_path / "out")}
+    total = np.sum([row["values"]["nll"] for row in rows], axis=0)
+    assert values["oracle", "nll"].value == pytest.approx(total[0] / total[1])
+    assert values["oracle", "nll"].routing is None
+    assert values["routed", "nll"].low < values["routed", "nll"].value < values["routed", "nll"].high
+    assert values["base", "exact_number"].tokens > 0
+
+
+def test_the_chosen_option_is_the_likeliest(engine: Engine, specs: list[str], tmp_path: Path) -> None:
+    params = replace(QUICK, generate=False)
+    sets = load_sets(specs[1:], params)
+    evaluate(engine, sets, arms(engine, "code"), tmp_path, params)
+    hits = []
+    for example, row in zip(sets[0].examples, read_cell(tmp_path, "code", "science"), strict=True):
+        logs = [
+            engine.score([example.prompt], [each], routing=RoutingParams.one("code"))[0] for each in example.options
+        ]
+        best = example.options[int(np.argmax([each.mean() for each in logs]))]
+        assert row["values"]["option"] == [float(best == example.completion), 1.0]
+        assert row["values"]["nll"][0] == pytest.approx(
+            -logs[example.options.index(example.completion)].sum(), abs=1e-4
+        )
+        hits.append(best == example.completion)
+    assert 0 < sum(hits) < len(hits), "all alike: the comparison would be weak"
+
+
+def test_shots_stand_before_every_prompt_and_are_not_asked(specs: list[str]) -> None:
+    (alone,), (shown,) = load_sets(specs[:1], EvalParams(limit=6)), load_sets(specs[:1], EvalParams(limit=4, shots=2))
+    shots, asked = alone.examples[:2], alone.examples[2:]
+    before = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in shots)
+    assert [each.prompt for each in shown.examples] == [before + each.prompt for each in asked]
+
+
+# Streams
+
+
+def example(prompt: str, completion: str) -> Example:
+    return Example(prompt, completion)
+
+
+STREAM = (
+    Part("math", example("add three plus", " four")),
+    Part("code", example("def loop", " return list")),
+    Part("math", example("sum plus", " three")),
+)
+
+
+def texts(part: int) -> tuple[str, str]:
+    """Everything before the answer of a part, and the answer."""
+    before = "\n\n".join(each.example.prompt + each.example.completion for each in STREAM[:part])
+    return before + "\n\n" * (part > 0) + STREAM[part].example.prompt, STREAM[part].example.completion
+
+
+def test_a_streams_answers_are_scored_as_one_running_text(engine: Engine) -> None:
+    params = RoutingParams(every=2, window=9)
+    (found,) = score_streams(engine, [STREAM], params, "stream")
+    prompt, last = texts(2)
+    rest = (prompt + last).removeprefix(STREAM[0].example.prompt)
+    (whole,) = engine.score([STREAM[0].example.prompt], [rest], routing=params)
+    np.testing.assert_allclose(found[0], whole[: len(found[0])], atol=1e-5)
+    np.testing.assert_allclose(found[2], whole[-len(found[2]) :], atol=1e-5)
+    assert [len(each) for each in found] == [len(part.example.completion.encode()) for part in STREAM]
+
+
+def test_a_conversations_answers_are_scored_after_everything_before_them(engine: Engine) -> None:
+    params = RoutingParams(every=3)
+    (found,) = score_streams(engine, [STREAM], params, "conversation")
+    for part, row in enumerate(found):
+        prompt, answer = texts(part)
+        np.testing.assert_allclose(row, engine.score([prompt], [answer], routing=params)[0], atol=1e-5)
+
+
+def test_the_oracle_reads_each_part_under_its_own_adapter(engine: Engine) -> None:
+    (running,) = score_streams(engine, [STREAM[:1]], None, "stream")
+    (alone,) = engine.score([texts(0)[0]], [texts(0)[1]], routing=RoutingParams.one("math"))
+    np.testing.assert_allclose(running[0], alone, atol=1e-5)
+    (turns,) = score_streams(engine, [STREAM], None, "conversation")
+    (second,) = engine.score([texts(1)[0]], [texts(1)[1]], routing=RoutingParams.one("code"))
+    np.testing.assert_allclose(turns[1], second, atol=1e-5)
+    (mixed,) = score_streams(engine, [STREAM], None, "stream")
+    assert np.abs(mixed[1] - turns[1]).max() > 1e-3, "the first part was read under another adapter"
+
+
+def test_streams_change_domain_at_every_joint_and_use_no_example_twice() -> None:
+    pools = {name: [example(f"{name} {i}", f" {i}") for i in range(30)] for name in ("math", "code", "science")}
+    streams = join_streams(pools, 12, seed=3)
+    assert len(streams) == 12
+    assert {len(stream) for stream in streams} == {2, 3, 4}
+    used = [part.example.prompt for stream in streams for part in stream]
+    assert len(set(used)) == len(used)
+    for stream in streams:
+        assert all(a.adapter != b.adapter for a, b in pairwise(stream))
+        assert all(part.example.prompt.startswith(part.adapter) for part in stream)
+    assert streams == join_streams(pools, 12, seed=3) != join_streams(pools, 12, seed=4)
+    assert len(join_streams(pools, 999, seed=0)) < 46, "the pools ran dry"
+
+
+def test_identical_rows_of_options_score_as_each_alone(engine: Engine) -> None:
+    pairs = [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([5, 6], [7, 8])]
+    traces = [np.tile(np.float32([0.2, 0.5, 0.3]), (len(a) + len(b) - 1, 1)) for a, b in pairs]
+    together = score_under(engine, pairs, traces, RoutingParams())
+    for pair, trace, row in zip(pairs, traces, together, strict=True):
+        np.testing.assert_allclose(row, score_under(engine, [pair], [trace], RoutingParams())[0], atol=1e-5)
+
+
+# Files
+
+
+def count_measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    measured: list[str] = []
+    real = treadle.evaluate.measure
+
+    def measure(engine: Engine, arm: Arm, each: EvalSet, params: EvalParams) -> object:
+        measured.append(f"{arm.name} on {each.name}")
+        return real(engine, arm, each, params)
+
+    monkeypatch.setattr(treadle.evaluate, "measure", measure)
+    return measured
+
+
+def test_finished_cells_are_not_measured_again_and_cut_ones_are(
+    engine: Engine, specs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = count_measured(monkeypatch)
+    params, output = replace(QUICK, generate=False), tmp_path / "out"
+    sets, chosen = load_sets([*specs, "stream"], params), arms(engine, "base", "routed")
+    first = evaluate(engine, sets, chosen, output, params)
+    assert len(measured) == 6
+    assert evaluate(engine, sets, chosen, output, params) == first
+    assert len(measured) == 6
+    lines = (output / "results.jsonl").read_text()
+    (output / "results.jsonl").write_text(lines[:-40])  # killed while it wrote the last line
+    again = evaluate(engine, sets, chosen, output, params)
+    assert measured[6:] == ["routed on stream"]
+    assert [(r.arm, r.task, r.metric, r.value) for r in again] == [(r.arm, r.task, r.metric, r.value) for r in first]
+    assert fractions_of(output, "base", "stream", "nll-1")[0][1] > 0
+
+
+def test_results_of_other_settings_rows_or_arms_are_not_added_to(
+    engine: Engine, specs: list[str], tmp_path: Path
+) -> None:
+    params, output = replace(QUICK, generate=False), tmp_path / "out"
+    sets = load_sets(specs[:1], params)
+    evaluate(engine, sets, arms(engine, "routed"), output, params)
+    with pytest.raises(OptionError, match=r"limit was 4, is 5\n.*seed was 0, is 1"):
+        evaluate(engine, sets, arms(engine, "routed"), output, replace(params, limit=5, seed=1))
+    other = [Arm("routed", RoutingParams(every=7))]
+    with pytest.raises(OptionError, match="arm routed had other options on math"):
+        evaluate(engine, sets, other, output, params)
+    with pytest.raises(OptionError, match="task math had the rows of"):
+        evaluate(engine, [replace(sets[0], source="elsewhere")], arms(engine, "routed"), output, params)
+    assert len(read_results(output)) == 1
+
+
+def test_an_arm_that_the_adapters_do_not_allow_is_refused_before_anything_is_measured(
+    engine: Engine, specs: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="combine='linear' needs adapters of equal ranks"):
+        evaluate(engine, load_sets(specs, QUICK), arms(engine, "base", "linear"), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_everything_wrong_with_tasks_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_sets(["maths=x.jsonl", f"math={tmp_path}/no.jsonl", f"{tmp_path}/no.json"], QUICK)
+    for part in ("Did you mean 'math'?", "no.jsonl: no such file", "no.json cannot be read"):
+        assert part in str(caught.value)
+    with pytest.raises(DataError, match="two at least"):
+        load_sets(["stream"], QUICK)
