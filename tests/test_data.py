@@ -1,4 +1,4 @@
-"""Rows of the four tasks become exactly these texts; whatever is wrong with a file is said with its place."""
+"""Rows of the paper's four tasks become exactly these texts; whatever is wrong with a file is said with its place."""
 
 import gzip
 import json
@@ -91,13 +91,39 @@ def choices(labels: str) -> dict[str, list[str]]:
     ],
 )
 def test_a_row_becomes(tmp_path, task, row, prompt, completion, bare):
-    expected = Example(prompt, completion, bare)
-    assert get_task(task).read(row) == expected
-    assert load_examples(write(tmp_path / "rows.jsonl", [row]), task) == [expected]
+    example = get_task(task).read(row)
+    assert (example.prompt, example.completion, example.bare) == (prompt, completion, bare)
+    assert load_examples(write(tmp_path / "rows.jsonl", [row]), task) == [example]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "options", "references"),
+    [
+        ("math", {"question": "2?", "answer": "#### 2"}, (), (" #### 2",)),
+        (
+            "science",
+            {"question": "?", "choices": choices("ABCD"), "answerKey": "B"},
+            (" A", " B", " C", " D"),
+            (" B",),
+        ),
+        ("science", {"question": "?", "choices": choices("123"), "answerKey": "1"}, (" A", " B", " C"), (" A",)),
+        ("code", {"instruction": "Print.", "input": "", "output": "print()"}, (), ("\nprint()",)),
+        (
+            "reading",
+            {"context": "It rained.", "question": "?", "answers": {"text": ["rain", "water"]}},
+            (),
+            ("rain", "water"),
+        ),
+    ],
+)
+def test_a_row_offers_options_and_accepts_references(task, row, options, references):
+    example = get_task(task).read(row)
+    assert (example.options, example.references, example.tests) == (options, references, ())
+    assert not options or example.completion in options
 
 
 def test_an_unknown_task_names_the_known():
-    assert set(TASKS) == {"math", "science", "code", "reading"}
+    assert set(TASKS) == {"math", "science", "code", "reading", "mbpp"}
     with pytest.raises(OptionError, match=r"unknown task 'maths'\. Did you mean 'math'\?"):
         get_task("maths")
 

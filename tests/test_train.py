@@ -1,10 +1,21 @@
+import json
+from functools import partialmethod
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import TrainerCallback, TrainerState
+from trl.trainer.sft_trainer import SFTTrainer
 
 from treadle.adapters import read_adapter
 from treadle.blend import attach
-from treadle.errors import DataError, OptionError
+from treadle.centroid_files import read_centroid
+from treadle.centroids import Centroids
+from treadle.data import sample_texts
+from treadle.embed import StaticEmbedder, load_embedder
+from treadle.errors import AdapterError, DataError, OptionError
+from treadle.routing import fit
 from treadle.tasks import Example
 from treadle.train import IGNORED, TrainParams, train_adapter, training_rows
 
@@ -74,7 +85,8 @@ def test_training_through_trl_writes_a_folder_that_blends(tmp_path: Path) -> Non
     TOKENIZER.save_pretrained(base)
     params = TrainParams(steps=6, batch_size=4, rank=2, alpha=4, dtype="float32", learning_rate=1e-2)
     folder = train_adapter(str(base), OWN, tmp_path / "own", others=OTHERS, params=params)
-    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "losses.jsonl"}
+    assert {file.name for file in folder.iterdir()} == files
     adapter = read_adapter(folder)
     assert adapter.base_model == str(base)
     assert {pair.rank for pair in adapter.pairs.values()} == {2}
@@ -86,7 +98,54 @@ def test_training_through_trl_writes_a_folder_that_blends(tmp_path: Path) -> Non
 
 
 def nll(model: object, row: dict[str, list[int]], blend: object, weights: list[float] | None) -> float:
-    import torch
-
     with torch.inference_mode(), blend.using(weights):
         return float(model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_stopped_run_goes_on_and_leaves_losses_and_a_centroid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedder: StaticEmbedder
+) -> None:
+    base = tmp_path / BASE
+    tiny_llama().save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    embedder.save(tmp_path)
+    name = str(tmp_path / "embedder")
+    params = TrainParams(steps=24, batch_size=2, rank=2, dtype="float32")
+    whole = train_adapter(str(base), OWN, tmp_path / "whole", params=params, embedder=name)
+
+    class Stopped(TrainerCallback):
+        def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+            if state.global_step == 13:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "__init__", partialmethod(SFTTrainer.__init__, callbacks=[Stopped()]))
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(str(base), OWN, tmp_path / "again", params=params, embedder=name)
+    with pytest.raises(OptionError, match="holds a run of another recipe"):
+        train_adapter(str(base), OWN, tmp_path / "again", params=TrainParams(steps=30), embedder=name)
+    folder = train_adapter(str(base), OWN, tmp_path / "again", params=params, embedder=name)
+    files = {"adapter_config.json", "adapter_model.safetensors", "losses.jsonl", "treadle.json", "centroid.safetensors"}
+    assert {file.name for file in folder.iterdir()} == files
+    losses, expected = ([json.loads(line) for line in (each / "losses.jsonl").open()] for each in (folder, whole))
+    assert [entry["step"] for entry in losses] == [10, 20]
+    assert losses[0] == expected[0]  # from the checkpoint: these steps were not run again
+    assert losses[1]["learning_rate"] == expected[1]["learning_rate"]
+    assert losses[1]["loss"] == pytest.approx(expected[1]["loss"], rel=0.02)  # the order within an epoch may differ
+    assert losses[1]["num_tokens"] < expected[1]["num_tokens"], "the second run read everything again"
+    loaded = load_embedder(name)
+    router = fit({}, loaded, fitted=[read_centroid(folder, "own")])
+    fresh = fit({"own": sample_texts(OWN)}, loaded)
+    np.testing.assert_allclose(router.centroids.means, fresh.centroids.means)
+    np.testing.assert_allclose(router.centroids.scatter, fresh.centroids.scatter)
+    assert router.names == ("own",)
+    with pytest.raises(OptionError, match="the centroids of own were made by the embedder"):
+        Centroids.empty("another embedder", 8).join(router.centroids)
+    with pytest.raises(AdapterError, match="adapter 'own' has a centroid already"):
+        router.centroids.join(router.centroids)
+
+
+def test_an_adapter_without_a_centroid_asks_for_samples(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"holds no centroid\.safetensors: give sample texts of 'math'"):
+        read_centroid(tmp_path, "math")

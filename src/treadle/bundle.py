@@ -14,17 +14,14 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from treadle import __version__
 from treadle.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from treadle.blend import check_combine
+from treadle.centroid_files import read_centroids, write_centroids
 from treadle.centroids import Centroids
 from treadle.embed import load_embedder
 from treadle.errors import BundleError, TreadleError, problem_list, unknown_name
@@ -83,7 +80,7 @@ def read_bundle(path: str | Path) -> Bundle:
     entries = document["adapters"]
     adapters = _collect(problems, [lambda e=e: read_adapter(folder / e["path"], e["name"]) for e in entries])
     problems += [_foreign_base(adapter, document["base_model"]) for adapter in adapters]
-    centroids = _collect(problems, [lambda: _read_centroids(folder / CENTROIDS_FILE)])
+    centroids = _collect(problems, [lambda: read_centroids(folder / CENTROIDS_FILE)])
     embedder = _collect(problems, [lambda: load_embedder(_embedder_name(folder, document["embedder"]))])
     routing = _collect(problems, [lambda: read_options(RoutingParams, document["routing"])])
     samples = _collect(problems, [lambda: _read_samples(folder, [entry["name"] for entry in entries])])
@@ -153,7 +150,7 @@ def _write(
         target.mkdir(parents=True)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(adapters[name] / file, target / file)
-    _write_centroids(part / CENTROIDS_FILE, router.centroids)
+    write_centroids(part / CENTROIDS_FILE, router.centroids)
     if samples:
         _write_json(part / SAMPLES_FILE, {name: list(texts) for name, texts in samples.items()})
     counts = router.centroids.counts.tolist()
@@ -261,43 +258,6 @@ def _foreign_base(adapter: Adapter, base: str) -> str:
         f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, the bundle's base is {base!r}; if these are "
         f"the same weights, write the bundle's name into base_model_name_or_path of its {CONFIG_FILE}"
     )
-
-
-def _read_centroids(file: Path) -> Centroids:
-    if not file.is_file():
-        raise BundleError(f"{file.name} is missing")
-    try:
-        with safe_open(file, "numpy") as opened:
-            metadata = opened.metadata() or {}
-            arrays = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BundleError(f"{file.name} cannot be read: {error}") from error
-    expected = {entry.name for entry in fields(Centroids)} - {"names", "embedder_id"}
-    if set(arrays) != expected or not {"names", "embedder_id"} <= set(metadata):
-        raise BundleError(
-            f"{file.name} must hold {', '.join(sorted(expected))} and, as metadata, names and embedder_id"
-        )
-    if not all(np.issubdtype(arrays[key].dtype, np.floating) for key in ("means", "scatter")):
-        raise BundleError(f"{file.name}: means and scatter must be floating-point")
-    if arrays["means"].ndim != 2:
-        raise BundleError(f"{file.name}: means has shape {arrays['means'].shape}, expected (adapters, dimensions)")
-    return Centroids(_read_names(metadata["names"], file), **arrays, embedder_id=metadata["embedder_id"])
-
-
-def _read_names(text: str, file: Path) -> tuple[str, ...]:
-    try:
-        names = json.loads(text)
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in cast(list[Any], names)):
-        raise BundleError(f"{file.name}: its metadata names must be a list of names, not {text!r}")
-    return tuple(cast(list[str], names))
-
-
-def _write_centroids(file: Path, centroids: Centroids) -> None:
-    arrays: dict[str, Any] = {"means": centroids.means, "counts": centroids.counts, "scatter": centroids.scatter}
-    metadata = {"names": json.dumps(centroids.names), "embedder_id": centroids.embedder_id}
-    save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, file, metadata)
 
 
 def _centroid_problems(centroids: Centroids, entries: Sequence[dict[str, Any]]) -> list[str]:

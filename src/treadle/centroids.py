@@ -69,6 +69,23 @@ class Centroids:
             embedder_id=self.embedder_id,
         )
 
+    def join(self, other: "Centroids") -> "Centroids":
+        """Return these centroids followed by others that the same embedder made."""
+        if other.embedder_id != self.embedder_id:
+            raise OptionError(
+                f"the centroids of {', '.join(other.names)} were made by the embedder {other.embedder_id!r}, not "
+                f"{self.embedder_id!r}: name that embedder, or give sample texts."
+            )
+        if both := sorted(set(self.names) & set(other.names)):
+            raise AdapterError(f"adapter {', '.join(map(repr, both))} has a centroid already.")
+        return Centroids(
+            names=(*self.names, *other.names),
+            means=np.concatenate([self.means, other.means]),
+            counts=np.concatenate([self.counts, other.counts]),
+            scatter=np.concatenate([self.scatter, other.scatter]),
+            embedder_id=self.embedder_id,
+        )
+
     def remove(self, name: str) -> "Centroids":
         """Return centroids without one adapter; the others' numbers do not change."""
         if name not in self.names:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from treadle import lab
-from treadle.errors import OptionError, TreadleError
+from treadle.errors import OptionError, TreadleError, unknown_name
 from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
-from treadle.params import RoutingParams, SamplingParams
-from treadle.train import TrainParams
+from treadle.params import RoutingParams, SamplingParams, TrainParams
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
@@ -101,8 +100,12 @@ def route(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     base: Annotated[str, typer.Option(help="folder or hub id of the base model")],
     adapter: Annotated[list[str], typer.Option(help="name=PATH of a PEFT folder; once for each adapter")],
-    samples: Annotated[list[str], typer.Option(help="name=FILE of its sample texts (.txt, .jsonl, .jsonl.gz)")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write")],
+    samples: Annotated[
+        list[str] | None,
+        typer.Option(help="name=FILE of its sample texts (.txt, .jsonl, .jsonl.gz); not for adapters whose training "
+                          "left a centroid beside them"),
+    ] = None,
     embedder: Annotated[
         str, typer.Option(help="model2vec folder, static:NAME, or sentence-transformers name")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
@@ -111,18 +114,20 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     as_json: Json = False,
     *,
     routing: dict[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     """Make a bundle from adapters and sample texts of each; nothing is trained."""
     from treadle.bundle import save_bundle
+    from treadle.centroid_files import read_centroid
     from treadle.data import load_texts
     from treadle.routing import fit
 
-    folders, files = _pairs(adapter, "--adapter"), _pairs(samples, "--samples")
-    if set(folders) != set(files):
+    folders, files = _pairs(adapter, "--adapter"), _pairs(samples or [], "--samples")
+    if not set(files) <= set(folders):
         raise OptionError(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
     params = read_options(RoutingParams, _implied(routing))
-    texts = {name: load_texts(files[name]) for name in folders}
-    router = fit(texts, embedder, params)
+    fitted = [read_centroid(Path(folders[name]), name) for name in folders if name not in files]
+    texts = {name: load_texts(files[name]) for name in folders if name in files}
+    router = fit(texts, embedder, params, fitted=fitted)
     kept = {name: each[:keep_samples] for name, each in texts.items()} if keep_samples else None
     save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
     counts = dict(zip(router.names, router.centroids.counts.tolist(), strict=True))
@@ -189,6 +194,10 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         list[str] | None, typer.Option(help="[task=]FILE of another task, for joined sequences; repeatable")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="examples to use, a seeded choice")] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="leave the centroid of the examples beside the adapter, made by this embedder")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="demo, or paper (rank 64, alpha 16, dropout 0.1)")] = "demo",
     as_json: Json = False,
     *,
     training: dict[str, Any],
@@ -197,13 +206,16 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     from treadle.data import load_examples
     from treadle.train import train_adapter
 
-    params = read_options(TrainParams, training)
+    presets = {"demo": TrainParams(), "paper": TrainParams.paper()}
+    if preset not in presets:
+        raise OptionError(unknown_name("preset", preset, presets))
+    params = read_options(TrainParams, training, onto=presets[preset])
     examples = load_examples(data, task, limit=limit, seed=params.seed)
     others: list[Any] = []
     for entry in also or []:
         other_task, _, file = entry.rpartition("=")
         others += load_examples(file, other_task or None, limit=2000, seed=params.seed)
-    train_adapter(base, examples, output, others=others, params=params)
+    train_adapter(base, examples, output, others=others, params=params, embedder=embedder)
     print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
 
 

@@ -1,7 +1,7 @@
 """The engine: a base model, a tokenizer, attached adapters and a router; generates, streams and scores."""
 
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,12 +106,19 @@ class Engine:
         is_one = _is_one(prompt)
         started = time.perf_counter()
         rows = self._rows(cast(Sequence[Prompt], [prompt] if is_one else prompt), sampling, routing)
-        done: dict[int, Completion] = {}
-        for row, event in self._run(rows):
-            if event.finish_reason:
-                done[id(row)] = _completion(row, event.finish_reason, time.perf_counter() - started)
-        completions = [done[id(row)] for row in rows]
+        completions = self._complete(rows, started)
         return completions[0] if is_one else completions
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        routing: RoutingParams | Sequence[RoutingParams] | None = None,
+    ) -> list[Completion]:
+        """Generate from prompts that are token ids already, each (T); see `generate`."""
+        started = time.perf_counter()
+        return self._complete(self._rows(prompts, sampling, routing, read=_token_ids), started)
 
     def stream(
         self, prompt: Prompt, *, sampling: SamplingParams | None = None, routing: RoutingParams | None = None
@@ -178,7 +185,16 @@ class Engine:
         """Give the base model back as it was; the engine is of no use afterwards."""
         self.blend.detach()
 
-    def _rows(self, prompts: Sequence[Prompt], sampling: Any, routing: Any) -> list[Row]:
+    def _complete(self, rows: Sequence[Row], started: float) -> list[Completion]:
+        done: dict[int, Completion] = {}
+        for row, event in self._run(rows):
+            if event.finish_reason:
+                done[id(row)] = _completion(row, event.finish_reason, time.perf_counter() - started)
+        return [done[id(row)] for row in rows]
+
+    def _rows(
+        self, prompts: Sequence[Any], sampling: Any, routing: Any, *, read: Callable[[Any], list[int]] | None = None
+    ) -> list[Row]:
         """Make rows, or raise one error that lists what is wrong with any of them."""
         samplings = _each(sampling or SamplingParams(), len(prompts), SamplingParams, "sampling")
         routings = _each(routing or self.router.params, len(prompts), RoutingParams, "routing")
@@ -188,7 +204,7 @@ class Engine:
         problems: list[str] = []
         for index, (prompt, each, params) in enumerate(zip(prompts, samplings, routings, strict=True)):
             try:
-                ids = prompt_ids(self.tokenizer, prompt)
+                ids = read(prompt) if read else prompt_ids(self.tokenizer, prompt)
             except OptionError as error:
                 problems.append(f"prompt {index}: {error}")
                 continue
@@ -251,6 +267,12 @@ def _is_one(prompt: Any) -> bool:
     if not isinstance(prompt, Sequence) or not prompt:
         raise OptionError("give a text, a list of texts, or chat messages; got " + repr(prompt)[:60])
     return isinstance(cast(Sequence[Any], prompt)[0], Mapping)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    if not prompt:
+        raise OptionError("the prompt is empty: there is no token to continue from.")
+    return list(prompt)
 
 
 def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Options]:

@@ -7,6 +7,7 @@ example (an answer that is not Python need not parse). Scores of libraries where
 import ast
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
@@ -88,7 +89,9 @@ def parses(text: str, example: "Example") -> float | None:
 def is_python(text: str) -> bool:
     """Whether a text, or the first fenced block in it, is a Python program."""
     try:
-        tree = ast.parse(program(text))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a generated "\d": made an error, it would not parse
+            tree = ast.parse(program(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # what ast.parse raises on texts
         return False
     return any(isinstance(node, CODE_NODES) for node in ast.walk(tree))

@@ -1,4 +1,4 @@
-"""The options of routing, sampling and evaluation: frozen, checked once, the same everywhere (flags, files, requests).
+"""The options of routing, sampling, evaluation and training: frozen, checked once, the same for flags and files.
 
 Pure Python, so that `treadle --help` need not wait for numpy or torch.
 """
@@ -167,3 +167,42 @@ class EvalParams:
         ]
         if problems:
             raise OptionError(problem_list("evaluation options:", problems))
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """How one adapter is trained; the defaults are the recipe of the demo."""
+
+    rank: int = option(16, "rank of each pair of factors")
+    alpha: int = option(32, "the update is scaled by alpha / rank")
+    targets: tuple[str, ...] = option(("q_proj", "v_proj"), "modules that get factors")
+    learning_rate: float = option(1e-3, "of the first step; falls to 0 linearly")
+    steps: int = option(120, "optimiser steps")
+    batch_size: int = option(8, "sequences a step")
+    max_tokens: int = option(384, "longer sequences are left out, and counted")
+    dropout: float = option(0.0, "share of an adapter's inputs that a step leaves out")
+    join: float = option(0.25, "share of the sequences that join two or three examples")
+    dtype: str = option("bfloat16", "of the base model; the adapter itself trains in float32")
+    seed: int = option(0, "of the order, the joining and the first factors")
+
+    def __post_init__(self) -> None:
+        """Check every field; a target may name several modules, separated by commas."""
+        object.__setattr__(self, "targets", tuple(name for each in self.targets for name in each.split(",") if name))
+        problems = [
+            f"{name} must be positive, not {getattr(self, name)}"
+            for name in ("rank", "alpha", "learning_rate", "steps", "batch_size", "max_tokens")
+            if getattr(self, name) <= 0
+        ]
+        if not 0 <= self.join <= 1:
+            problems.append(f"join is a share from 0 to 1, not {self.join}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout is a share from 0 to below 1, not {self.dropout}")
+        if not self.targets:
+            problems.append("targets names no module")
+        if problems:
+            raise OptionError(problem_list("training options:", problems))
+
+    @classmethod
+    def paper(cls) -> "TrainParams":
+        """Return the paper's recipe: rank 64, alpha 16, dropout 0.1 on q and v, no joined sequences."""
+        return cls(rank=64, alpha=16, dropout=0.1, learning_rate=2e-4, join=0.0)

@@ -73,7 +73,8 @@ def interval(fractions: Sequence[Fraction], seed: int) -> tuple[float, float, fl
         return float("nan"), float("nan"), float("nan")
     sums = parts[np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES, len(parts)))].sum(1)
     low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
-    return float(parts[:, 0].sum() / parts[:, 1].sum()), float(low), float(high)
+    points, count = parts.sum(0)  # added up in the order of the samples: equal values give an interval of no width
+    return float(points / count), float(low), float(high)
 
 
 def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) -> tuple[float, float, float]:
@@ -83,6 +84,8 @@ def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) 
         raise OptionError(f"a paired difference needs the same examples; got {len(a)} and {len(b)}")
     keep = (a[:, 1] > 0) & (b[:, 1] > 0)
     a, b = a[keep], b[keep]
+    if not len(a):
+        return float("nan"), float("nan"), float("nan")
     chosen = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
     means = [parts[chosen].sum(1) for parts in (a, b)]  # (RESAMPLES, 2) each
     low, high = np.percentile(means[0][:, 0] / means[0][:, 1] - means[1][:, 0] / means[1][:, 1], [2.5, 97.5])
@@ -103,7 +106,7 @@ def read_results(output: Path) -> list[EvalResult]:
     if not file.exists():
         return []
     results: list[EvalResult] = []
-    for line in file.read_text("utf-8").splitlines(keepends=True):
+    for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
         if not line.endswith("\n"):
             continue  # the last line, while it was being written
         try:

@@ -146,15 +146,22 @@ class Router:
         return weights[[index[length] for length in lengths]]
 
 
-def fit(samples: Mapping[str, Sequence[str]], embedder: Embedder | str, params: RoutingParams | None = None) -> Router:
+def fit(
+    samples: Mapping[str, Sequence[str]],
+    embedder: Embedder | str,
+    params: RoutingParams | None = None,
+    *,
+    fitted: Sequence[Centroids] = (),
+) -> Router:
     """Make a router from sample texts of each adapter; nothing is trained.
 
     Args:
         samples: adapter name -> texts of the kind it was trained for; tens are enough.
         embedder: an Embedder, a model2vec folder, or the name of a sentence-transformers model.
         params: the routing params to use by default.
+        fitted: centroids of further adapters, made by the same embedder (`treadle.centroid_files`).
     """
-    if not samples:
+    if not samples and not fitted:
         raise OptionError("fit needs sample texts of at least one adapter.")
     loaded = load_embedder(embedder) if isinstance(embedder, str) else embedder
     centroids = Centroids.empty(loaded.id, loaded.dim)
@@ -162,4 +169,6 @@ def fit(samples: Mapping[str, Sequence[str]], embedder: Embedder | str, params: 
         if isinstance(texts, str):
             raise OptionError(f"samples of {name!r} are one text; give a list of texts.")
         centroids = centroids.add(name, loaded.encode(texts) if len(texts) else np.zeros((0, loaded.dim), np.float32))
+    for each in fitted:
+        centroids = centroids.join(each)
     return Router(centroids, loaded, params or RoutingParams())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 SECONDS = 5.0
 MEMORY = 1 << 30
@@ -33,15 +34,21 @@ def passes(program: str, tests: Sequence[str], *, seconds: float = SECONDS, memo
     # the last line proves that the tests were reached: a program that calls exit(0) before them fails
     done = os.urandom(8).hex()
     source = "\n".join([program, *tests, f"print({done!r})"])
+    try:
+        encoded = source.encode()
+    except UnicodeEncodeError:  # a lone surrogate is no Python
+        return False
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
 
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
+        file = Path(folder, "program.py")  # an argument may hold 128 KiB at most
+        file.write_bytes(encoded)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", source],
+            [sys.executable, "-I", str(file)],
             cwd=folder,
             env={"PATH": "/usr/bin:/bin"},
             stdin=subprocess.DEVNULL,
@@ -58,7 +65,7 @@ def passes(program: str, tests: Sequence[str], *, seconds: float = SECONDS, memo
             _kill_group(process.pid)
             process.wait()
         output.seek(0)
-        return code == 0 and output.read().rstrip().endswith(done)
+        return code == 0 and output.read().rstrip().endswith(done.encode())  # bytes: it may print any
 
 
 def _kill_group(pid: int) -> None:

@@ -11,7 +11,7 @@ every = [1, 2, 4, "none"]
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from treadle.arms import Arm, arms_of, choose_arms, read_toml
+from treadle.arms import Arm, arms_of, choose_arms, distinct, read_toml
 from treadle.errors import OptionError, TreadleError, problem_list, unknown_name
 from treadle.options import read_options
 from treadle.params import EvalParams, RoutingParams
@@ -41,8 +41,8 @@ def read_sweep(file: Path, names: tuple[str, ...], default: RoutingParams) -> Sw
         if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
             problems.append(f"{key} must be a list of texts")
             document[key] = []
-    if not document["tasks"] and not problems:
-        problems.append("tasks names no task")
+        elif key == "tasks" and not listed:
+            problems.append("tasks names no task")
     arms: list[Arm] = []
     params = EvalParams()
     try:
@@ -50,9 +50,14 @@ def read_sweep(file: Path, names: tuple[str, ...], default: RoutingParams) -> Sw
     except TreadleError as error:
         problems.append(str(error))
     try:
-        arms = [*choose_arms(document["also"], names, default), *arms_of(document, file, default)]
+        arms += choose_arms(document["also"], names, default)
     except TreadleError as error:
         problems.append(str(error))
+    try:
+        arms += arms_of(document, file, default)
+    except TreadleError as error:
+        problems.append(str(error))
+    arms = distinct(arms, problems)
     if problems:
         raise OptionError(problem_list(f"sweep {file}:", problems))
     return Sweep(tuple(document["tasks"]), tuple(arms), params)

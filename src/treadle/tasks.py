@@ -155,7 +155,7 @@ def read_task(file: str | Path) -> Task:
     if not isinstance(metrics, list):
         problems.append("metrics must be a list of names")
     else:
-        problems += [unknown_name("metric", str(name), METRICS) for name in metrics if name not in METRICS]
+        problems += [unknown_name("metric", str(name), METRICS) for name in metrics if str(name) not in METRICS]
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         problems.append(f"max_tokens must be a whole number of at least 1, not {tokens!r}")
     if problems:

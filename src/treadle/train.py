@@ -4,15 +4,20 @@ The loss is on this adapter's own answers only. A share of the sequences joins t
 other tasks, because an adapter that has only ever seen one example a sequence hurts in a second turn.
 """
 
+import json
 import random
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treadle.errors import DataError, OptionError, TreadleError, problem_list
+from treadle.centroid_files import save_centroid
+from treadle.data import sample_texts
+from treadle.embed import load_embedder
+from treadle.errors import DataError, OptionError, TreadleError
 from treadle.models import load_model, load_tokenizer
-from treadle.options import option
+from treadle.params import TrainParams
 from treadle.tasks import Example
 
 if TYPE_CHECKING:
@@ -23,37 +28,8 @@ IGNORED = -100
 """The label that PyTorch's cross entropy skips."""
 SEPARATOR = "\n\n"
 """Between the examples of a joined sequence."""
-
-
-@dataclass(frozen=True)
-class TrainParams:
-    """How one adapter is trained; the defaults are the recipe of the demo."""
-
-    rank: int = option(16, "rank of each pair of factors")
-    alpha: int = option(32, "the update is scaled by alpha / rank")
-    targets: tuple[str, ...] = option(("q_proj", "v_proj"), "modules that get factors")
-    learning_rate: float = option(1e-3, "of the first step; falls to 0 linearly")
-    steps: int = option(120, "optimiser steps")
-    batch_size: int = option(8, "sequences a step")
-    max_tokens: int = option(384, "longer sequences are left out, and counted")
-    join: float = option(0.25, "share of the sequences that join two or three examples")
-    dtype: str = option("bfloat16", "of the base model; the adapter itself trains in float32")
-    seed: int = option(0, "of the order, the joining and the first factors")
-
-    def __post_init__(self) -> None:
-        """Check every field; a target may name several modules, separated by commas."""
-        object.__setattr__(self, "targets", tuple(name for each in self.targets for name in each.split(",") if name))
-        problems = [
-            f"{name} must be positive, not {getattr(self, name)}"
-            for name in ("rank", "alpha", "learning_rate", "steps", "batch_size", "max_tokens")
-            if getattr(self, name) <= 0
-        ]
-        if not 0 <= self.join <= 1:
-            problems.append(f"join is a share from 0 to 1, not {self.join}")
-        if not self.targets:
-            problems.append("targets names no module")
-        if problems:
-            raise OptionError(problem_list("training options:", problems))
+CHECKPOINTS, RECIPE_FILE = "checkpoints", "recipe.json"
+"""Where a run that is not finished lies, and with which params it was started."""
 
 
 def train_adapter(
@@ -63,8 +39,13 @@ def train_adapter(
     *,
     others: Sequence[Example] = (),
     params: TrainParams | None = None,
+    embedder: str | None = None,
 ) -> Path:
     """Train an adapter for `base` on `examples` and write it to the folder `output` as bfloat16 safetensors.
+
+    A run that was stopped goes on from its last checkpoint when it is started again with the same arguments. Beside the
+    factors lie `losses.jsonl` and, where `embedder` is given, the centroid of the examples, which `treadle fit` takes
+    instead of sample texts. Under `accelerate launch` the main process writes.
 
     Args:
         base: folder or hub id of the base model; the adapter's config names it as given here.
@@ -72,38 +53,64 @@ def train_adapter(
         output: the PEFT folder to write; it must not hold an adapter yet.
         others: examples of other tasks, which appear in joined sequences without loss.
         params: the recipe.
+        embedder: a model2vec folder or the name of a sentence-transformers model.
     """
     try:
         from datasets import Dataset
         from peft import LoraConfig
+        from transformers.trainer_utils import get_last_checkpoint
         from trl.trainer.sft_trainer import SFTTrainer
     except ImportError as error:
         raise TreadleError("training needs: pip install 'treadle[train]'") from error
     params = params or TrainParams()
     if (output / "adapter_config.json").exists():
         raise OptionError(f"{output} holds an adapter already; name another folder or remove it.")
+    loaded = load_embedder(embedder) if embedder else None  # before the hours of training, not after
 
     tokenizer = load_tokenizer(base)
-    rows = list(training_rows(tokenizer, examples, others, params))
     trainer = SFTTrainer(
         model=load_model(base, dtype=params.dtype),
         args=_trainer_config(output, params),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(list(training_rows(tokenizer, examples, others, params))),
         processing_class=tokenizer,
         peft_config=LoraConfig(
-            r=params.rank, lora_alpha=params.alpha, target_modules=list(params.targets), task_type="CAUSAL_LM"
+            r=params.rank,
+            lora_alpha=params.alpha,
+            lora_dropout=params.dropout,
+            target_modules=list(params.targets),
+            task_type="CAUSAL_LM",
         ),
     )
-    trainer.train()
-    _save(trainer.model, base, output)
+    _check_recipe(output, params)
+    checkpoints = output / CHECKPOINTS
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    if trainer.is_world_process_zero():
+        _save(trainer.model, base, output)
+        losses = [json.dumps(entry) + "\n" for entry in trainer.state.log_history if "loss" in entry]
+        (output / "losses.jsonl").write_text("".join(losses), "utf-8")
+        if loaded is not None:
+            training = {"base": base, "examples": len(examples), **asdict(params)}
+            save_centroid(output, loaded.encode(sample_texts(examples)), loaded, str(embedder), training)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        (output / RECIPE_FILE).unlink(missing_ok=True)
     return output
+
+
+def _check_recipe(output: Path, params: TrainParams) -> None:
+    """Remember the recipe of a run, or refuse to go on with a run of another one."""
+    file = output / RECIPE_FILE
+    recipe = json.dumps(asdict(params), indent=2) + "\n"
+    if file.exists() and file.read_text("utf-8") != recipe:
+        raise OptionError(f"{output} holds a run of another recipe ({file.name}); name another folder or remove it.")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(recipe, "utf-8")
 
 
 def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
     from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig(
-        output_dir=str(output),
+        output_dir=str(output / CHECKPOINTS),
         max_steps=params.steps,
         per_device_train_batch_size=params.batch_size,
         learning_rate=params.learning_rate,
@@ -114,7 +121,9 @@ def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
         gradient_checkpointing=False,
         bf16=False,  # the base is loaded in params.dtype; autocast would convert it anew every step
         logging_steps=10,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=max(10, params.steps // 4),
+        save_total_limit=1,
         report_to="none",
         dataloader_pin_memory=False,
         seed=params.seed,

@@ -1,0 +1,89 @@
+"""Centroids in files: of a bundle's adapters, and of one adapter beside its factors, where training left it.
+
+centroids.safetensors    in a bundle: means (N, D), counts (N,), scatter (N, D, D) and the embedder's id
+centroid.safetensors     in a PEFT folder: the same for its one adapter
+treadle.json             in a PEFT folder: which embedder made the centroid, and how the adapter was trained
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from treadle import __version__
+from treadle.centroids import Centroids
+from treadle.embed import Embedder
+from treadle.errors import AdapterError, BundleError
+
+CENTROID_FILE, RECORD_FILE = "centroid.safetensors", "treadle.json"
+
+
+def save_centroid(folder: Path, embeddings: Any, embedder: Embedder, name: str, training: Mapping[str, Any]) -> None:
+    """Write the centroid of an adapter's texts into its PEFT folder, so that `treadle fit` needs no samples of it.
+
+    Args:
+        folder: the PEFT folder.
+        embeddings: (samples, D) of the texts.
+        embedder: what made them.
+        name: of the embedder, as it can be loaded again.
+        training: what is recorded about the training.
+    """
+    centroids = Centroids.empty(embedder.id, embedder.dim).add(folder.name, embeddings)
+    write_centroids(folder / CENTROID_FILE, centroids)
+    record = {"treadle": __version__, "embedder": name, "embedder_id": embedder.id, "samples": len(embeddings)}
+    (folder / RECORD_FILE).write_text(json.dumps({**record, "training": training}, indent=2) + "\n", "utf-8")
+
+
+def read_centroid(folder: Path, name: str) -> Centroids:
+    """Return the centroid that training left in a PEFT folder, for an adapter called `name`."""
+    file = folder / CENTROID_FILE
+    if not file.is_file():
+        raise AdapterError(f"{folder} holds no {CENTROID_FILE}: give sample texts of {name!r}")
+    centroids = read_centroids(file)
+    if len(centroids.names) != 1:
+        raise AdapterError(f"{file} holds {len(centroids.names)} centroids, not one")
+    return Centroids((name,), centroids.means, centroids.counts, centroids.scatter, centroids.embedder_id)
+
+
+def read_centroids(file: Path) -> Centroids:
+    """Return the centroids of a file; a BundleError says what is wrong with it."""
+    if not file.is_file():
+        raise BundleError(f"{file.name} is missing")
+    try:
+        with safe_open(file, "numpy") as opened:
+            metadata = opened.metadata() or {}
+            arrays = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BundleError(f"{file.name} cannot be read: {error}") from error
+    expected = {entry.name for entry in fields(Centroids)} - {"names", "embedder_id"}
+    if set(arrays) != expected or not {"names", "embedder_id"} <= set(metadata):
+        raise BundleError(
+            f"{file.name} must hold {', '.join(sorted(expected))} and, as metadata, names and embedder_id"
+        )
+    if not all(np.issubdtype(arrays[key].dtype, np.floating) for key in ("means", "scatter")):
+        raise BundleError(f"{file.name}: means and scatter must be floating-point")
+    if arrays["means"].ndim != 2:
+        raise BundleError(f"{file.name}: means has shape {arrays['means'].shape}, expected (adapters, dimensions)")
+    return Centroids(_read_names(metadata["names"], file), **arrays, embedder_id=metadata["embedder_id"])
+
+
+def write_centroids(file: Path, centroids: Centroids) -> None:
+    """Write means, counts and scatter, with names and the embedder's id as metadata."""
+    arrays: dict[str, Any] = {"means": centroids.means, "counts": centroids.counts, "scatter": centroids.scatter}
+    metadata = {"names": json.dumps(centroids.names), "embedder_id": centroids.embedder_id}
+    save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, file, metadata)
+
+
+def _read_names(text: str, file: Path) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in cast(list[Any], names)):
+        raise BundleError(f"{file.name}: its metadata names must be a list of names, not {text!r}")
+    return tuple(cast(list[str], names))
