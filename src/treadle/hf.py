@@ -1,0 +1,215 @@
+"""Routes whatever calls a transformers model: `model.generate`, pipelines, lm-eval's HFLM, plain forward passes.
+
+Two hooks see each forward pass from outside. The one before it follows the text of every row and sets the blend's
+gates; the one after it notes which cache holds which rows. Nothing is patched, and on exit nothing is left.
+"""
+
+import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from treadle.blend import Blend, attach
+from treadle.bundle import Bundle, read_bundle
+from treadle.centroids import Floats
+from treadle.errors import ModelError, OptionError
+from treadle.models import load_tokenizer
+from treadle.params import RoutingParams
+from treadle.routing import Router
+from treadle.running import RunningRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOST_ROWS = (
+    "the rows of this cache are not those of its last pass, so treadle cannot tell which text each row continues. "
+    "Beam search and other code that moves, repeats or drops whole rows of one cache between passes is followed; "
+    "a copied cache, one filled outside routed(), and a cropped or quantized one of several rows are not."
+)
+
+
+class Routed:
+    """What `routed` yields: the weights of the newest forward pass, to look at."""
+
+    def __init__(self, model: nn.Module, blend: Blend, source: tuple[Router, RoutingParams, Any]) -> None:
+        self._blend = blend
+        self._source = source
+        self._router, self._params, tokenizer = source
+        self._pads = {0, tokenizer.pad_token_id}  # what stands for padding where no mask tells
+        self._signature = inspect.signature(model.forward)
+        self._rows: list[RunningRow] = []
+        self._cached: WeakKeyDictionary[Cache, tuple[list[RunningRow], Tensor | None]] = WeakKeyDictionary()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order of every N axis."""
+        return self._router.names
+
+    @property
+    def weights(self) -> Floats:
+        """(B, N) under which the newest forward pass read the last token of each row; (0, N) before the first."""
+        return np.array([row.weights for row in self._rows], np.float32).reshape(-1, len(self.names))
+
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set the gates of the forward pass that is about to run: torch's forward pre-hook."""
+        call = self._signature.bind_partial(*args, **kwargs).arguments
+        ids, mask, cache = (call.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+        if ids is None:
+            raise OptionError("routed() needs input_ids: from inputs_embeds alone the text cannot be read.")
+        if getattr(cache, "is_compileable", False) or not (mask is None or (torch.is_tensor(mask) and mask.dim() == 2)):
+            raise OptionError(
+                "routed() follows dynamic caches and attention masks of shape (B, T): leave out a static "
+                "cache_implementation and masks of other shapes."
+            )
+        is_real = self._real(ids, mask, cache)  # (B, T)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        # Assisted decoding reads its first candidates with the prompt; logits_to_keep says how many they are.
+        kept = call.get("logits_to_keep") if cache is not None else None
+        ahead = kept - 1 if isinstance(kept, int) and 1 < kept <= ids.shape[1] else 0
+        rows = self._continued(cache, past, len(ids)) if past else [RunningRow(*self._source) for _ in is_real]
+        starts = [row.read(*columns) for row, *columns in zip(rows, ids.tolist(), is_real, strict=True)]
+        if not past:
+            for row, real in zip(rows, is_real, strict=True):
+                row.prompt_tokens = sum(real[: len(real) - ahead])
+        weights = self._weigh(rows, starts, is_real)  # (B, 1|T, N)
+        self._rows = rows
+        self._blend.set_weights(weights if weights.any() else None, self._params.combine)
+
+    def after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Clear the gates and remember the rows of the cache that was filled: torch's forward hook."""
+        self._blend.set_weights(None)
+        if output is None:  # the pass has failed
+            return
+        values = output if isinstance(output, tuple) else tuple(output.values())
+        for cache in {value for value in (*args, *kwargs.values(), *values) if isinstance(value, Cache)}:
+            self._cached[cache] = self._rows, _marks(cache)
+
+    def _real(self, ids: Tensor, mask: Tensor | None, cache: Cache | None) -> list[list[bool]]:
+        """Return which of ids (B, T) are tokens, and not padding."""
+        if mask is not None:
+            return mask[:, -ids.shape[1] :].bool().tolist()
+        rows: list[list[bool]] = []
+        for row in ids.tolist():
+            count = len(row)
+            while cache is None and len(ids) > 1 and count > 1 and row[count - 1] in self._pads:
+                count -= 1
+            rows.append([True] * count + [False] * (len(row) - count))
+        return rows
+
+    def _continued(self, cache: Cache, past: int, num_rows: int) -> list[RunningRow]:
+        """Return the row that each of `num_rows` rows of a cache of `past` columns continues, in the cache's order."""
+        rows, old = self._cached.get(cache, ([], None))
+        columns = len(rows[0].is_real) if rows else 0
+        new = _marks(cache)
+        if past > columns or not rows:
+            raise OptionError(LOST_ROWS)
+        if len(rows) == 1 and (past < columns or new is None):
+            places = [0] * num_rows
+        elif past < columns or old is None or new is None or len(new) != num_rows:
+            raise OptionError(LOST_ROWS)
+        else:
+            places = _places(old.to(new.device), new)
+        moved: list[RunningRow] = []
+        for index, place in enumerate(places):
+            is_free = past == columns and place not in places[:index]
+            moved.append(rows[place] if is_free else rows[place].copy(past))
+        return moved
+
+    def _weigh(self, rows: list[RunningRow], starts: list[int], is_real: list[list[bool]]) -> Floats:
+        """Return the weights (B, 1, N), or (B, T, N) where they differ inside a row; one call of the embedder."""
+        due = [row.due(start) for row, start in zip(rows, starts, strict=True)]
+        snapshots = [snapshot for _, found in due for _, snapshot in found]
+        decided = np.zeros((0, len(self.names)), np.float32)
+        if snapshots:
+            decided = self._router.weigh(self._router.embedder.finish(snapshots), self._params)  # (decisions, N)
+        weights = np.zeros((*np.shape(is_real), len(self.names)), np.float32)  # (B, T, N)
+        made = iter(decided)
+        for index, (row, (lengths, found)) in enumerate(zip(rows, due, strict=True)):
+            table = {length: next(made) for length, _ in found}
+            trace = [table.get(length, row.weights) for length in lengths]  # those not due are as they were
+            row.weights = trace[-1] if trace else row.weights
+            weights[index] = row.weights  # padding too, so that a row with one decision has one weight
+            if trace:
+                weights[index, is_real[index]] = trace
+        return weights[:, :1] if (weights == weights[:, :1]).all() else weights
+
+
+@contextmanager
+def routed(
+    model: "PreTrainedModel",
+    bundle: Bundle | str | Path,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    routing: RoutingParams | None = None,
+) -> Generator[Routed]:
+    """Route every forward pass of a plain transformers model while the context lasts; then leave it as it was.
+
+    All tokens of a call that starts a text are its prompt. `generate` with its cache (the default) therefore gives
+    what `Engine.generate` gives. Without a cache each call is a text of its own: a call over a whole text, as
+    log-likelihood code makes, reads all of it under the weights of all of it, the continuation that is scored
+    included; `prefill="causal"` looks at no later token, and `Engine.score` tells prompt and completion apart.
+
+    Calls that continue a cache are running text, each position with its own weights; with `prefill_chunk_size` only
+    the first chunk is the prompt. Where a call fills an empty cache that it was given and keeps k > 1 logits, as
+    assisted decoding does, its last k - 1 tokens are running text already. In a batch without a mask and without a
+    cache, a run of id 0 or of the padding id at a row's right end is taken for padding, which is how lm-eval pads.
+    Use the model from one thread at a time.
+
+    Args:
+        model: the bundle's base model, without adapters.
+        bundle: a bundle or its folder.
+        tokenizer: of the base model; None loads it.
+        routing: for all rows; None takes the bundle's.
+
+    Yields:
+        a `Routed`, whose `weights` (B, N) are those of the newest pass.
+
+    Raises:
+        TreadleError: the model, the adapters or an option do not fit; inside, a call whose text cannot be followed.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    router, params = bundle.router, routing or bundle.router.params
+    if params.past == "recompute":
+        raise OptionError("past='recompute' reads the text again, but transformers keeps the cache: use past='keep'.")
+    if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__} keeps a recurrent state or has an encoder; routed() needs a decoder.")
+    tokenizer = tokenizer or load_tokenizer(bundle.base_model)
+    RunningRow(router, params, tokenizer)  # refuses unknown names and slow tokenizers before anything is attached
+    if params.rule != "fixed":
+        router.weigh(np.zeros((1, router.embedder.dim), np.float32), params)
+    blend = attach(model, sorted(bundle.adapters, key=lambda each: router.names.index(each.name)), params.combine)
+    handle = Routed(model, blend, (router, params, tokenizer))
+    hooks = [
+        model.register_forward_pre_hook(handle.before, with_kwargs=True),
+        model.register_forward_hook(handle.after, with_kwargs=True, always_call=True),
+    ]
+    try:
+        yield handle
+    finally:
+        for hook in hooks:
+            hook.remove()
+        blend.detach()
+
+
+def _marks(cache: Cache) -> Tensor | None:
+    """Return what the last layer holds of the newest column, (B, F): equal only for rows of equal text."""
+    for layer in reversed(cache.layers):
+        states = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if all(torch.is_tensor(each) and each.dim() == 4 and each.shape[2] for each in states):
+            return torch.cat([each[:, :, -1].detach().flatten(1) for each in states if each is not None], 1)
+    return None
+
+
+def _places(old: Tensor, new: Tensor) -> list[int]:
+    """Return for each row of `new` (C, F) the row of `old` (B, F) that it equals, its own place where it can."""
+    equal = (new[:, None] == old).all(-1).tolist()  # (C, B)
+    if not all(any(row) for row in equal):
+        raise OptionError(LOST_ROWS)
+    return [index if index < len(row) and row[index] else row.index(True) for index, row in enumerate(equal)]
