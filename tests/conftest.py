@@ -1,6 +1,7 @@
 """A tiny model, a byte tokenizer, adapters of unequal ranks and a static embedder of a few words: no network."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.adapters import read_adapter
+from treadle.bundle import save_bundle
 from treadle.embed import StaticEmbedder
 from treadle.generate import Engine
 from treadle.routing import Router, fit
 
 BASE = "tiny-llama"
+Run = Callable[..., tuple[int, str, str]]
+"""Arguments of the command line -> exit code, stdout, stderr."""
 WORDS = [
     "add",
     "sum",
@@ -170,3 +174,29 @@ def peft_model() -> Callable[..., PeftModel]:
         return wrapped.eval()
 
     return build
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, adapter_folders: dict[str, Path], embedder: object) -> Path:
+    tiny_llama().save_pretrained(tmp_path / BASE)
+    byte_tokenizer().save_pretrained(tmp_path / BASE)
+    base = str(tmp_path / BASE)
+    samples = {name: texts[:1] for name, texts in SAMPLES.items()}
+    return save_bundle(
+        tmp_path / "bundle", base=base, adapters=adapter_folders, router=fit(SAMPLES, embedder), samples=samples
+    )
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line; return exit code, stdout and stderr."""
+    from treadle.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["treadle", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call

@@ -1,42 +1,10 @@
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from treadle.bundle import save_bundle
-from treadle.routing import fit
-
-from conftest import BASE, SAMPLES, byte_tokenizer, tiny_llama
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def bundle(tmp_path: Path, adapter_folders: dict[str, Path], embedder: object) -> Path:
-    tiny_llama().save_pretrained(tmp_path / BASE)
-    byte_tokenizer().save_pretrained(tmp_path / BASE)
-    base = str(tmp_path / BASE)
-    samples = {name: texts[:1] for name, texts in SAMPLES.items()}
-    return save_bundle(
-        tmp_path / "bundle", base=base, adapters=adapter_folders, router=fit(SAMPLES, embedder), samples=samples
-    )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line; return exit code, stdout and stderr."""
-    from treadle.cli import main
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["treadle", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
+from conftest import SAMPLES, Run
 
 
 def test_generate_prints_what_the_engine_gives(run: Run, bundle: Path) -> None:

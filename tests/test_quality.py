@@ -1,0 +1,109 @@
+"""Routing by itself, and figures: what they show is what the router and the result files say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from treadle.arms import choose_arms
+from treadle.errors import DataError, OptionError
+from treadle.evaluate import evaluate, load_sets
+from treadle.generate import Engine
+from treadle.params import EvalParams, RoutingParams
+from treadle.plots import FIGURES, QUALITY_FILE, Study, draw_all
+from treadle.quality import route_quality
+from treadle.routing import Router
+from treadle.tasks import Example
+
+from conftest import Run
+
+HELD_OUT = {
+    "math": [Example("three plus add", " sum four"), Example("atom heat", " sum add four plus three", bare="add four")],
+    "code": [Example("def list", " return loop")],
+}
+
+
+def test_confusion_counts_the_nearest_adapter_of_each_kind_of_text(router: Router) -> None:
+    quality = route_quality(router, HELD_OUT, RoutingParams(score="cosine"))
+    assert quality.names == ("math", "science", "code")
+    assert quality.confusion["template"] == [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    assert quality.confusion["bare"][0] == [1.0, 0.0, 0.0]  # the one example that has a bare form
+    assert quality.confusion["answer"][0] == [1.0, 0.0, 0.0]  # the answer has made the second one clear
+    assert quality.accuracy["template"] == pytest.approx((0.5 + 1.0) / 2)  # a mean over domains, not over examples
+    np.testing.assert_allclose(np.diag(quality.cosines), 1.0, atol=1e-5)
+    prompts = [example.prompt for example in HELD_OUT["math"]]
+    np.testing.assert_allclose(quality.distributions["math"], router.scores(prompts, RoutingParams(score="cosine")))
+    assert quality.separation > 1
+
+
+def test_unknown_domains_and_no_examples_are_refused(router: Router) -> None:
+    with pytest.raises(OptionError, match="Did you mean 'math'"):
+        route_quality(router, {"maths": HELD_OUT["math"]}, RoutingParams())
+    with pytest.raises(OptionError, match="at least one"):
+        route_quality(router, {}, RoutingParams())
+
+
+@pytest.fixture
+def results(engine: Engine, tmp_path: Path) -> Path:
+    rows = [{"question": f"add {i} plus?", "answer": f"sum {i}\n#### {i}"} for i in range(6)]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    params = EvalParams(limit=3, max_tokens=12)
+    arms = choose_arms(["base", "every-1", "every-2", "every-4", "prompt", "boost-1", "boost-2", "boost-4", "window-16",
+                        "window-32"], engine.adapter_names, engine.router.params)  # fmt: skip
+    evaluate(engine, load_sets([f"math={tmp_path / 'math.jsonl'}"], params), arms, tmp_path / "out", params)
+    return tmp_path / "out"
+
+
+def test_every_figure_is_drawn_from_the_files_alone_and_always_the_same(
+    results: Path, tmp_path: Path, bundle: Path, run: Run
+) -> None:
+    rows = tmp_path / "math.jsonl"
+    code, out, _ = run("route", bundle, "--eval", "--tasks", f"math={rows}", "-o", results, "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((results / QUALITY_FILE).read_text())
+    first = {file.name: file.read_bytes() for file in draw_all([results], tmp_path / "a")}
+    assert set(first) == {f"{name}.svg" for name in FIGURES}
+    assert first == {file.name: file.read_bytes() for file in draw_all([results], tmp_path / "b")}
+    code, out, _ = run("plot", results, "-o", tmp_path / "c")
+    assert code == 0
+    assert len(out.split()) == len(first)
+
+
+def test_lines_show_the_values_in_the_order_of_the_option(results: Path) -> None:
+    study = Study.read([results])
+    values = {row.arm: row.value for row in study.get("math", "nll")}
+    (axis,) = [axis for axis in FIGURES["every"](study).axes if axis.get_visible()]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "4", "none"]
+    shown = axis.lines[0].get_ydata()
+    assert list(shown) == [values[arm] for arm in ("every-1", "every-2", "every-4", "prompt")]
+
+
+def test_a_folder_without_results_says_what_writes_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="`treadle eval` writes them"):
+        draw_all([tmp_path], tmp_path / "figures")
+
+
+# The command line
+
+
+def test_eval_and_sweep_print_and_keep_the_same_results(tmp_path: Path, bundle: Path, run: Run) -> None:
+    rows = tmp_path / "math.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"add {i}", "answer": f"#### {i}"}) + "\n" for i in range(5)))
+    code, out, err = run("eval", bundle, "--tasks", f"math={rows}", "--arms", "base,oracle", "--limit", "3",
+                         "--no-generate", "-o", tmp_path / "out", "--json")  # fmt: skip
+    assert code == 0, err
+    found = {result["arm"]: result for result in json.loads(out)}
+    assert set(found) == {"base", "oracle"}
+    assert found["base"]["n"] == 3
+    (tmp_path / "sweep.toml").write_text(
+        f'tasks = ["math={rows}"]\nalso = ["base"]\nlimit = 3\ngenerate = false\n[grid.k]\nevery = [1, "none"]\n'
+    )
+    code, out, err = run("sweep", bundle, tmp_path / "sweep.toml", "-o", tmp_path / "swept", "--json")
+    assert code == 0, err
+    swept = {result["arm"]: result["value"] for result in json.loads(out)}
+    assert set(swept) == {"base", "k/every=1", "k/every=none"}
+    assert swept["base"] == pytest.approx(found["base"]["value"])
+    code, out, err = run("eval", bundle, "--tasks", "maths", "--arms", "best", "-o", tmp_path / "no")
+    assert code == 1
+    assert "best" in err
