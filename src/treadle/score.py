@@ -1,10 +1,11 @@
 """Log-likelihoods of given completions, in one forward pass with weights (B, T, N)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from treadle.centroids import Floats
@@ -20,6 +21,8 @@ BATCH = 8
 """Rows of one forward pass."""
 Pair = tuple[list[int], list[int]]
 """Ids of a prompt and of the completion after it."""
+Reader = Callable[[torch.Tensor, Sequence[int]], Floats]
+"""What is kept (T, ...) of the logits (T, V) that gave tokens (T)."""
 
 
 def score(
@@ -40,13 +43,23 @@ def score(
 @torch.inference_mode()
 def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
     """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair."""
-    run = _score_again if params.past == "recompute" and params.every is not None else _score_once
     by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
     results: dict[int, Floats] = {}
     for start in range(0, len(pairs), BATCH):
         chosen = by_length[start : start + BATCH]
-        results |= zip(chosen, run(engine, [pairs[index] for index in chosen], params), strict=True)
+        results |= zip(chosen, _score(engine, [pairs[index] for index in chosen], params, _chosen), strict=True)
     return [results[index] for index in range(len(pairs))]
+
+
+@torch.inference_mode()
+def score_greedy(
+    engine: "Engine", pairs: Sequence[Pair], params: RoutingParams
+) -> list[tuple[Floats, npt.NDArray[np.bool_]]]:
+    """Return the log-probabilities (T,) of `score_ids`, and for each token (T,) whether greedy decoding takes it.
+
+    The pairs are one batch, however many they are; pairs that differ in their last token only share a row of it.
+    """
+    return [(both[:, 0], both[:, 1] == 1) for both in _score(engine, pairs, params, _chosen_and_greedy)]
 
 
 def trace_weights(engine: "Engine", ids: Sequence[int], prompt_tokens: int, params: RoutingParams) -> Floats:
@@ -55,10 +68,15 @@ def trace_weights(engine: "Engine", ids: Sequence[int], prompt_tokens: int, para
     return engine.router.trace([text.push(token_id) for token_id in ids], prompt_tokens, params)
 
 
-def _score_once(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
+def _score(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, read: Reader) -> list[Floats]:
+    run = _score_again if params.past == "recompute" and params.every is not None else _score_once
+    return run(engine, pairs, params, read)
+
+
+def _score_once(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, read: Reader) -> list[Floats]:
     """One pass over all rows; with past="keep" this is what cached decoding computes."""
     traces = [trace_weights(engine, prompt + answer[:-1], len(prompt), params) for prompt, answer in pairs]
-    return score_under(engine, pairs, traces, params)
+    return _score_under(engine, pairs, traces, params, read)
 
 
 @torch.inference_mode()
@@ -73,6 +91,12 @@ def score_under(
         traces: (T, N) for each pair, T = its tokens but the last, which nothing follows.
         params: only the combine is read.
     """
+    return _score_under(engine, pairs, traces, params, _chosen)
+
+
+def _score_under(
+    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
+) -> list[Floats]:
     # the one-token options of a choice differ in what nobody reads: their rows are one row
     keys = [(len(prompt), *prompt, *answer[:-1]) for prompt, answer in pairs]
     rows = {key: (list(key[1:]), trace) for key, trace in zip(keys, traces, strict=True)}
@@ -85,12 +109,12 @@ def score_under(
     first = min(len(prompt) for prompt, _ in pairs) - 1  # the earliest position whose logits matter
     logits = dict(zip(rows, _logits(engine, ids, weights, params, first), strict=True))
     return [
-        _chosen(logits[key][len(prompt) - 1 - first : len(prompt) - 1 - first + len(answer)], answer)
+        read(logits[key][len(prompt) - 1 - first : len(prompt) - 1 - first + len(answer)], answer)
         for key, (prompt, answer) in zip(keys, pairs, strict=True)
     ]
 
 
-def _score_again(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
+def _score_again(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, read: Reader) -> list[Floats]:
     """Run a pass for each decision, over all the text so far under the newest weights: past="recompute"."""
     results: list[Floats] = []
     columns = [engine.blend.names.index(name) for name in engine.router.names]
@@ -104,7 +128,7 @@ def _score_again(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams)
             weights = np.zeros(len(engine.blend.names), np.float32)
             weights[columns] = trace[block[0]]
             logits = _logits(engine, torch.tensor([ids[: block[-1] + 1]]), weights, params, block[0])
-            scores.append(_chosen(logits[0], [answer[p - len(prompt) + 1] for p in block]))
+            scores.append(read(logits[0], [answer[p - len(prompt) + 1] for p in block]))
         results.append(np.concatenate(scores))
     return results
 
@@ -122,3 +146,9 @@ def _chosen(logits: torch.Tensor, tokens: Sequence[int]) -> Floats:
     """Return the log-probabilities (T,) of tokens under logits (T, V)."""
     logprobs = torch.log_softmax(logits.float(), -1)
     return logprobs[torch.arange(len(tokens)), torch.tensor(tokens)].cpu().numpy()
+
+
+def _chosen_and_greedy(logits: torch.Tensor, tokens: Sequence[int]) -> Floats:
+    """Return (T, 2): the log-probabilities of tokens under logits (T, V), and 1 where the token is the likeliest."""
+    greedy = logits.float().argmax(-1).cpu().numpy() == np.array(tokens)
+    return np.stack([_chosen(logits, tokens), greedy.astype(np.float32)], -1)
