@@ -29,7 +29,7 @@ ADAPTERS = {
 }
 JOINED = ("science", "math", "reading", "code")
 """The order in which other tasks are read for joined sequences; the random choices depend on it."""
-SAMPLES = 400
+SAMPLES = 1000
 """Training examples of each task that the router is fitted on."""
 
 

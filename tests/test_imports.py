@@ -12,7 +12,7 @@ import treadle
 PACKAGE = Path(treadle.__file__).parent
 CORE = {
     *("errors", "options", "params", "adapters", "layers", "blend", "centroids", "embed", "routing", "sampling"),
-    *("text", "cache", "rows", "generate", "score", "bundle", "models"),
+    *("text", "cache", "rows", "generate", "score", "bundle", "models", "centroid_files"),
 }
 
 
