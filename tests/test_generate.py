@@ -22,6 +22,7 @@ ROUTINGS = {
     "prompt only": RoutingParams(every=None),
     "causal": RoutingParams(every=3, prefill="causal", temperature=5.0),
     "causal window": RoutingParams(every=4, prefill="causal", window=5, temperature=5.0),
+    "recent": RoutingParams(every=2, recent=4, temperature=5.0),
     "recompute": RoutingParams(every=3, past="recompute", window=8, temperature=5.0),
     "boosted": RoutingParams(score="cosine", rule="boosted", every=1),
     "top_k": RoutingParams(rule="top_k", top_k=2, every=2, unit_scale=True),

@@ -33,6 +33,7 @@ ROUTINGS = {
     "causal": RoutingParams(every=3, prefill="causal", temperature=5.0),
     "window": RoutingParams(every=1, window=6, temperature=5.0),
     "causal window": RoutingParams(every=4, prefill="causal", window=5, temperature=5.0),
+    "recent": RoutingParams(every=2, recent=4, temperature=5.0),
     "boosted": RoutingParams(score="cosine", rule="boosted", every=1),
     "fixed": RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 0.5}),
     "base": RoutingParams.base(),

@@ -8,9 +8,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from treadle.centroids import log_softmax
 from treadle.errors import AdapterError, OptionError
 from treadle.params import RoutingParams
-from treadle.routing import Router, apply_rule, boosted, decision_length, fit, softmax, top_k
+from treadle.routing import (
+    Router,
+    RunningText,
+    apply_rule,
+    boosted,
+    decision_length,
+    finish_views,
+    fit,
+    softmax,
+    top_k,
+)
 from treadle.text import Detokenizer
 
 from conftest import SAMPLES
@@ -277,7 +288,7 @@ def test_weights_of_texts_are_the_rule_of_the_scores_of_their_embeddings(routed)
         embeddings = routed.embedder.encode(texts)
         expected = apply_rule(routed.centroids.score(embeddings, score), params)
         np.testing.assert_array_equal(routed.weights(texts, params), expected)
-        np.testing.assert_array_equal(routed.weigh(embeddings, params), expected)
+        np.testing.assert_array_equal(routed.weigh(embeddings[:, None], params), expected)
 
 
 def test_fixed_weights_follow_the_routers_order(routed):
@@ -319,7 +330,7 @@ running = st.lists(
     st.sampled_from(["add ", "three", "cell", "atom", " def", "loop ", "é", "😀", "x", " ", ","]), min_size=3
 )
 routing = st.one_of(
-    st.builds(RoutingParams, every=st.none() | every, window=st.none() | st.integers(1, 4)),
+    st.builds(RoutingParams, every=st.none() | every, window=st.none() | st.integers(1, 4), recent=st.none() | every),
     st.builds(RoutingParams, every=every, prefill=st.just("causal"), window=st.none() | st.integers(1, 4)),
     st.just(RoutingParams.paper()),
 )
@@ -334,17 +345,30 @@ def test_a_trace_is_routing_step_by_step(routed, tokenizer, words, params, data)
     trace = routed.trace(pieces, prompt_tokens, params)
     assert trace.shape == (len(pieces), 3)
 
-    track = routed.embedder.track(params.window)
+    seen = RunningText(routed.embedder, params)
     read = 0
     for position, weights in enumerate(trace):
         length = decision_length(position, prompt_tokens, params)
         for piece in pieces[read:length]:
-            track.extend([piece])
+            seen.extend([piece])
         read = length
-        stepwise = routed.weigh(routed.embedder.finish([track.snapshot()]), params)[0]
+        stepwise = routed.weigh(finish_views(routed.embedder, [seen.snapshot()]), params)[0]
         np.testing.assert_allclose(weights, stepwise, atol=1e-5)
-        if params.window is None:
+        if params.window is None and params.recent is None:
             np.testing.assert_allclose(weights, routed.weights(["".join(pieces[:length])], params)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(("score", "rule"), [("lda", "softmax"), ("cosine", "boosted"), ("centred", "softmax")])
+def test_recent_tokens_add_their_scores_to_those_of_the_text(routed, score, rule):
+    params = RoutingParams(score=score, rule=rule, recent=3, every=1)
+    pieces = ["add ", "three ", "plus ", "four ", "def ", "loop ", "return ", "list "]
+    trace = routed.trace(pieces, 4, params)
+    whole, recent = routed.scores(["".join(pieces), "".join(pieces[-3:])], params)
+    both = log_softmax(whole + recent) if score == "lda" else (whole + recent) / 2
+    np.testing.assert_allclose(trace[-1], apply_rule(both, params), atol=1e-5)
+    slow = routed.trace(pieces, 4, replace(params, recent=None))
+    code = NAMES.index("code")
+    assert trace[-1, code] > slow[-1, code] + 0.01, "the change of domain is not followed sooner"
 
 
 def test_no_adapters_no_weights(routed):

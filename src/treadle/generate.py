@@ -174,7 +174,7 @@ class Engine:
                 self.router.fixed_weights(params)
                 self.blend.check_combine(params.combine)
                 if params.rule != "fixed":
-                    self.router.weigh(np.zeros((1, self.router.embedder.dim), np.float32), params)
+                    self.router.weigh(np.zeros((1, 1, self.router.embedder.dim), np.float32), params)
             except TreadleError as error:
                 problems.append(str(error))
         if problems:

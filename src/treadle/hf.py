@@ -22,7 +22,7 @@ from treadle.centroids import Floats
 from treadle.errors import ModelError, OptionError
 from treadle.models import load_tokenizer
 from treadle.params import RoutingParams
-from treadle.routing import Router
+from treadle.routing import Router, finish_views
 from treadle.running import RunningRow
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Routed:
         snapshots = [snapshot for _, found in due for _, snapshot in found]
         decided = np.zeros((0, len(self.names)), np.float32)
         if snapshots:
-            decided = self._router.weigh(self._router.embedder.finish(snapshots), self._params)  # (decisions, N)
+            decided = self._router.weigh(finish_views(self._router.embedder, snapshots), self._params)  # (decisions, N)
         weights = np.zeros((*np.shape(is_real), len(self.names)), np.float32)  # (B, T, N)
         made = iter(decided)
         for index, (row, (lengths, found)) in enumerate(zip(rows, due, strict=True)):
@@ -183,7 +183,7 @@ def routed(
     tokenizer = tokenizer or load_tokenizer(bundle.base_model)
     RunningRow(router, params, tokenizer)  # refuses unknown names and slow tokenizers before anything is attached
     if params.rule != "fixed":
-        router.weigh(np.zeros((1, router.embedder.dim), np.float32), params)
+        router.weigh(np.zeros((1, 1, router.embedder.dim), np.float32), params)
     blend = attach(model, sorted(bundle.adapters, key=lambda each: router.names.index(each.name)), params.combine)
     handle = Routed(model, blend, (router, params, tokenizer))
     hooks = [

@@ -36,6 +36,7 @@ class RoutingParams:
     floor: float | None = option(None, "adapters whose score is below get 0; where all are, the base answers")
     every: int | None = option(2, "re-weigh every so many generated tokens; none = once, from the prompt")
     window: int | None = option(None, "the embedder sees the last so many tokens; none = all")
+    recent: int | None = option(None, "adds the scores of the last so many tokens to those of the text; none = off")
     prefill: Literal["prompt", "causal"] = option(
         "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
     )
@@ -60,7 +61,7 @@ class RoutingParams:
         ]
 
     def _number_problems(self) -> list[str]:
-        or_none = {name: ", or none" for name in ("temperature", "every", "window")}
+        or_none = {name: ", or none" for name in ("temperature", "every", "window", "recent")}
         given: dict[str, Any] = {
             name: value for name, value in vars(self).items() if value is not None or name not in or_none
         }
@@ -71,7 +72,7 @@ class RoutingParams:
         ]
         problems += [
             f"{name} must be a whole number of at least 1{or_none.get(name, '')}, not {given[name]!r}"
-            for name in ("top_k", "every", "window")
+            for name in ("top_k", "every", "window", "recent")
             if name in given and not (isinstance(given[name], int) and given[name] >= 1)
         ]
         if self.floor is not None and not isfinite(self.floor):

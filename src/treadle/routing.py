@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.centroids import Centroids, Floats
+from treadle.centroids import Centroids, Floats, log_softmax
 from treadle.embed import Embedder, load_embedder
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
 from treadle.params import DEFAULT_TEMPERATURE, RoutingParams
@@ -80,6 +80,30 @@ def apply_rule(scores: Floats, params: RoutingParams) -> Floats:
     return weights
 
 
+class RunningText:
+    """One running text, as routing params look at it: all of it or a window, and its recent tokens if they ask."""
+
+    def __init__(self, embedder: Embedder, params: RoutingParams) -> None:
+        self._tracks = [embedder.track(params.window)]
+        if params.recent is not None:
+            self._tracks.append(embedder.track(params.recent))
+
+    def extend(self, pieces: Sequence[str]) -> None:
+        """Append the text of some tokens, one piece a token."""
+        for track in self._tracks:
+            track.extend(pieces)
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """Return what `finish_views` needs to embed the text as it stands, one entry for each of its K views."""
+        return tuple(track.snapshot() for track in self._tracks)
+
+
+def finish_views(embedder: Embedder, snapshots: Sequence[tuple[Any, ...]]) -> Floats:
+    """Return the embeddings (B, K, D) of snapshots of texts that have K views each, in one call of the embedder."""
+    flat = embedder.finish([view for views in snapshots for view in views])
+    return flat.reshape(len(snapshots), len(snapshots[0]) if snapshots else 1, embedder.dim)
+
+
 @dataclass(frozen=True)
 class Router:
     """Centroids, the embedder that made them, and the params that apply unless others are given."""
@@ -106,15 +130,25 @@ class Router:
         params = params or self.params
         if params.rule == "fixed":
             return np.tile(self.fixed_weights(params), (len(texts), 1))
-        return self.weigh(self.embedder.encode(texts), params)
+        return self.weigh(self.embedder.encode(texts)[:, None], params)
 
     def scores(self, texts: Sequence[str], params: RoutingParams | None = None) -> Floats:
         """Return the scores (B, N) float32 of B whole texts, before any rule."""
         return self.centroids.score(self.embedder.encode(texts), (params or self.params).score)
 
     def weigh(self, embeddings: Floats, params: RoutingParams) -> Floats:
-        """Return the weights (..., N) of embeddings (..., D) under params whose rule is not `fixed`."""
-        return apply_rule(self.centroids.score(embeddings, params.score), params)
+        """Return the weights (..., N) of texts under params whose rule is not `fixed`.
+
+        Args:
+            embeddings: (..., K, D) of the K views of each text (`RunningText`): log-posteriors of views add up, as if
+                they were independent; of cosines the mean counts.
+            params: score and rule.
+        """
+        scores = self.centroids.score(embeddings, params.score)  # (..., K, N)
+        if scores.shape[-2] == 1:
+            return apply_rule(scores[..., 0, :], params)
+        is_log = params.score == "lda"
+        return apply_rule(log_softmax(scores.sum(-2)) if is_log else scores.mean(-2), params)
 
     def fixed_weights(self, params: RoutingParams) -> Floats:
         """Return the weights (N,) of params whose rule is `fixed`; a name that does not exist is an AdapterError."""
@@ -134,14 +168,14 @@ class Router:
             return np.tile(self.fixed_weights(params), (len(pieces), 1))
         lengths = [decision_length(position, prompt_tokens, params) for position in range(len(pieces))]
         wanted = sorted(set(lengths))
-        track = self.embedder.track(params.window)
-        snapshots: list[Any] = []
+        text = RunningText(self.embedder, params)
+        snapshots: list[tuple[Any, ...]] = []
         read = 0
         for length in wanted:
-            track.extend(pieces[read:length])
+            text.extend(pieces[read:length])
             read = length
-            snapshots.append(track.snapshot())
-        weights = self.weigh(self.embedder.finish(snapshots), params)  # (decisions, N)
+            snapshots.append(text.snapshot())
+        weights = self.weigh(finish_views(self.embedder, snapshots), params)  # (decisions, N)
         index = {length: row for row, length in enumerate(wanted)}
         return weights[[index[length] for length in lengths]]
 

@@ -16,7 +16,7 @@ from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
 from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router, decision_length
+from treadle.routing import Router, RunningText, decision_length
 from treadle.sampling import new_generator, sample
 from treadle.text import Detokenizer, StopStrings
 
@@ -69,7 +69,7 @@ class Row:
         self._text = Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
         self._pieces = [self._text.push(token_id) for token_id in ids]
-        self._track = router.embedder.track(routing.window)
+        self._running = RunningText(router.embedder, routing)
         self._num_tracked = 0
         self._decided_at = -1
 
@@ -78,15 +78,15 @@ class Row:
         """Whether the row's last token has been generated."""
         return bool(self.events) and self.events[-1].finish_reason is not None
 
-    def due_snapshot(self) -> Any | None:
+    def due_snapshot(self) -> tuple[Any, ...] | None:
         """Return what the embedder needs, if the pass that reads the newest token needs new weights; else None."""
         length = decision_length(len(self.ids) - 1, self.prompt_tokens, self.routing)
         if length == self._decided_at:
             return None
         self._decided_at = length
-        self._track.extend(self._pieces[self._num_tracked : length])
+        self._running.extend(self._pieces[self._num_tracked : length])
         self._num_tracked = length
-        return self._track.snapshot()
+        return self._running.snapshot()
 
     def prompt_weights(self) -> Floats:
         """Return the weights (T, N), or (1, N) for all T alike, of the pass that reads all tokens so far."""
@@ -223,7 +223,7 @@ class Batch:
 
 def _route(rows: Sequence[Row]) -> list[Row]:
     """Give new weights to the rows that are due, and return these; each embedder is called once for all its rows."""
-    due: dict[int, list[tuple[Row, Any]]] = {}
+    due: dict[int, list[tuple[Row, tuple[Any, ...]]]] = {}
     changed: list[Row] = []
     for row in rows:
         snapshot = row.due_snapshot()
@@ -235,7 +235,8 @@ def _route(rows: Sequence[Row]) -> list[Row]:
         else:
             due.setdefault(id(row.router.embedder), []).append((row, snapshot))
     for pairs in due.values():
-        embeddings = pairs[0][0].router.embedder.finish([snapshot for _, snapshot in pairs])  # (B, D)
-        for (row, _), embedding in zip(pairs, embeddings, strict=True):
-            row.weights = row.router.weigh(embedding, row.routing)
+        embedder = pairs[0][0].router.embedder
+        embeddings = iter(embedder.finish([view for _, views in pairs for view in views]))  # (sum of K, D)
+        for row, views in pairs:
+            row.weights = row.router.weigh(np.stack([next(embeddings) for _ in views]), row.routing)
     return changed

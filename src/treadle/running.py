@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.centroids import Floats
 from treadle.params import RoutingParams
-from treadle.routing import Router, decision_length
+from treadle.routing import Router, RunningText, decision_length
 from treadle.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ class RunningRow:
         self._source = router, params, tokenizer
         self._params = params
         self._text = Detokenizer(tokenizer)
-        self._track = router.embedder.track(params.window)
+        self._running = RunningText(router.embedder, params)
         self._ids: list[int] = []
         self._pieces: list[str] = []
         self._decided_at = 0 if params.rule == "fixed" else -1
 
-    def due(self, start: int) -> tuple[list[int], list[tuple[int, Any]]]:
+    def due(self, start: int) -> tuple[list[int], list[tuple[int, tuple[Any, ...]]]]:
         """Return what decides the weights of the tokens from `start` on.
 
         Returns:
@@ -35,11 +35,11 @@ class RunningRow:
         """
         positions = range(start, len(self._ids))
         lengths = [decision_length(position, self.prompt_tokens, self._params) for position in positions]
-        snapshots: list[tuple[int, Any]] = []
+        snapshots: list[tuple[int, tuple[Any, ...]]] = []
         tracked = max(self._decided_at, 0)
         for length in sorted(set(lengths) - {self._decided_at}):
-            self._track.extend(self._pieces[tracked:length])
-            snapshots.append((length, self._track.snapshot()))
+            self._running.extend(self._pieces[tracked:length])
+            snapshots.append((length, self._running.snapshot()))
             self._decided_at = tracked = length
         return lengths, snapshots
 
