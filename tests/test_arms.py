@@ -16,7 +16,7 @@ FIXED = [RoutingParams.base(), RoutingParams(rule="fixed", fixed={"math": 2}, ev
 ONCE_OR_NOT = [RoutingParams(past=past, every=every) for past in ("keep", "recompute") for every in (2, None)]
 OTHERS = [RoutingParams(prefill="causal"), RoutingParams(combine="linear"), RoutingParams(score="cosine", rule="top_k")]
 DEFAULTS = [DEFAULT, RoutingParams.paper(), *FIXED, *ONCE_OR_NOT, *OTHERS]
-BOOSTED = {"score": "cosine", "rule": "boosted", "temperature": None}
+BOOSTED = {"score": "cosine", "rule": "boosted", "temperature": None, "window": None, "recent": None}  # all of the text
 CHANGES = {  # what each arm varies of DEFAULT
     "routed": {},
     "nearest": {"rule": "top_k", "top_k": 1},
@@ -35,6 +35,8 @@ ALONE = {  # arms that do not depend on the default
     "base": RoutingParams.base(),
     "math": RoutingParams.one("math"),
     "code": RoutingParams.one("code"),
+    "adapter:math": RoutingParams.one("math"),
+    "adapter:code": RoutingParams.one("code"),
     "oracle": None,
     "uniform": RoutingParams(rule="fixed", fixed={"math": 0.5, "code": 0.5}, every=None),
     "paper": RoutingParams.paper(),
@@ -63,6 +65,13 @@ def test_standard_arms_exist_for_every_default(default):
     assert (params["prompt"].every, params["prompt"].prefill) == (None, "prompt")
     assert (params["causal"].prefill, params["recompute"].past) == ("causal", "recompute")
     assert params["causal"].every == params["recompute"].every == (default.every or 2)
+
+
+def test_an_adapter_called_like_an_arm_has_a_name_of_its_own():
+    arms = standard_arms(("prompt", "base"), DEFAULT)
+    assert arms["prompt"].params == replace(DEFAULT, every=None)
+    assert arms["base"].params == RoutingParams.base()
+    assert arms["adapter:prompt"].params == RoutingParams.one("prompt")
 
 
 def test_the_oracle_gives_each_task_its_own_adapter():

@@ -48,13 +48,15 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
 
     `base`, each adapter, `oracle`, `uniform`, `routed` (the default), `nearest`, `prompt`, `every-K`, `window-N`,
     `linear`, `paper-combine`, `cosine`, `centred`, `lda`, `causal`, `recompute`, `unit-scale`, `boost-B`, and `paper`.
+    An adapter that is called like one of these is `adapter:NAME`, which every adapter may be called.
     """
     routed = replace(default, rule="softmax", score="lda", fixed=None) if default.rule == "fixed" else default
     cosine = replace(routed, score="cosine", rule="softmax", temperature=None)
-    boosted = replace(cosine, rule="boosted")
+    boosted = replace(cosine, rule="boosted", window=None, recent=None)  # the paper looks at all of the text
     given: dict[str, RoutingParams | None] = {
-        "base": RoutingParams.base(),
         **{name: RoutingParams.one(name) for name in names},
+        **{f"adapter:{name}": RoutingParams.one(name) for name in names},
+        "base": RoutingParams.base(),
         "oracle": None,
         "uniform": RoutingParams.uniform(names),
         "routed": default,

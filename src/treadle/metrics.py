@@ -103,9 +103,12 @@ def program(text: str) -> str:
     return (fenced.group(1) if fenced else text).strip()
 
 
-def pass_at_1(text: str, example: "Example") -> float:
-    """Whether the program passes all tests of the example, in a process with limits (`treadle.sandbox`)."""
-    return float(passes(program(text), example.tests))
+def pass_at_1(text: str, example: "Example") -> float | None:
+    """Whether the program passes all tests of the example, in a process with limits (`treadle.sandbox`).
+
+    None where the example has no tests.
+    """
+    return float(passes(program(text), example.tests)) if example.tests else None
 
 
 @lru_cache(1)

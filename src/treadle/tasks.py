@@ -147,7 +147,7 @@ def read_task(file: str | Path) -> Task:
         raise DataError(f"task file {file}: expected an object with {', '.join(FILE_KEYS)}")
     given = cast(dict[str, Any], given)
     problems = [unknown_name("key", key, FILE_KEYS) for key in given if key not in FILE_KEYS]
-    problems += [f"{key} is missing" for key in ("name", "prompt", "completion") if key not in given]
+    problems += [f"{key} is missing or empty" for key in ("name", "prompt", "completion") if not given.get(key)]
     texts = {key: given.get(key, "") for key in ("name", "source", "prompt", "completion", "bare", "adapter")}
     problems += [f"{key} must be a text" for key, text in texts.items() if not isinstance(text, str)]
     templates = {key: _template(texts[key], problems) for key in ("prompt", "completion", "bare")}
