@@ -19,6 +19,7 @@ from treadle.routing import (
     decision_length,
     finish_views,
     fit,
+    is_prompt_decision,
     softmax,
     top_k,
 )
@@ -149,7 +150,7 @@ def test_below_the_floor_is_zero_and_where_all_are_the_base_answers(s, floor, ru
     np.testing.assert_allclose(total, answered, atol=1e-5)
 
 
-@pytest.mark.parametrize(("score", "temperature"), [("lda", 2.4), ("cosine", 0.05), ("centred", 0.05)])
+@pytest.mark.parametrize(("score", "temperature"), [("lda", 1.6), ("cosine", 0.05), ("centred", 0.05)])
 def test_the_default_temperature_depends_on_the_score(score, temperature):
     s = np.float32([0.1, 0.3, -0.2])
     np.testing.assert_array_equal(apply_rule(s, RoutingParams(score=score)), softmax(s, temperature))
@@ -352,23 +353,34 @@ def test_a_trace_is_routing_step_by_step(routed, tokenizer, words, params, data)
         for piece in pieces[read:length]:
             seen.extend([piece])
         read = length
-        stepwise = routed.weigh(finish_views(routed.embedder, [seen.snapshot()]), params)[0]
+        stepwise = routed.weigh(
+            finish_views(routed.embedder, [seen.snapshot(is_prompt_decision(length, prompt_tokens, params))]), params
+        )[0]
         np.testing.assert_allclose(weights, stepwise, atol=1e-5)
         if params.window is None and params.recent is None:
             np.testing.assert_allclose(weights, routed.weights(["".join(pieces[:length])], params)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(("score", "rule"), [("lda", "softmax"), ("cosine", "boosted"), ("centred", "softmax")])
-def test_recent_tokens_add_their_scores_to_those_of_the_text(routed, score, rule):
+def test_recent_tokens_share_the_score_with_the_text_but_not_in_the_prompt(routed, score, rule):
     params = RoutingParams(score=score, rule=rule, recent=3, every=1)
     pieces = ["add ", "three ", "plus ", "four ", "def ", "loop ", "return ", "list "]
     trace = routed.trace(pieces, 4, params)
-    whole, recent = routed.scores(["".join(pieces), "".join(pieces[-3:])], params)
-    both = log_softmax(whole + recent) if score == "lda" else (whole + recent) / 2
-    np.testing.assert_allclose(trace[-1], apply_rule(both, params), atol=1e-5)
+    mean = routed.scores(["".join(pieces), "".join(pieces[-3:])], params).mean(0)
+    np.testing.assert_allclose(trace[-1], apply_rule(log_softmax(mean) if score == "lda" else mean, params), atol=1e-5)
     slow = routed.trace(pieces, 4, replace(params, recent=None))
     code = NAMES.index("code")
     assert trace[-1, code] > slow[-1, code] + 0.01, "the change of domain is not followed sooner"
+    np.testing.assert_allclose(trace[:4], slow[:4], atol=1e-6)  # the prompt is decided as a whole
+    causal = replace(params, prefill="causal")
+    assert np.abs(routed.trace(pieces, 4, causal) - routed.trace(pieces, 1, causal)).max() < 1e-6
+
+
+def test_recent_tokens_do_not_count_twice_in_a_window_as_short(routed):
+    pieces = ["add ", "three ", "def ", "loop ", "return ", "list "]
+    for recent in (2, 5):
+        both, alone = RoutingParams(window=2, recent=recent, every=1), RoutingParams(window=2, recent=None, every=1)
+        np.testing.assert_array_equal(routed.trace(pieces, 1, both), routed.trace(pieces, 1, alone))
 
 
 def test_no_adapters_no_weights(routed):

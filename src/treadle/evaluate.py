@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,7 @@ def _load_set(spec: str, params: EvalParams) -> EvalSet:
     if not examples:
         raise DataError(f"{source}: {len(rows)} examples are not more than the {params.shots} shots")
     before = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in shots)
-    shown = [Example(**{**vars(each), "prompt": before + each.prompt}) for each in examples] if shots else examples
+    shown = [replace(each, prompt=before + each.prompt) for each in examples]
     return EvalSet(task.name, source, task, tuple(shown))
 
 

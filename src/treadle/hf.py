@@ -73,7 +73,10 @@ class Routed:
         # Assisted decoding reads its first candidates with the prompt; logits_to_keep says how many they are.
         kept = call.get("logits_to_keep") if cache is not None else None
         ahead = kept - 1 if isinstance(kept, int) and 1 < kept <= ids.shape[1] else 0
-        rows = self._continued(cache, past, len(ids)) if past else [RunningRow(*self._source) for _ in is_real]
+        if cache is not None and past:
+            rows = self._continued(cache, past, len(ids))
+        else:
+            rows = [RunningRow(*self._source) for _ in is_real]
         starts = [row.read(*columns) for row, *columns in zip(rows, ids.tolist(), is_real, strict=True)]
         if not past:
             for row, real in zip(rows, is_real, strict=True):

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby, pairwise, takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.__main__ import cli_evaluate
@@ -107,10 +107,11 @@ class TreadleLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what follows each context; samples follow torch's seed, which lm-eval sets."""
-        samplings = [_sampling(request.args[1]) for request in requests]
+        arguments = [cast(tuple[str, dict[str, Any]], request.args) for request in requests]
+        samplings = [_sampling(given) for _, given in arguments]
         prompts = [
-            self._cut(self.tok_encode(request.args[0]), self.max_length - sampling.max_tokens)
-            for request, sampling in zip(requests, samplings, strict=True)
+            self._cut(self.tok_encode(context), self.max_length - sampling.max_tokens)
+            for (context, _), sampling in zip(arguments, samplings, strict=True)
         ]
         texts = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda index: -len(prompts[index]))
@@ -173,7 +174,9 @@ def _routing(onto: RoutingParams, given: Mapping[str, Any]) -> RoutingParams:
 def _sampling(given: dict[str, Any]) -> SamplingParams:
     """Read the generation options of a task; a name that treadle does not have is an OptionError."""
     kept = normalize_gen_kwargs(given, default_max_gen_toks=256).items()
-    options = {name: value for name, value in kept if (name, value) != ("num_beams", 1)}  # some tasks say so
+    options: dict[str, Any] = {
+        key: value for key, value in kept if (key, value) != ("num_beams", 1)
+    }  # some tasks say so
     options |= {"max_tokens": options.pop("max_gen_toks"), "stop": [stop for stop in options.pop("until") if stop]}
     del options["do_sample"]  # without it, the temperature is 0 by now
     return read_options(SamplingParams, {"seed": int(torch.randint(2**62, ())), **options})

@@ -15,7 +15,7 @@ Score = Literal["cosine", "centred", "lda"]
 Rule = Literal["boosted", "softmax", "top_k", "fixed"]
 Combine = Literal["sum", "linear", "paper"]
 
-DEFAULT_TEMPERATURE: dict[Score, float] = {"lda": 2.4, "cosine": 0.05, "centred": 0.05}
+DEFAULT_TEMPERATURE: dict[Score, float] = {"lda": 1.6, "cosine": 0.05, "centred": 0.05}
 """Log-posteriors are overconfident, cosines lie close together: for `lda`, the least log-loss on held-out prompts."""
 
 SMALLEST = 1e-6
@@ -29,14 +29,16 @@ class RoutingParams:
     score: Score = option("lda", "text against centroids: cosine (the paper), centred, or lda")
     rule: Rule = option("softmax", "scores to weights: boosted (the paper), softmax, top_k or fixed")
     boost: float = option(4.0, "boosted: factor on the largest cosine")
-    temperature: float | None = option(None, "softmax, top_k: divides the scores; none = 2.4 for lda, 0.05 for cosines")
+    temperature: float | None = option(None, "softmax, top_k: divides the scores; none = 1.6 for lda, 0.05 for cosines")
     top_k: int = option(2, "top_k: how many adapters keep a weight")
     fixed: Mapping[str, float] | None = option(None, "fixed: name=weight pairs; adapters not named get 0")
     unit_scale: bool = option(False, "divide by the largest weight: the nearest acts at its trained strength")
     floor: float | None = option(None, "adapters whose score is below get 0; where all are, the base answers")
     every: int | None = option(2, "re-weigh every so many generated tokens; none = once, from the prompt")
     window: int | None = option(None, "the embedder sees the last so many tokens; none = all")
-    recent: int | None = option(None, "adds the scores of the last so many tokens to those of the text; none = off")
+    recent: int | None = option(
+        64, "running text: the score is the mean of the text's and that of its last so many tokens; none = off"
+    )
     prefill: Literal["prompt", "causal"] = option(
         "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
     )
@@ -97,7 +99,7 @@ class RoutingParams:
     @classmethod
     def paper(cls) -> "RoutingParams":
         """Return what the paper's code computes; use a bundle whose embedder is the sentence embedder."""
-        return cls(score="cosine", rule="boosted", boost=4.0, every=2, past="recompute", combine="paper")
+        return cls(score="cosine", rule="boosted", boost=4.0, every=2, recent=None, past="recompute", combine="paper")
 
     @classmethod
     def base(cls) -> "RoutingParams":

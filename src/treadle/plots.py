@@ -110,8 +110,8 @@ def _over(option: str, label: str) -> Callable[[Study], "Figure | None"]:
         if not groups:
             return None
         figure, axes = _panels(len(groups))
-        for axis, (task, families) in zip(axes, groups.items(), strict=True):
-            for index, (_, rows) in enumerate(families):
+        for axis, (task, drawn) in zip(axes, groups.items(), strict=True):
+            for index, (_, rows) in enumerate(drawn):
                 _line(axis, rows, option, PALETTE[index % len(PALETTE)])
             axis.set_title(task)
             axis.set_xlabel(label)

@@ -57,7 +57,7 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
     confusion: dict[str, Any] = {kind: np.zeros((len(router.names),) * 2) for kind in KINDS}
     for name, rows in examples.items():
         for kind in KINDS:
-            texts = [text for text in map(TEXTS[kind], rows) if text]
+            texts = [text for text in (_text(row, kind) for row in rows) if text]
             if texts:
                 nearest = router.scores(texts, params).argmax(-1)
                 shares = np.bincount(nearest, minlength=len(router.names)) / len(texts)
@@ -79,12 +79,9 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
     )
 
 
-TEXTS = {
-    "template": lambda example: example.prompt,
-    "bare": lambda example: example.bare,
-    "answer": lambda example: example.prompt + example.completion,
-}
-"""The text of an example that each kind is about."""
+def _text(example: Example, kind: str) -> str:
+    """Return the text of an example that a kind is about."""
+    return {"template": example.prompt, "bare": example.bare, "answer": example.prompt + example.completion}[kind]
 
 
 def _separation(router: Router) -> float:

@@ -32,6 +32,11 @@ def decision_length(position: int, prompt_tokens: int, params: RoutingParams) ->
     return prompt_tokens + (position - prompt_tokens + 1) // params.every * params.every
 
 
+def is_prompt_decision(length: int, prompt_tokens: int, params: RoutingParams) -> bool:
+    """Return whether a decision from `length` tokens is that of the prompt as a whole."""
+    return params.prefill == "prompt" and length <= prompt_tokens
+
+
 # Rules: scores (..., N) -> weights (..., N)
 
 
@@ -81,11 +86,14 @@ def apply_rule(scores: Floats, params: RoutingParams) -> Floats:
 
 
 class RunningText:
-    """One running text, as routing params look at it: all of it or a window, and its recent tokens if they ask."""
+    """One running text, as routing params look at it: all of it or a window, and its recent tokens if they ask.
+
+    A prompt that is decided as a whole has no recent tokens: there the first view counts alone.
+    """
 
     def __init__(self, embedder: Embedder, params: RoutingParams) -> None:
         self._tracks = [embedder.track(params.window)]
-        if params.recent is not None:
+        if params.recent is not None and (params.window is None or params.recent < params.window):
             self._tracks.append(embedder.track(params.recent))
 
     def extend(self, pieces: Sequence[str]) -> None:
@@ -93,8 +101,10 @@ class RunningText:
         for track in self._tracks:
             track.extend(pieces)
 
-    def snapshot(self) -> tuple[Any, ...]:
+    def snapshot(self, is_prompt: bool) -> tuple[Any, ...]:
         """Return what `finish_views` needs to embed the text as it stands, one entry for each of its K views."""
+        if is_prompt:
+            return (self._tracks[0].snapshot(),) * len(self._tracks)
         return tuple(track.snapshot() for track in self._tracks)
 
 
@@ -140,15 +150,11 @@ class Router:
         """Return the weights (..., N) of texts under params whose rule is not `fixed`.
 
         Args:
-            embeddings: (..., K, D) of the K views of each text (`RunningText`): log-posteriors of views add up, as if
-                they were independent; of cosines the mean counts.
+            embeddings: (..., K, D) of the K views of each text (`RunningText`), whose mean score counts.
             params: score and rule.
         """
-        scores = self.centroids.score(embeddings, params.score)  # (..., K, N)
-        if scores.shape[-2] == 1:
-            return apply_rule(scores[..., 0, :], params)
-        is_log = params.score == "lda"
-        return apply_rule(log_softmax(scores.sum(-2)) if is_log else scores.mean(-2), params)
+        scores = self.centroids.score(embeddings, params.score).mean(-2)  # (..., N)
+        return apply_rule(log_softmax(scores) if params.score == "lda" and scores.size else scores, params)
 
     def fixed_weights(self, params: RoutingParams) -> Floats:
         """Return the weights (N,) of params whose rule is `fixed`; a name that does not exist is an AdapterError."""
@@ -174,7 +180,7 @@ class Router:
         for length in wanted:
             text.extend(pieces[read:length])
             read = length
-            snapshots.append(text.snapshot())
+            snapshots.append(text.snapshot(is_prompt_decision(length, prompt_tokens, params)))
         weights = self.weigh(finish_views(self.embedder, snapshots), params)  # (decisions, N)
         index = {length: row for row, length in enumerate(wanted)}
         return weights[[index[length] for length in lengths]]

@@ -16,7 +16,7 @@ from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
 from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router, RunningText, decision_length
+from treadle.routing import Router, RunningText, decision_length, is_prompt_decision
 from treadle.sampling import new_generator, sample
 from treadle.text import Detokenizer, StopStrings
 
@@ -86,7 +86,7 @@ class Row:
         self._decided_at = length
         self._running.extend(self._pieces[self._num_tracked : length])
         self._num_tracked = length
-        return self._running.snapshot()
+        return self._running.snapshot(is_prompt_decision(length, self.prompt_tokens, self.routing))
 
     def prompt_weights(self) -> Floats:
         """Return the weights (T, N), or (1, N) for all T alike, of the pass that reads all tokens so far."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.centroids import Floats
 from treadle.params import RoutingParams
-from treadle.routing import Router, RunningText, decision_length
+from treadle.routing import Router, RunningText, decision_length, is_prompt_decision
 from treadle.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class RunningRow:
         tracked = max(self._decided_at, 0)
         for length in sorted(set(lengths) - {self._decided_at}):
             self._running.extend(self._pieces[tracked:length])
-            snapshots.append((length, self._running.snapshot()))
+            is_prompt = is_prompt_decision(length, self.prompt_tokens, self._params)
+            snapshots.append((length, self._running.snapshot(is_prompt)))
             self._decided_at = tracked = length
         return lengths, snapshots
 

@@ -162,7 +162,7 @@ def read_task(file: str | Path) -> Task:
         raise DataError(problem_list(f"task file {file}:", problems))
 
     def read(row: Row) -> Example:
-        return Example(**{key: fill(row) for key, fill in templates.items()})
+        return Example(templates["prompt"](row), templates["completion"](row), bare=templates["bare"](row))
 
     return Task(texts["name"], texts["source"], read, tuple(metrics), tokens, texts["adapter"])
 
