@@ -204,3 +204,10 @@ def test_a_sweep_has_no_two_arms_of_one_name_as_results_are_kept_by_name(tmp_pat
     file = write(tmp_path / "sweep.toml", 'tasks = ["math"]\nalso = ["base"]\n[arms.base]\nevery = 7')
     with pytest.raises(OptionError, match="two arms are called 'base'"):
         read_sweep(file, NAMES, DEFAULT)
+
+
+def test_a_sweep_of_standard_arms_needs_no_table_but_one_of_no_arm_is_refused(tmp_path):
+    file = write(tmp_path / "sweep.toml", 'tasks = ["math"]\nalso = ["base", "oracle"]')
+    assert [arm.name for arm in read_sweep(file, NAMES, DEFAULT).arms] == ["base", "oracle"]
+    with pytest.raises(OptionError, match="it names no arm"):
+        read_sweep(write(file, 'tasks = ["math"]'), NAMES, DEFAULT)

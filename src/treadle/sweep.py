@@ -54,7 +54,8 @@ def read_sweep(file: Path, names: tuple[str, ...], default: RoutingParams) -> Sw
     except TreadleError as error:
         problems.append(str(error))
     try:
-        arms += arms_of(document, file, default)
+        if not document["also"] or {"arms", "grid"} & set(document):
+            arms += arms_of(document, file, default)
     except TreadleError as error:
         problems.append(str(error))
     arms = distinct(arms, problems)
