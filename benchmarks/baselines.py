@@ -1,0 +1,143 @@
+"""Measures the baselines that a reviewer asks for, on the rows and with the metric (nll) of `treadle eval`.
+
+    python benchmarks/baselines.py arrow xlora --data ../shared/data -o work/studies/baselines [--limit 300]
+    python benchmarks/baselines.py weights --validation work/validation2 -o work/studies/weights.toml
+
+- `arrow`: PEFT's Arrow over the same adapters (training-free, per token and module; top 2 of 4).
+- `xlora`: PEFT's X-LoRA with the same adapters and its classifier as it is initialised: its untrained limit.
+- `weights`: LoRAHub's way: nevergrad looks for fixed weights on a few examples, for each task and for all four at once;
+  written as arms for `treadle eval --arms`. Combined by `sum`, where LoRAHub weighs A and B.
+
+Arrow and X-LoRA run in PEFT itself; their results lie in a folder that `benchmarks/claims.py` reads beside others.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+from nevergrad.optimization import registry
+from nevergrad.parametrization.parameter import Array
+from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
+
+import treadle
+from treadle.evaluate import load_sets
+from treadle.models import load_model, load_tokenizer, quiet_libraries
+from treadle.params import EvalParams, RoutingParams
+from treadle.results import EvalResult, interval, write_cell, write_results
+from treadle.score import BATCH
+from treadle.tasks import PAPER, Example
+from treadle.text import completion_ids, prompt_ids
+
+BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
+FILES = {
+    "math": "gsm8k-test-even.jsonl.gz",
+    "science": "arc_challenge-test-even.jsonl.gz",
+    "code": "code_alpaca-test-a.jsonl.gz",
+    "reading": "squad-validation-even.jsonl.gz",
+}
+FEW, STEPS, PENALTY = 5, 40, 0.05
+"""Examples a task, evaluations and L1 penalty of LoRAHub's search, as in its README."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arms", nargs="+", choices=[*PEERS, "weights"])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--validation", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=300)
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    quiet_libraries()
+    if "weights" in options.arms:
+        search_weights(options.validation, options.output, options.dtype)
+        return
+    bundle = treadle.read_bundle(BUNDLE)
+    folders = [adapter.source for adapter in bundle.adapters]
+    tokenizer = load_tokenizer(bundle.base_model)
+    specs = [f"{task}={options.data / FILES[task]}" for task in PAPER]
+    for arm in options.arms:
+        model = PEERS[arm](load_model(bundle.base_model, dtype=options.dtype), folders).eval()
+        for each in load_sets(specs, EvalParams(limit=options.limit)):
+            started = time.perf_counter()
+            scores = score(model, tokenizer, each.examples)
+            seconds = time.perf_counter() - started
+            values = [(-float(row.sum()), float(len(row))) for row in scores]
+            value, low, high = interval(values, seed=0)
+            rows = [{"index": index, "values": {"nll": list(pair)}} for index, pair in enumerate(values)]
+            write_cell(options.output, arm, each.name, rows)
+            common = {"routing": None, "source": each.source, "tokens": 0, "tokens_per_second": 0.0, "seed": 0}
+            versions = {"torch": torch.__version__, "peft": peft.__version__}
+            result = EvalResult(arm=arm, task=each.name, metric="nll", value=value, low=low, high=high, n=len(values),
+                                seconds=seconds, versions=versions, **common)  # fmt: skip
+            write_results(options.output, [result], append=True)
+            print(f"{arm} on {each.name}: {value:.3f} ({low:.3f} to {high:.3f}), {seconds:.0f} s", flush=True)
+
+
+def arrow(base: torch.nn.Module, folders: Sequence[Path]) -> PeftModel:
+    return create_arrow_model(base, [str(folder) for folder in folders], ArrowConfig(top_k=2, rng_seed=0))
+
+
+def xlora(base: torch.nn.Module, folders: Sequence[Path]) -> PeftModel:
+    base.config.use_cache = False  # X-LoRA refuses a cache
+    torch.manual_seed(0)
+    adapters = {str(index): str(folder) for index, folder in enumerate(folders)}  # PEFT 0.21 loads them by number
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=adapters)
+    return get_peft_model(base, config)
+
+
+PEERS: dict[str, Callable] = {"arrow": arrow, "xlora": xlora}
+
+
+@torch.inference_mode()
+def score(model: torch.nn.Module, tokenizer: object, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Return the log-probabilities (nats) of each completion's tokens, in plain forward passes."""
+    pairs = [(prompt_ids(tokenizer, each.prompt), completion_ids(tokenizer, each.completion)) for each in examples]
+    order = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))
+    scores: dict[int, np.ndarray] = {}
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        rows = [pairs[index][0] + pairs[index][1][:-1] for index in chosen]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for place, index in enumerate(chosen):
+            prompt, answer = pairs[index]
+            found = torch.log_softmax(logits[place, len(prompt) - 1 : len(prompt) - 1 + len(answer)].float(), -1)
+            scores[index] = found[torch.arange(len(answer)), torch.tensor(answer)].numpy()
+    return [scores[index] for index in range(len(pairs))]
+
+
+def search_weights(validation: Path, output: Path, dtype: str) -> None:
+    """Write arms of fixed weights that nevergrad found on FEW validation examples a task."""
+    engine = treadle.load(BUNDLE, dtype=dtype)
+    names = engine.adapter_names
+    specs = [f"{task}={validation / task}.jsonl.gz" for task in PAPER]
+    sets = {each.name: each.examples for each in load_sets(specs, EvalParams(limit=FEW))}
+    targets = {f"lorahub-{task}": [task] for task in PAPER} | {"fixed-best": list(PAPER)}
+    lines: list[str] = []
+    for arm, tasks in targets.items():
+        examples = [example for task in tasks for example in sets[task]]
+
+        def loss(weights: np.ndarray, examples: Sequence[Example] = examples) -> float:
+            fixed = RoutingParams(rule="fixed", fixed=dict(zip(names, weights.tolist(), strict=True)), every=None)
+            rows = engine.score([e.prompt for e in examples], [e.completion for e in examples], routing=fixed)
+            nll = np.mean([-row.sum() / len(row) for row in rows])
+            return float(nll + PENALTY * np.abs(weights).sum() / len(weights))
+
+        start = Array(init=np.full(len(names), 1 / len(names))).set_bounds(0.0, 1.5)
+        start.random_state.seed(0)
+        best = registry["NGOpt"](start, budget=STEPS).minimize(loss).value
+        found = ", ".join(f"{name} = {weight:.4f}" for name, weight in zip(names, best, strict=True))
+        lines += [f"[arms.{arm}]", f"fixed = {{ {found} }}", 'every = "none"', ""]
+        print(f"{arm}: {found}, loss {loss(best):.3f}", flush=True)
+    output.write_text("\n".join(lines), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
