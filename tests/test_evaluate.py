@@ -231,3 +231,10 @@ def test_everything_wrong_with_tasks_is_one_message(tmp_path: Path) -> None:
         assert part in str(caught.value)
     with pytest.raises(DataError, match="two at least"):
         load_sets(["stream"], QUICK)
+
+
+def test_tasks_may_only_lend_their_examples(specs: list[str]) -> None:
+    (alone,) = load_sets([*specs, "stream"], QUICK, ["stream"])
+    assert alone == load_sets([*specs, "stream"], QUICK)[-1]
+    with pytest.raises(OptionError, match="Did you mean 'stream'"):
+        load_sets([*specs, "stream"], QUICK, ["streams"])

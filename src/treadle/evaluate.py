@@ -73,11 +73,12 @@ Progress = Callable[[str, int], None]
 """Called with the name of a cell and the number of its examples, when the cell is done."""
 
 
-def load_sets(specs: Sequence[str], params: EvalParams) -> list[EvalSet]:
+def load_sets(specs: Sequence[str], params: EvalParams, only: Sequence[str] = ()) -> list[EvalSet]:
     """Return the examples that specifications name.
 
     Each is `TASK` (rows of the hub), `TASK=FILE`, a task's JSON file (`treadle.tasks.read_task`), that with `=FILE`, or
-    `stream` or `conversation`, which join the examples of the other tasks.
+    `stream` or `conversation`, which join the examples of the other tasks. Where `only` names some of them, the others
+    are left out, and only lend their examples.
 
     Raises:
         TreadleError: lists everything that cannot be read.
@@ -102,7 +103,11 @@ def load_sets(specs: Sequence[str], params: EvalParams) -> list[EvalSet]:
         raise DataError(problem_list("tasks:", problems))
     streams = tuple(join_streams(pools, params.limit, params.seed)) if mixed else ()
     joined = " + ".join(each.source for each in sets.values())
-    return [*sets.values(), *(EvalSet(name, joined, None, streams=streams) for name in dict.fromkeys(mixed))]
+    loaded = [*sets.values(), *(EvalSet(name, joined, None, streams=streams) for name in dict.fromkeys(mixed))]
+    names = [each.name for each in loaded]
+    if unknown := [unknown_name("task in only", name, names) for name in only if name not in names]:
+        raise OptionError(problem_list("tasks:", unknown))
+    return [each for each in loaded if each.name in only or not only]
 
 
 def _load_set(spec: str, params: EvalParams) -> EvalSet:

@@ -14,6 +14,7 @@ from treadle.params import EvalParams
 
 if TYPE_CHECKING:
     from treadle.arms import Arm
+    from treadle.evaluate import EvalSet
     from treadle.generate import Engine
     from treadle.routing import Router
 
@@ -35,6 +36,9 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         typer.Option(help="base, oracle, uniform, routed, nearest, prompt, every-4, paper, an adapter's name ...; or a "
                           ".toml file of arms; repeatable, or with commas"),
     ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="measure only these tasks: the others lend examples to streams; repeatable")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -43,11 +47,13 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 ) -> None:  # fmt: skip
     """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept."""
     from treadle.arms import choose_arms
+    from treadle.evaluate import load_sets
 
     params = read_options(EvalParams, evaluation)
     engine = _load(bundle, device, dtype)
     wanted = [name for entry in arms or ["base,oracle,uniform,routed"] for name in entry.split(",")]
-    _run(engine, tasks, choose_arms(wanted, engine.adapter_names, engine.router.params), output, params, as_json)
+    sets = load_sets(tasks, params, only or [])
+    _run(engine, sets, choose_arms(wanted, engine.adapter_names, engine.router.params), output, params, as_json)
 
 
 @app.command()
@@ -60,11 +66,12 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Measure every combination of a grid of routing options on tasks; resumable."""
+    from treadle.evaluate import load_sets
     from treadle.sweep import read_sweep
 
     engine = _load(bundle, device, dtype)
     asked = read_sweep(file, engine.adapter_names, engine.router.params)
-    _run(engine, asked.tasks, asked.arms, output, asked.params, as_json)
+    _run(engine, load_sets(asked.tasks, asked.params, asked.only), asked.arms, output, asked.params, as_json)
 
 
 @app.command()
@@ -116,7 +123,7 @@ def _load(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
 
 
 def _run(
-    engine: "Engine", tasks: Sequence[str], arms: Sequence["Arm"], output: Path, params: EvalParams, as_json: bool
+    engine: "Engine", sets: Sequence["EvalSet"], arms: Sequence["Arm"], output: Path, params: EvalParams, as_json: bool
 ) -> None:
     from rich.console import Console
     from rich.progress import (
@@ -128,10 +135,9 @@ def _run(
         TimeRemainingColumn,
     )
 
-    from treadle.evaluate import evaluate, load_sets
+    from treadle.evaluate import evaluate
     from treadle.show import results_table
 
-    sets = load_sets(tasks, params)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:

@@ -22,6 +22,7 @@ class Sweep:
     """What a sweep file asks for."""
 
     tasks: tuple[str, ...]
+    only: tuple[str, ...]
     arms: tuple[Arm, ...]
     params: EvalParams
 
@@ -34,9 +35,9 @@ def read_sweep(file: Path, names: tuple[str, ...], default: RoutingParams) -> Sw
     """
     document = read_toml(file)
     options = [entry.name for entry in fields(EvalParams)]
-    allowed = ["tasks", "also", *options, "arms", "grid"]
+    allowed = ["tasks", "only", "also", *options, "arms", "grid"]
     problems = [unknown_name("key", key, allowed) for key in document if key not in allowed]
-    for key in ("tasks", "also"):
+    for key in ("tasks", "only", "also"):
         listed = document.setdefault(key, [])
         if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
             problems.append(f"{key} must be a list of texts")
@@ -61,4 +62,4 @@ def read_sweep(file: Path, names: tuple[str, ...], default: RoutingParams) -> Sw
     arms = distinct(arms, problems)
     if problems:
         raise OptionError(problem_list(f"sweep {file}:", problems))
-    return Sweep(tuple(document["tasks"]), tuple(arms), params)
+    return Sweep(tuple(document["tasks"]), tuple(document["only"]), tuple(arms), params)
