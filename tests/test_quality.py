@@ -106,4 +106,5 @@ def test_eval_and_sweep_print_and_keep_the_same_results(tmp_path: Path, bundle: 
     assert swept["base"] == pytest.approx(found["base"]["value"])
     code, out, err = run("eval", bundle, "--tasks", "maths", "--arms", "best", "-o", tmp_path / "no")
     assert code == 1
-    assert "best" in err
+    assert "unknown arm 'best'" in err
+    assert "unknown task 'maths'. Did you mean 'math'" in err

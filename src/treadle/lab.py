@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from treadle.errors import OptionError, TreadleError
 from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
 from treadle.params import EvalParams
@@ -52,8 +53,19 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     params = read_options(EvalParams, evaluation)
     engine = _load(bundle, device, dtype)
     wanted = [name for entry in arms or ["base,oracle,uniform,routed"] for name in entry.split(",")]
-    sets = load_sets(tasks, params, only or [])
-    _run(engine, sets, choose_arms(wanted, engine.adapter_names, engine.router.params), output, params, as_json)
+    problems: list[str] = []
+    sets, chosen = None, None
+    try:
+        chosen = choose_arms(wanted, engine.adapter_names, engine.router.params)
+    except TreadleError as error:
+        problems.append(str(error))
+    try:
+        sets = load_sets(tasks, params, only or [])
+    except TreadleError as error:
+        problems.append(str(error))
+    if sets is None or chosen is None:
+        raise OptionError("\n".join(problems))
+    _run(engine, sets, chosen, output, params, as_json)
 
 
 @app.command()
