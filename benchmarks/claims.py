@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from treadle.results import RESAMPLES, Fraction, difference, fractions_of, read_results
+from treadle.results import RESAMPLES, Fraction, difference, fractions_of, read_cell, read_results
+from treadle.streams import STREAMS
 from treadle.tasks import PAPER
 
 PRIMARY = {"math": "exact_number", "science": "letter", "code": "rouge_l", "reading": "f1"}
@@ -28,10 +29,12 @@ def main() -> None:
     cells = {(r.arm, r.task, r.metric): folder for folder in options.folders for r in read_results(folder)}
     table = Table(cells, options.metric)
     table.print()
-    if all((options.routed, task, table.metric(task)) in cells for task in PAPER):
+    for task in [task for task in table.tasks if task in STREAMS]:
         print()
-        for line in verdicts(table, options.routed):
-            print(f"- {line}")
+        print_by_domain(table, task)
+    print()
+    for line in [*verdicts(table, options.routed), *stream_verdicts(table, options.routed)]:
+        print(f"- {line}")
 
 
 class Table:
@@ -72,6 +75,20 @@ class Table:
             print(f"| {arm} | " + " | ".join([*cells, "" if average is None else format_cell(average)]) + " |")
 
 
+def print_by_domain(table: Table, task: str) -> None:
+    """Print a stream's NLL by the domain of the answer: long answers do not outweigh short ones in the mean."""
+    cells = {arm: read_cell(table.cells[arm, task, "nll"], arm, task) for arm in table.arms if table.get(arm, task)}
+    domains = sorted({name for row in next(iter(cells.values())) for name in row["adapters"]})
+    print(f"| {task}: answers in | " + " | ".join([*domains, "mean of domains"]) + " |")
+    print("|---" * (len(domains) + 2) + "|")
+    for arm, rows in cells.items():
+        answers = [
+            (name, row["values"][f"nll-{part + 1}"]) for row in rows for part, name in enumerate(row["adapters"])
+        ]
+        means = [bootstrap([each for name, each in answers if name == domain]) for domain in domains]
+        print(f"| {arm} | " + " | ".join(map(format_cell, [*means, np.mean(means, axis=0)])) + " |")
+
+
 def bootstrap(fractions: Sequence[Fraction]) -> np.ndarray:
     """Return the value of a cell, then RESAMPLES bootstrap values of it; the same choice for every arm of a task."""
     parts = np.array(fractions, np.float64)
@@ -90,16 +107,30 @@ def verdicts(table: Table, routed: str) -> list[str]:
     lines: list[str] = []
     sign = -1 if table.metric("math") == "nll" else 1  # of what is better
     for task in PAPER:
-        if (base := table.get("base", task)) is not None:
-            found = difference(table.get(routed, task) or [], base, seed=0)
+        ours, base = table.get(routed, task), table.get("base", task)
+        if ours and base:
+            found = difference(ours, base, seed=0)
             lines.append(f"{routed} better than base on {task}: {verdict(found, sign)}")
-    ours = table.average(routed)
+    average = table.average(routed)
     for other in [arm for arm in table.arms if arm != routed]:
         theirs = table.average(other)
-        if ours is not None and theirs is not None:
-            gap = ours - theirs
+        if average is not None and theirs is not None:
+            gap = average - theirs
             low, high = np.percentile(gap[1:], [2.5, 97.5])
             lines.append(f"{routed}'s average better than that of {other}: {verdict((gap[0], low, high), sign)}")
+    return lines
+
+
+def stream_verdicts(table: Table, routed: str) -> list[str]:
+    """Return a line for each other arm on each mixed stream."""
+    lines: list[str] = []
+    for task in [task for task in table.tasks if task in STREAMS]:
+        ours = table.get(routed, task)
+        for other in [arm for arm in table.arms if arm != routed]:
+            theirs = table.get(other, task)
+            if ours and theirs:
+                found = difference(ours, theirs, seed=0)
+                lines.append(f"{routed} better than {other} on {task}: {verdict(found, -1)}")
     return lines
 
 
