@@ -21,6 +21,7 @@ from treadle.params import TrainParams
 from treadle.tasks import Example
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
     from trl.trainer.sft_config import SFTConfig
 
@@ -57,7 +58,6 @@ def train_adapter(
     """
     try:
         from datasets import Dataset
-        from peft import LoraConfig
         from transformers.trainer_utils import get_last_checkpoint
         from trl.trainer.sft_trainer import SFTTrainer
     except ImportError as error:
@@ -73,13 +73,7 @@ def train_adapter(
         args=_trainer_config(output, params),
         train_dataset=Dataset.from_list(list(training_rows(tokenizer, examples, others, params))),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=params.rank,
-            lora_alpha=params.alpha,
-            lora_dropout=params.dropout,
-            target_modules=list(params.targets),
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=_lora(params),
     )
     _check_recipe(output, params)
     checkpoints = output / CHECKPOINTS
@@ -91,9 +85,26 @@ def train_adapter(
         if loaded is not None:
             training = {"base": base, "examples": len(examples), **asdict(params)}
             save_centroid(output, loaded.encode(sample_texts(examples)), loaded, str(embedder), training)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        (output / RECIPE_FILE).unlink(missing_ok=True)
+        _clean(output)
     return output
+
+
+def _clean(output: Path) -> None:
+    """Take away what only an unfinished run needs."""
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    (output / RECIPE_FILE).unlink(missing_ok=True)
+
+
+def _lora(params: TrainParams) -> "LoraConfig":
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=params.rank,
+        lora_alpha=params.alpha,
+        lora_dropout=params.dropout,
+        target_modules=list(params.targets),
+        task_type="CAUSAL_LM",
+    )
 
 
 def _check_recipe(output: Path, params: TrainParams) -> None:
