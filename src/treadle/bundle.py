@@ -24,7 +24,7 @@ from treadle.blend import check_combine
 from treadle.centroid_files import read_centroids, write_centroids
 from treadle.centroids import Centroids
 from treadle.embed import load_embedder
-from treadle.errors import BundleError, TreadleError, problem_list, unknown_name
+from treadle.errors import BundleError, collect, problem_list, unknown_name
 from treadle.options import read_options
 from treadle.params import RoutingParams
 from treadle.routing import Router
@@ -78,19 +78,19 @@ def read_bundle(path: str | Path) -> Bundle:
     problems = _document_problems(document, folder)
     _stop(folder, problems)
     entries = document["adapters"]
-    adapters = _collect(problems, [lambda e=e: read_adapter(folder / e["path"], e["name"]) for e in entries])
+    adapters = collect(problems, [lambda e=e: read_adapter(folder / e["path"], e["name"]) for e in entries])
     problems += [_foreign_base(adapter, document["base_model"]) for adapter in adapters]
-    centroids = _collect(problems, [lambda: read_centroids(folder / CENTROIDS_FILE)])
-    embedder = _collect(problems, [lambda: load_embedder(_embedder_name(folder, document["embedder"]))])
-    routing = _collect(problems, [lambda: read_options(RoutingParams, document["routing"])])
-    samples = _collect(problems, [lambda: _read_samples(folder, [entry["name"] for entry in entries])])
+    centroids = collect(problems, [lambda: read_centroids(folder / CENTROIDS_FILE)])
+    embedder = collect(problems, [lambda: load_embedder(_embedder_name(folder, document["embedder"]))])
+    routing = collect(problems, [lambda: read_options(RoutingParams, document["routing"])])
+    samples = collect(problems, [lambda: _read_samples(folder, [entry["name"] for entry in entries])])
     if centroids:
         problems += _centroid_problems(centroids[0], entries)
     _stop(folder, [problem for problem in problems if problem])
-    routers = _collect(problems := [], [lambda: Router(centroids[0], embedder[0], routing[0])])
+    routers = collect(problems := [], [lambda: Router(centroids[0], embedder[0], routing[0])])
     _stop(folder, problems)
     # what the default routing asks of these adapters: names that exist, samples enough for the score, equal ranks
-    _collect(problems, [lambda: routers[0].weights([]), lambda: check_combine(routing[0].combine, adapters)])
+    collect(problems, [lambda: routers[0].weights([]), lambda: check_combine(routing[0].combine, adapters)])
     _stop(folder, problems)
     return Bundle(folder, document["base_model"], tuple(adapters), routers[0], samples[0])
 
@@ -124,7 +124,7 @@ def save_bundle(
     if set(adapters) != set(router.names):
         problems.append(f"the router knows {', '.join(router.names)}; the adapters are {', '.join(adapters)}")
     problems += [unknown_name("adapter in samples", name, adapters) for name in samples or {} if name not in adapters]
-    read = _collect(problems, [lambda n=n, p=p: read_adapter(p, n) for n, p in adapters.items()])
+    read = collect(problems, [lambda n=n, p=p: read_adapter(p, n) for n, p in adapters.items()])
     problems += [problem for adapter in read if (problem := _foreign_base(adapter, base))]
     if problems:
         raise BundleError(problem_list("the bundle cannot be written:", problems))
@@ -284,17 +284,6 @@ def _read_samples(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
 
 def _write_json(file: Path, document: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _collect(problems: list[str], steps: Sequence[Any]) -> list[Any]:
-    """Run steps and return the results of those that worked; what the others say is added to `problems`."""
-    results: list[Any] = []
-    for step in steps:
-        try:
-            results.append(step())
-        except TreadleError as error:
-            problems.append(str(error))
-    return results
 
 
 def _stop(folder: Path, problems: Sequence[str]) -> None:

@@ -49,7 +49,7 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     """Generate from a prompt; the text streams in the colours of its leading adapters."""
     options = read_options(SamplingParams, sampling)
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = _load(bundle, device, dtype)
+    engine = lab.load_engine(bundle, device, dtype)
     params = _routing(engine.router, routing)
     given = [{"role": "user", "content": text}] if chat else text
     if as_json or trace:
@@ -218,14 +218,6 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         others += load_examples(file, other_task or None, limit=2000, seed=params.seed)
     train_adapter(base, examples, output, others=others, params=params, embedder=embedder)
     print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
-
-
-def _load(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
-    from treadle.generate import load
-    from treadle.models import quiet_libraries
-
-    quiet_libraries()
-    return load(bundle, device=device, dtype=dtype)
 
 
 def _routing(router: "Router", given: dict[str, Any]) -> RoutingParams:

@@ -4,8 +4,9 @@ Each message says what was given, what is allowed and what to do, and lists ever
 The command line prints them as they are, without a traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class TreadleError(Exception):
@@ -43,3 +44,14 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(names) or 'none'}."
+
+
+def collect(problems: list[str], steps: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Run steps and return the results of those that worked; what the others say is added to `problems`."""
+    results: list[Any] = []
+    for step in steps:
+        try:
+            results.append(step())
+        except TreadleError as error:
+            problems.append(str(error))
+    return results

@@ -23,7 +23,7 @@ from treadle.metrics import METRICS
 from treadle.params import EvalParams, RoutingParams, SamplingParams
 from treadle.results import EvalResult, Fraction, interval, read_results, write_cell, write_results
 from treadle.streams import STREAMS, Stream, join_streams, score_streams
-from treadle.tasks import TASKS, Example, Task, get_task, read_task
+from treadle.tasks import SEPARATOR, TASKS, Example, Task, get_task, read_task
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
@@ -122,7 +122,7 @@ def _load_set(spec: str, params: EvalParams) -> EvalSet:
     shots, examples = rows[: params.shots], rows[params.shots :]
     if not examples:
         raise DataError(f"{source}: {len(rows)} examples are not more than the {params.shots} shots")
-    before = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in shots)
+    before = "".join(f"{shot.prompt}{shot.completion}{SEPARATOR}" for shot in shots)
     shown = [replace(each, prompt=before + each.prompt) for each in examples]
     return EvalSet(task.name, source, task, tuple(shown))
 

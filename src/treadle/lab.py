@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.errors import OptionError, TreadleError
+from treadle.errors import OptionError, collect
 from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
 from treadle.params import EvalParams
@@ -51,21 +51,14 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     from treadle.evaluate import load_sets
 
     params = read_options(EvalParams, evaluation)
-    engine = _load(bundle, device, dtype)
+    engine = load_engine(bundle, device, dtype)
     wanted = [name for entry in arms or ["base,oracle,uniform,routed"] for name in entry.split(",")]
     problems: list[str] = []
-    sets, chosen = None, None
-    try:
-        chosen = choose_arms(wanted, engine.adapter_names, engine.router.params)
-    except TreadleError as error:
-        problems.append(str(error))
-    try:
-        sets = load_sets(tasks, params, only or [])
-    except TreadleError as error:
-        problems.append(str(error))
-    if sets is None or chosen is None:
+    chosen = collect(problems, [lambda: choose_arms(wanted, engine.adapter_names, engine.router.params)])
+    sets = collect(problems, [lambda: load_sets(tasks, params, only or [])])
+    if problems:
         raise OptionError("\n".join(problems))
-    _run(engine, sets, chosen, output, params, as_json)
+    _run(engine, sets[0], chosen[0], output, params, as_json)
 
 
 @app.command()
@@ -81,7 +74,7 @@ def sweep(
     from treadle.evaluate import load_sets
     from treadle.sweep import read_sweep
 
-    engine = _load(bundle, device, dtype)
+    engine = load_engine(bundle, device, dtype)
     asked = read_sweep(file, engine.adapter_names, engine.router.params)
     _run(engine, load_sets(asked.tasks, asked.params, asked.only), asked.arms, output, asked.params, as_json)
 
@@ -126,7 +119,8 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
         Console().print(table)
 
 
-def _load(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
+def load_engine(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
+    """Load a bundle for a command: what other libraries print stays away from its output."""
     from treadle.generate import load
     from treadle.models import quiet_libraries
 

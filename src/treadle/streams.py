@@ -18,14 +18,13 @@ from treadle.centroids import Floats
 from treadle.errors import OptionError
 from treadle.params import RoutingParams
 from treadle.score import Pair, score_ids, score_under, trace_weights
-from treadle.tasks import Example
+from treadle.tasks import SEPARATOR, Example
 from treadle.text import completion_ids, prompt_ids
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
 
 STREAMS = ("stream", "conversation")
-SEPARATOR = "\n\n"
 PARTS = (2, 3, 4)
 """How many examples a stream joins; each number is equally likely."""
 

@@ -9,10 +9,11 @@ every = [1, 2, 4, "none"]
 """
 
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 from treadle.arms import Arm, arms_of, choose_arms, distinct, read_toml
-from treadle.errors import OptionError, TreadleError, problem_list, unknown_name
+from treadle.errors import OptionError, collect, problem_list, unknown_name
 from treadle.options import read_options
 from treadle.params import EvalParams, RoutingParams
 
@@ -44,22 +45,12 @@ def read_sweep(file: Path, names: tuple[str, ...], default: RoutingParams) -> Sw
             document[key] = []
         elif key == "tasks" and not listed:
             problems.append("tasks names no task")
-    arms: list[Arm] = []
-    params = EvalParams()
-    try:
-        params = read_options(EvalParams, {key: document[key] for key in options if key in document})
-    except TreadleError as error:
-        problems.append(str(error))
-    try:
-        arms += choose_arms(document["also"], names, default)
-    except TreadleError as error:
-        problems.append(str(error))
-    try:
-        if not document["also"] or {"arms", "grid"} & set(document):
-            arms += arms_of(document, file, default)
-    except TreadleError as error:
-        problems.append(str(error))
-    arms = distinct(arms, problems)
+    given = {key: document[key] for key in options if key in document}
+    params = collect(problems, [lambda: read_options(EvalParams, given)])
+    steps = [lambda: choose_arms(document["also"], names, default)]
+    if not document["also"] or {"arms", "grid"} & set(document):
+        steps.append(lambda: arms_of(document, file, default))
+    arms = distinct(list(chain.from_iterable(collect(problems, steps))), problems)
     if problems:
         raise OptionError(problem_list(f"sweep {file}:", problems))
-    return Sweep(tuple(document["tasks"]), tuple(document["only"]), tuple(arms), params)
+    return Sweep(tuple(document["tasks"]), tuple(document["only"]), tuple(arms), params[0])

@@ -119,6 +119,8 @@ TASKS: dict[str, Task] = {
         Task("mbpp", "google-research-datasets/mbpp:full:validation", _mbpp, ("pass_at_1", "parses"), 192, "code"),
     )
 }
+SEPARATOR = "\n\n"
+"""Between the examples of a joined text: of a training sequence, a mixed stream, or shots before a prompt."""
 PAPER = ("math", "science", "code", "reading")
 """The tasks of the paper."""
 FILE_KEYS = ("name", "source", "prompt", "completion", "bare", "metrics", "max_tokens", "adapter")

@@ -18,7 +18,7 @@ from treadle.embed import load_embedder
 from treadle.errors import DataError, OptionError, TreadleError
 from treadle.models import load_model, load_tokenizer
 from treadle.params import TrainParams
-from treadle.tasks import Example
+from treadle.tasks import SEPARATOR, Example
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label that PyTorch's cross entropy skips."""
-SEPARATOR = "\n\n"
-"""Between the examples of a joined sequence."""
 CHECKPOINTS, RECIPE_FILE = "checkpoints", "recipe.json"
 """Where a run that is not finished lies, and with which params it was started."""
 
