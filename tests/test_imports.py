@@ -11,7 +11,19 @@ import treadle
 
 PACKAGE = Path(treadle.__file__).parent
 CORE = {
-    *("errors", "options", "params", "adapters", "layers", "blend", "centroids", "embed", "routing", "sampling"),
+    *(
+        "errors",
+        "options",
+        "params",
+        "adapters",
+        "layers",
+        "blend",
+        "fast_step",
+        "centroids",
+        "embed",
+        "routing",
+        "sampling",
+    ),
     *("text", "cache", "rows", "generate", "score", "bundle", "models", "centroid_files"),
 }
 

@@ -76,6 +76,10 @@ class Blend:
         self._gates.clear()
         self._gates.update(gates)
 
+    def step_gates(self) -> dict[int, Gates]:
+        """Return the gates in force for one token a row, by layout, each (B|1, R); none = the base model alone."""
+        return {slot: gates.without_time() for slot, gates in self._gates.items()}
+
     def _checked(self, weights: Weights) -> Tensor:
         w = torch.as_tensor(weights, dtype=torch.float32)
         if w.dim() not in (1, 2, 3) or w.shape[-1] != len(self.adapters):

@@ -57,6 +57,12 @@ class RowCache(Cache):
         """L, the tokens of the longest row."""
         return int(self.get_seq_length())
 
+    def rows(self, num_layers: int) -> list[RowLayer]:
+        """Return the layers' caches, made where the model has not written yet."""
+        while len(self.layers) < num_layers:
+            self.layers.append(RowLayer())
+        return cast(list[RowLayer], self.layers)
+
     def merge(self, other: "RowCache") -> None:
         """Append the rows of another cache; the shorter one is padded on the left."""
         length = max(self.length, other.length)

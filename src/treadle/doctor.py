@@ -12,7 +12,7 @@ import torch
 from treadle.adapters import Adapter
 from treadle.bundle import read_bundle
 from treadle.params import RoutingParams, SamplingParams
-from treadle.rows import Batch, Row
+from treadle.rows import Row
 from treadle.text import prompt_ids
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _divergence(engine: "Engine", name: str, text: str) -> float:
 def _step_times(engine: "Engine") -> tuple[float, float]:
     """Return the median seconds of a decoding step of the base alone and of the blend, measured in turn."""
     blended = RoutingParams(every=1) if engine.router.params.rule == "fixed" else engine.router.params
-    batches = [Batch(engine.model, engine.blend, frozenset()) for _ in range(2)]
+    batches = [engine.new_batch(end_ids=frozenset()) for _ in range(2)]
     for batch, routing in zip(batches, (RoutingParams.base(), blended), strict=True):
         ids = prompt_ids(engine.tokenizer, PROBE)
         batch.join([Row(ids, engine.router, routing, SamplingParams(max_tokens=STEPS + 4), engine.tokenizer)])

@@ -13,6 +13,7 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
 from treadle.centroids import Floats
 from treadle.errors import AdapterError, ModelError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.fast_step import FastStep, fits, is_hooked
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Router
 from treadle.rows import Batch, FinishReason, Row, TokenEvent
@@ -60,7 +61,10 @@ class Engine:
         tokenizer: "PreTrainedTokenizerBase",
         adapters: Sequence[Adapter],
         router: Router,
+        *,
+        is_fast: bool = True,
     ) -> None:
+        """Attach the adapters; `is_fast=False` keeps `treadle.fast_step` out and always calls the model's `forward`."""
         if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
             raise ModelError(
                 f"{type(model).__name__} keeps a recurrent state or has an encoder; the engine needs a decoder with "
@@ -73,10 +77,17 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.router = router
+        is_fast = is_fast and fits(model)
         self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
+        self._fast_step = FastStep(model, self.blend) if is_fast else None
         self._running: list[Row] = []
         self._retired: set[str] = set()  # removed adapters that running rows still use
         self.check_routing([router.params])
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether steps run through `treadle.fast_step` rather than the model's own `forward`."""
+        return self._fast_step is not None
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -181,6 +192,11 @@ class Engine:
             unique = list(dict.fromkeys(problems))
             raise OptionError(unique[0] if len(unique) == 1 else problem_list("routing options:", unique))
 
+    def new_batch(self, end_ids: frozenset[int] | None = None) -> Batch:
+        """Return an empty batch whose rows end at `end_ids`, by default the model's; hooks rule out the fast step."""
+        fast_step = None if is_hooked(self.model) else self._fast_step
+        return Batch(self.model, self.blend, self._end_ids() if end_ids is None else end_ids, fast_step)
+
     def detach(self) -> None:
         """Give the base model back as it was; the engine is of no use afterwards."""
         self.blend.detach()
@@ -220,7 +236,7 @@ class Engine:
 
     def _run(self, rows: Sequence[Row]) -> Generator[tuple[Row, TokenEvent]]:
         """Run rows to their end, at most MAX_BATCH at a time, the longest-waiting first."""
-        batch = Batch(self.model, self.blend, self._end_ids())
+        batch = self.new_batch()
         waiting = list(rows)
         with self._marked(rows):
             while waiting or batch.rows:

@@ -43,6 +43,11 @@ class Gates:
     outer: Tensor | None
     num_blocks: int
 
+    def without_time(self) -> "Gates":
+        """Return the gates (B|1, R) of a step of one token, for h (B, R)."""
+        direct, inner, outer = (None if gate is None else gate[:, 0] for gate in (self.direct, self.inner, self.outer))
+        return Gates(direct, inner, outer, self.num_blocks)
+
     def apply(self, h: Tensor) -> Tensor:
         """Return the gated `h` (B, T, R)."""
         if self.inner is None or self.outer is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
+from treadle.fast_step import FastStep
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Router, RunningText, decision_length, is_prompt_decision
 from treadle.sampling import new_generator, sample
@@ -116,12 +117,15 @@ class Row:
 class Batch:
     """Rows that share a forward pass, and their key-value cache."""
 
-    def __init__(self, model: "PreTrainedModel", blend: Blend, end_ids: frozenset[int]) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", blend: Blend, end_ids: frozenset[int], fast_step: FastStep | None
+    ) -> None:
         self.rows: list[Row] = []
         self._model = model
         self._blend = blend
         self._end_ids = end_ids
         self._cache = RowCache()
+        self._fast_step = fast_step
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> list[tuple[Row, TokenEvent]]:
@@ -189,6 +193,8 @@ class Batch:
         positions = (torch.arange(start, start + new) - left).clamp(min=0)  # (B, T)
         mask = (torch.arange(start + new) >= left).long().to(device) if any(pads) else None  # (B, L)
         with self._blend.using(self._stacked(rows, weights, new), [row.routing.combine for row in rows]):
+            if self._fast_step and start and new == 1:
+                return self._fast_step(ids, positions, mask, cache)
             output = self._model(
                 input_ids=ids.to(device),
                 attention_mask=mask,

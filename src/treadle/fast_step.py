@@ -1,0 +1,230 @@
+"""The forward pass of one new token a row, for decoders built like Llama's, without a framework's price per operation.
+
+On a small model a step of transformers spends about as long between its products as in them. This pass makes the same
+computation with a quarter of the operations: q, k, v (and gate, up) are one product, heads are rotated together, and no
+module is called. It reads the model's own weights; what it does not know (other architectures, hooks, quantised layers)
+is left to the model's own `forward`, which stays the reference that the tests compare it with.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from treadle.blend import Blend
+from treadle.cache import RowCache, RowLayer
+from treadle.layers import BlendedLinear, Gates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""The classes of transformers whose blocks are: norm, attention with rotary positions, norm, gated SiLU."""
+TRANSPOSED_ROWS = {torch.float32: range(4, 33), torch.bfloat16: range(2, 17)}
+"""Numbers of rows for which (W x^T)^T is faster than x W^T with MKL and oneDNN (benchmarks/products.py)."""
+VECTOR_DTYPES = (torch.bfloat16,)
+"""For one row of these, a matrix times a vector is faster than a product of matrices."""
+
+
+def fits(model: "PreTrainedModel") -> bool:
+    """Whether the pass knows the model: architecture, full attention, plain layers, on a CPU."""
+    kind, config = type(model), model.config
+    if kind.__name__ not in ARCHITECTURES or not kind.__module__.startswith("transformers."):
+        return False
+    types = getattr(config, "layer_types", None)
+    is_windowed = (
+        any(each != "full_attention" for each in types) if types else bool(getattr(config, "sliding_window", 0))
+    )
+    attention = config._attn_implementation  # pyright: ignore[reportPrivateUsage] - transformers has no public name
+    if is_windowed or config.hidden_act != "silu" or attention != "sdpa":
+        return False
+    linear = [module for module in model.modules() if hasattr(module, "in_features")]
+    is_plain = all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in linear)
+    places = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
+    return is_plain and len(places) == 1 and next(iter(places))[0] == "cpu"
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether somebody listens to a module of the model, which only its own `forward` would call."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")  # PyTorch has no public name
+    return any(getattr(module, kind) for module in model.modules() for kind in kinds)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T: x (B, in), W (out, in) -> (B, out) in the form that is fastest; `out` may be the slow axis."""
+    if torch.backends.mkl.is_available():
+        if len(x) == 1 and x.dtype in VECTOR_DTYPES:
+            return torch.mv(weight, x[0])[None]
+        if len(x) in TRANSPOSED_ROWS.get(x.dtype, ()):
+            return torch.mm(weight, x.t()).t()
+    return functional.linear(x, weight)
+
+
+class Stack:
+    """Linear layers that read the same input, as one product, and what the adapters add to it."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        plain = [cast(nn.Linear, layer.base if isinstance(layer, BlendedLinear) else layer) for layer in layers]
+        sizes = [layer.out_features for layer in plain]
+        self.weight = _in_one_piece([layer.weight for layer in plain])  # (sum of out, in)
+        self.bias = _joined_bias(plain)  # (sum of out,)
+        self.shrink: Tensor | None = None  # A of all blended layers, (sum of R, in)
+        self.updates: list[Update] = []
+        start = 0
+        for size, layer in zip(sizes, layers, strict=True):
+            if isinstance(layer, BlendedLinear):
+                self.shrink = layer.shrink.a
+                ranks = layer.shrink.sizes
+                first = sum(ranks[: layer.index])
+                rows = slice(first, first + ranks[layer.index])
+                self.updates.append(Update(slice(start, start + size), rows, layer.slot, layer.b_t))
+            start += size
+
+    def __call__(self, x: Tensor, gates: Mapping[int, Gates]) -> Tensor:
+        """Return the results (B, sum of out) for x (B, in), side by side."""
+        y = product(x, self.weight)
+        if self.bias is not None:
+            y = y + self.bias
+        if gates and self.shrink is not None:
+            inner = functional.linear(x.to(self.shrink.dtype), self.shrink)  # (B, sum of R)
+            for columns, rows, slot, b_t in self.updates:
+                h = gates[slot].apply(inner[:, rows])  # (B, R)
+                if y.dtype == h.dtype:
+                    y[:, columns].addmm_(h, b_t)
+                else:
+                    y[:, columns].add_(h @ b_t)
+        return y
+
+
+class Update(NamedTuple):
+    """What the adapters add to one layer of a stack."""
+
+    columns: slice  # of the results
+    rows: slice  # of the first product
+    slot: int  # of the gates
+    b_t: Tensor  # (R, out)
+
+
+class Block(NamedTuple):
+    """What one decoder layer computes with."""
+
+    first_norm: Any
+    qkv: Stack
+    head_norms: tuple[Any, Any] | None
+    scaling: float
+    output: Stack
+    second_norm: Any
+    gate_up: Stack
+    down: Stack
+
+
+class FastStep:
+    """Reads one new token of every row of a batch."""
+
+    def __init__(self, model: "PreTrainedModel", blend: Blend) -> None:
+        """Take a model that `fits`; its stacked weights come to lie in one piece, with the values they have."""
+        self._model: Any = model
+        self._blend = blend
+        config = model.config
+        self._num_kv: int = config.num_key_value_heads
+        self._num_rotated: int = config.num_attention_heads + config.num_key_value_heads
+        self._head_dim: int = self._model.model.layers[0].self_attn.head_dim
+        self._gather()
+
+    def _gather(self) -> None:
+        """Collect what each layer computes with; once more when adapters come or go."""
+        self._adapters = self._blend.adapters
+        self._head = Stack([self._model.lm_head])
+        self._blocks = [_block(layer) for layer in self._model.model.layers]
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: RowCache) -> Tensor:
+        """Return the logits (B, V) of the tokens `ids` (B, 1) at `positions` (B, 1), and append to the cache.
+
+        `mask` (B, L) is zero where a row has padding, L counting the new token.
+        """
+        if self._adapters is not self._blend.adapters:
+            self._gather()
+        inner = self._model.model
+        gates = self._blend.step_gates()
+        x = inner.embed_tokens(ids)[:, 0]  # (B, H)
+        cos, sin = inner.rotary_emb(x, positions)  # (B, 1, head)
+        half = self._head_dim // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # the sign of rotate_half, taken into the sine
+        allowed = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, L)
+        for block, layer in zip(self._blocks, cache.rows(len(self._blocks)), strict=True):
+            heads = block.qkv(_normed(x, block.first_norm), gates)
+            x = x + block.output(self._attend(block, heads, (cos, sin), allowed, layer), gates)
+            gate, up = block.gate_up(_normed(x, block.second_norm), gates).chunk(2, -1)
+            x = x + block.down(functional.silu(gate) * up, gates)
+        return self._head(_normed(x, inner.norm), gates)
+
+    def _attend(
+        self, block: Block, heads: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor | None, layer: RowLayer
+    ) -> Tensor:
+        """Return what the heads read (B, heads * head), given their q, k and v (B, (q + k + v) * head)."""
+        cos, sin = rotation
+        heads = heads.contiguous().view(len(heads), -1, self._head_dim)  # (B, q + k + v, head)
+        turned, values = heads[:, : self._num_rotated], heads[:, self._num_rotated :]
+        if block.head_norms:
+            num_q = self._num_rotated - self._num_kv
+            q_norm, k_norm = block.head_norms
+            turned = torch.cat((_normed(turned[:, :num_q], q_norm), _normed(turned[:, num_q:], k_norm)), 1)
+        turned = torch.addcmul(turned * cos, turned.roll(self._head_dim // 2, -1), sin)
+        q, k = turned[:, : -self._num_kv], turned[:, -self._num_kv :]
+        keys, values = layer.update(k.unsqueeze(2), values.unsqueeze(2))  # (B, kv, L, head)
+        queries = q.unflatten(1, (self._num_kv, -1))  # (B, kv, q / kv, head): a group of heads as one's queries
+        read = functional.scaled_dot_product_attention(queries, keys, values, allowed, scale=block.scaling)
+        return read.reshape(len(heads), -1)
+
+
+def _block(layer: Any) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Block(
+        first_norm=layer.input_layernorm,
+        qkv=Stack([attention.q_proj, attention.k_proj, attention.v_proj]),
+        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+        scaling=attention.scaling,
+        output=Stack([attention.o_proj]),
+        second_norm=layer.post_attention_layernorm,
+        gate_up=Stack([mlp.gate_proj, mlp.up_proj]),
+        down=Stack([mlp.down_proj]),
+    )
+
+
+def _joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """Return the biases side by side, zero where a layer has none; None where no layer has one."""
+    given: list[Tensor | None] = [layer.bias for layer in layers]
+    if all(bias is None for bias in given):
+        return None
+    pairs = zip(given, layers, strict=True)
+    return torch.cat([layer.weight.new_zeros(layer.out_features) if bias is None else bias for bias, layer in pairs])
+
+
+def _in_one_piece(weights: Sequence[Tensor]) -> Tensor:
+    """Return the weights stacked (sum of out, in); they keep their values and become views of it, held once."""
+    first = weights[0].data
+    sizes = [len(weight) for weight in weights]
+    if _is_stacked(weights):
+        return first.as_strided((sum(sizes), first.shape[1]), first.stride())
+    whole = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, whole.split(sizes), strict=True):
+        weight.data = part
+    return whole
+
+
+def _is_stacked(weights: Sequence[Tensor]) -> bool:
+    """Whether the weights already lie behind one another in one storage."""
+    end = weights[0].data_ptr()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr()
+        if not same or weight.data_ptr() != end or not weight.is_contiguous():
+            return False
+        end += weight.numel() * weight.element_size()
+    return True
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

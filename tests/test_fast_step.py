@@ -1,0 +1,220 @@
+"""The fast step computes what the model's own forward computes, for every architecture that it says it knows."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from treadle.adapters import read_adapter
+from treadle.blend import attach
+from treadle.cache import RowCache
+from treadle.fast_step import ARCHITECTURES, FastStep, fits
+from treadle.generate import Completion, Engine
+from treadle.params import RoutingParams, SamplingParams
+from treadle.routing import Router
+
+from conftest import SAMPLES, save_adapter
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROMPTS = ["add three plus four", "the planet", "def loop return list of the cell", "sum", "heat the atom", "list"]
+ROUTINGS = [
+    RoutingParams(every=1, temperature=5.0),
+    RoutingParams.base(),
+    RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 0.5}),
+    RoutingParams(every=2, combine="linear", temperature=5.0),
+    RoutingParams(every=2, combine="paper", temperature=5.0),
+    RoutingParams(every=3, past="recompute", window=8, temperature=5.0),
+]
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """Make a tiny model whose biases and norms are random too."""
+    torch.manual_seed(0)
+    config = getattr(transformers, name.replace("ForCausalLM", "Config"))(**(SIZES | options))
+    model = getattr(transformers, name)(config)
+    for path, parameter in model.named_parameters():
+        if path.endswith("bias") or "norm" in path:
+            nn.init.normal_(parameter, mean=float("norm" in path), std=0.1)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three adapters of equal ranks on all linear layers; the four architectures have the same shapes."""
+    root = tmp_path_factory.mktemp("all-linear")
+    return {
+        name: save_adapter(root / name, build("LlamaForCausalLM"), seed, target_modules=ALL_LINEAR)
+        for seed, name in enumerate(SAMPLES, 1)
+    }
+
+
+@pytest.fixture
+def make_engine(folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, router: Router) -> Callable[..., Engine]:
+    def make(model: PreTrainedModel, *, is_fast: bool) -> Engine:
+        adapters = [read_adapter(folder, name) for name, folder in folders.items()]
+        return Engine(model, tokenizer, adapters, router, is_fast=is_fast)
+
+    return make
+
+
+def assert_same(fast: list[Completion], plain: list[Completion]) -> None:
+    for a, b in zip(fast, plain, strict=True):
+        assert a.token_ids == b.token_ids
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=5e-5)
+        np.testing.assert_allclose(a.weights, b.weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("num_rows", [1, 2, 6])
+def test_fast_is_forward_for_mixed_rows(make_engine: Callable[..., Engine], name: str, num_rows: int) -> None:
+    options = {"sliding_window": None} if name.startswith("Mistral") else {}
+    engines = [make_engine(build(name, **options), is_fast=is_fast) for is_fast in (True, False)]
+    assert [engine.is_fast for engine in engines] == [True, False]
+    for first in range(0, 6, num_rows):
+        rows = slice(first, first + num_rows)
+        fast, plain = (
+            engine.generate(PROMPTS[rows], sampling=SamplingParams(max_tokens=12), routing=ROUTINGS[rows])
+            for engine in engines
+        )
+        assert_same(fast, plain)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
+def test_bfloat16_is_as_close_to_float32_as_forward_is(num_rows: int) -> None:
+    ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
+    exact, rounded = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
+    caches = [RowCache(), RowCache()]
+    with torch.inference_mode():
+        wanted = exact(input_ids=ids, logits_to_keep=1).logits[:, -1]
+        plain = rounded(input_ids=ids, logits_to_keep=1).logits[:, -1]
+        for model, cache in ((rounded, caches[0]), (exact, caches[1])):
+            model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+        positions = torch.full((num_rows, 1), 8)
+        fast = FastStep(rounded, attach(rounded, []))(ids[:, -1:], positions, None, caches[0])
+        equal = FastStep(exact, attach(exact, []))(ids[:, -1:], positions, None, caches[1])
+    torch.testing.assert_close(equal, wanted, atol=1e-5, rtol=1e-5)
+    assert (fast - wanted).abs().mean() < 1.5 * (plain - wanted).abs().mean()
+
+
+def test_adapters_that_come_and_go(make_engine: Callable[..., Engine], folders: dict[str, Path]) -> None:
+    engines = [make_engine(build("LlamaForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
+    sampling = SamplingParams(max_tokens=8)
+    first = [engine.generate(PROMPTS, sampling=sampling) for engine in engines]
+    for engine in engines:
+        engine.add_adapter("more", folders["science"], ["planet", "planet the", "the planet heat"])
+    second = [engine.generate(PROMPTS, sampling=sampling, routing=RoutingParams.one("more")) for engine in engines]
+    for engine in engines:
+        engine.remove_adapter("math")
+    third = [engine.generate(PROMPTS, sampling=sampling) for engine in engines]
+    for fast, plain in (first, second, third):
+        assert_same(fast, plain)
+
+
+def test_a_hook_is_not_passed_by(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
+    seen: list[nn.Module] = []
+    handle = engine.model.model.norm.register_forward_hook(lambda module, given, result: seen.append(module))
+    engine.generate("add", sampling=SamplingParams(max_tokens=4))
+    assert len(seen) == 4
+    handle.remove()
+    engine.generate("add", sampling=SamplingParams(max_tokens=4))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 3}),
+        ("Qwen2ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}),
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}),
+        ("LlamaForCausalLM", {"attn_implementation": "eager"}),
+        ("GemmaForCausalLM", {}),
+        ("OlmoForCausalLM", {}),
+    ],
+)
+def test_what_it_does_not_know_is_left_to_forward(name: str, options: dict[str, Any]) -> None:
+    assert not fits(build(name, **options))
+
+
+def test_other_linear_layers_are_left_to_forward() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = build("LlamaForCausalLM")
+    assert fits(model)
+    model.model.layers[1].mlp.up_proj = Special(32, 48, bias=False)
+    assert not fits(model)
+    assert not fits(build("LlamaForCausalLM").to("meta"))
+    mixed = build("LlamaForCausalLM")
+    mixed.lm_head.to(torch.bfloat16)
+    assert not fits(mixed)
+
+
+def test_weights_keep_their_values_and_are_held_once(make_engine: Callable[..., Engine]) -> None:
+    def held(model: nn.Module) -> int:
+        return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+
+    model = build("LlamaForCausalLM")
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    size = held(model)
+    for _ in range(2):
+        engine = make_engine(model, is_fast=True)
+        assert held(model) == size
+        q, k, _ = (getattr(model.model.layers[0].self_attn, f"{name}_proj") for name in "qkv")
+        assert q.base.weight.untyped_storage().data_ptr() == k.base.weight.untyped_storage().data_ptr()
+        engine.detach()
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+class ProductCounter(TorchDispatchMode):
+    """Counts the matrix products inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.split(".")[0] in {"linear", "mm", "mv", "addmm", "addmm_", "bmm"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_a_step_makes_no_more_products_than_it_must(folders: dict[str, Path], num_rows: int) -> None:
+    model = build("LlamaForCausalLM")
+    blend = attach(model, [read_adapter(folder, name) for name, folder in folders.items()])
+    step, cache = FastStep(model, blend), RowCache()
+    ids = torch.zeros(num_rows, 4, dtype=torch.long)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def products(weights: list[float] | None) -> int:
+        with blend.using(weights), ProductCounter() as counter:
+            step(ids[:, :1], torch.full((num_rows, 1), cache.length), None, cache)
+        return counter.count
+
+    layers = len(model.model.layers)
+    assert products(None) == 1 + 4 * layers  # the head; q k v, o, gate up, down
+    assert products([0.2, 0.3, 0.5]) == 1 + (4 + 4 + 7) * layers  # one A for each of these, one B for each layer
