@@ -8,10 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from treadle.data import load_examples, load_texts, read_rows, sample_texts
+from treadle.data import find_task, load_examples, load_texts, read_rows, sample_texts
 from treadle.errors import DataError, OptionError
 from treadle.tasks import TASKS, Example, get_task
+from treadle.text import prompt_ids
+from treadle.train import TrainParams, training_rows
+
+from conftest import byte_tokenizer
 
 PAIRS = [{"prompt": f"Q{index}", "completion": f" A{index}"} for index in range(20)]
 
@@ -311,10 +316,61 @@ def test_sample_files_hold_texts_or_pairs(tmp_path, name, content, expected):
         ("a.txt", "\n \n", "no sample texts in it"),
         ("a.jsonl", "", "no sample texts in it"),
         ("a.txt", "\udcff", "cannot be read"),
-        ("a.jsonl", '{"body": "x"}\n', "rows need a field 'text', or 'prompt' and 'completion'; got body"),
+        ("a.jsonl", '{"body": "x"}\n', "rows need a field 'text', 'messages', or 'prompt' and 'completion'; got body"),
     ],
 )
 def test_sample_files_without_texts_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content, "utf-8", "surrogateescape")
     with pytest.raises(DataError, match=message):
         load_texts(tmp_path / name)
+
+
+# Chats and templates
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["plain", "with a first token"])
+def test_a_chat_is_trained_on_as_it_is_generated(tmp_path: Path, begins: bool) -> None:
+    tokenizer = byte_tokenizer()
+    if begins:  # as Llama's: the template writes the first token, and so does the tokenizer
+        tokenizer.add_special_tokens({"bos_token": "<unused>"})
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<unused> $A", special_tokens=[("<unused>", 256)]
+        )
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    rows = [chat("Hi", "Hello", "What is 2 + 2?", "4")]
+    (example,) = load_examples(write(tmp_path / "chats.jsonl", rows), find_task("chat", tokenizer))
+    assert (example.completion, example.bare) == ("4", "What is 2 + 2?")
+    (row,) = training_rows(tokenizer, [example], (), TrainParams(join=0.0))
+    asked = prompt_ids(tokenizer, rows[0]["messages"][:-1])
+    assert row["input_ids"] == [*asked, *tokenizer("4", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert load_texts(tmp_path / "chats.jsonl")[:2] == [
+        "Hi\n\nHello\n\nWhat is 2 + 2?\n\n4",
+        "Hi\n\nHello\n\nWhat is 2 + 2?\n\n",
+    ]
+
+
+def test_chats_that_end_in_no_answer_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "chats.jsonl", [chat("Hi"), chat("Hi", "Hello", "Bye"), {"text": "no"}, {"messages": []}])
+    with pytest.raises(DataError) as caught:
+        load_examples(file, find_task("chat", byte_tokenizer()))
+    assert str(caught.value).count("the last message must be the assistant's") == 2
+    for part in ("row 1", "row 2", "row 3: KeyError", "row 4"):
+        assert part in str(caught.value)
+
+
+def test_tasks_are_found_by_name_and_by_file(tmp_path: Path) -> None:
+    file = tmp_path / "sql.json"
+    file.write_text(json.dumps({"name": "sql", "prompt": "Q: {q}\nA:", "completion": " {a}"}))
+    tokenizer = byte_tokenizer()
+    (example,) = load_examples(
+        write(tmp_path / "rows.jsonl", [{"q": "all?", "a": "SELECT"}]), find_task(str(file), tokenizer)
+    )
+    assert (example.prompt, example.completion) == ("Q: all?\nA:", " SELECT")
+    assert find_task("math", tokenizer) is TASKS["math"]
+    with pytest.raises(OptionError, match="Did you mean 'chat'"):
+        find_task("chats", tokenizer)

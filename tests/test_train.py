@@ -19,7 +19,7 @@ from treadle.routing import fit
 from treadle.tasks import Example
 from treadle.train import IGNORED, TrainParams, train_adapter, training_rows
 
-from conftest import BASE, byte_tokenizer, tiny_llama
+from conftest import BASE, Run, byte_tokenizer, tiny_llama
 
 OWN = [Example(f"own question {index}?", f" own answer {index}") for index in range(12)]
 OTHERS = [Example(f"foreign question {index}?", f" foreign answer {index}") for index in range(12)]
@@ -149,3 +149,43 @@ def test_a_stopped_run_goes_on_and_leaves_losses_and_a_centroid(
 def test_an_adapter_without_a_centroid_asks_for_samples(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"holds no centroid\.safetensors: give sample texts of 'math'"):
         read_centroid(tmp_path, "math")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_packed_sequences_do_not_see_each_other(tmp_path: Path) -> None:
+    base = tmp_path / BASE
+    model = tiny_llama()
+    model.save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    options = {"join": 0.0, "packing": True, "max_tokens": 100}  # three of the rows into each
+    still = TrainParams(steps=10, batch_size=12, rank=2, learning_rate=1e-12, dtype="float32", **options)
+    folder = train_adapter(str(base), OWN, tmp_path / "packed", params=still)
+    (logged,) = map(json.loads, (folder / "losses.jsonl").read_text().splitlines())
+    rows = list(training_rows(TOKENIZER, OWN, (), still))
+    assert 2 * max(len(row["input_ids"]) for row in rows) <= still.max_tokens, "nothing would be packed"
+    counts = [len(learned(row)) for row in rows]
+    blend = attach(model, [read_adapter(folder)])
+    alone = sum(count * nll(model, row, blend, None) for count, row in zip(counts, rows, strict=True)) / sum(counts)
+    assert logged["loss"] == pytest.approx(alone, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_the_command_trains_on_chats_and_on_rows_of_a_template(run: Run, tmp_path: Path) -> None:
+    base = tmp_path / BASE
+    tiny_llama().save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    messages = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "three"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "all?", "a": "SELECT"}) + "\n")
+    (tmp_path / "sql.json").write_text(json.dumps({"name": "sql", "prompt": "Q: {q}", "completion": " {a}"}))
+    common = ["train", "--base", base, "--steps", 1, "--rank", 2, "--dtype", "float32", "--json"]
+    for task, data in (("chat", "chats.jsonl"), (tmp_path / "sql.json", "rows.jsonl")):
+        output = tmp_path / Path(str(task)).stem
+        also = [f"--also=chat={tmp_path / 'chats.jsonl'}", "--join", 1.0]
+        code, out, err = run(*common, "--data", tmp_path / data, "--task", task, *also, "-o", output)
+        assert code == 0, err
+        assert json.loads(out.splitlines()[-1])["examples"] == 1
+        assert read_adapter(output).pairs
+    code, _, err = run(*common, "--data", tmp_path / "rows.jsonl", "--task", "chatt", "-o", tmp_path / "no")
+    assert code == 1
+    assert "Did you mean 'chat'?" in err

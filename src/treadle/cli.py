@@ -190,9 +190,15 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     base: Annotated[str, typer.Option(help="folder or hub id of the base model")],
     data: Annotated[str, typer.Option(help="JSON lines with prompt and completion, or a hub data set")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the PEFT folder to write")],
-    task: Annotated[str | None, typer.Option(help="read the rows as this task's: math, science, code, reading")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="read the rows as this task's: math, science, code, reading, mbpp; chat (rows hold "
+            "messages); or a .json file with a prompt template"
+        ),
+    ] = None,
     also: Annotated[
-        list[str] | None, typer.Option(help="[task=]FILE of another task, for joined sequences; repeatable")
+        list[str] | None, typer.Option(help="[TASK=]FILE of another task, for joined sequences; repeatable")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="examples to use, a seeded choice")] = None,
     embedder: Annotated[
@@ -204,18 +210,24 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     training: dict[str, Any],
 ) -> None:
     """Train one LoRA adapter and write a plain PEFT folder."""
-    from treadle.data import load_examples
+    from treadle.data import find_task, load_examples
+    from treadle.models import load_tokenizer
     from treadle.train import train_adapter
 
     presets = {"demo": TrainParams(), "paper": TrainParams.paper()}
     if preset not in presets:
         raise OptionError(unknown_name("preset", preset, presets))
     params = read_options(TrainParams, training, onto=presets[preset])
-    examples = load_examples(data, task, limit=limit, seed=params.seed)
+    tokenizer = load_tokenizer(base)
+
+    def load(name: str | None, source: str, most: int | None) -> list[Any]:
+        return load_examples(source, find_task(name, tokenizer) if name else None, limit=most, seed=params.seed)
+
+    examples = load(task, data, limit)
     others: list[Any] = []
     for entry in also or []:
         other_task, _, file = entry.rpartition("=")
-        others += load_examples(file, other_task or None, limit=2000, seed=params.seed)
+        others += load(other_task, file, 2000)
     train_adapter(base, examples, output, others=others, params=params, embedder=embedder)
     print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
 

@@ -9,12 +9,18 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from treadle.errors import DataError, OptionError, problem_list
-from treadle.tasks import Example, Task, get_task
+from treadle.errors import DataError, OptionError, problem_list, unknown_name
+from treadle.tasks import TASKS, Example, Row, Task, get_task, read_task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHAT = "chat"
+"""The name of rows that hold chat messages."""
 MAX_REPORTED = 10
 """How many bad rows one message lists."""
 
@@ -60,10 +66,36 @@ def load_examples(
     return examples
 
 
+def find_task(name: str, tokenizer: "PreTrainedTokenizerBase") -> Task:
+    """Return the task called `name`, the one that a `.json` file describes, or `chat`.
+
+    Rows of `chat` hold `messages`; the last is the answer, those before it are the prompt, by the chat template.
+    """
+    if name.endswith(".json"):
+        return read_task(name)
+    if name == CHAT:
+        return Task(CHAT, "", partial(_chat, tokenizer))
+    if name not in TASKS:
+        raise OptionError(unknown_name("task", name, [*TASKS, CHAT]) + " A task of your own is a .json file.")
+    return TASKS[name]
+
+
+def _chat(tokenizer: "PreTrainedTokenizerBase", row: Row) -> Example:
+    from treadle.text import chat_text
+
+    *before, last = row["messages"]
+    if last["role"] != "assistant" or not before:
+        raise ValueError("the last message must be the assistant's, with a message before it")
+    prompt = chat_text(tokenizer, before)
+    start = str(tokenizer.decode(tokenizer("").input_ids))  # what the tokenizer itself puts before every text
+    return Example(prompt.removeprefix(start), last["content"], bare=before[-1]["content"])
+
+
 def load_texts(source: str | Path) -> list[str]:
     """Return the texts that a router is fitted on, made of the samples in a file by `sample_texts`.
 
-    A `.txt` holds one text a line; rows of JSON lines hold `text`, or `prompt` and `completion` (and `bare`).
+    A `.txt` holds one text a line; rows of JSON lines hold `text`, chat `messages`, or
+    `prompt` and `completion` (and `bare`).
     """
     if str(source).endswith(".txt"):
         examples = [Example(line.strip(), "") for line in _lines(_existing(source)) if line.strip()]
@@ -159,4 +191,9 @@ def _example_of(row: dict[str, Any], source: str | Path) -> Example:
         return Example(str(row["text"]), "", bare=str(row.get("bare", "")))
     if "prompt" in row:
         return Example(str(row["prompt"]), str(row.get("completion", "")), bare=str(row.get("bare", "")))
-    raise DataError(f"{source}: rows need a field 'text', or 'prompt' and 'completion'; got {', '.join(row)}")
+    if row.get("messages"):
+        *before, last = [str(message["content"]) for message in row["messages"]]
+        return Example("\n\n".join([*before, ""]), last) if before else Example(last, "")
+    raise DataError(
+        f"{source}: rows need a field 'text', 'messages', or 'prompt' and 'completion'; got {', '.join(row)}"
+    )

@@ -185,6 +185,7 @@ class TrainParams:
     max_tokens: int = option(384, "longer sequences are left out, and counted")
     dropout: float = option(0.0, "share of an adapter's inputs that a step leaves out")
     join: float = option(0.25, "share of the sequences that join two or three examples")
+    packing: bool = option(False, "put several sequences into one of max_tokens; each still sees itself alone")
     dtype: str = option("bfloat16", "of the base model; the adapter itself trains in float32")
     seed: int = option(0, "of the order, the joining and the first factors")
 

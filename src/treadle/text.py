@@ -19,14 +19,18 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
     else:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ModelError("the tokenizer has no chat template: give the prompt as one text.")
-        messages = [dict(message) for message in prompt]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False).input_ids
     if not ids:
         raise OptionError("the prompt is empty: there is no token to continue from.")
     return list(ids)
+
+
+def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> str:
+    """Return chat messages as the text after which the assistant's answer begins, by the model's chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError("the tokenizer has no chat template: give the prompt as one text.")
+    given = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
 
 
 def completion_ids(tokenizer: "PreTrainedTokenizerBase", completion: str) -> list[int]:

@@ -125,8 +125,9 @@ def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
         learning_rate=params.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=min(10, params.steps // 10),
-        max_length=None,  # training_rows has left out what is too long; nothing is cut
-        train_sampling_strategy="group_by_length",
+        max_length=params.max_tokens if params.packing else None,  # training_rows has left out what is longer
+        packing=params.packing,
+        train_sampling_strategy="random" if params.packing else "group_by_length",
         gradient_checkpointing=False,
         bf16=False,  # the base is loaded in params.dtype; autocast would convert it anew every step
         logging_steps=10,
