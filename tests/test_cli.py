@@ -135,3 +135,13 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["treadle", "--debug", "route", "nowhere", "--text", "x"])
     with pytest.raises(BundleError):
         main()
+
+
+def test_fit_lists_everything_that_is_missing(run: Run, bundle: Path, tmp_path: Path) -> None:
+    adapters = ["--adapter", "a=nowhere", "--adapter", f"math={bundle / 'adapters' / 'math'}"]
+    missing = ["--adapter", f"code={bundle / 'adapters' / 'code'}", "--samples", "code=no.jsonl"]
+    code, _, err = run("fit", "--base", "b", *adapters, *missing, "-o", tmp_path / "new")
+    assert code == 1
+    for part in ("'a': nowhere is not a folder", "give sample texts of 'math'", "no.jsonl: no such file"):
+        assert part in err
+    assert not (tmp_path / "new").exists()

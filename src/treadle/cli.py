@@ -6,18 +6,20 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from treadle import lab
-from treadle.errors import OptionError, TreadleError, unknown_name
+from treadle.errors import OptionError, TreadleError, collect, problem_list, unknown_name
 from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
 from treadle.params import RoutingParams, SamplingParams, TrainParams
 
 if TYPE_CHECKING:
+    from treadle.centroids import Centroids
     from treadle.generate import Engine
     from treadle.routing import Router
 
@@ -118,21 +120,35 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 ) -> None:  # fmt: skip
     """Make a bundle from adapters and sample texts of each; nothing is trained."""
     from treadle.bundle import save_bundle
-    from treadle.centroid_files import read_centroid
-    from treadle.data import load_texts
     from treadle.routing import fit
 
     folders, files = _pairs(adapter, "--adapter"), _pairs(samples or [], "--samples")
     if not set(files) <= set(folders):
         raise OptionError(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
     params = read_options(RoutingParams, _implied(routing))
-    fitted = [read_centroid(Path(folders[name]), name) for name in folders if name not in files]
-    texts = {name: load_texts(files[name]) for name in folders if name in files}
+    texts, fitted = _fitting(folders, files)
     router = fit(texts, embedder, params, fitted=fitted)
     kept = {name: each[:keep_samples] for name, each in texts.items()} if keep_samples else None
     save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
     counts = dict(zip(router.names, router.centroids.counts.tolist(), strict=True))
     print(json.dumps({"bundle": str(output), "texts": counts}) if as_json else f"wrote {output}: texts {counts}")
+
+
+def _fitting(folders: dict[str, str], files: dict[str, str]) -> "tuple[dict[str, list[str]], list[Centroids]]":
+    """Return the sample texts of the adapters that have some and the centroids of the others, or list all problems."""
+    from treadle.centroid_files import read_centroid
+    from treadle.data import load_texts
+
+    problems = [
+        f"adapter {name!r}: {path} is not a folder" for name, path in folders.items() if not Path(path).is_dir()
+    ]
+    sampled = [name for name in folders if name in files]
+    trained = [name for name in folders if name not in files and Path(folders[name]).is_dir()]
+    texts = collect(problems, [partial(load_texts, files[name]) for name in sampled])
+    fitted = collect(problems, [partial(read_centroid, Path(folders[name]), name) for name in trained])
+    if problems:
+        raise OptionError(problem_list("no bundle can be made:", problems))
+    return dict(zip(sampled, texts, strict=True)), fitted
 
 
 @app.command()

@@ -6,6 +6,7 @@ adapters, which are data of the row and never state of the model.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -213,8 +214,8 @@ class Batch:
         names = self._blend.names
         stacked = np.zeros((len(rows), length, len(names)), np.float32)
         for index, (row, each) in enumerate(zip(rows, weights, strict=True)):
-            places = [names.index(name) for name in row.router.names]
-            stacked[index, max(0, length - len(each)) if len(each) > 1 else 0 :, places] = each.T
+            start = max(0, length - len(each)) if len(each) > 1 else 0
+            stacked[index, start:, _columns(names, row.router.names)] = each.T
         return stacked
 
     def _keep(self, rows: list[Row]) -> None:
@@ -225,6 +226,13 @@ class Batch:
         self.rows = rows
         if not rows:
             self._cache = RowCache()
+
+
+@lru_cache(maxsize=256)
+def _columns(all_names: tuple[str, ...], names: tuple[str, ...]) -> list[int]:
+    """Return where each of `names` is in `all_names`."""
+    places = {name: index for index, name in enumerate(all_names)}
+    return [places[name] for name in names]
 
 
 def _route(rows: Sequence[Row]) -> list[Row]:
