@@ -19,7 +19,6 @@ from treadle.routing import (
     decision_length,
     finish_views,
     fit,
-    is_prompt_decision,
     softmax,
     top_k,
 )
@@ -347,15 +346,12 @@ def test_a_trace_is_routing_step_by_step(routed, tokenizer, words, params, data)
     assert trace.shape == (len(pieces), 3)
 
     seen = RunningText(routed.embedder, params)
-    read = 0
     for position, weights in enumerate(trace):
         length = decision_length(position, prompt_tokens, params)
-        for piece in pieces[read:length]:
-            seen.extend([piece])
-        read = length
-        stepwise = routed.weigh(
-            finish_views(routed.embedder, [seen.snapshot(is_prompt_decision(length, prompt_tokens, params))]), params
-        )[0]
+        views = seen.decide(pieces[: max(position + 1, length)], length, prompt_tokens)  # what follows is not known yet
+        if views is not None:
+            stepwise = routed.weigh(finish_views(routed.embedder, [views]), params)[0]
+        assert seen.decide(pieces, length, prompt_tokens) is None
         np.testing.assert_allclose(weights, stepwise, atol=1e-5)
         if params.window is None and params.recent is None:
             np.testing.assert_allclose(weights, routed.weights(["".join(pieces[:length])], params)[0], atol=1e-4)

@@ -92,18 +92,28 @@ class RunningText:
     """
 
     def __init__(self, embedder: Embedder, params: RoutingParams) -> None:
+        self._params = params
+        self._decided_at = -1  # tokens that the newest decision was made from; -1 = there was none
         self._tracks = [embedder.track(params.window)]
         if params.recent is not None and (params.window is None or params.recent < params.window):
             self._tracks.append(embedder.track(params.recent))
 
-    def extend(self, pieces: Sequence[str]) -> None:
-        """Append the text of some tokens, one piece a token."""
-        for track in self._tracks:
-            track.extend(pieces)
+    def decide(self, pieces: Sequence[str], length: int, prompt_tokens: int) -> tuple[Any, ...] | None:
+        """Read on to the first `length` tokens and return what `finish_views` needs, one entry for each of K views.
 
-    def snapshot(self, is_prompt: bool) -> tuple[Any, ...]:
-        """Return what `finish_views` needs to embed the text as it stands, one entry for each of its K views."""
-        if is_prompt:
+        None where the newest decision was made from just as many.
+
+        Args:
+            pieces: the text that each token adds, from the first.
+            length: of `decision_length`; never less than before.
+            prompt_tokens: how many of the tokens are the prompt.
+        """
+        if length == self._decided_at:
+            return None
+        for track in self._tracks:
+            track.extend(pieces[max(self._decided_at, 0) : length])
+        self._decided_at = length
+        if is_prompt_decision(length, prompt_tokens, self._params):
             return (self._tracks[0].snapshot(),) * len(self._tracks)
         return tuple(track.snapshot() for track in self._tracks)
 
@@ -175,12 +185,7 @@ class Router:
         lengths = [decision_length(position, prompt_tokens, params) for position in range(len(pieces))]
         wanted = sorted(set(lengths))
         text = RunningText(self.embedder, params)
-        snapshots: list[tuple[Any, ...]] = []
-        read = 0
-        for length in wanted:
-            text.extend(pieces[read:length])
-            read = length
-            snapshots.append(text.snapshot(is_prompt_decision(length, prompt_tokens, params)))
+        snapshots = [views for length in wanted if (views := text.decide(pieces, length, prompt_tokens)) is not None]
         weights = self.weigh(finish_views(self.embedder, snapshots), params)  # (decisions, N)
         index = {length: row for row, length in enumerate(wanted)}
         return weights[[index[length] for length in lengths]]

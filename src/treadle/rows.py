@@ -18,7 +18,7 @@ from treadle.cache import RowCache
 from treadle.centroids import Floats
 from treadle.fast_step import FastStep
 from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router, RunningText, decision_length, is_prompt_decision
+from treadle.routing import Router, RunningText, decision_length
 from treadle.sampling import new_generator, sample
 from treadle.text import Detokenizer, StopStrings
 
@@ -72,8 +72,6 @@ class Row:
         self._stops = StopStrings(sampling.stop)
         self._pieces = [self._text.push(token_id) for token_id in ids]
         self._running = RunningText(router.embedder, routing)
-        self._num_tracked = 0
-        self._decided_at = -1
 
     @property
     def is_finished(self) -> bool:
@@ -83,12 +81,7 @@ class Row:
     def due_snapshot(self) -> tuple[Any, ...] | None:
         """Return what the embedder needs, if the pass that reads the newest token needs new weights; else None."""
         length = decision_length(len(self.ids) - 1, self.prompt_tokens, self.routing)
-        if length == self._decided_at:
-            return None
-        self._decided_at = length
-        self._running.extend(self._pieces[self._num_tracked : length])
-        self._num_tracked = length
-        return self._running.snapshot(is_prompt_decision(length, self.prompt_tokens, self.routing))
+        return self._running.decide(self._pieces, length, self.prompt_tokens)
 
     def prompt_weights(self) -> Floats:
         """Return the weights (T, N), or (1, N) for all T alike, of the pass that reads all tokens so far."""

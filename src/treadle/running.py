@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.centroids import Floats
 from treadle.params import RoutingParams
-from treadle.routing import Router, RunningText, decision_length, is_prompt_decision
+from treadle.routing import Router, RunningText, decision_length
 from treadle.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ class RunningRow:
         self._running = RunningText(router.embedder, params)
         self._ids: list[int] = []
         self._pieces: list[str] = []
-        self._decided_at = 0 if params.rule == "fixed" else -1
 
     def due(self, start: int) -> tuple[list[int], list[tuple[int, tuple[Any, ...]]]]:
         """Return what decides the weights of the tokens from `start` on.
@@ -36,12 +35,10 @@ class RunningRow:
         positions = range(start, len(self._ids))
         lengths = [decision_length(position, self.prompt_tokens, self._params) for position in positions]
         snapshots: list[tuple[int, tuple[Any, ...]]] = []
-        tracked = max(self._decided_at, 0)
-        for length in sorted(set(lengths) - {self._decided_at}):
-            self._running.extend(self._pieces[tracked:length])
-            is_prompt = is_prompt_decision(length, self.prompt_tokens, self._params)
-            snapshots.append((length, self._running.snapshot(is_prompt)))
-            self._decided_at = tracked = length
+        for length in sorted(set(lengths)) if self._params.rule != "fixed" else ():
+            views = self._running.decide(self._pieces, length, self.prompt_tokens)
+            if views is not None:
+                snapshots.append((length, views))
         return lengths, snapshots
 
     def read(self, ids: Sequence[int], is_real: Sequence[bool]) -> int:
