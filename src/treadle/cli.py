@@ -172,11 +172,11 @@ def doctor(
     else:
         from rich.console import Console
 
-        from treadle.show import report_table
+        from treadle.show import report_tables
 
         console = Console()
         console.print(f"base {report.base_model} on {report.device} in {report.dtype}")
-        console.print(report_table(report))
+        console.print(*report_tables(report), sep="\n")
         base, blended = report.base_step * 1000, report.blended_step * 1000
         console.print(f"a step: base {base:.1f} ms, blended {blended:.1f} ms, ratio {blended / base:.3f} (medians)")
     if report.problems:

@@ -81,25 +81,27 @@ def explanation_table(explanation: "Explanation") -> Table:
     return table
 
 
-def report_table(report: "Report") -> Table:
-    """Return what `treadle doctor` found, one row an adapter."""
+def report_tables(report: "Report") -> list[Table]:
+    """Return what `treadle doctor` found, one row an adapter, and the cosines between the centroids."""
     table = Table(title_justify="left")
-    for heading in ("adapter", "rank", "targets", "modules", "norm of update", "change (nats)", "samples"):
+    for heading in ("adapter", "rank", "targets", "modules", "norm", "change (nats)", "samples"):
         table.add_column(heading)
-    for adapter in report.adapters:
-        table.add_column(f"cos {adapter.name}", justify="right")
+    cosines = Table(title="cosines between the centroids", title_justify="left")
+    for heading in ("", *(adapter.name for adapter in report.adapters)):
+        cosines.add_column(heading, justify="right" if heading else "left")
     for index, adapter in enumerate(report.adapters):
+        name = Text(adapter.name, colour(index))
         table.add_row(
-            Text(adapter.name, colour(index)),
+            name,
             ", ".join(map(str, adapter.ranks)),
             ", ".join(adapter.targets),
             str(adapter.modules),
             f"{adapter.norm:.3f}",
             f"{adapter.change:.4f}",
             str(adapter.samples) if adapter.samples else "none: probe text",
-            *(f"{cosine:.3f}" for cosine in adapter.cosines),
         )
-    return table
+        cosines.add_row(name, *(f"{cosine:.3f}" for cosine in adapter.cosines))
+    return [table, cosines]
 
 
 def results_table(task: str, results: Sequence["EvalResult"]) -> Table:
