@@ -52,24 +52,25 @@ TARGETS = {
     "code": ["q_proj", "v_proj", "gate_proj", "down_proj"],
 }
 
+TINY = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+"""Of a decoder with two layers and grouped queries, by the names of transformers' configurations."""
+
 
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama of two layers with grouped queries, the same every time."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=257,
-        pad_token_id=258,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**TINY, max_position_embeddings=512, initializer_range=0.3)).eval()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

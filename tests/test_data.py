@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from treadle.data import find_task, load_examples, load_texts, read_rows, sample_texts
+from treadle.data import CHAT, chat_task, load_examples, load_texts, read_rows, sample_texts
 from treadle.errors import DataError, OptionError
-from treadle.tasks import TASKS, Example, get_task
+from treadle.tasks import TASKS, Example, find_task, get_task
 from treadle.text import prompt_ids
 from treadle.train import TrainParams, training_rows
 
@@ -343,7 +343,7 @@ def test_a_chat_is_trained_on_as_it_is_generated(tmp_path: Path, begins: bool) -
         )
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     rows = [chat("Hi", "Hello", "What is 2 + 2?", "4")]
-    (example,) = load_examples(write(tmp_path / "chats.jsonl", rows), find_task("chat", tokenizer))
+    (example,) = load_examples(write(tmp_path / "chats.jsonl", rows), chat_task(tokenizer))
     assert (example.completion, example.bare) == ("4", "What is 2 + 2?")
     (row,) = training_rows(tokenizer, [example], (), TrainParams(join=0.0))
     asked = prompt_ids(tokenizer, rows[0]["messages"][:-1])
@@ -357,7 +357,7 @@ def test_a_chat_is_trained_on_as_it_is_generated(tmp_path: Path, begins: bool) -
 def test_chats_that_end_in_no_answer_are_named(tmp_path: Path) -> None:
     file = write(tmp_path / "chats.jsonl", [chat("Hi"), chat("Hi", "Hello", "Bye"), {"text": "no"}, {"messages": []}])
     with pytest.raises(DataError) as caught:
-        load_examples(file, find_task("chat", byte_tokenizer()))
+        load_examples(file, chat_task(byte_tokenizer()))
     assert str(caught.value).count("the last message must be the assistant's") == 2
     for part in ("row 1", "row 2", "row 3: KeyError", "row 4"):
         assert part in str(caught.value)
@@ -366,11 +366,8 @@ def test_chats_that_end_in_no_answer_are_named(tmp_path: Path) -> None:
 def test_tasks_are_found_by_name_and_by_file(tmp_path: Path) -> None:
     file = tmp_path / "sql.json"
     file.write_text(json.dumps({"name": "sql", "prompt": "Q: {q}\nA:", "completion": " {a}"}))
-    tokenizer = byte_tokenizer()
-    (example,) = load_examples(
-        write(tmp_path / "rows.jsonl", [{"q": "all?", "a": "SELECT"}]), find_task(str(file), tokenizer)
-    )
+    (example,) = load_examples(write(tmp_path / "rows.jsonl", [{"q": "all?", "a": "SELECT"}]), find_task(str(file)))
     assert (example.prompt, example.completion) == ("Q: all?\nA:", " SELECT")
-    assert find_task("math", tokenizer) is TASKS["math"]
+    assert find_task("math") is TASKS["math"]
     with pytest.raises(OptionError, match="Did you mean 'chat'"):
-        find_task("chats", tokenizer)
+        find_task("chats", also=[CHAT])

@@ -20,22 +20,9 @@ from treadle.generate import Completion, Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Router
 
-from conftest import SAMPLES, save_adapter
+from conftest import SAMPLES, TINY, save_adapter
 
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
+SIZES = TINY | {"max_position_embeddings": 256, "initializer_range": 0.2}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPTS = ["add three plus four", "the planet", "def loop return list of the cell", "sum", "heat the atom", "list"]
 ROUTINGS = [

@@ -21,23 +21,10 @@ from treadle.routing import fit
 from treadle.score import score_ids
 from treadle.text import prompt_ids
 
-from conftest import SAMPLES, save_adapter
+from conftest import SAMPLES, TINY, save_adapter
 
 IDS = torch.tensor([[5, 17, 40, 99, 3, 250, 61], [8, 1, 77, 120, 200, 33, 90]])  # (B, T)
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.12,
-    "bos_token_id": None,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
+SIZES = TINY | {"max_position_embeddings": 32, "initializer_range": 0.12}
 GPT2_SIZES = {"vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "initializer_range": 0.12}
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_proj", "v_proj", "gate_proj", "down_proj"]
 

@@ -226,8 +226,9 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     training: dict[str, Any],
 ) -> None:
     """Train one LoRA adapter and write a plain PEFT folder."""
-    from treadle.data import find_task, load_examples
+    from treadle.data import CHAT, chat_task, load_examples
     from treadle.models import load_tokenizer
+    from treadle.tasks import find_task
     from treadle.train import train_adapter
 
     presets = {"demo": TrainParams(), "paper": TrainParams.paper()}
@@ -237,7 +238,8 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     tokenizer = load_tokenizer(base)
 
     def load(name: str | None, source: str, most: int | None) -> list[Any]:
-        return load_examples(source, find_task(name, tokenizer) if name else None, limit=most, seed=params.seed)
+        found = chat_task(tokenizer) if name == CHAT else find_task(name, also=[CHAT]) if name else None
+        return load_examples(source, found, limit=most, seed=params.seed)
 
     examples = load(task, data, limit)
     others: list[Any] = []

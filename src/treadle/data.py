@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treadle.errors import DataError, OptionError, problem_list, unknown_name
-from treadle.tasks import TASKS, Example, Row, Task, get_task, read_task
+from treadle.errors import DataError, OptionError, problem_list
+from treadle.tasks import Example, Row, Task, get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,18 +66,9 @@ def load_examples(
     return examples
 
 
-def find_task(name: str, tokenizer: "PreTrainedTokenizerBase") -> Task:
-    """Return the task called `name`, the one that a `.json` file describes, or `chat`.
-
-    Rows of `chat` hold `messages`; the last is the answer, those before it are the prompt, by the chat template.
-    """
-    if name.endswith(".json"):
-        return read_task(name)
-    if name == CHAT:
-        return Task(CHAT, "", partial(_chat, tokenizer))
-    if name not in TASKS:
-        raise OptionError(unknown_name("task", name, [*TASKS, CHAT]) + " A task of your own is a .json file.")
-    return TASKS[name]
+def chat_task(tokenizer: "PreTrainedTokenizerBase") -> Task:
+    """Return the task whose rows hold `messages`: the last is the answer, those before it the prompt of a chat."""
+    return Task(CHAT, "", partial(_chat, tokenizer))
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", row: Row) -> Example:

@@ -23,7 +23,7 @@ from treadle.metrics import METRICS
 from treadle.params import EvalParams, RoutingParams, SamplingParams
 from treadle.results import EvalResult, Fraction, interval, read_results, write_cell, write_results
 from treadle.streams import STREAMS, Stream, join_streams, score_streams
-from treadle.tasks import SEPARATOR, TASKS, Example, Task, get_task, read_task
+from treadle.tasks import SEPARATOR, Example, Task, find_task
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
@@ -112,9 +112,7 @@ def load_sets(specs: Sequence[str], params: EvalParams, only: Sequence[str] = ()
 
 def _load_set(spec: str, params: EvalParams) -> EvalSet:
     name, _, file = spec.partition("=")
-    if not name.endswith(".json") and name not in TASKS:
-        raise OptionError(unknown_name("task", name, [*TASKS, *STREAMS]) + " A task of your own is a .json file.")
-    task = read_task(name) if name.endswith(".json") else get_task(name)
+    task = find_task(name, also=STREAMS)
     source = file or task.dataset
     if not source:
         raise DataError(f"{name}: it names no source; write {name}=FILE")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """The classes of transformers whose blocks are: norm, attention with rotary positions, norm, gated SiLU."""
+HAS_MKL = torch.backends.mkl.is_available()
 TRANSPOSED_ROWS = {torch.float32: range(4, 33), torch.bfloat16: range(2, 17)}
 """Numbers of rows for which (W x^T)^T is faster than x W^T with MKL and oneDNN (benchmarks/products.py)."""
 VECTOR_DTYPES = (torch.bfloat16,)
@@ -54,7 +55,7 @@ def is_hooked(model: nn.Module) -> bool:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T: x (B, in), W (out, in) -> (B, out) in the form that is fastest; `out` may be the slow axis."""
-    if torch.backends.mkl.is_available():
+    if HAS_MKL:
         if len(x) == 1 and x.dtype in VECTOR_DTYPES:
             return torch.mv(weight, x[0])[None]
         if len(x) in TRANSPOSED_ROWS.get(x.dtype, ()):

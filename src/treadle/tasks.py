@@ -6,7 +6,7 @@ and MBPP are built in; any other is a few lines of JSON. This module knows rows 
 
 import json
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -130,6 +130,15 @@ def get_task(name: str) -> Task:
     """Return the task called `name`; an unknown name is an OptionError that lists the known ones."""
     if name not in TASKS:
         raise OptionError(unknown_name("task", name, TASKS))
+    return TASKS[name]
+
+
+def find_task(name: str, also: Iterable[str] = ()) -> Task:
+    """Return the task called `name`, or the one that a `.json` file describes; `also`: names that the caller knows."""
+    if name.endswith(".json"):
+        return read_task(name)
+    if name not in TASKS:
+        raise OptionError(unknown_name("task", name, [*TASKS, *also]) + " A task of your own is a .json file.")
     return TASKS[name]
 
 
