@@ -83,10 +83,13 @@ def test_training_through_trl_writes_a_folder_that_blends(tmp_path: Path) -> Non
     base = tmp_path / BASE
     tiny_llama().save_pretrained(base)
     TOKENIZER.save_pretrained(base)
-    params = TrainParams(steps=6, batch_size=4, rank=2, alpha=4, dtype="float32", learning_rate=1e-2)
+    targets = ("v_proj", "up_proj", "q_proj", "o_proj", "k_proj", "down_proj")
+    params = TrainParams(steps=6, batch_size=4, rank=2, alpha=4, dtype="float32", learning_rate=1e-2, targets=targets)
     folder = train_adapter(str(base), OWN, tmp_path / "own", others=OTHERS, params=params)
     files = {"adapter_config.json", "adapter_model.safetensors", "losses.jsonl"}
     assert {file.name for file in folder.iterdir()} == files
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(targets), "the same run writes the same file"
     adapter = read_adapter(folder)
     assert adapter.base_model == str(base)
     assert {pair.rank for pair in adapter.pairs.values()} == {2}
