@@ -21,12 +21,12 @@ import peft
 import torch
 from nevergrad.optimization import registry
 from nevergrad.parametrization.parameter import Array
-from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
 
 import treadle
 from treadle.evaluate import load_sets
 from treadle.models import load_model, load_tokenizer, quiet_libraries
 from treadle.params import EvalParams, RoutingParams
+from treadle.peers import arrow, xlora
 from treadle.results import EvalResult, interval, write_cell, write_results
 from treadle.score import BATCH
 from treadle.tasks import PAPER, Example
@@ -57,11 +57,11 @@ def main() -> None:
         search_weights(options.validation, options.output, options.dtype)
         return
     bundle = treadle.read_bundle(BUNDLE)
-    folders = [adapter.source for adapter in bundle.adapters]
+    folders = {adapter.name: adapter.source for adapter in bundle.adapters}
     tokenizer = load_tokenizer(bundle.base_model)
     specs = [f"{task}={options.data / FILES[task]}" for task in PAPER]
     for arm in options.arms:
-        model = PEERS[arm](load_model(bundle.base_model, dtype=options.dtype), folders).eval()
+        model = PEERS[arm](load_model(bundle.base_model, dtype=options.dtype), folders)
         for each in load_sets(specs, EvalParams(limit=options.limit)):
             started = time.perf_counter()
             scores = score(model, tokenizer, each.examples)
@@ -76,18 +76,6 @@ def main() -> None:
                                 seconds=seconds, versions=versions, **common)  # fmt: skip
             write_results(options.output, [result], append=True)
             print(f"{arm} on {each.name}: {value:.3f} ({low:.3f} to {high:.3f}), {seconds:.0f} s", flush=True)
-
-
-def arrow(base: torch.nn.Module, folders: Sequence[Path]) -> PeftModel:
-    return create_arrow_model(base, [str(folder) for folder in folders], ArrowConfig(top_k=2, rng_seed=0))
-
-
-def xlora(base: torch.nn.Module, folders: Sequence[Path]) -> PeftModel:
-    base.config.use_cache = False  # X-LoRA refuses a cache
-    torch.manual_seed(0)
-    adapters = {str(index): str(folder) for index, folder in enumerate(folders)}  # PEFT 0.21 loads them by number
-    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=adapters)
-    return get_peft_model(base, config)
 
 
 PEERS: dict[str, Callable] = {"arrow": arrow, "xlora": xlora}

@@ -9,18 +9,15 @@ About 45 minutes on two idle cores; a run that was stopped goes on from its last
 """
 
 import argparse
-import json
 import random
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from treadle.data import load_examples
-from treadle.errors import TreadleError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
-from recipe import ADAPTERS, BASE, treadle
+from recipe import ADAPTERS, BASE, treadle, write_examples
 
 NAME = "multitask"
 
@@ -49,13 +46,8 @@ def write_mixed(data: Path, work: Path, seed: int) -> Path:
         for task, (file, steps) in ADAPTERS.items()
         for example in load_examples(data / file, task, limit=steps * 8, seed=seed)
     ]
-    if not examples:
-        raise TreadleError(f"{data} holds no examples")
     random.Random(seed).shuffle(examples)
-    work.mkdir(parents=True, exist_ok=True)
-    mixed = work / "mixed.jsonl"
-    mixed.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples), "utf-8")
-    return mixed
+    return write_examples(examples, work / "mixed.jsonl")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ are run in turn. Weights are those of the demo's base.
 """
 
 import argparse
-import time
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 from treadle.blend import attach
 from treadle.fast_step import FastStep, Stack, product
 from treadle.models import load_model, quiet_libraries
+from treadle.timing import interleave
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FORMS = {
@@ -60,15 +62,12 @@ def step_weights(dtype: str) -> list[Tensor]:
 
 
 def measure(forms: dict, weights: list[Tensor], inputs: dict[int, Tensor], rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for round_index in range(rounds + 1):
-        for name, form in forms.items():
-            started = time.perf_counter()
-            for weight in weights:
-                form(inputs[weight.shape[1]], weight)
-            if round_index:  # the first round warms up
-                times[name].append(1000 * (time.perf_counter() - started))
-    return {name: median(values) for name, values in times.items()}
+    def all_products(form: Callable[[Tensor, Tensor], Tensor]) -> None:
+        for weight in weights:
+            form(inputs[weight.shape[1]], weight)
+
+    seconds = interleave({name: partial(all_products, form) for name, form in forms.items()}, rounds)
+    return {name: 1000 * median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from treadle.data import load_examples
+from treadle.tasks import Example
 
 from demo import PROMPTS
 from embedder import build_embedder
@@ -51,12 +53,15 @@ def train(data: Path, work: Path, seed: int, steps: int | None, examples: int | 
                 "--seed", seed, *also, "-o", output)  # fmt: skip
 
 
+def write_examples(examples: Sequence[Example], file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples), "utf-8")
+    return file
+
+
 def write_samples(data: Path, work: Path, limit: int) -> None:
-    (work / "samples").mkdir(parents=True, exist_ok=True)
     for task, (file, _) in ADAPTERS.items():
-        examples = load_examples(data / file, task, limit=limit, seed=1)
-        lines = [json.dumps(asdict(example)) for example in examples]
-        (work / "samples" / f"{task}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        write_examples(load_examples(data / file, task, limit=limit, seed=1), work / "samples" / f"{task}.jsonl")
 
 
 def fit(work: Path, bundle: Path) -> None:

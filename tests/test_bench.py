@@ -9,12 +9,13 @@ import pytest
 
 from treadle import suites
 from treadle.adapters import read_adapter
+from treadle.blend import linear_shapes
 from treadle.bundle import read_bundle
 from treadle.errors import OptionError, TreadleError
 from treadle.generate import Engine
 from treadle.params import BenchParams, RoutingParams
 from treadle.peers import cached_peers, uncached_peers
-from treadle.pools import linear_shapes, random_adapters
+from treadle.pools import random_adapters
 from treadle.processes import measure_processes, run_process
 from treadle.suites import Lab, measure, step_bytes
 from treadle.timing import Line, Table, interleave, lines, markdown
@@ -119,7 +120,7 @@ def test_random_adapters_fit_every_layer_that_is_named(engine: Engine) -> None:
     shapes = linear_shapes(engine.model)
     assert [adapter.name for adapter in adapters] == ["a0", "a1"]
     for path, pair in adapters[1].pairs.items():
-        assert (pair.b.shape[0], pair.a.shape[1]) == shapes[path]
+        assert (pair.a.shape[1], pair.b.shape[0]) == shapes[path]
     assert len(adapters[0].pairs) == 4
     with pytest.raises(OptionError, match="no linear layer called wq"):
         random_adapters(engine.model, "base", 2, rank=3, targets=["wq"])
@@ -153,12 +154,10 @@ def test_the_command_prints_tables_or_one_json_object(run: Run, bundle: Path) ->
 
 
 def test_wrong_options_are_named_before_anything_is_measured(run: Run, bundle: Path) -> None:
-    code, _, err = run("bench", bundle, "--suite", "decod,speed")
+    code, _, err = run("bench", "/nowhere", "--suite", "decod,speed", "--tokens", 0, "--batch", 0)
     assert code == 1
     assert "decode" in err
     assert "speed" in err
-    code, _, err = run("bench", bundle, "--tokens", 0, "--batch", 0)
-    assert code == 1
     assert "tokens must be at least 8" in err
     assert "batch names numbers of rows" in err
     code, _, err = run("bench", bundle, "--batch", "many")

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from treadle.data import CHAT, chat_task, load_examples, load_texts, read_rows, sample_texts
 from treadle.errors import DataError, OptionError
-from treadle.tasks import TASKS, Example, find_task, get_task
+from treadle.tasks import TASKS, Example, find_task
 from treadle.text import prompt_ids
 from treadle.train import TrainParams, training_rows
 
@@ -96,7 +96,7 @@ def choices(labels: str) -> dict[str, list[str]]:
     ],
 )
 def test_a_row_becomes(tmp_path, task, row, prompt, completion, bare):
-    example = get_task(task).read(row)
+    example = find_task(task).read(row)
     assert (example.prompt, example.completion, example.bare) == (prompt, completion, bare)
     assert load_examples(write(tmp_path / "rows.jsonl", [row]), task) == [example]
 
@@ -122,7 +122,7 @@ def test_a_row_becomes(tmp_path, task, row, prompt, completion, bare):
     ],
 )
 def test_a_row_offers_options_and_accepts_references(task, row, options, references):
-    example = get_task(task).read(row)
+    example = find_task(task).read(row)
     assert (example.options, example.references, example.tests) == (options, references, ())
     assert not options or example.completion in options
 
@@ -130,7 +130,7 @@ def test_a_row_offers_options_and_accepts_references(task, row, options, referen
 def test_an_unknown_task_names_the_known():
     assert set(TASKS) == {"math", "science", "code", "reading", "mbpp"}
     with pytest.raises(OptionError, match=r"unknown task 'maths'\. Did you mean 'math'\?"):
-        get_task("maths")
+        find_task("maths")
 
 
 # Files

@@ -10,7 +10,7 @@ from treadle.data import load_examples
 from treadle.errors import DataError
 from treadle.metrics import METRICS
 from treadle.sandbox import passes
-from treadle.tasks import PAPER, TASKS, Example, get_task, read_task
+from treadle.tasks import PAPER, TASKS, Example, find_task, read_task
 
 MBPP = {
     "text": "Write a function to add. ",
@@ -48,7 +48,7 @@ def test_a_built_in_task_has_metrics_that_exist_and_rows_on_the_hub(task):
 
 
 def test_a_row_of_mbpp_shows_its_tests_and_its_own_program_passes_them():
-    example = get_task("mbpp").read(MBPP)
+    example = find_task("mbpp").read(MBPP)
     assert example == Example(
         "Question: Write a function to add.\nYour code should pass these tests:\n"
         "assert add(1, 2) == 3\nassert add(2, 2) == 4\n\nAnswer:",
@@ -64,7 +64,7 @@ def test_the_setup_of_mbpp_runs_before_the_tests_and_is_not_shown(setup, tests):
     row = {**MBPP, "test_setup_code": setup}
     if setup:
         row["test_list"] = ["assert add(one, 2) == 3", MBPP["test_list"][1]]
-    example = get_task("mbpp").read(row)
+    example = find_task("mbpp").read(row)
     assert len(example.tests) == tests
     assert passes(example.completion, example.tests)
     assert "one = 1" not in example.prompt
@@ -72,7 +72,7 @@ def test_the_setup_of_mbpp_runs_before_the_tests_and_is_not_shown(setup, tests):
 
 def test_a_row_of_mbpp_needs_no_setup_but_a_text(tmp_path):
     row = {key: value for key, value in MBPP.items() if key != "test_setup_code"}
-    assert get_task("mbpp").read(row) == get_task("mbpp").read(MBPP)
+    assert find_task("mbpp").read(row) == find_task("mbpp").read(MBPP)
     del row["text"]
     with pytest.raises(DataError, match="row 1: KeyError: 'text'"):
         load_examples(write(tmp_path / "rows.jsonl", row), "mbpp")

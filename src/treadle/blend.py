@@ -252,9 +252,7 @@ def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
     """Raise an AdapterError that lists every way in which the adapters do not fit the model or each other."""
     names = [adapter.name for adapter in adapters]
     problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-    shapes = {path: shape for path, module in model.named_modules() if (shape := linear_shape(module))}
-    for path in [path for path, module in model.named_modules() if isinstance(module, BlendedLinear)]:
-        del shapes[f"{path}.base"]  # already blended: one layer, not two
+    shapes = linear_shapes(model)
     for adapter in adapters:
         for path, pair in adapter.pairs.items():
             wanted = (pair.a.shape[1], pair.b.shape[0])
@@ -282,6 +280,14 @@ def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
             f"combine={combine!r} needs adapters of equal ranks and target modules; {', '.join(different)} differ "
             f"from {first.name}. Use combine='sum', which takes any."
         )
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the path of each linear layer of the base and its (in, out); a blended one is one layer, not two."""
+    shapes = {path: shape for path, module in model.named_modules() if (shape := linear_shape(module))}
+    for path in [path for path, module in model.named_modules() if isinstance(module, BlendedLinear)]:
+        del shapes[f"{path}.base"]
+    return shapes
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.errors import DataError, OptionError, problem_list
-from treadle.tasks import Example, Row, Task, get_task
+from treadle.tasks import Example, Row, Task, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def load_examples(
     rows = list(read_rows(source))
     examples: list[Example] = []
     problems: list[str] = []
-    task = get_task(task) if isinstance(task, str) else task
+    task = find_task(task) if isinstance(task, str) else task
     read = task.read if task else _prompt_and_completion
     for number, row in enumerate(rows, 1):
         try:

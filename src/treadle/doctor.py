@@ -1,6 +1,5 @@
 """Examines a bundle: does it load, does each adapter act, can the router tell them apart, what does a step cost."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,14 @@ import torch
 
 from treadle.adapters import Adapter
 from treadle.bundle import read_bundle
-from treadle.params import RoutingParams, SamplingParams
-from treadle.rows import Row
+from treadle.params import RoutingParams
+from treadle.suites import PROBE, started
 from treadle.text import prompt_ids
+from treadle.timing import interleave
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
 
-PROBE = "The answer to the question is as follows."
-"""Read where a bundle keeps no samples of an adapter."""
 SMALLEST_CHANGE = 1e-6
 """An adapter that moves no log-probability by more (in nats) does nothing."""
 STEPS = 12
@@ -139,15 +137,8 @@ def _divergence(engine: "Engine", name: str, text: str) -> float:
 def _step_times(engine: "Engine") -> tuple[float, float]:
     """Return the median seconds of a decoding step of the base alone and of the blend, measured in turn."""
     blended = RoutingParams(every=1) if engine.router.params.rule == "fixed" else engine.router.params
-    batches = [engine.new_batch(end_ids=frozenset()) for _ in range(2)]
-    for batch, routing in zip(batches, (RoutingParams.base(), blended), strict=True):
-        ids = prompt_ids(engine.tokenizer, PROBE)
-        batch.join([Row(ids, engine.router, routing, SamplingParams(max_tokens=STEPS + 4), engine.tokenizer)])
-    times: tuple[list[float], list[float]] = ([], [])
-    for step in range(STEPS + 2):
-        for batch, seconds in zip(batches, times, strict=True):
-            started = time.perf_counter()
-            batch.step()
-            if step >= 2:  # the first two warm up
-                seconds.append(time.perf_counter() - started)
-    return median(times[0]), median(times[1])
+    ids, warm_up = prompt_ids(engine.tokenizer, PROBE), 2
+    arms = {"base": RoutingParams.base(), "blended": blended}
+    steps = {name: started(engine, [ids], STEPS + warm_up + 2, routing).step for name, routing in arms.items()}
+    seconds = interleave(steps, STEPS, warm_up)
+    return median(seconds["base"]), median(seconds["blended"])

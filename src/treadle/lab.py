@@ -110,12 +110,17 @@ def bench(
     """Measure speed and memory side by side: interleaved runs in one process, medians, ratios to the base."""
     from treadle.bundle import read_bundle
     from treadle.models import quiet_libraries
-    from treadle.suites import Lab, measure
+    from treadle.suites import Lab, check_suites, measure
     from treadle.timing import markdown
 
     quiet_libraries()
     names = [name for entry in suite or ["decode"] for name in entry.split(",")]
-    lab = Lab.open(read_bundle(bundle), device, dtype, read_options(BenchParams, options))
+    problems: list[str] = []
+    collect(problems, [lambda: check_suites(names)])
+    params = collect(problems, [lambda: read_options(BenchParams, options)])
+    if problems:
+        raise OptionError("\n".join(problems))
+    lab = Lab.open(read_bundle(bundle), device, dtype, params[0])
     found: list[Table] = []
     if not as_json:
         print(lab.about)

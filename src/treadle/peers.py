@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 BLEND = "blend"
 """What the peers that merge call the merged adapter."""
-NO_VLLM = "lives in an environment of its own, which benchmarks/vllm_peer.py measures"
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """Engines with random adapters, as many and as large as wanted: their cost is that of trained ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from treadle.adapters import Adapter, LoraPair
+from treadle.blend import linear_shapes
 from treadle.centroids import Centroids
 from treadle.embed import Embedder
 from treadle.errors import OptionError
-from treadle.layers import BlendedLinear
 from treadle.routing import Router
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def random_adapters(
         Adapter(
             f"a{index}",
             base,
-            {path: LoraPair(noise(rank, inner), noise(outer, rank), 1.0) for path, (outer, inner) in shapes.items()},
+            {path: LoraPair(noise(rank, inner), noise(outer, rank), 1.0) for path, (inner, outer) in shapes.items()},
             Path(),
         )
         for index in range(count)
@@ -57,13 +57,3 @@ def random_router(names: Sequence[str], embedder: Embedder) -> Router:
     for name in names:
         centroids = centroids.add(name, draw.standard_normal((SAMPLES, embedder.dim)).astype(np.float32))
     return Router(centroids, embedder)
-
-
-def linear_shapes(model: nn.Module) -> Mapping[str, tuple[int, int]]:
-    """Return the path of each linear layer of the base and the shape (out, in) of its weight."""
-    found: dict[str, tuple[int, int]] = {}
-    for path, module in model.named_modules():
-        inner = module.base if isinstance(module, BlendedLinear) else module
-        if isinstance(inner, nn.Linear) and not path.endswith(".base"):
-            found[path] = inner.out_features, inner.in_features
-    return found

@@ -11,7 +11,7 @@ from statistics import median
 from torch import nn
 
 from treadle.bundle import Bundle
-from treadle.errors import OptionError, unknown_name
+from treadle.errors import OptionError, problem_list, unknown_name
 from treadle.generate import Engine
 from treadle.models import load_model, load_tokenizer, locate
 from treadle.params import BenchParams, RoutingParams, SamplingParams
@@ -24,7 +24,7 @@ from treadle.text import prompt_ids
 from treadle.timing import Line, Table, Unit, bandwidth, circumstances, interleave, lines
 
 PROBE = "The answer to the question is as follows."
-"""The prompt where a bundle keeps no samples."""
+"""Read where a bundle keeps no samples of an adapter."""
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 POOLS = (4, 16, 64, 256)
 """Numbers of adapters in one engine."""
@@ -83,16 +83,26 @@ class Lab:
 
 def decode(lab: Lab) -> list[Table]:
     """Compare whole calls with transformers' `generate` of the bare base, and single steps with routing off."""
+    return [calls(lab), steps(lab)]
+
+
+def calls(lab: Lab) -> Table:
+    """Compare whole calls with transformers' own `generate` of the bare base."""
     plain = load_model(lab.bundle.base_model, device=str(lab.engine.model.device), dtype=lab.dtype)
-    calls = [line for batch in lab.params.batch for line in _calls(lab, plain, batch)]
-    del plain
+    made = [line for batch in lab.params.batch for line in _calls(lab, plain, batch)]
+    return Table("decode", _call_title(lab), tuple(made))
+
+
+def _call_title(lab: Lab) -> str:
+    return f"A call that reads {lab.params.prompt} tokens and makes {lab.params.tokens} a row, per made token"
+
+
+def steps(lab: Lab) -> Table:
+    """Compare single steps with those of routing off."""
     wide = _wide(lab)
-    steps = [line for batch in lab.params.batch for line in _steps(lab, wide, batch)]
-    tokens, start = lab.params.tokens, lab.params.prompt
-    return [
-        Table("decode", f"A call that reads {start} tokens and makes {tokens} a row, per made token", tuple(calls)),
-        Table("decode", f"One step, a token a row, at texts of {start} to {start + tokens} tokens", tuple(steps)),
-    ]
+    made = [line for batch in lab.params.batch for line in _steps(lab, wide, batch)]
+    start, end = lab.params.prompt, lab.params.prompt + lab.params.tokens
+    return Table("decode", f"One step, a token a row, at texts of {start} to {end} tokens", tuple(made))
 
 
 def _calls(lab: Lab, plain: nn.Module, batch: int) -> list[Line]:
@@ -235,17 +245,16 @@ def step_bytes(engine: Engine, routing: RoutingParams, batch: int, length: int) 
 def peers(lab: Lab) -> list[Table]:
     """Run other libraries with the same adapters: whole calls, or single tokens where they keep no cache."""
     tokens, length = lab.params.tokens, lab.params.paper_text
-    calls: list[Line] = []
+    made: list[Line] = []
     for batch in lab.params.batch:
         prompts = lab.prompts(batch, lab.params.prompt)
         own: Peers = {name: partial(run, lab.engine, prompts, tokens, each) for name, each in routings().items()}
-        calls += _peer_lines({**own, **cached_peers(lab, prompts, tokens)}, lab, batch, tokens)
+        made += _peer_lines({**own, **cached_peers(lab, prompts, tokens)}, lab, batch, tokens)
     [text] = lab.prompts(1, length)
     step = started(lab.engine, [text], lab.params.rounds + 3, RoutingParams(every=1)).step
     single = _peer_lines({"treadle, every 1": step, **uncached_peers(lab, text, lab.params.sentence)}, lab, 1, 1)
-    start = lab.params.prompt
     return [
-        Table("peers", f"A call that reads {start} tokens and makes {tokens} a row, per made token", tuple(calls)),
+        Table("peers", _call_title(lab), tuple(made)),
         Table("peers", f"One token at a text of {length} tokens", tuple(single)),
     ]
 
@@ -302,12 +311,12 @@ SUITES: dict[str, Callable[[Lab], list[Table]]] = {
 """By the name that the command line takes."""
 
 
-def measure(lab: Lab, names: Sequence[str]) -> Iterator[Table]:
-    """Yield the tables of the suites `names` as they are measured.
-
-    Raises:
-        OptionError: lists the names that are no suite, before anything is measured.
-    """
+def check_suites(names: Sequence[str]) -> None:
+    """Raise an OptionError that lists the names that are no suite."""
     if unknown := [unknown_name("suite", name, SUITES) for name in names if name not in SUITES]:
-        raise OptionError("\n".join(unknown))
+        raise OptionError(problem_list("suites:", unknown))
+
+
+def measure(lab: Lab, names: Sequence[str]) -> Iterator[Table]:
+    """Yield the tables of the suites `names` (`check_suites`) as they are measured."""
     return (table for name in names for table in SUITES[name](lab))

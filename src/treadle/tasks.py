@@ -126,13 +126,6 @@ PAPER = ("math", "science", "code", "reading")
 FILE_KEYS = ("name", "source", "prompt", "completion", "bare", "metrics", "max_tokens", "adapter")
 
 
-def get_task(name: str) -> Task:
-    """Return the task called `name`; an unknown name is an OptionError that lists the known ones."""
-    if name not in TASKS:
-        raise OptionError(unknown_name("task", name, TASKS))
-    return TASKS[name]
-
-
 def find_task(name: str, also: Iterable[str] = ()) -> Task:
     """Return the task called `name`, or the one that a `.json` file describes; `also`: names that the caller knows."""
     if name.endswith(".json"):
