@@ -24,7 +24,7 @@ CORE = {
         "routing",
         "sampling",
     ),
-    *("text", "cache", "rows", "generate", "score", "bundle", "models", "centroid_files"),
+    *("text", "cache", "rows", "prefixes", "batch", "generate", "score", "bundle", "models", "centroid_files"),
 }
 
 

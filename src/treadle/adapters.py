@@ -207,7 +207,8 @@ def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
             hint = f" {PICKLE_FILE} is a pickle, which can run code: load it with PEFT and save it as safetensors."
         raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}.{hint}")
     try:
-        return load_file(file)
+        # copies: a mapped file that somebody truncates later ends the process with SIGBUS
+        return {key: tensor.clone() for key, tensor in load_file(file).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter {name!r}: {file} cannot be read: {error}") from error
 

@@ -43,6 +43,23 @@ def sample(
     return tokens.tolist(), logprobs.tolist()
 
 
+def likeliest(logits: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """Return the `counts` (B) most probable tokens of each row of logits (B, V), with log-probabilities in nats."""
+    if not max(counts, default=0):
+        return [()] * len(counts)
+    logits = logits.float()
+    values, tokens = logits.topk(min(max(counts), logits.shape[-1]))  # (B, largest count)
+    logprobs = values - logits.logsumexp(-1, keepdim=True)
+    pairs = zip(tokens.tolist(), logprobs.tolist(), counts, strict=True)
+    return [tuple(zip(ids[:count], each[:count], strict=True)) for ids, each, count in pairs]
+
+
+def score_tokens(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """Return the log-probabilities (T) in nats of tokens (T) under logits (T, V)."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    return logprobs[torch.arange(len(tokens)), torch.tensor(tokens, dtype=torch.long)].tolist()
+
+
 def truncate(logits: Tensor, params: SamplingParams) -> Tensor:
     """Return logits (V,) with -inf where `top_k` and `top_p` leave a token out; the most probable always stays."""
     if 0 < params.top_k < logits.shape[-1]:
