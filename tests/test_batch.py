@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import SAMPLES, save_adapter
 from treadle.batch import Batch
 from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.rows import Report, Row
 from treadle.text import prompt_ids
+
+from conftest import SAMPLES, save_adapter
 
 PROMPTS = ["add three plus four and the sum of the atom heat", "def loop", "the planet heat cell, return list " * 4]
 ROUTINGS = {
@@ -114,9 +115,7 @@ def test_a_report_is_what_an_uncached_forward_says(engine: Engine, name: str, nu
 
 
 def test_nothing_is_reported_unasked(engine: Engine) -> None:
-    asked, unasked = (
-        make_row(engine, PROMPTS[0], ROUTINGS["base"], report) for report in (Report(likeliest=2), None)
-    )
+    asked, unasked = (make_row(engine, PROMPTS[0], ROUTINGS["base"], report) for report in (Report(likeliest=2), None))
     batch = engine.new_batch()
     batch.join([asked, unasked])
     finish(batch)
@@ -192,8 +191,9 @@ def test_an_adapter_replaced_under_its_name_is_another_one(engine: Engine, tmp_p
 
 
 def test_the_papers_combine_shares_only_among_the_same_adapters(equal_folders: dict[str, Path], engine: Engine) -> None:
-    from conftest import byte_tokenizer, tiny_llama
     from treadle.adapters import read_adapter
+
+    from conftest import byte_tokenizer, tiny_llama
 
     equal = Engine(
         tiny_llama(), byte_tokenizer(), [read_adapter(f, n) for n, f in equal_folders.items()], engine.router
@@ -224,7 +224,7 @@ def test_the_oldest_texts_go_when_there_is_no_room(engine: Engine) -> None:
 
 def test_padding_with_a_longer_row(engine: Engine) -> None:
     batch = engine.new_batch()
-    assert batch.padding_with(100) == 0
+    assert batch.padding_with(100) == (100, 0)
     row = make_row(engine, "x" * 49, ROUTINGS["base"])
     batch.join([row])
-    assert batch.padding_with(100) == pytest.approx(0.25)
+    assert batch.padding_with(100) == (150, 50)

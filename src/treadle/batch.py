@@ -127,10 +127,10 @@ class Batch:
         """Drop rows, finished or not; the others do not notice."""
         self._keep([row for row in self.rows if row not in rows])
 
-    def padding_with(self, length: int) -> float:
-        """Return the share of the cache that would be padding if a row of `length` tokens joined."""
+    def padding_with(self, length: int) -> tuple[int, int]:
+        """Return how many tokens, and how many columns of padding, there are if a row of `length` tokens joins."""
         lengths = [*(len(row.ids) for row in self.rows), length]
-        return 1 - sum(lengths) / (len(lengths) * max(lengths))
+        return sum(lengths), len(lengths) * max(lengths) - sum(lengths)
 
     def _advance(self, rows: Sequence[Row], logits: Tensor) -> Events:
         """Sample the next token of each row from logits (B, V); finished rows leave."""

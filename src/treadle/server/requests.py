@@ -1,0 +1,277 @@
+"""From a body to work for the engine: which model, which options, which prompts, or every reason why not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from treadle.errors import OptionError, TreadleError, unknown_name
+from treadle.generate import Engine
+from treadle.options import read_options
+from treadle.params import RoutingParams, SamplingParams
+from treadle.rows import Report
+from treadle.server.bodies import ChatBody, CompletionBody, Generating, Json, shown
+from treadle.server.failures import Failure, refusal
+from treadle.server.jobs import Work
+from treadle.server.keys import Caller
+from treadle.server.params import ServeParams
+from treadle.server.routers import Routers
+from treadle.text import prompt_ids
+
+AUTO, BASE = "auto", "base"
+LONGEST_STOP = 256
+"""Characters of a stop string."""
+COMPLETION_TOKENS = 16
+"""Of /v1/completions where a request does not say, as OpenAI's API has it."""
+
+Problems = list[tuple[str, str]]
+"""Field and message of each."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A validated request to generate.
+
+    Attributes:
+        model: as the request named it.
+        work: for the scheduler; its sequences are n of the first prompt, n of the second ...
+        is_chat: whether the answer is that of a chat.
+        n: choices a prompt.
+        likeliest: how many likeliest tokens come with each; None = no log-probabilities at all.
+        echo: the text of each prompt, where it comes before its answer; else empty.
+        is_silent: whether no token is wanted, only the prompt's own.
+        is_streamed: whether the answer is streamed.
+        has_usage: whether a stream ends with the numbers of tokens.
+        has_trace: whether each choice carries its weights.
+    """
+
+    model: str
+    work: Work
+    is_chat: bool
+    n: int
+    likeliest: int | None
+    echo: tuple[str, ...]
+    is_silent: bool
+    is_streamed: bool
+    has_usage: bool
+    has_trace: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads bodies for one server: the engine says what can be asked, the params how much of it."""
+
+    engine: Engine
+    routers: Routers
+    params: ServeParams
+    names: tuple[str, ...]  # of the routed model
+
+    def models(self, caller: Caller) -> list[str]:
+        """Return what a caller may name as model: the routed one, its adapters, the base."""
+        return [*self.names, *self.adapters(caller), BASE]
+
+    def adapters(self, caller: Caller) -> list[str]:
+        """Return the adapters that a caller may use, in the order of the engine."""
+        allowed = caller.adapters
+        return [name for name in self.engine.adapter_names if allowed is None or name in allowed]
+
+    def read(self, body: Generating, problems: Problems, caller: Caller) -> Asked:
+        """Return what a body asks for, or raise a Failure with all that is wrong with it, `problems` included."""
+        problems = list(problems)
+        routing, adapters, has_trace = self.routing(body.model, body.treadle, problems, caller)
+        prompts = body.prompt if isinstance(body, CompletionBody) else [body.messages]  # type: ignore[attr-defined]
+        n = body.n or 1
+        sampling = self._sampling(body, problems, len(prompts) * n)
+        likeliest = _likeliest(body, problems)
+        self._check_limits(body, problems, likeliest or 0)
+        ids = self._ids(prompts, problems)
+        is_echo = isinstance(body, CompletionBody) and bool(body.echo)
+        if routing.past == "recompute" and routing.every is not None:
+            self._check_recompute(ids, sampling, problems)
+        if problems:
+            raise refusal(problems)
+        report = Report(likeliest or 0, is_echo and likeliest is not None)
+        echo = tuple(self._text(prompt) for prompt in prompts) if is_echo else ()
+        each = [prompt for prompt in ids for _ in range(n)]
+        return Asked(
+            model=body.model,
+            work=Work(each, sampling, routing, report, adapters, caller.id),
+            is_chat=isinstance(body, ChatBody),
+            n=n,
+            likeliest=likeliest,
+            echo=echo,
+            is_silent=body.max_tokens == 0,
+            is_streamed=bool(body.stream),
+            has_usage=bool(body.stream_options and body.stream_options.include_usage),
+            has_trace=has_trace,
+        )
+
+    def routing(
+        self, model: str, given: Json | None, problems: Problems, caller: Caller
+    ) -> tuple[RoutingParams, frozenset[str] | None, bool]:
+        """Return the routing of a request, the adapters that may take part, and whether it wants its trace."""
+        names = self.models(caller)
+        default = self.engine.router.params
+        if model not in names:
+            raise Failure(404, unknown_name("model", model, names), param="model", code="model_not_found")
+        options = dict(given or {})
+        has_trace = options.pop("trace", False)
+        if not isinstance(has_trace, bool):
+            problems.append(("treadle", f"treadle.trace: got {shown(has_trace)}; allowed: true or false"))
+        chosen = options.pop("adapters", None)
+        if model not in self.names and (options or chosen is not None):
+            what = ", ".join([*options, *(["adapters"] if chosen is not None else [])])
+            problems.append(
+                ("treadle", f"treadle.{what}: model {model!r} is not routed; allowed: 'trace', or model {AUTO!r}")
+            )
+            return default, None, bool(has_trace)
+        adapters = self._chosen(chosen, problems, caller)
+        if model not in self.names:
+            fixed = RoutingParams.base() if model == BASE else RoutingParams.one(model)
+            return fixed, adapters, bool(has_trace)
+        params = self._params(options, default, problems)
+        if not problems:
+            try:
+                self.engine.check_routing([params], self.routers.among(adapters))
+            except TreadleError as error:
+                problems.append(("treadle", f"treadle: {error}"))
+        return params, adapters, bool(has_trace)
+
+    def _chosen(self, chosen: Any, problems: Problems, caller: Caller) -> frozenset[str] | None:
+        """Return the adapters that may take part: those that the request names, of those that the caller may use."""
+        if chosen is None:
+            return caller.adapters
+        names = self.adapters(caller)
+        if not isinstance(chosen, list) or not all(isinstance(name, str) for name in chosen):
+            allowed = ", ".join(names)
+            problems.append(("treadle", f"treadle.adapters: got {shown(chosen)}; allowed: a list of {allowed}"))
+            return caller.adapters
+        problems += [
+            ("treadle", f"treadle.adapters: {unknown_name('adapter', name, names)}")
+            for name in chosen
+            if name not in names
+        ]
+        return frozenset(chosen)
+
+    def _params(self, options: Json, default: RoutingParams, problems: Problems) -> RoutingParams:
+        if options.get("fixed") is not None:
+            options = {"rule": "fixed", **options}  # nobody would give both
+        elif default.fixed is not None and options.get("rule", "fixed") != "fixed":
+            options = {"fixed": None, **options}
+        try:
+            return read_options(RoutingParams, options, onto=default)
+        except OptionError as error:
+            named = next((name for name in options if name in str(error)), next(iter(options), ""))
+            given = "" if named in str(error) and shown(options[named]) in str(error) else f" (got {shown(options)})"
+            known = ", ".join(entry.name for entry in fields(RoutingParams))
+            hint = "" if "Allowed" in str(error) else f"; options: {known}, adapters, trace"
+            problems.append(("treadle", f"treadle: {error}{given}{hint}"))
+            return default
+
+    def _sampling(self, body: Generating, problems: Problems, count: int) -> list[SamplingParams]:
+        """Return the sampling of each sequence; with a seed, each has a random stream of its own that repeats."""
+        limit = self.params.max_tokens
+        wanted = [body.max_tokens] if body.max_tokens is not None else []
+        if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+            wanted.append(body.max_completion_tokens)
+        default = limit if isinstance(body, ChatBody) else min(limit, COMPLETION_TOKENS)
+        most = wanted[0] if wanted else default
+        if len(set(wanted)) > 1:
+            both = f"max_tokens: got {wanted[0]}, max_completion_tokens: got {wanted[1]}"
+            problems.append(("max_tokens", f"{both}; allowed: one of them"))
+        is_scoring = isinstance(body, CompletionBody) and body.echo
+        if most > limit or (most == 0 and not is_scoring):
+            field = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
+            least = "0 (with echo)" if isinstance(body, CompletionBody) else "1"
+            problems.append((field, f"{field}: got {most}; allowed: a whole number from {least} to {limit}"))
+            most = 1
+        temperature = 1.0 if body.temperature is None else body.temperature
+        if 0 < temperature < 0.001:
+            problems.append(("temperature", f"temperature: got {temperature}; allowed: 0 (greedy), or 0.001 to 2"))
+            temperature = 1.0
+        stop = self._stops(body.stop or [], problems)
+        top_p = 1.0 if body.top_p is None else body.top_p
+        seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(count)]
+        one = SamplingParams(temperature, top_p, body.top_k or 0, max(most, 1), stop)
+        return [SamplingParams(**{**vars(one), "seed": seed}) for seed in seeds]
+
+    def _stops(self, stops: Sequence[str], problems: Problems) -> tuple[str, ...]:
+        limit = self.params.max_stops
+        if len(stops) > limit:
+            problems.append(("stop", f"stop: got {len(stops)} texts; allowed: at most {limit}"))
+        if bad := [text for text in stops if not 0 < len(text) <= LONGEST_STOP]:
+            problems.append(("stop", f"stop: got {shown(bad[0])}; allowed: texts of 1 to {LONGEST_STOP} characters"))
+        return () if bad or len(stops) > limit else tuple(stops)
+
+    def _check_limits(self, body: Generating, problems: Problems, likeliest: int) -> None:
+        params = self.params
+        n = body.n or 1
+        count = len(body.prompt) if isinstance(body, CompletionBody) else 1
+        if n > params.max_n:
+            problems.append(("n", f"n: got {n}; allowed: a whole number from 1 to {params.max_n}"))
+        if count > params.max_prompts:
+            problems.append(("prompt", f"prompt: got a list of {count}; allowed: at most {params.max_prompts}"))
+        if likeliest > params.max_logprobs:
+            name = "logprobs" if isinstance(body, CompletionBody) else "top_logprobs"
+            problems.append((name, f"{name}: got {likeliest}; allowed: a whole number from 0 to {params.max_logprobs}"))
+        if isinstance(body, ChatBody) and len(body.messages) > params.max_messages:
+            many = len(body.messages)
+            problems.append(("messages", f"messages: got {many} of them; allowed: at most {params.max_messages}"))
+        if isinstance(body, CompletionBody) and body.best_of not in (None, n):
+            problems.append(("best_of", f"best_of: got {body.best_of}; allowed: the same as n ({n})"))
+        if body.stream_options is not None and not body.stream:
+            problems.append(("stream_options", "stream_options: got an object; allowed: only with 'stream': true"))
+
+    def _ids(self, prompts: Sequence[Any], problems: Problems) -> list[list[int]]:
+        """Return the token ids of prompts, where they are not too long; reads none when too many were given."""
+        room = self.engine.context and self.engine.context - 1  # for one token of the answer
+        most = min((limit for limit in (self.params.max_prompt_tokens, room) if limit), default=None)
+        vocabulary = len(self.engine.tokenizer)
+        found: list[list[int]] = []
+        for index, prompt in enumerate(prompts[: self.params.max_prompts]):
+            field = "messages" if isinstance(prompt, list) and not isinstance(prompt[0], int) else "prompt"
+            place = f"prompt[{index}]" if len(prompts) > 1 else field
+            try:
+                ids = self._read_prompt(prompt)
+            except TreadleError as error:
+                problems.append((field, f"{place}: {error}"))
+                continue
+            if bad := [each for each in ids if not 0 <= each < vocabulary]:
+                problems.append((field, f"{place}: got token id {bad[0]}; allowed: 0 to {vocabulary - 1}"))
+            elif most is not None and len(ids) > most:
+                problems.append((field, f"{place}: got {len(ids)} tokens; allowed: at most {most}"))
+            else:
+                found.append(ids)
+        return found
+
+    def _read_prompt(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            return prompt
+        if isinstance(prompt, list):
+            return prompt_ids(self.engine.tokenizer, [message.model_dump() for message in prompt])
+        return prompt_ids(self.engine.tokenizer, prompt)
+
+    def _text(self, prompt: Any) -> str:
+        return self.engine.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt
+
+    def _check_recompute(
+        self, ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], problems: Problems
+    ) -> None:
+        limit = self.params.max_recompute_tokens
+        longest = max((len(each) for each in ids), default=0) + sampling[0].max_tokens
+        if longest > limit:
+            given = f"treadle.past: got 'recompute', to read {longest} tokens of prompt and answer again and again"
+            problems.append(("treadle", f"{given}; allowed: at most {limit} tokens, or 'keep'"))
+
+
+def _likeliest(body: Generating, problems: Problems) -> int | None:
+    """Return how many likeliest tokens a request wants with each token; None = no log-probabilities."""
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    assert isinstance(body, ChatBody)
+    if not body.logprobs:
+        if body.top_logprobs:
+            problems.append(
+                ("top_logprobs", f"top_logprobs: got {body.top_logprobs}; allowed: only with 'logprobs': true")
+            )
+        return None
+    return body.top_logprobs or 0
