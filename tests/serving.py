@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,12 @@ from typing import Any
 import httpx
 import openai
 
-from treadle.bundle import read_bundle, save_bundle
+from treadle.bundle import read_bundle
 from treadle.generate import Engine
-from treadle.routing import fit
 from treadle.server.params import ServeParams
 from treadle.server.serve import Server
 
-from conftest import BASE, SAMPLES, byte_tokenizer, tiny_llama
-
 CHAT = [{"role": "user", "content": "add three plus four"}]
-
-
-def write_bundle(root: Path, folders: Mapping[str, Path], embedder: Any) -> Path:
-    tiny_llama().save_pretrained(root / BASE)
-    byte_tokenizer().save_pretrained(root / BASE)
-    return save_bundle(
-        root / "bundle", base=str(root / BASE), adapters=folders, router=fit(SAMPLES, embedder), samples=None
-    )
 
 
 class Serving:
@@ -47,11 +36,30 @@ class Serving:
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return self.request("POST", path, json=body, **options)
 
-    def wait_until_idle(self, seconds: float = 20) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
         until = time.monotonic() + seconds
-        while self.scheduler.num_unfinished:
-            assert time.monotonic() < until, "sequences are left"
-            time.sleep(0.01)
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+    def wait_until_idle(self) -> None:
+        self.wait_until(lambda: self.scheduler.num_unfinished == 0)
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Hold the engine's thread between two steps."""
+        is_held, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            is_held.set()
+            go.wait(30)
+
+        self.scheduler.call(hold)
+        assert is_held.wait(30)
+        try:
+            yield
+        finally:
+            go.set()
 
 
 @contextmanager
@@ -64,7 +72,8 @@ def serving(bundle: Path, **params: Any) -> Generator[Serving]:
     thread.start()
     until = time.monotonic() + 30
     while not server.started:
-        assert thread.is_alive() and time.monotonic() < until
+        assert thread.is_alive()
+        assert time.monotonic() < until
         time.sleep(0.01)
     try:
         yield Serving(server, engine)

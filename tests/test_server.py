@@ -12,7 +12,7 @@ import pytest
 
 from treadle.params import RoutingParams, SamplingParams
 
-from serving import CHAT, Serving, serving, write_bundle
+from serving import CHAT, Serving, serving
 
 PROMPT = "add three plus four"
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -22,11 +22,6 @@ MODELS = {
     "math": RoutingParams.one("math"),
     "base": RoutingParams.base(),
 }
-
-
-@pytest.fixture(scope="module")
-def bundle_folder(tmp_path_factory: pytest.TempPathFactory, adapter_folders: dict[str, Path], embedder: object) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("served"), adapter_folders, embedder)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving import CHAT, Serving, serving, write_bundle
+from serving import CHAT, Serving, serving
 
 CHATS, TEXTS, ROUTE = "/v1/chat/completions", "/v1/completions", "/v1/route"
 MINIMAL: dict[str, dict[str, Any]] = {
@@ -134,11 +134,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
 
 
 @pytest.fixture(scope="module")
-def served(
-    tmp_path_factory: pytest.TempPathFactory, adapter_folders: dict[str, Path], embedder: object
-) -> Generator[Serving]:
-    folder = write_bundle(tmp_path_factory.mktemp("served"), adapter_folders, embedder)
-    with serving(folder, **LIMITS) as each:
+def served(bundle_folder: Path) -> Generator[Serving]:
+    with serving(bundle_folder, **LIMITS) as each:
         yield each
 
 

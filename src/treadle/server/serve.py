@@ -24,7 +24,7 @@ POLL_SECONDS = 0.05
 
 
 class Server(uvicorn.Server):
-    """Ends in order: when asked to, it is not ready, finishes what runs within the shutdown timeout, and exits with 0."""
+    """Ends in order: asked to, it is not ready, finishes what runs within the shutdown timeout, and exits with 0."""
 
     def __init__(self, bundle: Bundle, engine: Engine, params: ServeParams) -> None:
         self.app = make_app(bundle, engine, params)
@@ -80,8 +80,8 @@ class Server(uvicorn.Server):
 
 def serve(folder: str, params: ServeParams) -> None:
     """Load a bundle and serve it until SIGTERM or SIGINT."""
-    _set_up_log(params)
     bundle = read_bundle(folder)
+    _set_up_log(params)
     engine = bundle.engine(device=params.device, dtype=params.dtype)
     sys.setswitchinterval(SWITCH_SECONDS)
     if params.host not in ("127.0.0.1", "localhost", "::1") and not (params.api_key or params.api_key_file):
