@@ -4,6 +4,7 @@ Rows join and leave between steps. A prompt is read at once or in chunks: until 
 its own, and the rows that run do not notice.
 """
 
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -79,6 +80,7 @@ class Batch:
         self._cache = RowCache()
         self._fast_step = fast_step
         self._prefixes = prefixes
+        self.route_seconds = 0.0  # spent on weights so far
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> Events:
@@ -90,7 +92,7 @@ class Batch:
         """Start to read the prompts of new rows; `read` goes on. What is known of a single row's prompt is not read."""
         for row in rows:
             row.generator = new_generator(row.sampling, self._model.device)
-        route(rows)
+        self._route(rows)
         reading = Reading(rows)
         if self._prefixes and len(rows) == 1 and not rows[0].report.prompt:
             rows[0].reused = self._prefixes.fill(reading.cache, self._text(rows[0]))
@@ -110,7 +112,7 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> Events:
         """Give every row its next token."""
-        changed = route(self.rows)
+        changed = self._route(self.rows)
         again = [row for row in changed if row.routing.past == "recompute"]
         if again:
             self._keep([row for row in self.rows if row not in again])
@@ -131,6 +133,12 @@ class Batch:
         """Return how many tokens, and how many columns of padding, there are if a row of `length` tokens joins."""
         lengths = [*(len(row.ids) for row in self.rows), length]
         return sum(lengths), len(lengths) * max(lengths) - sum(lengths)
+
+    def _route(self, rows: Sequence[Row]) -> list[Row]:
+        started = time.perf_counter()
+        changed = route(rows)
+        self.route_seconds += time.perf_counter() - started
+        return changed
 
     def _advance(self, rows: Sequence[Row], logits: Tensor) -> Events:
         """Sample the next token of each row from logits (B, V); finished rows leave."""

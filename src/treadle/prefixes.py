@@ -84,6 +84,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._entries: list[Entry] = []  # the newest last
+        self._adapters: Sequence[Adapter] = ()  # of the last `forget`
 
     @property
     def num_bytes(self) -> int:
@@ -126,5 +127,8 @@ class PrefixCache:
 
     def forget(self, adapters: Sequence[Adapter]) -> None:
         """Drop what was read under adapters other than these."""
+        if adapters is self._adapters:
+            return
+        self._adapters = adapters
         present = set(map(id, adapters))
         self._entries = [e for e in self._entries if all(id(adapter) in present for adapter in e.text.adapters)]

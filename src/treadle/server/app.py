@@ -16,7 +16,7 @@ from treadle.bundle import Bundle
 from treadle.generate import Engine
 from treadle.server import adapters, generating
 from treadle.server.failures import Failure
-from treadle.server.gate import Gate
+from treadle.server.gate import Gate, Visit
 from treadle.server.openapi import document
 from treadle.server.params import ServeParams
 from treadle.server.state import State
@@ -87,7 +87,8 @@ def make_app(bundle: Bundle, engine: Engine, params: ServeParams) -> Starlette:
     return app
 
 
-async def _refused(_: Request, failure: Failure) -> Response:
+async def _refused(request: Request, failure: Failure) -> Response:
+    Visit.of(request).notes["error"] = failure.code
     return failure.response()
 
 

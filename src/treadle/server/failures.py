@@ -6,7 +6,8 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from treadle.errors import AdapterError, TreadleError, problem_list
-from treadle.server.scheduler import Busy, EngineFailed, Stopping
+from treadle.server.loop import EngineFailed
+from treadle.server.scheduler import Busy, Stopping
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 

@@ -85,6 +85,7 @@ class Gate:
         try:
             await self._pass(scope, receive, send_on, headers)
         except Failure as failure:
+            visit.notes["error"] = failure.code
             await failure.response()(scope, receive, send_on)
         except TimeoutError:
             visit.notes["error"] = "client_too_slow"  # in the middle of a stream: nothing more can be said to it

@@ -50,6 +50,7 @@ class Metrics:
             "treadle_base_tokens", "generated tokens under which no adapter acted", registry=registry
         )
         self.router = Counter("treadle_router_seconds", "time spent on weights", registry=registry)
+        self.prefixes = Gauge("treadle_prefix_cache_bytes", "keys and values kept for prompts", registry=registry)
         self.loaded = Gauge("treadle_adapter_loaded", "1 for each loaded adapter", ["adapter"], registry=registry)
         self._adapters: set[str] = set()
 
@@ -72,10 +73,11 @@ class Metrics:
         self.step.observe(seconds)
         self.batch.observe(num_rows)
 
-    def set_load(self, running: int, waiting: int) -> None:
-        """Say how many sequences run and wait."""
+    def set_load(self, running: int, waiting: int, prefix_bytes: int) -> None:
+        """Say how many sequences run and wait, and how much is kept of earlier ones."""
         self.running.set(running)
         self.waiting.set(waiting)
+        self.prefixes.set(prefix_bytes)
 
     def count_prompts(self, rows: Sequence[Row]) -> None:
         """Count the prompts of sequences that have been read."""

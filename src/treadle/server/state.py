@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from treadle.bundle import Bundle
 from treadle.generate import Engine
+from treadle.server.loop import Loop
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
 from treadle.server.requests import AUTO, Reader
@@ -47,7 +48,7 @@ class State:
             params=params,
             metrics=metrics,
             routers=routers,
-            scheduler=Scheduler(engine, routers, params, metrics),
+            scheduler=Scheduler(Loop(engine, routers, params, metrics), params),
             reader=Reader(engine, routers, params, tuple(dict.fromkeys((AUTO, name)))),
             tokens=TokenTexts(engine.tokenizer),
         )
