@@ -143,6 +143,18 @@ def test_a_job_that_is_given_up_leaves_nothing_behind(engine: Engine, rounds: in
     assert tuple(event.token_id for event in other.rows[0].events) == expected.token_ids
 
 
+def test_when_the_only_running_job_is_given_up_those_that_wait_go_on(engine: Engine) -> None:
+    case = Case(engine, max_batch=1)
+    job, _ = case.submit(5)
+    other, news = case.submit(5, max_tokens=3)
+    case.loop.advance()
+    case.loop.give_up(job)
+    while case.loop.is_busy:
+        case.loop.advance()
+    assert other.rows[0].is_finished
+    assert not any(isinstance(each, Exception) for each in news)
+
+
 def test_an_adapter_that_went_before_its_job_came_is_told(engine: Engine) -> None:
     case = Case(engine)
     engine.remove_adapter("math")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -12,12 +12,13 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.batch import Batch
 from treadle.blend import attach
 from treadle.centroids import Centroids, Floats
+from treadle.completion import Completion
 from treadle.errors import AdapterError, ModelError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.fast_step import FastStep, fits, is_hooked
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import Router
-from treadle.rows import FinishReason, Report, Row, TokenEvent
+from treadle.rows import Report, Row, TokenEvent
 from treadle.text import Prompt, prompt_ids
 
 if TYPE_CHECKING:
@@ -26,31 +27,6 @@ if TYPE_CHECKING:
 MAX_BATCH = 32
 """Rows of one call to `generate` that share a forward pass; more wait until one ends."""
 Options = TypeVar("Options")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished row.
-
-    Attributes:
-        text: what was generated, without the end-of-text token and without the stop string.
-        token_ids: (T) all generated tokens, the one that ended the text included.
-        logprobs: (T,) in nats.
-        weights: (T, N) under which the forward pass ran that gave each token.
-        adapter_names: (N) of the columns of `weights`.
-        finish_reason: "stop" or "length".
-        prompt_tokens: how many tokens the prompt has.
-        seconds: from the start of the call until the row's last token.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: Floats
-    weights: Floats
-    adapter_names: tuple[str, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    seconds: float
 
 
 class Engine:
@@ -257,7 +233,7 @@ class Engine:
         done: dict[int, Completion] = {}
         for row, event in self._run(rows):
             if event.finish_reason:
-                done[id(row)] = _completion(row, event.finish_reason, time.perf_counter() - started)
+                done[id(row)] = Completion.of(row, event.finish_reason, time.perf_counter() - started)
         return [done[id(row)] for row in rows]
 
     def _rows(
@@ -354,16 +330,3 @@ def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Option
     if len(each) != count or not all(isinstance(entry, kind) for entry in each):
         raise OptionError(f"{name}: expected one {kind.__name__}, or a list of {count}, one a prompt.")
     return each
-
-
-def _completion(row: Row, reason: FinishReason, seconds: float) -> Completion:
-    return Completion(
-        text="".join(event.text for event in row.events),
-        token_ids=tuple(event.token_id for event in row.events),
-        logprobs=np.array([event.logprob for event in row.events], np.float32),
-        weights=np.stack([event.weights for event in row.events]),
-        adapter_names=row.router.names,
-        finish_reason=reason,
-        prompt_tokens=row.prompt_tokens,
-        seconds=seconds,
-    )

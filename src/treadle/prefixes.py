@@ -111,7 +111,7 @@ class PrefixCache:
         length = len(text.ids)
         pairs = [
             tuple(cast(Tensor, states)[index, :, -length:] for states in (layer.keys, layer.values))
-            for layer in cache.layers
+            for layer in cache.rows(len(cache.layers))
         ]
         num_bytes = sum(states.nbytes for pair in pairs for states in pair)
         if length < SHORTEST or num_bytes > self.max_bytes:

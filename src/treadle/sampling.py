@@ -56,8 +56,10 @@ def likeliest(logits: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, fl
 
 def score_tokens(logits: Tensor, tokens: Sequence[int]) -> list[float]:
     """Return the log-probabilities (T) in nats of tokens (T) under logits (T, V)."""
-    logprobs = torch.log_softmax(logits.float(), -1)
-    return logprobs[torch.arange(len(tokens)), torch.tensor(tokens, dtype=torch.long)].tolist()
+    logits = logits.float()
+    index = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]  # (T, 1)
+    # as `likeliest` computes it, to the last bit: whoever asks for both compares them
+    return (logits.gather(-1, index)[:, 0] - logits.logsumexp(-1)).tolist()
 
 
 def truncate(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -29,13 +29,13 @@ SLICE = 16
 async def models(request: Request) -> Response:
     """GET /v1/models: what a request may name as `model`."""
     state, caller = State.of(request), Visit.of(request).caller
-    return JSONResponse({"object": "list", "data": [_card(state, name) for name in state.reader.models(caller)]})
+    return JSONResponse({"object": "list", "data": [_card(state, name) for name in state.targets.models(caller)]})
 
 
 async def model(request: Request) -> Response:
     """GET /v1/models/{name}."""
     state, name = State.of(request), request.path_params["name"]
-    state.reader.routing(name, None, [], Visit.of(request).caller)  # refuses an unknown name
+    state.targets.read(name, None, [], Visit.of(request).caller)  # refuses an unknown name
     return JSONResponse(_card(state, name))
 
 
@@ -50,22 +50,22 @@ async def route(request: Request) -> Response:
     """POST /v1/route: how a text is weighed, and why."""
     state, caller = State.of(request), Visit.of(request).caller
     body, problems = read_body(RouteBody, await read_json(request))
-    params, adapters, _ = state.reader.routing(body.model, body.treadle, problems, caller)
-    if body.model not in state.reader.names:
-        problems.append(("model", f"model: got {body.model!r}, which is not routed; allowed: {state.reader.names}"))
+    target = state.targets.read(body.model, body.treadle, problems, caller)
+    if body.model not in state.targets.names:
+        problems.append(("model", f"model: got {body.model!r}, which is not routed; allowed: {state.targets.names}"))
     if problems:
         raise refusal(problems)
 
     def weigh() -> Json:
-        router = state.routers.among(adapters)
-        state.engine.check_routing([params], router)
-        return asdict(explain(router, body.text, params))
+        router = state.routers.among(target.adapters)
+        state.engine.check_routing([target.routing], router)
+        return asdict(explain(router, body.text, target.routing))
 
     try:
         explanation = await state.between_steps(weigh)
     except TreadleError as error:
         raise failure_of(error) from error
-    return JSONResponse({"object": "route", "routing": asdict(params), **explanation})
+    return JSONResponse({"object": "route", "routing": asdict(target.routing), **explanation})
 
 
 async def adapters(request: Request) -> Response:
@@ -129,7 +129,7 @@ def _cards(state: State) -> list[Json]:
 
 async def _add(state: State, name: str, path: str, samples: list[str] | None) -> None:
     """Read and embed beside the running requests; only the last moment, when it is attached, is between steps."""
-    if not NAME.fullmatch(name) or name in (*RESERVED, *state.reader.names):
+    if not NAME.fullmatch(name) or name in (*RESERVED, *state.targets.names):
         raise Failure(400, f"name: got {name!r}; allowed: letters, digits, '.', '_' and '-', not a name that is taken")
     folder = _folder(state, path)
     try:

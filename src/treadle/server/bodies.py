@@ -7,7 +7,17 @@ that are the server's options are checked in `treadle.server.requests`.
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from treadle.errors import unknown_name
 
@@ -22,21 +32,24 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     EXAMPLE: ClassVar[Json] = {}
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _asks_for_nothing_unsupported(cls, value: Any, info: ValidationInfo) -> Any:
+        extra = cls.model_fields[info.field_name or ""].json_schema_extra
+        if isinstance(extra, dict) and value not in cast(list[Any], extra.get("enum", [value])):
+            raise ValueError("unsupported")
+        return value
+
 
 BodyKind = TypeVar("BodyKind", bound=Body)
 
 
-def neutral(*allowed: Any) -> Any:
-    """Return the type of a field of OpenAI's API that treadle does not have: only values that ask for nothing."""
-    listed = " or ".join(repr(value) if value is not None else "null" for value in (*allowed, None))
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in allowed:
-            raise ValueError("unsupported")
-        return value
-
-    meaning = f"only {listed}: it is not supported"
-    return Annotated[Any, AfterValidator(check), Field(default=None, description=meaning)]
+def unsupported(*neutral: Any) -> Any:
+    """Declare a field of OpenAI's API that treadle does not have: it may only have values that ask for nothing."""
+    listed = " or ".join([*map(repr, neutral), "null"])
+    return Field(
+        default=None, description=f"only {listed}: it is not supported", json_schema_extra={"enum": [*neutral, None]}
+    )
 
 
 def _texts(value: Any) -> Any:
@@ -139,9 +152,9 @@ class Generating(Body):
         Field(description="an object of routing options, 'adapters' (a list of names) and 'trace' (true or false)"),
     ] = None
     user: Annotated[str | None, Field(description="a text; it is not used")] = None
-    presence_penalty: neutral(0)
-    frequency_penalty: neutral(0)
-    logit_bias: neutral({})
+    presence_penalty: Any = unsupported(0)
+    frequency_penalty: Any = unsupported(0)
+    logit_bias: Any = unsupported({})
 
 
 class ChatBody(Generating):
@@ -157,16 +170,16 @@ class ChatBody(Generating):
     top_logprobs: Annotated[
         int | None, Field(ge=0, description="a whole number from 0 to --max-logprobs, together with 'logprobs': true")
     ] = None
-    tools: neutral([])
-    tool_choice: neutral("none", "auto")
-    parallel_tool_calls: neutral(True, False)
-    functions: neutral([])
-    function_call: neutral("none", "auto")
-    response_format: neutral({"type": "text"})
-    modalities: neutral(["text"])
-    store: neutral(False)
-    metadata: neutral({})
-    service_tier: neutral("auto", "default")
+    tools: Any = unsupported([])
+    tool_choice: Any = unsupported("none", "auto")
+    parallel_tool_calls: Any = unsupported(True, False)
+    functions: Any = unsupported([])
+    function_call: Any = unsupported("none", "auto")
+    response_format: Any = unsupported({"type": "text"})
+    modalities: Any = unsupported(["text"])
+    store: Any = unsupported(False)
+    metadata: Any = unsupported({})
+    service_tier: Any = unsupported("auto", "default")
 
 
 class CompletionBody(Generating):
@@ -182,7 +195,7 @@ class CompletionBody(Generating):
     ]
     logprobs: Annotated[int | None, Field(ge=0, description="a whole number from 0 to --max-logprobs")] = None
     echo: Annotated[bool | None, Field(description="true or false")] = False
-    suffix: neutral("")
+    suffix: Any = unsupported("")
     best_of: Annotated[int | None, Field(ge=1, description="the same as n: choices are not ranked")] = None
 
 
@@ -215,7 +228,7 @@ class LoadBody(Body):
 
     lora_name: Annotated[str, Field(description="letters, digits, '.', '_' and '-'; not 'base' or 'auto'")]
     lora_path: Annotated[str, Field(description="a PEFT folder below --adapter-dir")]
-    load_inplace: neutral(False)
+    load_inplace: Any = unsupported(False)
     samples: Samples = None
 
 

@@ -9,6 +9,8 @@ from treadle.errors import AdapterError, TreadleError, problem_list
 from treadle.server.loop import EngineFailed
 from treadle.server.scheduler import Busy, Stopping
 
+Problems = list[tuple[str, str]]
+"""Field and message of each."""
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -37,7 +39,7 @@ class Failure(Exception):
         return JSONResponse(self.document(), self.status, headers)
 
 
-def refusal(problems: list[tuple[str, str]]) -> Failure:
+def refusal(problems: Problems) -> Failure:
     """Return the failure for what is wrong with a body: (field, message) each."""
     messages = [message for _, message in problems]
     text = messages[0] if len(messages) == 1 else problem_list("the request has several problems:", messages)

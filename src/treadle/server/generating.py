@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -183,8 +184,7 @@ class Run:
         rows = self._job.rows
         usage: dict[str, Any] = self._answer.usage(rows)
         self._visit.notes |= {"prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
-        events = [event for row in rows for event in row.events]
-        means = sum(event.weights for event in events) / len(events)
+        means = np.mean([event.weights for row in rows for event in row.events], axis=0)
         self._visit.notes["weights"] = {
             name: round(float(mean), 3) for name, mean in zip(rows[0].router.names, means, strict=True)
         }

@@ -103,15 +103,16 @@ class Loop:
     def give_up(self, job: Job) -> None:
         """Take a job's rows out of whatever they are in."""
         rows = [row for row in job.rows if self._seats.pop(id(row), None)]
-        self.num_ended += len(rows)
         for batch in self._batches:
             batch.leave(rows)
+        self._batches = [batch for batch in self._batches if batch.rows]
         self._waiting = deque(row for row in self._waiting if row not in rows)
         if self._reading is not None and not any(id(row) in self._seats for row in self._reading[1].rows):
             self._end_reading()
         # with others, they leave and let go of their adapters when all have been read
         still_read = self._reading[1].rows if self._reading is not None else []
         self._engine.release([row for row in rows if row not in still_read])
+        self.num_ended += len(rows)
 
     def advance(self) -> None:
         """Give every running row its next token, and read on in a prompt."""

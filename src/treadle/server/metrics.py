@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from treadle.rows import Row
@@ -88,7 +89,7 @@ class Metrics:
         """Count a finished sequence: its tokens, and the weight that each adapter had in them."""
         self.tokens.inc(len(row.events))
         self.base_tokens.inc(sum(not event.weights.any() for event in row.events))
-        for name, weight in zip(row.router.names, sum(event.weights for event in row.events), strict=True):
+        for name, weight in zip(row.router.names, np.sum([event.weights for event in row.events], axis=0), strict=True):
             if name in self._adapters:
                 self.weight.labels(name).inc(float(weight))
 

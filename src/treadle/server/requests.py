@@ -1,30 +1,25 @@
 """From a body to work for the engine: which model, which options, which prompts, or every reason why not."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
-from treadle.errors import OptionError, TreadleError, unknown_name
+from treadle.errors import TreadleError
 from treadle.generate import Engine
-from treadle.options import read_options
-from treadle.params import RoutingParams, SamplingParams
+from treadle.params import SamplingParams
 from treadle.rows import Report
-from treadle.server.bodies import ChatBody, CompletionBody, Generating, Json, shown
-from treadle.server.failures import Failure, refusal
+from treadle.server.bodies import ChatBody, CompletionBody, Generating, shown
+from treadle.server.failures import Problems, refusal
 from treadle.server.jobs import Work
 from treadle.server.keys import Caller
 from treadle.server.params import ServeParams
-from treadle.server.routers import Routers
+from treadle.server.targets import Targets
 from treadle.text import prompt_ids
 
-AUTO, BASE = "auto", "base"
 LONGEST_STOP = 256
 """Characters of a stop string."""
 COMPLETION_TOKENS = 16
 """Of /v1/completions where a request does not say, as OpenAI's API has it."""
-
-Problems = list[tuple[str, str]]
-"""Field and message of each."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +56,13 @@ class Reader:
     """Reads bodies for one server: the engine says what can be asked, the params how much of it."""
 
     engine: Engine
-    routers: Routers
+    targets: Targets
     params: ServeParams
-    names: tuple[str, ...]  # of the routed model
-
-    def models(self, caller: Caller) -> list[str]:
-        """Return what a caller may name as model: the routed one, its adapters, the base."""
-        return [*self.names, *self.adapters(caller), BASE]
-
-    def adapters(self, caller: Caller) -> list[str]:
-        """Return the adapters that a caller may use, in the order of the engine."""
-        allowed = caller.adapters
-        return [name for name in self.engine.adapter_names if allowed is None or name in allowed]
 
     def read(self, body: Generating, problems: Problems, caller: Caller) -> Asked:
         """Return what a body asks for, or raise a Failure with all that is wrong with it, `problems` included."""
         problems = list(problems)
-        routing, adapters, has_trace = self.routing(body.model, body.treadle, problems, caller)
+        target = self.targets.read(body.model, body.treadle, problems, caller)
         prompts = body.prompt if isinstance(body, CompletionBody) else [body.messages]  # type: ignore[attr-defined]
         n = body.n or 1
         sampling = self._sampling(body, problems, len(prompts) * n)
@@ -85,7 +70,7 @@ class Reader:
         self._check_limits(body, problems, likeliest or 0)
         ids = self._ids(prompts, problems)
         is_echo = isinstance(body, CompletionBody) and bool(body.echo)
-        if routing.past == "recompute" and routing.every is not None:
+        if target.routing.past == "recompute" and target.routing.every is not None:
             self._check_recompute(ids, sampling, problems)
         if problems:
             raise refusal(problems)
@@ -94,7 +79,7 @@ class Reader:
         each = [prompt for prompt in ids for _ in range(n)]
         return Asked(
             model=body.model,
-            work=Work(each, sampling, routing, report, adapters, caller.id),
+            work=Work(each, sampling, target.routing, report, target.adapters, caller.id),
             is_chat=isinstance(body, ChatBody),
             n=n,
             likeliest=likeliest,
@@ -102,70 +87,8 @@ class Reader:
             is_silent=body.max_tokens == 0,
             is_streamed=bool(body.stream),
             has_usage=bool(body.stream_options and body.stream_options.include_usage),
-            has_trace=has_trace,
+            has_trace=target.has_trace,
         )
-
-    def routing(
-        self, model: str, given: Json | None, problems: Problems, caller: Caller
-    ) -> tuple[RoutingParams, frozenset[str] | None, bool]:
-        """Return the routing of a request, the adapters that may take part, and whether it wants its trace."""
-        names = self.models(caller)
-        default = self.engine.router.params
-        if model not in names:
-            raise Failure(404, unknown_name("model", model, names), param="model", code="model_not_found")
-        options = dict(given or {})
-        has_trace = options.pop("trace", False)
-        if not isinstance(has_trace, bool):
-            problems.append(("treadle", f"treadle.trace: got {shown(has_trace)}; allowed: true or false"))
-        chosen = options.pop("adapters", None)
-        if model not in self.names and (options or chosen is not None):
-            what = ", ".join([*options, *(["adapters"] if chosen is not None else [])])
-            problems.append(
-                ("treadle", f"treadle.{what}: model {model!r} is not routed; allowed: 'trace', or model {AUTO!r}")
-            )
-            return default, None, bool(has_trace)
-        adapters = self._chosen(chosen, problems, caller)
-        if model not in self.names:
-            fixed = RoutingParams.base() if model == BASE else RoutingParams.one(model)
-            return fixed, adapters, bool(has_trace)
-        params = self._params(options, default, problems)
-        if not problems:
-            try:
-                self.engine.check_routing([params], self.routers.among(adapters))
-            except TreadleError as error:
-                problems.append(("treadle", f"treadle: {error}"))
-        return params, adapters, bool(has_trace)
-
-    def _chosen(self, chosen: Any, problems: Problems, caller: Caller) -> frozenset[str] | None:
-        """Return the adapters that may take part: those that the request names, of those that the caller may use."""
-        if chosen is None:
-            return caller.adapters
-        names = self.adapters(caller)
-        if not isinstance(chosen, list) or not all(isinstance(name, str) for name in chosen):
-            allowed = ", ".join(names)
-            problems.append(("treadle", f"treadle.adapters: got {shown(chosen)}; allowed: a list of {allowed}"))
-            return caller.adapters
-        problems += [
-            ("treadle", f"treadle.adapters: {unknown_name('adapter', name, names)}")
-            for name in chosen
-            if name not in names
-        ]
-        return frozenset(chosen)
-
-    def _params(self, options: Json, default: RoutingParams, problems: Problems) -> RoutingParams:
-        if options.get("fixed") is not None:
-            options = {"rule": "fixed", **options}  # nobody would give both
-        elif default.fixed is not None and options.get("rule", "fixed") != "fixed":
-            options = {"fixed": None, **options}
-        try:
-            return read_options(RoutingParams, options, onto=default)
-        except OptionError as error:
-            named = next((name for name in options if name in str(error)), next(iter(options), ""))
-            given = "" if named in str(error) and shown(options[named]) in str(error) else f" (got {shown(options)})"
-            known = ", ".join(entry.name for entry in fields(RoutingParams))
-            hint = "" if "Allowed" in str(error) else f"; options: {known}, adapters, trace"
-            problems.append(("treadle", f"treadle: {error}{given}{hint}"))
-            return default
 
     def _sampling(self, body: Generating, problems: Problems, count: int) -> list[SamplingParams]:
         """Return the sampling of each sequence; with a seed, each has a random stream of its own that repeats."""
@@ -192,7 +115,7 @@ class Reader:
         top_p = 1.0 if body.top_p is None else body.top_p
         seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(count)]
         one = SamplingParams(temperature, top_p, body.top_k or 0, max(most, 1), stop)
-        return [SamplingParams(**{**vars(one), "seed": seed}) for seed in seeds]
+        return [replace(one, seed=seed) for seed in seeds]
 
     def _stops(self, stops: Sequence[str], problems: Problems) -> tuple[str, ...]:
         limit = self.params.max_stops
@@ -251,7 +174,7 @@ class Reader:
         return prompt_ids(self.engine.tokenizer, prompt)
 
     def _text(self, prompt: Any) -> str:
-        return self.engine.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt
+        return str(self.engine.tokenizer.decode(prompt)) if isinstance(prompt, list) else prompt
 
     def _check_recompute(
         self, ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], problems: Problems

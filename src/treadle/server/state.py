@@ -13,9 +13,10 @@ from treadle.generate import Engine
 from treadle.server.loop import Loop
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
-from treadle.server.requests import AUTO, Reader
+from treadle.server.requests import Reader
 from treadle.server.routers import Routers
 from treadle.server.scheduler import Scheduler
+from treadle.server.targets import AUTO, Targets
 from treadle.server.tokens import TokenTexts
 
 Result = TypeVar("Result")
@@ -31,6 +32,7 @@ class State:
     metrics: Metrics
     routers: Routers
     scheduler: Scheduler
+    targets: Targets
     reader: Reader
     tokens: TokenTexts
     # one thread: tokenizers are not made for several at once
@@ -42,6 +44,7 @@ class State:
         metrics, routers = Metrics(), Routers(engine)
         metrics.set_adapters(engine.adapter_names)
         name = params.model_name or bundle.folder.resolve().name
+        targets = Targets(engine, routers, tuple(dict.fromkeys((AUTO, name))))
         return cls(
             bundle=bundle,
             engine=engine,
@@ -49,7 +52,8 @@ class State:
             metrics=metrics,
             routers=routers,
             scheduler=Scheduler(Loop(engine, routers, params, metrics), params),
-            reader=Reader(engine, routers, params, tuple(dict.fromkeys((AUTO, name)))),
+            targets=targets,
+            reader=Reader(engine, targets, params),
             tokens=TokenTexts(engine.tokenizer),
         )
 
