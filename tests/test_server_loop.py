@@ -46,6 +46,7 @@ class Case:
         prompts = [[97 + place % 20 for place in range(length)] for length in lengths]
         job = Job(Work(prompts, sampling, routing or RoutingParams()), news.append)
         self.loop.accept(job)
+        self.loop.flush()
         assert isinstance(news.pop(0), Started)
         return job, news
 
@@ -160,6 +161,7 @@ def test_an_adapter_that_went_before_its_job_came_is_told(engine: Engine) -> Non
     engine.remove_adapter("math")
     news: list[News] = []
     case.loop.accept(Job(Work([[97]], [SamplingParams()], RoutingParams.one("math")), news.append))
+    case.loop.flush()
     assert "unknown adapter 'math'" in str(news[0])
     assert not case.loop.is_busy
 

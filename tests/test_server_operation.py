@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import httpx
 import openai
 import pytest
 
+from treadle.server import protocol
 from treadle.server.metrics import Metrics
 
 from serving import CHAT, Serving, serving
@@ -123,6 +125,28 @@ def test_a_body_that_trickles_in_is_refused(bundle_folder: Path) -> None:
             client.sendall(f"POST {TEXTS} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
             client.settimeout(20)
             assert b"408" in client.recv(1000).split(b"\r\n")[0]
+
+
+def test_a_head_without_an_end_is_cut_off(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(connection: socket.socket) -> None:
+        for _ in range(1000):
+            connection.sendall(b"x" * 1000)
+            time.sleep(0.001)
+
+    with socket.create_connection(("127.0.0.1", served.server.port)) as endless:
+        endless.sendall(b"GET /live HTTP/1.1\r\nX-Long: ")
+        with pytest.raises(ConnectionError):
+            fill(endless)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
+    begun, whole = b"GET /live HTTP/1.1\r\n", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    for parts in ([], [begun], [whole, begun]):
+        with socket.create_connection(("127.0.0.1", served.server.port)) as slow:
+            slow.settimeout(20)
+            for part in parts:
+                slow.sendall(part)
+                time.sleep(0.1)
+            received = b"".join(iter(partial(slow.recv, 1000), b""))
+            assert received.count(b"200 OK") == (whole in parts)
 
 
 def test_a_slow_reader_holds_nobody_up(served: Serving) -> None:

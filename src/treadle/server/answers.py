@@ -12,6 +12,8 @@ from treadle.server.bodies import Json
 from treadle.server.requests import Asked
 from treadle.server.tokens import TokenTexts
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 
 class Answer:
     """The answer to one request: its id, and how its choices are written."""
@@ -159,5 +161,5 @@ class Answer:
 
 def event_line(document: Any) -> bytes:
     """Return a server-sent event; `document` is text already (`[DONE]`) or JSON."""
-    text = document if isinstance(document, str) else json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    text = document if isinstance(document, str) else ENCODER.encode(document)
     return f"data: {text}\n\n".encode()

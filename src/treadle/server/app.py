@@ -67,7 +67,7 @@ def make_app(bundle: Bundle, engine: Engine, params: ServeParams) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
-        state.scheduler.start()
+        state.start()
         yield
         await state.prepare(state.scheduler.stop)
         state.pool.shutdown()

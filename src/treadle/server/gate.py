@@ -18,6 +18,7 @@ from treadle.server.failures import Failure
 from treadle.server.keys import Caller, Keyring
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
+from treadle.server.protocol import HEADER_BYTES
 
 logger = logging.getLogger("treadle.server")
 
@@ -25,8 +26,6 @@ WRONG_KEY, TOO_LONG = "invalid_api_key", "body_too_long"
 OPEN = ("/live", "/health")
 """Paths that need no key."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-HEADER_BYTES = 32 << 10
-"""Of all headers of a request."""
 GONE = 499
 """Status in the log of a request whose client went away, as nginx has it."""
 

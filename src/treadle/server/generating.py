@@ -48,10 +48,12 @@ async def generate(request: Request, kind: type[ChatBody] | type[CompletionBody]
         await run.start()
         if asked.is_streamed:
             return EventStream(run)
-        return JSONResponse(await run.whole(request))
+        document = await run.whole(request)
     except BaseException:  # an error, or the client went away
-        run.cancel()
+        run.end()
         raise
+    run.end()
+    return JSONResponse(document)
 
 
 async def read_json(request: Request) -> Json:
@@ -75,6 +77,10 @@ def parse(kind: type[BodyKind], given: Json) -> BodyKind:
     return body
 
 
+class Late(Exception):
+    """The request has taken too long."""
+
+
 class Run:
     """One request while it is generated; lives in the event loop."""
 
@@ -84,9 +90,12 @@ class Run:
         self._news: asyncio.Queue[News] = asyncio.Queue()
         self._answer = Answer(asked, state.tokens)
         loop = asyncio.get_running_loop()
-        self._job = Job(asked.work, lambda news: state.post(loop, self._news, news))
+        self._job = Job(asked.work, self._news.put_nowait)
         self._left = self._job.num_sequences
         self.deadline = loop.time() + state.params.request_timeout
+        # timers rather than asyncio.timeout around each wait, which would cost more than a token's JSON
+        self._timer = loop.call_at(self.deadline, self._news.put_nowait, Late())
+        self._ping = loop.call_later(PING_SECONDS, self._say_ping)
         self._last: dict[int, float] = {}  # when each sequence's last token came, seconds of the performance counter
 
     async def start(self) -> None:
@@ -95,11 +104,13 @@ class Run:
             self._state.scheduler.submit(self._job)
         except Exception as error:
             raise failure_of(error) from error
-        news = await self._next()
-        assert isinstance(news, Started)
+        while not isinstance(await self._next(), Started):
+            pass
 
-    def cancel(self) -> None:
-        """Give the job up, if it is not done."""
+    def end(self) -> None:
+        """End: give the job up, if it is not done."""
+        self._timer.cancel()
+        self._ping.cancel()
         if self._left:
             self._state.scheduler.cancel(self._job)
 
@@ -124,8 +135,8 @@ class Run:
             for chunk in answer.opening():
                 yield event_line(chunk)
             while self._left:
-                for line in await self._next_lines():
-                    yield line
+                if lines := await self._next_lines():
+                    yield lines
             if answer.asked.has_usage:
                 yield event_line(answer.closing(rows))
             yield event_line("[DONE]")
@@ -133,15 +144,18 @@ class Run:
             self._visit.notes["error"] = failure.code
             yield event_line(failure.document())
 
-    async def _next_lines(self) -> list[bytes]:
-        """Return the events of the next step, or a comment where it takes long."""
-        try:
-            async with asyncio.timeout(PING_SECONDS):
-                tokens = await self._next_tokens()
-        except TimeoutError:
-            return [b": still there\n\n"]
+    async def _next_lines(self) -> bytes:
+        """Return the events of the next step, and of those that came meanwhile; a comment where there are none."""
+        tokens = await self._next_tokens()
+        while self._left and not self._news.empty():
+            tokens = tokens + await self._next_tokens()
         chunks = [self._answer.chunk(index, self._job.rows[index], event) for index, event in tokens]
-        return [event_line(chunk) for chunk in chunks if chunk is not None]
+        lines = [event_line(chunk) for chunk in chunks if chunk is not None]
+        return b"".join(lines) if tokens else b": still there\n\n"
+
+    def _say_ping(self) -> None:
+        self._news.put_nowait([])
+        self._ping = asyncio.get_running_loop().call_later(PING_SECONDS, self._say_ping)
 
     async def _finish(self) -> None:
         while self._left:
@@ -158,12 +172,10 @@ class Run:
 
     async def _next(self) -> News:
         """Return the job's next news; errors are raised as a Failure."""
-        try:
-            async with asyncio.timeout_at(self.deadline):
-                news = await self._news.get()
-        except TimeoutError as error:
+        news = await self._news.get()
+        if isinstance(news, Late):
             seconds = self._state.params.request_timeout
-            raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout") from error
+            raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout")
         if isinstance(news, Exception):
             self._left = 0
             raise failure_of(news)
@@ -205,7 +217,7 @@ class EventStream(StreamingResponse):
             async with asyncio.timeout_at(self._run.deadline + PING_SECONDS):
                 await super().__call__(scope, receive, send)
         finally:
-            self._run.cancel()
+            self._run.end()
 
 
 async def _until_gone(request: Request) -> None:

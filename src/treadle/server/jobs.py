@@ -39,8 +39,12 @@ Tokens = list[tuple[int, TokenEvent]]
 News: TypeAlias = Started | Tokens | Exception
 
 
+Mail: TypeAlias = "list[tuple[Job, News]]"
+"""What several jobs are to be told."""
+
+
 class Job:
-    """One request's work; `tell` gets its news in the engine's thread: Started, then tokens, or an error and no more.
+    """One request's work; `tell` gets its news: Started, then tokens, or an error and no more.
 
     A job is done when each of its rows is finished, when an error was told, or when it was cancelled.
     """
@@ -50,7 +54,6 @@ class Job:
         self.tell = tell
         self.rows: list[Row] = []
         self.is_cancelled = False
-        self.is_done = False
 
     @property
     def num_sequences(self) -> int:

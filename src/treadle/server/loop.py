@@ -17,7 +17,7 @@ from treadle.errors import TreadleError
 from treadle.generate import Engine
 from treadle.prefixes import PrefixCache
 from treadle.rows import Row
-from treadle.server.jobs import Job, Started, Tokens
+from treadle.server.jobs import Job, Mail, News, Started, Tokens
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
 from treadle.server.routers import Routers
@@ -61,6 +61,8 @@ class Loop:
         self._waiting: deque[Row] = deque()
         self._reading: tuple[Batch, Reading] | None = None
         self._batches: list[Batch] = []
+        self._mail: Mail = []
+        self.post: Callable[[Mail], None] = deliver
         self._step_seconds = 0.0  # running means
         self._token_seconds = 0.0  # of a prompt that is read
         self.sequence_seconds = 1.0
@@ -91,14 +93,14 @@ class Loop:
             )
         except TreadleError as error:
             self.num_ended += job.num_sequences
-            job.tell(error)
+            self._tell(job, error)
             return
         for index, row in enumerate(job.rows):
             row.owner = work.owner
             self._seats[id(row)] = Seat(job, index)
         self._engine.hold(job.rows)
         self._waiting += job.rows
-        job.tell(Started())
+        self._tell(job, Started())
 
     def give_up(self, job: Job) -> None:
         """Take a job's rows out of whatever they are in."""
@@ -135,6 +137,16 @@ class Loop:
         self._batches = [batch for batch in self._batches if batch.rows]
         kept = self._prefixes.num_bytes if self._prefixes else 0
         self._metrics.set_load(self._num_running, len(self._waiting), kept)
+        self.flush()
+
+    def flush(self) -> None:
+        """Post the news of all jobs at once: waking another thread costs more than a token does."""
+        mail, self._mail = self._mail, []
+        if mail:
+            self.post(mail)
+
+    def _tell(self, job: Job, news: News) -> None:
+        self._mail.append((job, news))
 
     @property
     def _num_running(self) -> int:
@@ -220,7 +232,7 @@ class Loop:
                 self._reading = (self._engine.new_batch(prefixes=self._prefixes), self._reading[1])
         jobs = {id(seat.job): seat.job for row in lost if (seat := self._seats.get(id(row)))}
         for job in jobs.values():
-            job.tell(EngineFailed("the forward pass failed; the server's log says why."))
+            self._tell(job, EngineFailed("the forward pass failed; the server's log says why."))
             self.give_up(job)
         return None
 
@@ -242,7 +254,13 @@ class Loop:
         self._engine.release(finished)
         self.num_ended += len(finished)
         for job, tokens in news.values():
-            job.tell(tokens)
+            self._tell(job, tokens)
+
+
+def deliver(mail: Mail) -> None:
+    """Tell jobs their news."""
+    for job, news in mail:
+        job.tell(news)
 
 
 def _smoothed(mean: float, value: float) -> float:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from treadle.errors import TreadleError
-from treadle.server.jobs import Job
+from treadle.server.jobs import Job, Mail
 from treadle.server.loop import Loop
 from treadle.server.params import ServeParams
 
@@ -49,8 +49,9 @@ class Scheduler:
         self._num_accepted = 0  # sequences, ever
         self._thread = threading.Thread(target=self._run, name="treadle-engine", daemon=True)
 
-    def start(self) -> None:
-        """Start the engine's thread."""
+    def start(self, post: Callable[[Mail], None]) -> None:
+        """Start the engine's thread, which posts the jobs' news."""
+        self._loop.post = post
         self._thread.start()
 
     @property
@@ -113,8 +114,7 @@ class Scheduler:
         """Live as the engine's thread."""
         while self._take():
             self._loop.advance()
-        for job in [*self._loop.jobs(), *self._inbox]:
-            job.tell(Stopping())
+        self._loop.post([(job, Stopping()) for job in [*self._loop.jobs(), *self._inbox]])
         for _, future in self._calls:
             future.set_exception(Stopping())
 

@@ -12,8 +12,8 @@ import uvicorn
 from treadle.bundle import Bundle, read_bundle
 from treadle.generate import Engine
 from treadle.server.app import make_app
-from treadle.server.gate import HEADER_BYTES
 from treadle.server.params import ServeParams
+from treadle.server.protocol import Protocol
 from treadle.server.state import State
 
 logger = logging.getLogger("treadle.server")
@@ -35,14 +35,13 @@ class Server(uvicorn.Server):
             self.app,
             host=params.host,
             port=params.port,
-            http="h11",
+            http=Protocol,
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_keep_alive=params.keep_alive,
             timeout_graceful_shutdown=1,  # for what `_drain` has told to end
-            h11_max_incomplete_event_size=HEADER_BYTES,
             ssl_certfile=params.tls_cert,
             ssl_keyfile=params.tls_key,
         )

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 
 from treadle.bundle import Bundle
 from treadle.generate import Engine
-from treadle.server.loop import Loop
+from treadle.server.loop import Loop, deliver
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
 from treadle.server.requests import Reader
@@ -70,7 +70,7 @@ class State:
         """Run a function in the engine's thread, between two steps."""
         return await asyncio.wrap_future(self.scheduler.call(function))
 
-    @staticmethod
-    def post(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Any]", news: Any) -> None:
-        """Put news from another thread into a queue of the event loop."""
-        loop.call_soon_threadsafe(queue.put_nowait, news)
+    def start(self) -> None:
+        """Start the engine's thread; its news arrive in the event loop that runs now."""
+        loop = asyncio.get_running_loop()
+        self.scheduler.start(lambda mail: loop.call_soon_threadsafe(deliver, mail))
