@@ -74,9 +74,9 @@ def main() -> None:
 
 
 @contextmanager
-def serving(bundle: Path) -> Generator[tuple[str, psutil.Process]]:
+def serving(bundle: Path, *flags: object) -> Generator[tuple[str, psutil.Process]]:
     """Run `treadle serve` in a process of its own; yield its address and the process."""
-    command = [sys.executable, "-m", "treadle", "serve", str(bundle), "--port", "0"]
+    command = [sys.executable, "-m", "treadle", "serve", str(bundle), "--port", "0", *map(str, flags)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         found = None
         while found is None:

@@ -48,6 +48,12 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
         "messages",
         ["messages[0].content: got [{'type': 'image_url'", "no images"],
     ),
+    (
+        CHATS,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": {}}]}]},
+        "messages",
+        ["messages[0].content: got [{'type': 'text', 'text': {}}]"],
+    ),
     (CHATS, {"messages": [{**CHAT[0], "contents": "x"}]}, "messages", ["unknown field 'contents'", "'content'"]),
     (CHATS, {"messages": CHAT * 6}, "messages", ["messages: got 6 of them", "at most 5"]),
     (CHATS, {"messages": [{"role": "user", "content": "x" * 300}]}, "messages", ["tokens; allowed: at most 100"]),

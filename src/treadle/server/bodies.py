@@ -62,8 +62,14 @@ def _parts(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     parts = cast(list[Any], value)
-    is_text = [isinstance(part, dict) and set(part) == {"type", "text"} and part["type"] == "text" for part in parts]
-    return "".join(part["text"] for part in parts) if parts and all(is_text) else value
+    texts = [part["text"] for part in parts if _is_text_part(part)]
+    return "".join(texts) if parts and len(texts) == len(parts) else value
+
+
+def _is_text_part(part: Any) -> bool:
+    if not isinstance(part, dict) or set(cast(Json, part)) != {"type", "text"}:
+        return False
+    return part["type"] == "text" and isinstance(part["text"], str)
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
