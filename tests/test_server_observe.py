@@ -103,3 +103,26 @@ def test_prompts_are_logged_when_asked(bundle_folder: Path, caplog: pytest.LogCa
     (line,) = logged(caplog)
     assert line["body"]["prompt"] == BODY["prompt"]
     assert line["texts"] == [answer["choices"][0]["text"]]
+
+
+def test_a_request_is_a_span_of_the_trace_that_it_names(served: Serving) -> None:
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    parent = f"00-{'a' * 32}-{'b' * 16}-01"
+    served.post(TEXTS, {**BODY, "model": "math"}, headers={"traceparent": parent, "X-Request-Id": "me-8"})
+    served.post(TEXTS, {**BODY, "model": "s3cret"})
+    served.wait_until(lambda: len(exporter.get_finished_spans()) == 2)
+    first, second = exporter.get_finished_spans()
+    assert first.name == f"POST {TEXTS}"
+    assert first.parent.trace_id == int("a" * 32, 16)
+    expected = {"treadle.request_id": "me-8", "gen_ai.request.model": "math", "gen_ai.usage.output_tokens": 6}
+    assert expected.items() <= first.attributes.items()
+    assert (second.attributes["error.type"], second.attributes["http.response.status_code"]) == ("model_not_found", 404)
+    assert "s3cret" not in second.to_json()
+    assert BODY["prompt"] not in first.to_json()

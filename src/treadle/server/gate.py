@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from treadle.server import tracing
 from treadle.server.failures import Failure
 from treadle.server.keys import Caller, Keyring
 from treadle.server.metrics import Metrics
@@ -81,20 +82,26 @@ class Gate:
                 MutableHeaders(scope=message)["X-Request-Id"] = visit.id
             await send(message)
 
+        with tracing.span(headers, lambda: self._line(scope, visit)):
+            await self._answer(scope, receive, send_on, headers)
+        self._record(scope, visit)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        """Answer a request, whatever happens."""
+        visit: Visit = scope["visit"]
         try:
-            await self._pass(scope, receive, send_on, headers)
+            await self._pass(scope, receive, send, headers)
         except Failure as failure:
             visit.notes["error"] = failure.code
-            await failure.response()(scope, receive, send_on)
+            await failure.response()(scope, receive, send)
         except TimeoutError:
             visit.notes["error"] = "client_too_slow"  # in the middle of a stream: nothing more can be said to it
         except Exception:  # a defect: the client gets a request id, the log gets the reason
             logger.exception("request %s failed", visit.id)
+            visit.notes["error"] = "internal_error"
             if not visit.status:
                 failure = Failure(500, f"internal error; request id {visit.id}", code="internal_error")
-                await failure.response()(scope, receive, send_on)
-        finally:
-            self._record(scope, visit)
+                await failure.response()(scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         visit: Visit = scope["visit"]
@@ -140,20 +147,22 @@ class Gate:
             seconds = self._params.read_timeout
             raise Failure(408, f"the body did not arrive within {seconds} seconds", code="body_too_slow") from error
 
-    def _record(self, scope: Scope, visit: Visit) -> None:
-        """Count the request and log one line; texts are in it only if the server was asked to."""
-        status = visit.status or GONE
-        path = self._paths.get(scope.get("endpoint"), "unknown")  # what was asked for may be anything
-        self._metrics.count_request(path, str(status), visit.started)
-        line = {
+    def _line(self, scope: Scope, visit: Visit) -> dict[str, Any]:
+        """Return what there is to say about a request; texts are in it only if the server was asked to log them."""
+        return {
             "id": visit.id,
             "key": visit.caller.id or None,
             "method": scope["method"],
-            "path": path,
-            "status": status,
+            "path": self._paths.get(scope.get("endpoint"), "unknown"),  # what was asked for may be anything
+            "status": visit.status or GONE,
             "ms": round(1000 * (time.perf_counter() - visit.started), 1),
             **visit.notes,
         }
+
+    def _record(self, scope: Scope, visit: Visit) -> None:
+        """Count the request and log one line."""
+        line = self._line(scope, visit)
+        self._metrics.count_request(line["path"], str(line["status"]), visit.started)
         if self._params.log_format == "json":
             logger.info(json.dumps(line, ensure_ascii=False))
         else:
