@@ -231,14 +231,17 @@ class Batch:
             stacked[index, start:, _columns(names, row.router.names)] = each.T
         return stacked
 
-    def _keep(self, rows: list[Row]) -> None:
-        if rows and len(rows) < len(self.rows):
-            kept = [self.rows.index(row) for row in rows]
-            longest = max(len(row.ids) for row in rows) - 1  # the newest token is not in the cache yet
-            self._cache.select(kept, self._cache.length - longest)
-        self.rows = rows
-        if not rows:
-            self._cache = RowCache()
+    def _keep(self, rows: Sequence[Row]) -> None:
+        """Drop the other rows; of those that stay, the last ones move to where others were."""
+        kept = [place for place, row in enumerate(self.rows) if row in rows]
+        if not kept:
+            self.rows, self._cache = [], RowCache()
+        elif len(kept) < len(self.rows):
+            behind = [place for place in kept if place >= len(kept)]
+            order = [place if place in kept else behind.pop() for place in range(len(kept))]
+            self.rows = [self.rows[place] for place in order]
+            longest = max(len(row.ids) for row in self.rows) - 1  # the newest token is not in the cache yet
+            self._cache.keep(order, self._cache.length - longest)
 
     def _text(self, row: Row) -> Text:
         """Return the tokens of a row that have been read, or are about to be, with their weights."""
