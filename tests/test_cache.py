@@ -44,6 +44,8 @@ class Model:
         self.rows = [torch.cat([row, more], 1) for row, more in zip(self.rows, new, strict=True)]
 
     def leave(self, place: int) -> None:
+        layer = self.cache.rows(1)[0]
+        layer.keys[place] = layer.values[place] = torch.nan  # what it leaves behind must never be seen again
         last = self.rows.pop()
         order = list(range(len(self.rows)))
         if place < len(self.rows):
@@ -61,6 +63,7 @@ class Model:
         assert self.cache.length == max(row.shape[1] for row in self.rows) == layer.keys.shape[-2]
         assert len(layer.keys) == len(self.rows)
         assert torch.isfinite(layer.keys).all()
+        assert torch.isfinite(layer.values).all()
         for place, row in enumerate(self.rows):
             np.testing.assert_array_equal(layer.keys[place, :, -row.shape[1] :], row)
             np.testing.assert_array_equal(layer.values[place, :, -row.shape[1] :], row + 1)

@@ -156,6 +156,31 @@ def test_when_the_only_running_job_is_given_up_those_that_wait_go_on(engine: Eng
     assert not any(isinstance(each, Exception) for each in news)
 
 
+def test_a_row_that_overflows_costs_its_job_only(engine: Engine) -> None:
+    case = Case(engine)
+    other, _ = case.submit(5, max_tokens=6)
+    overflowing = RoutingParams(rule="fixed", fixed={"math": 1e38})
+    for temperature in (0.0, 1.0):
+        job, news = case.submit(5, routing=overflowing)
+        job.rows[0].sampling = SamplingParams(temperature=temperature)
+        for _ in range(3):
+            case.loop.advance()
+        assert "overflows under these weights" in str(news[-1])
+    while case.loop.is_busy:
+        case.loop.advance()
+    assert other.rows[0].is_finished
+    assert engine._running == []
+
+
+def test_what_cannot_be_started_costs_its_job_only(engine: Engine) -> None:
+    case = Case(engine)
+    news: list[News] = []
+    case.loop.accept(Job(Work([[97]], [SamplingParams()], RoutingParams(window=10**30)), news.append))
+    case.loop.flush()
+    assert "could not be started" in str(news[-1])
+    assert case.loop.num_ended == 1
+
+
 def test_an_adapter_that_went_before_its_job_came_is_told(engine: Engine) -> None:
     case = Case(engine)
     engine.remove_adapter("math")

@@ -52,15 +52,20 @@ class RowLayer(DynamicLayer):
         self.update(keys, values)
 
     def append_rows(self, keys: Tensor, values: Tensor) -> None:
-        """Add rows (B, H, L, head); where they are shorter, what is left of them is whatever was there."""
+        """Add rows (B, H, L, head); whichever are shorter are padded on the left with zeros.
+
+        Zeros, not what was there: a masked NaN that an earlier row has left is still NaN in the sum over the values.
+        """
         assert self._buffers is not None
         length, num_rows = keys.shape[-2], self._num_rows + len(keys)
         missing = max(0, length - self.get_seq_length())  # columns on the left
         if num_rows > len(self._buffers[0]) or missing > self._start:
             capacity = len(self._buffers[0]) if num_rows <= len(self._buffers[0]) else num_rows + ROW_GROWTH
             self._reserve(keys, capacity, missing, max(self.get_seq_length(), length) + GROWTH)
-        self._start -= missing
+        before, self._start = self._start, self._start - missing
         for buffer, states in zip(self._buffers, (keys, values), strict=True):
+            buffer[: self._num_rows, :, self._start : before] = 0
+            buffer[self._num_rows : num_rows, :, self._start : self._end - length] = 0
             buffer[self._num_rows : num_rows, :, self._end - length : self._end] = states
         self._num_rows = num_rows
         self._show()

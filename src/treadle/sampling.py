@@ -31,15 +31,17 @@ def sample(
         generators: of each row; None where it is greedy.
 
     Returns:
-        token ids (B) and their log-probabilities (B) in nats, under the model's own distribution at temperature 1.
+        token ids (B) and their log-probabilities (B) in nats, under the model's own distribution at temperature 1. Of
+        a row whose logits overflow, the log-probability is not finite and the token means nothing; others do not mind.
     """
     logits = logits.float()
     tokens = logits.argmax(-1)  # (B,)
+    totals = logits.logsumexp(-1)  # (B,)
     for row, (options, generator) in enumerate(zip(params, generators, strict=True)):
-        if generator is not None:
+        if generator is not None and totals[row].isfinite():
             weights = torch.softmax(truncate(logits[row] / options.temperature, options), -1)
             tokens[row] = torch.multinomial(weights, 1, generator=generator)[0]
-    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
+    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - totals  # (B,)
     return tokens.tolist(), logprobs.tolist()
 
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TypeVar
 
 from treadle.batch import Batch, Events, Reading
@@ -91,7 +92,10 @@ class Loop:
                 report=work.report,
                 router=self._routers.among(work.adapters),
             )
-        except TreadleError as error:
+        except Exception as error:  # the thread lives on, whatever a request brings
+            if not isinstance(error, TreadleError):
+                logger.exception("a request could not be started")
+                error = EngineFailed("the request could not be started; the server's log says why.")
             self.num_ended += job.num_sequences
             self._tell(job, error)
             return
@@ -244,9 +248,14 @@ class Loop:
             seat = self._seats.get(id(row))
             if seat is None:
                 continue  # given up
+            if not isfinite(event.logprob):
+                self._tell(seat.job, EngineFailed("the model overflows under these weights: there is no next token."))
+                self.give_up(seat.job)
+                continue
             news.setdefault(id(seat.job), (seat.job, []))[1].append((seat.index, event))
             if event.finish_reason:
                 finished.append(row)
+        finished = [row for row in finished if id(row) in self._seats]  # not given up since
         for row in finished:
             seat = self._seats.pop(id(row))
             self.sequence_seconds = _smoothed(self.sequence_seconds, time.perf_counter() - seat.since)

@@ -8,7 +8,7 @@ from treadle.errors import TreadleError
 from treadle.generate import Engine
 from treadle.params import SamplingParams
 from treadle.rows import Report
-from treadle.server.bodies import ChatBody, CompletionBody, Generating, shown
+from treadle.server.bodies import ChatBody, CompletionBody, Generating, Message, shown
 from treadle.server.failures import Problems, refusal
 from treadle.server.jobs import Work
 from treadle.server.keys import Caller
@@ -18,6 +18,8 @@ from treadle.text import prompt_ids
 
 LONGEST_STOP = 256
 """Characters of a stop string."""
+LONGEST_TOKEN = 128
+"""Characters; a text with more than this for each token that it may have is not even tokenised."""
 COMPLETION_TOKENS = 16
 """Of /v1/completions where a request does not say, as OpenAI's API has it."""
 
@@ -64,10 +66,11 @@ class Reader:
         problems = list(problems)
         target = self.targets.read(body.model, body.treadle, problems, caller)
         prompts = body.prompt if isinstance(body, CompletionBody) else [body.messages]  # type: ignore[attr-defined]
-        n = body.n or 1
-        sampling = self._sampling(body, problems, len(prompts) * n)
         likeliest = _likeliest(body, problems)
         self._check_limits(body, problems, likeliest or 0)
+        n = min(body.n or 1, self.params.max_n)
+        prompts = prompts[: self.params.max_prompts]
+        sampling = self._sampling(body, problems, len(prompts) * n)
         ids = self._ids(prompts, problems)
         is_echo = isinstance(body, CompletionBody) and bool(body.echo)
         if target.routing.past == "recompute" and target.routing.every is not None:
@@ -145,14 +148,18 @@ class Reader:
             problems.append(("stream_options", "stream_options: got an object; allowed: only with 'stream': true"))
 
     def _ids(self, prompts: Sequence[Any], problems: Problems) -> list[list[int]]:
-        """Return the token ids of prompts, where they are not too long; reads none when too many were given."""
+        """Return the token ids of prompts, where they are not too long."""
         room = self.engine.context and self.engine.context - 1  # for one token of the answer
         most = min((limit for limit in (self.params.max_prompt_tokens, room) if limit), default=None)
         vocabulary = len(self.engine.tokenizer)
         found: list[list[int]] = []
-        for index, prompt in enumerate(prompts[: self.params.max_prompts]):
+        for index, prompt in enumerate(prompts):
             field = "messages" if isinstance(prompt, list) and not isinstance(prompt[0], int) else "prompt"
             place = f"prompt[{index}]" if len(prompts) > 1 else field
+            letters = _num_letters(prompt)
+            if most is not None and letters > most * LONGEST_TOKEN:  # nobody waits while it is tokenised
+                problems.append((field, f"{place}: got {letters} characters; allowed: at most {most} tokens"))
+                continue
             try:
                 ids = self._read_prompt(prompt)
             except TreadleError as error:
@@ -184,6 +191,13 @@ class Reader:
         if longest > limit:
             given = f"treadle.past: got 'recompute', to read {longest} tokens of prompt and answer again and again"
             problems.append(("treadle", f"{given}; allowed: at most {limit} tokens, or 'keep'"))
+
+
+def _num_letters(prompt: Any) -> int:
+    """Return the characters of a text or of messages; 0 for token ids."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(each.content) for each in prompt if isinstance(each, Message))
 
 
 def _likeliest(body: Generating, problems: Problems) -> int | None:

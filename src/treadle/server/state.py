@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from treadle.bundle import Bundle
 from treadle.generate import Engine
+from treadle.server.jobs import Mail
 from treadle.server.loop import Loop, deliver
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
@@ -73,4 +74,8 @@ class State:
     def start(self) -> None:
         """Start the engine's thread; its news arrive in the event loop that runs now."""
         loop = asyncio.get_running_loop()
-        self.scheduler.start(lambda mail: loop.call_soon_threadsafe(deliver, mail))
+
+        def post(mail: Mail) -> None:
+            loop.call_soon_threadsafe(deliver, mail)
+
+        self.scheduler.start(post)

@@ -13,6 +13,8 @@ from treadle.server.keys import Caller
 from treadle.server.routers import Routers
 
 AUTO, BASE = "auto", "base"
+LARGEST_WEIGHT = 100.0
+"""Of an adapter; larger ones make activations overflow."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,21 @@ class Targets:
         elif default.fixed is not None and options.get("rule", "fixed") != "fixed":
             options = {"fixed": None, **options}
         try:
-            return read_options(RoutingParams, options, onto=default)
+            params = read_options(RoutingParams, options, onto=default)
+            problems += [("treadle", problem) for problem in _too_large(params)]
+            return params
         except OptionError as error:
             problems.append(("treadle", f"treadle: {error}; got {shown(options)}"))
             return default
+
+
+def _too_large(params: RoutingParams) -> list[str]:
+    """Return the values that a request may not give, because they would overflow in the arithmetic of its row."""
+    limits = {"boost": 1e3, "temperature": 1e6, "every": 1e6, "window": 1e6, "recent": 1e6, "top_k": 1e6}
+    given = {name: getattr(params, name) for name in limits}
+    given |= {f"fixed.{name}": weight for name, weight in (params.fixed or {}).items()}
+    return [
+        f"treadle.{name}: got {value}; allowed: at most {limits.get(name, LARGEST_WEIGHT):g}"
+        for name, value in given.items()
+        if value is not None and value > limits.get(name, LARGEST_WEIGHT)
+    ]
