@@ -44,8 +44,6 @@ class Model:
         self.rows = [torch.cat([row, more], 1) for row, more in zip(self.rows, new, strict=True)]
 
     def leave(self, place: int) -> None:
-        layer = self.cache.rows(1)[0]
-        layer.keys[place] = layer.values[place] = torch.nan  # what it leaves behind must never be seen again
         last = self.rows.pop()
         order = list(range(len(self.rows)))
         if place < len(self.rows):
@@ -55,6 +53,10 @@ class Model:
             self.cache = RowCache()
             return
         self.cache.keep(order, self.cache.length - max(row.shape[1] for row in self.rows))
+        layer = self.cache.rows(1)[0]
+        for buffer in layer._buffers or ():  # what is left behind must never be seen again
+            buffer[len(self.rows) :] = torch.nan
+            buffer[:, :, : layer._start] = torch.nan
 
     def check(self) -> None:
         if not self.rows:
