@@ -16,6 +16,7 @@ import socket
 import string
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -159,7 +160,8 @@ def run_schemathesis(url: str, process: psutil.Process, options: argparse.Namesp
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--no-color",
                "--checks", "not_a_server_error", "--max-examples", str(options.examples), "--seed", str(options.seed),
                "-H", "Authorization: Bearer root", "--request-timeout", "60"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # for what it keeps between runs
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     statuses = count_requests(url) - before
     print(f"schema: {sum(statuses.values())} requests, statuses {dict(sorted(statuses.items()))}")
     print(f"  schemathesis ended with {done.returncode} (0 = no 5xx and no hang)")
