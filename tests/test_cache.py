@@ -1,5 +1,7 @@
 """Rows of a cache that join and leave, against a list of each row's own keys and values."""
 
+from collections.abc import Generator
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,13 @@ class Model:
         for place, row in enumerate(self.rows):
             np.testing.assert_array_equal(layer.keys[place, :, -row.shape[1] :], row)
             np.testing.assert_array_equal(layer.values[place, :, -row.shape[1] :], row + 1)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Generator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 ACTIONS = st.one_of(

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 GROWTH = 256
-"""Tokens by which a full buffer grows."""
+"""Tokens by which a full buffer grows; in a CPU's memory, where room that nobody writes to is free, it doubles."""
 ROW_GROWTH = 8
-"""Rows by which a full buffer grows when a row joins."""
+"""Rows by which a full buffer grows when a row joins, and four times as many in a CPU's memory."""
 
 
 class RowLayer(DynamicLayer):
@@ -33,11 +33,11 @@ class RowLayer(DynamicLayer):
         start, end = self._end, self._end + key_states.shape[-2]
         if self._buffers is None:
             self._num_rows = len(key_states)
-            self._reserve(key_states, self._num_rows, 0, end + GROWTH)
+            self._reserve(key_states, self._num_rows, 0, end)
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         elif end > self._buffers[0].shape[-2]:
             length = self.get_seq_length()
-            self._reserve(key_states, len(self._buffers[0]), 0, length + key_states.shape[-2] + GROWTH)
+            self._reserve(key_states, len(self._buffers[0]), 0, length + key_states.shape[-2])
             start, end = length, length + key_states.shape[-2]
         keys, values = cast(tuple[Tensor, Tensor], self._buffers)
         rows = self._num_rows
@@ -60,8 +60,9 @@ class RowLayer(DynamicLayer):
         length, num_rows = keys.shape[-2], self._num_rows + len(keys)
         missing = max(0, length - self.get_seq_length())  # columns on the left
         if num_rows > len(self._buffers[0]) or missing > self._start:
-            capacity = len(self._buffers[0]) if num_rows <= len(self._buffers[0]) else num_rows + ROW_GROWTH
-            self._reserve(keys, capacity, missing, max(self.get_seq_length(), length) + GROWTH)
+            growth = ROW_GROWTH * (4 if keys.device.type == "cpu" else 1)
+            capacity = len(self._buffers[0]) if num_rows <= len(self._buffers[0]) else num_rows + growth
+            self._reserve(keys, capacity, missing, max(self.get_seq_length(), length))
         before, self._start = self._start, self._start - missing
         for buffer, states in zip(self._buffers, (keys, values), strict=True):
             buffer[: self._num_rows, :, self._start : before] = 0
@@ -84,10 +85,14 @@ class RowLayer(DynamicLayer):
         self._show()
 
     def _reserve(self, like: Tensor, num_rows: int, left: int, columns: int) -> None:
-        """Move to new buffers (num_rows, H, columns, head), the columns in use behind `left` free ones."""
+        """Move to new buffers (num_rows, H, columns and more, head), the columns in use behind `left` free ones.
+
+        They are not filled: what becomes visible later is written first.
+        """
         before, length = self._buffers, self.get_seq_length()
-        shape = (num_rows, like.shape[1], columns, like.shape[-1])
-        self._buffers = like.new_zeros(shape), like.new_zeros(shape)
+        spare = max(GROWTH, columns) if like.device.type == "cpu" else GROWTH
+        shape = (num_rows, like.shape[1], columns + spare, like.shape[-1])
+        self._buffers = like.new_empty(shape), like.new_empty(shape)
         if before is not None:
             for old, new in zip(before, self._buffers, strict=True):
                 new[: self._num_rows, :, left : left + length] = old[: self._num_rows, :, self._start : self._end]

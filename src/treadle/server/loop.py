@@ -30,8 +30,8 @@ STEPS_A_CHUNK = 2.5
 """A chunk of a prompt may take this many step times while rows run."""
 SMALLEST_CHUNK = 8
 """Tokens; a prompt gets on whatever a step costs."""
-FREE_PADDING = 4096
-"""Tokens of padding in a batch that are cheaper than another batch."""
+FREE_PADDING = 1024
+"""Tokens of padding that a batch may have; beyond, half as many as it has tokens."""
 SMOOTHING = 0.3
 """Weight of the newest measurement in a running mean."""
 
@@ -178,7 +178,7 @@ class Loop:
         best = min(self._batches, key=lambda batch: batch.padding_with(length)[1], default=None)
         if best is not None:
             tokens, padding = best.padding_with(length)
-            if padding <= max(FREE_PADDING, tokens):
+            if padding <= max(FREE_PADDING, tokens // 2):
                 return best
         return self._engine.new_batch(prefixes=self._prefixes)
 
