@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from treadle.errors import TreadleError
 from treadle.generate import Engine
@@ -65,7 +65,7 @@ class Reader:
         """Return what a body asks for, or raise a Failure with all that is wrong with it, `problems` included."""
         problems = list(problems)
         target = self.targets.read(body.model, body.treadle, problems, caller)
-        prompts = body.prompt if isinstance(body, CompletionBody) else [body.messages]  # type: ignore[attr-defined]
+        prompts: list[Any] = body.prompt if isinstance(body, CompletionBody) else [cast(ChatBody, body).messages]
         likeliest = _likeliest(body, problems)
         self._check_limits(body, problems, likeliest or 0)
         n = min(body.n or 1, self.params.max_n)
@@ -95,30 +95,33 @@ class Reader:
 
     def _sampling(self, body: Generating, problems: Problems, count: int) -> list[SamplingParams]:
         """Return the sampling of each sequence; with a seed, each has a random stream of its own that repeats."""
-        limit = self.params.max_tokens
-        wanted = [body.max_tokens] if body.max_tokens is not None else []
-        if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
-            wanted.append(body.max_completion_tokens)
-        default = limit if isinstance(body, ChatBody) else min(limit, COMPLETION_TOKENS)
-        most = wanted[0] if wanted else default
-        if len(set(wanted)) > 1:
-            both = f"max_tokens: got {wanted[0]}, max_completion_tokens: got {wanted[1]}"
-            problems.append(("max_tokens", f"{both}; allowed: one of them"))
-        is_scoring = isinstance(body, CompletionBody) and body.echo
-        if most > limit or (most == 0 and not is_scoring):
-            field = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
-            least = "0 (with echo)" if isinstance(body, CompletionBody) else "1"
-            problems.append((field, f"{field}: got {most}; allowed: a whole number from {least} to {limit}"))
-            most = 1
         temperature = 1.0 if body.temperature is None else body.temperature
         if 0 < temperature < 0.001:
             problems.append(("temperature", f"temperature: got {temperature}; allowed: 0 (greedy), or 0.001 to 2"))
             temperature = 1.0
-        stop = self._stops(body.stop or [], problems)
         top_p = 1.0 if body.top_p is None else body.top_p
+        most, stop = self._most_tokens(body, problems), self._stops(body.stop or [], problems)
+        one = SamplingParams(temperature, top_p, body.top_k or 0, most, stop)
         seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(count)]
-        one = SamplingParams(temperature, top_p, body.top_k or 0, max(most, 1), stop)
         return [replace(one, seed=seed) for seed in seeds]
+
+    def _most_tokens(self, body: Generating, problems: Problems) -> int:
+        """Return how many tokens a choice may have; at least 1, though a request that only scores wants none."""
+        limit = self.params.max_tokens
+        given = {"max_tokens": body.max_tokens}
+        if isinstance(body, ChatBody):
+            given["max_completion_tokens"] = body.max_completion_tokens
+        wanted = {field: value for field, value in given.items() if value is not None}
+        if len(set(wanted.values())) > 1:
+            both = ", ".join(f"{field}: got {value}" for field, value in wanted.items())
+            problems.append(("max_tokens", f"{both}; allowed: one of them"))
+        is_scoring = isinstance(body, CompletionBody) and body.echo
+        least = "0 (with echo)" if isinstance(body, CompletionBody) else "1"
+        for field, value in wanted.items():
+            if value > limit or (value == 0 and not is_scoring):
+                problems.append((field, f"{field}: got {value}; allowed: a whole number from {least} to {limit}"))
+        default = limit if isinstance(body, ChatBody) else min(limit, COMPLETION_TOKENS)
+        return max(1, min([*wanted.values(), limit]) if wanted else default)
 
     def _stops(self, stops: Sequence[str], problems: Problems) -> tuple[str, ...]:
         limit = self.params.max_stops

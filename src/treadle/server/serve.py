@@ -1,7 +1,6 @@
 """Runs the web application until it is asked to end."""
 
 import logging
-import signal
 import sys
 import threading
 import time
@@ -86,7 +85,6 @@ def serve(folder: str, params: ServeParams) -> None:
     if params.host not in ("127.0.0.1", "localhost", "::1") and not (params.api_key or params.api_key_file):
         logger.warning("listening on %s without an API key: everybody who can reach it may use it", params.host)
     server = Server(bundle, engine, params)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
     announce.start()
     server.run()
