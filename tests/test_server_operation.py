@@ -281,7 +281,7 @@ def start_process(bundle: Path, *flags: object) -> tuple[subprocess.Popen[str], 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TREADLE_MAX_N": "32"})
     assert process.stderr
     for line in process.stderr:
-        if found := re.search(r"serving on (\S+)", line):
+        if found := re.search(r"serving on (http://[\d.:]+)", line):
             return process, found[1]
     raise AssertionError("it did not start")
 
@@ -304,7 +304,8 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> Non
     assert process.wait(30) == 0
     assert process.stderr
     with process.stderr as log:
-        lines = [json.loads(line) for line in log if line.startswith("{")]
-    (line,) = [line for line in lines if line["path"] == TEXTS and line["status"] == 200]
+        lines = [json.loads(line) for line in log]
+    (line,) = [line for line in lines if line.get("path") == TEXTS and line["status"] == 200]
+    assert any("shutting down: 32 sequences are left" in line.get("message", "") for line in lines)
     assert line["tokens"] == 32 * 450 or line["tokens"] > 32
     assert "add three" not in json.dumps(lines)

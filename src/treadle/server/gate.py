@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -150,6 +151,7 @@ class Gate:
     def _line(self, scope: Scope, visit: Visit) -> dict[str, Any]:
         """Return what there is to say about a request; texts are in it only if the server was asked to log them."""
         return {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": visit.id,
             "key": visit.caller.id or None,
             "method": scope["method"],
@@ -166,4 +168,6 @@ class Gate:
         if self._params.log_format == "json":
             logger.info(json.dumps(line, ensure_ascii=False))
         else:
-            logger.info(" ".join(f"{key}={value}" for key, value in line.items() if value is not None))
+            logger.info(
+                " ".join(f"{key}={value}" for key, value in line.items() if value is not None and key != "time")
+            )

@@ -1,5 +1,6 @@
 """Runs the web application until it is asked to end."""
 
+import json
 import logging
 import sys
 import threading
@@ -76,6 +77,18 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+class JsonLines(logging.Formatter):
+    """One JSON object a line; what the gate logs of a request is one already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        message = record.getMessage()
+        if message.startswith("{"):
+            return message
+        line = {"time": self.formatTime(record), "level": record.levelname, "message": message}
+        return json.dumps(line if record.exc_info is None else {**line, "error": self.formatException(record.exc_info)})
+
+
 def serve(folder: str, params: ServeParams) -> None:
     """Load a bundle and serve it until SIGTERM or SIGINT."""
     bundle = read_bundle(folder)
@@ -99,10 +112,10 @@ def _announce(server: Server, params: ServeParams) -> None:
 
 
 def _set_up_log(params: ServeParams) -> None:
-    """Write the server's log to standard error; a line of JSON has no prefix."""
+    """Write the server's log to standard error."""
     handler = logging.StreamHandler()
     is_json = params.log_format == "json"
-    handler.setFormatter(logging.Formatter("%(message)s" if is_json else "%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(JsonLines() if is_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("treadle", "uvicorn.error"):
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
