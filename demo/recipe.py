@@ -39,22 +39,22 @@ def treadle(*arguments: object) -> None:
     subprocess.run(command, check=True)
 
 
-def train(data: Path, work: Path, seed: int, steps: int | None) -> None:
+def train(data: Path, work: Path, seed: int, steps: int | None, examples: int | None) -> None:
     for task, (file, usual) in ADAPTERS.items():
         output = work / "adapters" / task
         if (output / "adapter_model.safetensors").exists():
             continue
         also = [f"--also={other}={data / ADAPTERS[other][0]}" for other in JOINED if other != task]
         num_steps = steps or usual
-        limit = num_steps * 8  # one pass over a seeded choice of the training split
+        limit = examples or num_steps * 8  # one pass over a seeded choice of the training split
         treadle("train", "--base", BASE, "--data", data / file, "--task", task, "--limit", limit, "--steps", num_steps,
                 "--seed", seed, *also, "-o", output)  # fmt: skip
 
 
-def write_samples(data: Path, work: Path) -> None:
+def write_samples(data: Path, work: Path, limit: int) -> None:
     (work / "samples").mkdir(parents=True, exist_ok=True)
     for task, (file, _) in ADAPTERS.items():
-        examples = load_examples(data / file, task, limit=SAMPLES, seed=1)
+        examples = load_examples(data / file, task, limit=limit, seed=1)
         lines = [json.dumps(asdict(example)) for example in examples]
         (work / "samples" / f"{task}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
@@ -75,9 +75,10 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="bundle folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the training; the bundle in the repository has 0")
     parser.add_argument("--steps", type=int, help="of each adapter, to try the recipe out; the usual ones are above")
+    parser.add_argument("--examples", type=int, help="of each task, for adapters and router alike; usual: 8 a step")
     options = parser.parse_args()
-    train(options.data, options.work, options.seed, options.steps)
-    write_samples(options.data, options.work)
+    train(options.data, options.work, options.seed, options.steps, options.examples)
+    write_samples(options.data, options.work, min(SAMPLES, options.examples or SAMPLES))
     if not (options.work / "embedder" / "config.json").exists():
         build_embedder(options.work / "embedder")
     fit(options.work, options.bundle)

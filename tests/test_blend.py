@@ -69,6 +69,13 @@ def all_paths(adapters: list[Adapter]) -> set[str]:
     return {path for adapter in adapters for path in adapter.pairs}
 
 
+@pytest.fixture(autouse=True, params=["all laid out", "those that act"])
+def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every law holds for few adapters, which are all laid out, and for many, of which those that act are."""
+    if request.param == "those that act":
+        monkeypatch.setattr("treadle.blend.FEW_ROWS", 0)
+
+
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     return calm_llama()
@@ -461,6 +468,38 @@ def test_layers_that_share_a_product_may_read_other_inputs_and_in_any_order(
             assert_close(getattr(attention, name)(x), expected[name][0])
             assert_close(getattr(attention, name)(other), expected[name][1])
     assert len(names) > 1
+
+
+def test_of_many_adapters_only_those_that_act_are_computed(tmp_path: Path) -> None:
+    names = [f"a{index}" for index in range(9)]
+    many = [read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name) for seed, name in enumerate(names)]
+    model, few = calm_llama(), calm_llama()
+    blend, pair = attach(model, many), attach(few, [many[2], many[7]])
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, BlendedLinear)
+    for weights in ([0.6, 0.3], [0.2, 0.9], [0.0, 0.4], [0.5, 0.0]):
+        full = np.zeros(9, np.float32)
+        full[[2, 7]] = weights
+        blend.set_weights(full)
+        pair.set_weights(weights)
+        assert_close(logits(model), logits(few))
+        assert len(layer.b_t) == 32, "two of nine, also where one of them is enough"
+    blend.set_weights(np.eye(9, dtype=np.float32)[4])
+    assert len(layer.b_t) == 16
+    blend.set_weights([0.1] * 9)
+    assert len(layer.b_t) == 9 * 16
+
+
+def test_factors_are_in_memory_once(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+    blend = attach(model, unequal)
+    for adapter, given in zip(blend.adapters, unequal, strict=True):
+        for path, pair in adapter.pairs.items():
+            layer = model.get_submodule(path)
+            assert isinstance(layer, BlendedLinear)
+            assert torch.equal(pair.a, given.pairs[path].a)
+            assert torch.equal(pair.b, given.pairs[path].b)
+            assert pair.a.untyped_storage().data_ptr() == layer.shrink.every_a.untyped_storage().data_ptr()
+            assert pair.b.untyped_storage().data_ptr() == layer.every_b_t.untyped_storage().data_ptr()
 
 
 # --- adapters come and go -------------------------------------------------------------------------------------------

@@ -46,6 +46,13 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
     return model.to(dtype).eval()
 
 
+@pytest.fixture(autouse=True, params=["all laid out", "those that act"])
+def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every law holds for few adapters, which are all laid out, and for many, of which those that act are."""
+    if request.param == "those that act":
+        monkeypatch.setattr("treadle.blend.FEW_ROWS", 0)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three adapters of equal ranks on all linear layers; the four architectures have the same shapes."""

@@ -6,6 +6,7 @@ gates for each layout of ranks, computed once a step. Base weights are never wri
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from treadle.adapters import Adapter
+from treadle.adapters import Adapter, LoraPair
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
 from treadle.layers import BlendedLinear, Gates, Layout, Shrink
 from treadle.params import Combine
@@ -21,6 +22,8 @@ from treadle.params import Combine
 COMBINES: tuple[Combine, ...] = get_args(Combine)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of the linear layers of a block that read one input; a layer given another input computes its own product."""
+FEW_ROWS = 128
+"""Rows of a stack up to which all adapters are laid out, used or not."""
 Weights = Tensor | np.ndarray[Any, Any] | Sequence[float]
 
 
@@ -39,7 +42,11 @@ class Blend:
         self._layers: dict[str, BlendedLinear] = {}
         self._gates: dict[int, Gates] = {}
         self._layouts: list[Layout] = []
+        self._acting_layouts: list[Layout] = []  # of those adapters whose factors are laid out
+        self._ranks: list[int] = []  # of each adapter, its largest
         self._spreads: dict[tuple[int, float], Tensor] = {}
+        self._shrinks: list[tuple[Shrink, list[int]]] = []  # and the slots of its layers
+        self._acting: frozenset[int] | None = None  # adapters whose factors are laid out; None = all
         self._replace_all(tuple(adapters))
 
     @property
@@ -55,13 +62,14 @@ class Blend:
             weights: (N,), (B, N) or (B|1, T|1, N), not negative; None = the base model alone, bit for bit.
             combine: one combine, or one a row; None takes the one given to `attach`.
         """
-        before, layouts = dict(self._gates), self._layouts
+        before, acting, layouts = dict(self._gates), self._acting, self._layouts
         self.set_weights(weights, combine)
         try:
             yield
         finally:
             self._gates.clear()
-            if self._layouts is layouts:  # adapters that came or went inside have other gates
+            if before and self._layouts is layouts:  # adapters that came or went inside have other gates
+                self._choose(acting)
                 self._gates.update(before)
 
     def set_weights(self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None) -> None:
@@ -72,13 +80,20 @@ class Blend:
             for name in set(combines):
                 self.check_combine(name)
             w = self._checked(weights)  # (B|1, T|1, N)
-            gates = {slot: self._gates_of(slot, w, combines) for slot in range(len(self._layouts))}
+            self._choose(None if "paper" in combines else self._needed(w))  # `paper` adds up the B of all adapters
+            w = w.to(next(self.model.parameters()).device, non_blocking=True)
+            slots = [slot for slot in range(len(self._layouts)) if self._acting_layouts[slot].parts]
+            gates = {slot: self._gates_of(slot, w, combines) for slot in slots}
         self._gates.clear()
         self._gates.update(gates)
 
     def step_gates(self) -> dict[int, Gates]:
         """Return the gates in force for one token a row, by layout, each (B|1, R); none = the base model alone."""
         return {slot: gates.without_time() for slot, gates in self._gates.items()}
+
+    def factors(self) -> list[Tensor]:
+        """Return the stacked factors that a pass reads, each once."""
+        return [*(shrink.a for shrink, _ in self._shrinks), *(layer.b_t for layer in self._layers.values())]
 
     def _checked(self, weights: Weights) -> Tensor:
         w = torch.as_tensor(weights, dtype=torch.float32)
@@ -87,8 +102,36 @@ class Blend:
             raise OptionError(f"weights have shape {tuple(w.shape)}; expected {expected}.")
         if w.device.type == "cpu" and not (torch.isfinite(w).all() and (w >= 0).all()):  # on a GPU it would synchronise
             raise OptionError("weights must be finite and not negative.")
-        w = w.to(next(self.model.parameters()).device, non_blocking=True)
         return w.view(1, 1, -1) if w.dim() == 1 else w[:, None] if w.dim() == 2 else w
+
+    def _needed(self, w: Tensor) -> frozenset[int] | None:
+        """Return the adapters to lay out for weights (B|1, T|1, N); None = all.
+
+        Where all of them are few rows, that is cheaper than to choose; and those that are laid out stay while they
+        are not many more than what is needed, because neighbouring steps need almost the same.
+        """
+        if w.device.type != "cpu" or sum(self._ranks) <= FEW_ROWS:  # a GPU would have to wait
+            return None
+        used = frozenset(w.flatten(0, 1).any(0).nonzero()[:, 0].tolist())
+        rank = sum(self._ranks[index] for index in used)
+        if self._acting is not None and used <= self._acting:
+            if sum(self._ranks[index] for index in self._acting) <= 2 * rank:
+                return self._acting
+        return None if 2 * rank > sum(self._ranks) else used
+
+    def _choose(self, acting: frozenset[int] | None) -> None:
+        """Lay out the factors of some adapters, by index, for the passes that follow; None = of all."""
+        if acting == self._acting:
+            return
+        rows = [None if acting is None else layout.rows(acting) for layout in self._layouts]
+        for layer in self._layers.values():
+            layer.choose(rows[layer.slot])
+        for shrink, slots in self._shrinks:
+            chosen = [each for slot in slots if (each := rows[slot]) is not None]
+            shrink.choose(chosen if acting is not None else None)
+        self._acting = acting
+        self._acting_layouts = [layout if acting is None else layout.only(acting) for layout in self._layouts]
+        self._spreads.clear()
 
     def _gates_of(self, slot: int, w: Tensor, combines: Sequence[Combine]) -> Gates:
         """Return the gates of one layout, in the dtype of its factors; rows with different combines may mix."""
@@ -100,7 +143,7 @@ class Blend:
                 return 1.0
             return torch.tensor([float(kind == name) for kind in combines], device=w.device).view(-1, 1, 1)
 
-        num_blocks = len(self._layouts[slot].parts)
+        num_blocks = len(self._acting_layouts[slot].parts)
         scaled = w @ self._spread(slot, 1.0) if kinds & {"sum", "paper"} else None  # (B|1, T|1, R)
         direct = (scaled * rows("sum")).to(dtype) if scaled is not None and "sum" in kinds else None
         if kinds == {"sum"}:
@@ -117,7 +160,7 @@ class Blend:
     def _spread(self, slot: int, power: float) -> Tensor:
         key = (slot, power)
         if key not in self._spreads:
-            matrix = self._layouts[slot].spread(len(self.adapters), power)
+            matrix = self._acting_layouts[slot].spread(len(self.adapters), power)
             self._spreads[key] = matrix.to(next(self.model.parameters()).device)
         return self._spreads[key]
 
@@ -155,6 +198,7 @@ class Blend:
             self._layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates)
             self._put(path, self._layers[path])
         layouts: dict[Layout, int] = {}
+        self._shrinks = []
         for paths in _same_input(self._layers):
             owners = [[(i, a.pairs[path]) for i, a in enumerate(adapters) if path in a.pairs] for path in paths]
             first = self._layers[paths[0]]
@@ -163,10 +207,29 @@ class Blend:
                 layout = Layout(tuple((i, pair.rank, pair.scale) for i, pair in each))
                 slot = layouts.setdefault(layout, len(layouts))
                 self._layers[path].stack([pair.b for _, pair in each], shrink, index, slot)
-        self.adapters = adapters
-        self._layouts = list(layouts)
+            self._shrinks.append((shrink, [self._layers[path].slot for path in paths]))
+        self.adapters = self._views(adapters)
+        self._layouts = self._acting_layouts = list(layouts)
+        self._ranks = [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]
+        self._acting = None
         self._spreads.clear()
         self._gates.clear()
+
+    def _views(self, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
+        """Return the adapters with factors that are views of the stacks: in memory they are there once."""
+        taken: dict[str, int] = dict.fromkeys(self._layers, 0)
+        views: list[Adapter] = []
+        for adapter in adapters:
+            pairs: dict[str, LoraPair] = {}
+            for path, pair in adapter.pairs.items():
+                layer, start = self._layers[path], taken[path]
+                taken[path] = end = start + pair.rank
+                first = layer.shrink.start_of(layer.index)
+                pairs[path] = replace(
+                    pair, a=layer.shrink.every_a[first + start : first + end], b=layer.every_b_t[start:end].t()
+                )
+            views.append(replace(adapter, pairs=pairs))
+        return tuple(views)
 
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, child = path.rpartition(".")

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from treadle.blend import Blend
 from treadle.cache import RowCache, RowLayer
-from treadle.layers import BlendedLinear, Gates
+from treadle.layers import BlendedLinear, Gates, Shrink
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,16 +71,13 @@ class Stack:
         sizes = [layer.out_features for layer in plain]
         self.weight = _in_one_piece([layer.weight for layer in plain])  # (sum of out, in)
         self.bias = _joined_bias(plain)  # (sum of out,)
-        self.shrink: Tensor | None = None  # A of all blended layers, (sum of R, in)
-        self.updates: list[Update] = []
+        self.shrink: Shrink | None = None  # of all blended layers
+        self.updates: list[tuple[slice, BlendedLinear]] = []  # columns of the results, and who adds to them
         start = 0
         for size, layer in zip(sizes, layers, strict=True):
             if isinstance(layer, BlendedLinear):
-                self.shrink = layer.shrink.a
-                ranks = layer.shrink.sizes
-                first = sum(ranks[: layer.index])
-                rows = slice(first, first + ranks[layer.index])
-                self.updates.append(Update(slice(start, start + size), rows, layer.slot, layer.b_t))
+                self.shrink = layer.shrink
+                self.updates.append((slice(start, start + size), layer))
             start += size
 
     def __call__(self, x: Tensor, gates: Mapping[int, Gates]) -> Tensor:
@@ -89,23 +86,16 @@ class Stack:
         if self.bias is not None:
             y = y + self.bias
         if gates and self.shrink is not None:
-            inner = functional.linear(x.to(self.shrink.dtype), self.shrink)  # (B, sum of R)
-            for columns, rows, slot, b_t in self.updates:
-                h = gates[slot].apply(inner[:, rows])  # (B, R)
+            inner = functional.linear(x.to(self.shrink.dtype), self.shrink.a)  # (B, sum of R)
+            for columns, layer in self.updates:
+                if layer.slot not in gates:  # no adapter that acts targets it
+                    continue
+                h = gates[layer.slot].apply(inner[:, self.shrink.rows[layer.index]])  # (B, R)
                 if y.dtype == h.dtype:
-                    y[:, columns].addmm_(h, b_t)
+                    y[:, columns].addmm_(h, layer.b_t)
                 else:
-                    y[:, columns].add_(h @ b_t)
+                    y[:, columns].add_(h @ layer.b_t)
         return y
-
-
-class Update(NamedTuple):
-    """What the adapters add to one layer of a stack."""
-
-    columns: slice  # of the results
-    rows: slice  # of the first product
-    slot: int  # of the gates
-    b_t: Tensor  # (R, out)
 
 
 class Block(NamedTuple):

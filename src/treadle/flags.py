@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -56,7 +56,9 @@ def _parameter(name: str, options: type, entry: "Field[Any]") -> inspect.Paramet
     """Return the command's parameter for one field; every value arrives as text, or None where it was not given."""
     hint = get_type_hints(options)[entry.name]
     is_switch, is_list = hint is bool, get_origin(hint) is tuple
-    default = "" if entry.default is MISSING or not isinstance(entry.default, int | float | str) else entry.default
+    default = entry.default if isinstance(entry.default, int | float | str | tuple) else ""
+    if isinstance(default, tuple):
+        default = ", ".join(map(str, default))
     flag = typer.Option(f"--{name.replace('_', '-')}" + f"/--no-{name.replace('_', '-')}" * is_switch)
     flag.help = meanings(options)[entry.name] + f" ({default})" * bool(str(default)) + "; repeatable" * is_list
     kind = bool | None if is_switch else list[str] | None if is_list else str | None

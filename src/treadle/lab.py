@@ -1,4 +1,4 @@
-"""The commands of experiments: `treadle eval`, `treadle sweep`, `treadle plot`."""
+"""The commands of experiments: `treadle eval`, `treadle sweep`, `treadle plot`, `treadle bench`."""
 
 import json
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ import typer
 from treadle.errors import OptionError, collect
 from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
-from treadle.params import EvalParams
+from treadle.params import BenchParams, EvalParams
 
 if TYPE_CHECKING:
     from treadle.arms import Arm
     from treadle.evaluate import EvalSet
     from treadle.generate import Engine
     from treadle.routing import Router
+    from treadle.timing import Table
 
 app = typer.Typer()
 Output = Annotated[Path, typer.Option("-o", "--output", help="folder of results; finished cells are not repeated")]
@@ -90,6 +91,40 @@ def plot(
 
     drawn = draw_all(results, output)
     print(json.dumps({"figures": list(map(str, drawn))}) if as_json else "\n".join(map(str, drawn)))
+
+
+@app.command()
+@takes(options=BenchParams)
+def bench(
+    bundle: BundlePath,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="decode, prefill, router, adapters, peers, memory; repeatable, or with commas"),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Measure speed and memory side by side: interleaved runs in one process, medians, ratios to the base."""
+    from treadle.bundle import read_bundle
+    from treadle.models import quiet_libraries
+    from treadle.suites import Lab, measure
+    from treadle.timing import markdown
+
+    quiet_libraries()
+    names = [name for entry in suite or ["decode"] for name in entry.split(",")]
+    lab = Lab.open(read_bundle(bundle), device, dtype, read_options(BenchParams, options))
+    found: list[Table] = []
+    if not as_json:
+        print(lab.about)
+    for table in measure(lab, names):
+        found.append(table)
+        if not as_json:
+            print(f"\n{markdown(table)}", flush=True)
+    if as_json:
+        print(json.dumps({"about": lab.about, **asdict(lab.params), "tables": [asdict(table) for table in found]}))
 
 
 def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path | None, as_json: bool) -> None:

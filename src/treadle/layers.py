@@ -4,9 +4,9 @@ A step then needs two matrix products a module; what changes between steps is on
 computed once a step and shared by all modules of the same layout. Base weights are never written to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,15 @@ class Layout:
     """Who owns which rows of a stack: (adapter index, rank, scale) of each adapter that has factors there."""
 
     parts: tuple[tuple[int, int, float], ...]
+
+    def only(self, adapters: Collection[int]) -> "Layout":
+        """Return the layout of the stack that holds only some adapters, by index."""
+        return Layout(tuple(part for part in self.parts if part[0] in adapters))
+
+    def rows(self, adapters: Collection[int]) -> Tensor:
+        """Return which rows of this stack belong to some adapters, (R of these,)."""
+        owners = torch.tensor([index in adapters for index, rank, _ in self.parts for _ in range(rank)])
+        return owners.nonzero()[:, 0] if len(owners) else owners.long()
 
     def spread(self, num_adapters: int, power: float) -> Tensor:
         """Return the (N, R) matrix that takes weights to gates, each row of the stack times its scale ** power."""
@@ -58,18 +67,38 @@ class Gates:
 
 
 class Shrink(nn.Module):
-    """The first product, A x, of all layers of a block that read the same input (q, k and v, say): made once a pass."""
+    """The first product, A x, of all layers of a block that read the same input (q, k and v, say): made once a pass.
+
+    It holds every adapter's A as stored on disk, and multiplies by those that act (`choose`), in `dtype`.
+    """
 
     a: Tensor
+    every_a: Tensor
 
     def __init__(self, factors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> None:
         """Stack the A (R, in) of each layer."""
         super().__init__()
-        self.register_buffer("a", torch.cat(list(factors)).to(device, dtype), persistent=False)  # (sum of R, in)
+        self.register_buffer("every_a", torch.cat(list(factors)).to(device), persistent=False)  # (sum of R, in)
         self.dtype = dtype
-        self.sizes = [len(each) for each in factors]
+        self._starts = [0, *accumulate(len(each) for each in factors)]
         self._x: Tensor | None = None
         self._products: list[Tensor | None] = []
+        self.choose(None)
+
+    def start_of(self, index: int) -> int:
+        """Return the row of `every_a` where the stack of the layer `index` begins."""
+        return self._starts[index]
+
+    def choose(self, rows: Sequence[Tensor] | None) -> None:
+        """Let only these rows of each layer's stack act; None = all of them."""
+        if rows is None:
+            chosen, self.sizes = self.every_a, [end - start for start, end in pairwise(self._starts)]
+        else:
+            index = torch.cat([start + each for start, each in zip(self._starts, rows, strict=False)])
+            chosen, self.sizes = self.every_a.index_select(0, index.to(self.every_a.device)), list(map(len, rows))
+        self.register_buffer("a", chosen.to(self.dtype), persistent=False)  # (sum of acting R, in)
+        starts = [0, *accumulate(self.sizes)]
+        self.rows = [slice(start, end) for start, end in pairwise(starts)]
 
     def product(self, x: Tensor, index: int) -> Tensor:
         """Return A x (B, T, R) of the layer `index`; an input is known again by being the same object."""
@@ -88,6 +117,7 @@ class BlendedLinear(nn.Module):
     """A linear layer of the base model and, beside it, the stacked factors of all adapters that target it."""
 
     b_t: Tensor
+    every_b_t: Tensor
 
     def __init__(self, base: nn.Module, dtype: torch.dtype, gates: dict[int, Gates]) -> None:
         super().__init__()
@@ -101,7 +131,7 @@ class BlendedLinear(nn.Module):
         return next(chain(self.base.parameters(), self.base.buffers())).device
 
     def stack(self, factors: Sequence[Tensor], shrink: Shrink, index: int, slot: int) -> None:
-        """Lay out the B (out, r) of all adapters as `b_t` (R, out); `shrink` holds their A as its layer number `index`.
+        """Stack the B (out, r) of all adapters; `shrink` holds their A as its layer number `index`.
 
         Args:
             factors: the B of each adapter.
@@ -109,8 +139,14 @@ class BlendedLinear(nn.Module):
             index: this layer's number in `shrink`.
             slot: the key of the gates.
         """
-        self.register_buffer("b_t", torch.cat(list(factors), 1).t().contiguous().to(self.device, self.dtype), False)
+        self.register_buffer("every_b_t", torch.cat(list(factors), 1).t().contiguous().to(self.device), False)
         self.shrink, self.index, self.slot = shrink, index, slot
+        self.choose(None)
+
+    def choose(self, rows: Tensor | None) -> None:
+        """Let only these rows of the stack act, which `shrink` chooses too; None = all of them."""
+        chosen = self.every_b_t if rows is None else self.every_b_t.index_select(0, rows.to(self.device))
+        self.register_buffer("b_t", chosen.to(self.dtype), persistent=False)  # (acting R, out)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) + the gated update: (B, T, in) -> (B, T, out)."""

@@ -1,6 +1,6 @@
 """One declaration an option: its name, type, default, unit and meaning, for Python, command line and files alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -64,7 +64,7 @@ def parse(kind: Any, value: Any, name: str) -> Any:
         if value in get_args(kind):
             return value
         raise OptionError(unknown_name(name, str(value), [str(choice) for choice in get_args(kind)]))
-    reader = READERS.get(origin)
+    reader = _numbers if kind == tuple[int, ...] else READERS.get(origin)
     parsed = reader(value) if reader else None
     if parsed is None:
         raise OptionError(f"{name}: expected {_described(kind)}, got {value!r}.")
@@ -74,7 +74,7 @@ def parse(kind: Any, value: Any, name: str) -> Any:
 def _described(kind: Any) -> str:
     origin = get_origin(kind) or kind
     if origin is tuple:
-        return "a text or a list of texts"
+        return "a number or a list of numbers" if kind == tuple[int, ...] else "a text or a list of texts"
     return getattr(origin, "__name__", str(kind)) if get_origin(kind) is None else "name=number pairs"
 
 
@@ -109,6 +109,12 @@ def _names(value: Any) -> tuple[str, ...] | None:
     if isinstance(value, str):
         value = [value]  # one entry: a stop string may hold commas and spaces
     return tuple(value) if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else None
+
+
+def _numbers(value: Any) -> tuple[int, ...] | None:
+    listed: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+    numbers = [_int(each) for each in listed]
+    return None if None in numbers else cast(tuple[int, ...], tuple(numbers))
 
 
 def _weights(value: Any) -> dict[str, float] | None:

@@ -173,6 +173,32 @@ class EvalParams:
 
 
 @dataclass(frozen=True)
+class BenchParams:
+    """How long and with what `treadle bench` measures."""
+
+    batch: tuple[int, ...] = option((1, 8), "rows of a batch")
+    prompt: int = option(32, "tokens of each prompt")
+    tokens: int = option(128, "tokens made a row")
+    rounds: int = option(5, "times that each call is measured, in turn with the others")
+    long_prompt: int = option(512, "prefill: tokens of a prompt")
+    paper_text: int = option(256, "peers: tokens of the text that peers without a cache read for each token")
+    sentence: str = option("sentence-transformers/all-MiniLM-L6-v2", "peers: embedder of the paper's loop")
+
+    def __post_init__(self) -> None:
+        """Check every field; one message lists all problems."""
+        least = {"prompt": 1, "tokens": 8, "rounds": 1, "long_prompt": 1, "paper_text": 1}
+        problems = [
+            f"{name} must be at least {number}, not {getattr(self, name)}"
+            for name, number in least.items()
+            if getattr(self, name) < number
+        ]
+        if not self.batch or min(self.batch) < 1:
+            problems.append(f"batch names numbers of rows, each at least 1, not {list(self.batch)}")
+        if problems:
+            raise OptionError(problem_list("bench options:", problems))
+
+
+@dataclass(frozen=True)
 class TrainParams:
     """How one adapter is trained; the defaults are the recipe of the demo."""
 

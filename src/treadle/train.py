@@ -147,7 +147,9 @@ def _save(model: Any, base: str, output: Path) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
-    model.peft_config["default"].base_model_name_or_path = base
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    config.target_modules = sorted(config.target_modules)  # a set: its order would change from run to run
     model.save_pretrained(output)
     for extra in ("README.md", "training_args.bin"):  # PEFT's empty model card; a pickle of local paths
         (output / extra).unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""Other ways to run the same adapters on the same model, for `treadle bench`: transformers, PEFT, the paper's loop.
+
+Each peer is the library's own code, called as its documentation says. One that cannot run says why.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treadle.embed import Embedder, load_embedder
+from treadle.errors import TreadleError
+from treadle.models import load_model
+from treadle.routing import Router, boosted
+from treadle.timing import Unit
+
+if TYPE_CHECKING:
+    from treadle.suites import Lab
+
+BLEND = "blend"
+"""What the peers that merge call the merged adapter."""
+NO_VLLM = "lives in an environment of its own, which benchmarks/vllm_peer.py measures"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A peer that cannot run here."""
+
+    reason: str
+
+
+Peers = dict[str, Unit | Missing]
+
+
+def cached_peers(lab: "Lab", prompts: Sequence[Sequence[int]], tokens: int) -> Peers:
+    """Return the peers that keep keys and values: each unit is a call that makes `tokens` tokens a row of `prompts`."""
+    folders = {adapter.name: adapter.source for adapter in lab.bundle.adapters}
+    make: dict[str, Callable[[Any], Unit]] = {
+        "transformers generate, base": lambda model: partial(transformers_generate, model, prompts, tokens),
+        "PEFT, one adapter": lambda model: partial(transformers_generate, one_adapter(model, folders), prompts, tokens),
+        "PEFT, one adapter merged": lambda model: partial(
+            transformers_generate, one_adapter(model, folders).merge_and_unload(), prompts, tokens
+        ),
+        "PEFT, add_weighted_adapter every 2 tokens": lambda model: partial(
+            merge_each_decision, Merging(lab, model, folders), prompts, tokens
+        ),
+        "PEFT Arrow, top 2": lambda model: partial(transformers_generate, arrow(model, folders), prompts, tokens),
+    }
+    return {name: _made(lab, each) for name, each in make.items()}
+
+
+def uncached_peers(lab: "Lab", text: Sequence[int], sentence: str) -> Peers:
+    """Return the peers that read the whole text for each token: each unit gives `text` its next token."""
+    folders = {adapter.name: adapter.source for adapter in lab.bundle.adapters}
+    make: dict[str, Callable[[Any], Unit]] = {
+        "PEFT X-LoRA, untrained": lambda model: partial(next_token, xlora(model, folders), text),
+        "the paper's loop": lambda model: PaperLoop(Merging(lab, model, folders), load_embedder(sentence), text),
+    }
+    return {name: _made(lab, each) for name, each in make.items()}
+
+
+def _made(lab: "Lab", make: Callable[[Any], Unit]) -> Unit | Missing:
+    """Return a peer on a base model of its own."""
+    try:
+        return make(load_model(lab.bundle.base_model, device=str(lab.engine.model.device), dtype=lab.dtype))
+    except (TreadleError, ImportError, ValueError) as error:
+        return Missing(str(error).splitlines()[0])
+
+
+@torch.inference_mode()
+def transformers_generate(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+    """Make `tokens` tokens a row with transformers' own greedy `generate`."""
+    from transformers import GenerationConfig
+
+    ids = torch.tensor(prompts, device=model.device)  # (B, T)
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    if output.shape != (len(prompts), len(prompts[0]) + tokens):
+        raise TreadleError(f"generate gave {tuple(output.shape)} tokens")
+
+
+def one_adapter(model: Any, folders: Mapping[str, Path]) -> Any:
+    """Return PEFT's model with the first adapter."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(next(iter(folders.values())))).eval()
+
+
+def arrow(model: Any, folders: Mapping[str, Path]) -> Any:
+    """Return PEFT's Arrow over the adapters: each token and module chooses two by itself."""
+    from peft import ArrowConfig, create_arrow_model
+
+    paths = [str(folder) for folder in folders.values()]
+    return create_arrow_model(model, paths, ArrowConfig(top_k=min(2, len(paths)), rng_seed=0)).eval()
+
+
+def xlora(model: Any, folders: Mapping[str, Path]) -> Any:
+    """Return PEFT's X-LoRA over the adapters, its classifier as it is initialised."""
+    from peft import XLoraConfig, get_peft_model
+
+    model.config.use_cache = False  # X-LoRA refuses a cache
+    torch.manual_seed(0)
+    adapters = {str(index): str(folder) for index, folder in enumerate(folders.values())}  # PEFT 0.21: by number
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=model.config.hidden_size, adapters=adapters)
+    return get_peft_model(model, config).eval()
+
+
+class Merging:
+    """PEFT's model with all adapters, of which a weighted one is made anew for each decision."""
+
+    def __init__(self, lab: "Lab", model: Any, folders: Mapping[str, Path]) -> None:
+        from peft import PeftModel
+
+        names = list(folders)
+        self.router: Router = lab.engine.router
+        self.tokenizer = lab.engine.tokenizer
+        self.model = PeftModel.from_pretrained(model, str(folders[names[0]]), adapter_name=names[0]).eval()
+        for name in names[1:]:
+            self.model.load_adapter(str(folders[name]), adapter_name=name)
+        self._names = names
+        self.blend([1.0 / len(names)] * len(names))  # PEFT refuses unequal ranks: now, not in the middle of a run
+
+    def blend(self, weights: Sequence[float]) -> None:
+        """Make the weighted adapter (PEFT's `linear`) and activate it."""
+        if BLEND in self.model.peft_config:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # PEFT says that the active adapter is deleted; the next line mends that
+                self.model.delete_adapter(BLEND)
+        self.model.add_weighted_adapter(self._names, list(weights), BLEND, combination_type="linear")
+        self.model.set_adapter(BLEND)
+
+
+@torch.inference_mode()
+def merge_each_decision(merging: Merging, prompts: Sequence[Sequence[int]], tokens: int, every: int = 2) -> None:
+    """Decode greedily with a cache; every `every` tokens the adapters are merged anew, for all rows alike.
+
+    PEFT has one set of weights a model, so that the text of the first row decides for the batch.
+    """
+    ids = torch.tensor(prompts, device=merging.model.device)  # (B, T)
+    cache: Any = None
+    newest = ids
+    for index in range(tokens):
+        if index % every == 0:
+            text = str(merging.tokenizer.decode(ids[0].tolist()))
+            merging.blend(merging.router.weights([text])[0].tolist())
+        output = merging.model(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, newest = output.past_key_values, output.logits[:, -1:].argmax(-1)  # (B, 1)
+        ids = torch.cat((ids, newest), 1)
+
+
+@torch.inference_mode()
+def next_token(model: Any, text: Sequence[int]) -> int:
+    """Return the next token after a whole text that is read without a cache."""
+    ids = torch.tensor([list(text)], device=model.device)
+    mask = torch.ones_like(ids)
+    return int(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, -1].argmax())
+
+
+class PaperLoop:
+    """The published code's step: embed the text, merge the adapters anew, read the whole text again.
+
+    https://github.com/jb-01/LoRA-TLE: cosines to the centroids, the largest times four, softmax. Centroids do not
+    change what a step costs, so that the bundle's take the place of the sentence embedder's, cut to its length.
+    """
+
+    def __init__(self, merging: Merging, embedder: Embedder, text: Sequence[int]) -> None:
+        self._merging, self._embedder, self._text = merging, embedder, list(text)
+        means = merging.router.centroids.means  # (N, D)
+        size = min(means.shape[1], embedder.dim)
+        self._means = means[:, :size]
+        self._size = size
+
+    def __call__(self) -> None:
+        """Give the text its next token."""
+        text = str(self._merging.tokenizer.decode(self._text))
+        embedding = self._embedder.encode([text])[0, : self._size]  # (D,)
+        self._merging.blend(boosted(self._means @ embedding).tolist())
+        next_token(self._merging.model, self._text)

@@ -1,0 +1,151 @@
+"""Side-by-side timings: arms are measured in turn in one process (A B C A B C ...) and compared with the first."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from statistics import median, quantiles
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Unit = Callable[[], object]
+"""One unit of an arm's work: a step, a call, a decision."""
+COPY_BYTES = 1 << 28
+"""Of the copy that measures bandwidth: far more than any cache holds."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one arm took.
+
+    Attributes:
+        arm: what was measured.
+        setting: under which circumstances, such as `float32, batch 8`; ratios hold within one setting.
+        seconds: median of a unit (see the table's title); None where the arm could not run.
+        low: first quartile.
+        high: third quartile.
+        ratio: of the medians, against the first arm of the setting.
+        tokens_per_second: of all rows together; None where a unit makes no token.
+        bandwidth: share of the measured memory bandwidth that reading each byte once in this time takes; None where
+            the bytes are not known.
+        peak: bytes of resident memory; where it is given, the ratio is that of peaks.
+        note: why the arm could not run, or what else was seen.
+    """
+
+    arm: str
+    setting: str
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    ratio: float | None = None
+    tokens_per_second: float | None = None
+    bandwidth: float | None = None
+    peak: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines of one kind: `title` says what a unit is."""
+
+    suite: str
+    title: str
+    lines: tuple[Line, ...]
+
+
+def interleave(arms: Mapping[str, Unit], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Return the seconds of each arm in each round, after `warm_up` rounds without a clock; all run once a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for round_index in range(warm_up + rounds):
+        for name, unit in arms.items():
+            synchronise()
+            started = time.perf_counter()
+            unit()
+            synchronise()
+            if round_index >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def synchronise() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def lines(
+    seconds: Mapping[str, Sequence[float]],
+    setting: str,
+    *,
+    tokens: int = 0,
+    read: Mapping[str, int] | None = None,
+    peak: float = 0.0,
+) -> list[Line]:
+    """Return a line an arm, compared with the first.
+
+    Args:
+        seconds: of each arm's units.
+        setting: of all of them.
+        tokens: that a unit makes, of all rows together.
+        read: bytes that a unit has to read at least, by arm.
+        peak: bytes a second that the machine copies.
+    """
+    reference = median(next(iter(seconds.values())))
+    made: list[Line] = []
+    for arm, each in seconds.items():
+        middle = median(each)
+        low, _, high = quantiles(each, n=4) if len(each) > 1 else (middle, middle, middle)
+        bandwidth = read[arm] / middle / peak if read and arm in read and peak else None
+        rate = tokens / middle if tokens else None
+        made.append(Line(arm, setting, middle, low, high, middle / reference, rate, bandwidth))
+    return made
+
+
+def bandwidth(device: torch.device) -> float:
+    """Return the bytes a second of a large copy, read and written (median of nine)."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    seconds = interleave({"copy": lambda: target.copy_(source)}, rounds=9, warm_up=2)["copy"]
+    return 2 * COPY_BYTES / median(seconds)
+
+
+def circumstances(model: "PreTrainedModel") -> str:
+    """Return one line: machine, threads, versions."""
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {packages}"
+
+
+def markdown(table: Table) -> str:
+    """Return a table as markdown, in milliseconds; columns that no line fills are left out."""
+    columns: dict[str, Callable[[Line], str]] = {
+        "setting": lambda line: line.setting,
+        "arm": lambda line: line.arm,
+        "ms (quartiles)": _milliseconds,
+        "ratio": lambda line: _number(line.ratio, 3),
+        "tokens/s": lambda line: _number(line.tokens_per_second, 1),
+        "of bandwidth": lambda line: "" if line.bandwidth is None else f"{line.bandwidth:.0%}",
+        "MiB": lambda line: "" if line.peak is None else f"{line.peak / 2**20:.0f}",
+        "note": lambda line: line.note,
+    }
+    shown = {name: [cell(line) for line in table.lines] for name, cell in columns.items()}
+    shown = {name: cells for name, cells in shown.items() if any(cells)}
+    rows = ["| " + " | ".join(row) + " |" for row in zip(*shown.values(), strict=True)]
+    return "\n".join([f"{table.title}:", "", "| " + " | ".join(shown) + " |", "|---" * len(shown) + "|", *rows])
+
+
+def _milliseconds(line: Line) -> str:
+    if line.seconds is None or line.low is None or line.high is None:
+        return ""
+    digits = 1 if line.seconds >= 0.01 else 3
+    return f"{1000 * line.seconds:.{digits}f} ({1000 * line.low:.{digits}f}-{1000 * line.high:.{digits}f})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
