@@ -1,6 +1,5 @@
 """Prompts that are read in chunks, what a row reports, and what rows that begin alike share."""
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -178,7 +177,6 @@ def test_an_adapter_replaced_under_its_name_is_another_one(engine: Engine, tmp_p
     for routing in params.values():
         run(engine, PROMPTS[2], routing, prefixes)
     engine.remove_adapter("code")
-    gc.collect()
     engine.add_adapter("code", save_adapter(tmp_path / "other", seed=77), SAMPLES["code"])
     cached = run(engine, PROMPTS[2], params["code"], prefixes)
     assert cached.reused == 0
@@ -209,6 +207,7 @@ def test_the_papers_combine_shares_only_among_the_same_adapters(equal_folders: d
             assert run(equal, PROMPTS[2], routing, prefixes).reused == reused
             own = removed.remove("math").remove("science")
             equal.join_adapter(read_adapter(equal_folders["code"], "code"), own)
+            assert run(equal, PROMPTS[2], routing, prefixes).reused == len(PROMPTS[2]) - 1  # the same as before
 
 
 def test_the_oldest_texts_go_when_there_is_no_room(engine: Engine) -> None:

@@ -2,12 +2,12 @@
 
 What a token's keys and values are depends on the tokens up to it, on the base model, and on the adapters and weights
 under which each of them was read. So an entry fits as far as tokens and weights are the same, and no further. Weights
-count by the adapter object they belong to: an adapter that was removed and added again under its name is another one.
+count by what an adapter holds, not by its name alone: another one that takes a name shares nothing with the first.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,13 @@ from treadle.rows import Row
 
 SHORTEST = 16
 """Tokens; a shorter prefix is read again."""
+Key: TypeAlias = tuple[str, str]
+"""An adapter's name and identity."""
+
+
+def key_of(adapter: Adapter) -> Key:
+    """Return what tells an adapter from others."""
+    return adapter.name, adapter.identity
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +36,15 @@ class Text:
 
     Attributes:
         ids: (T,) tokens.
-        weights: adapter by identity -> (T,) its weights; only of adapters that act somewhere.
-        adapters: those whose identities count, kept so that the identities stay theirs.
-        way: combine, the adapters that it brings in whatever their weights, and the owner.
+        weights: adapter -> (T,) its weights; only of adapters that act somewhere.
+        present: the adapters that the combine brings in whatever their weights.
+        way: combine and owner.
     """
 
     ids: NDArray[np.int64]
-    weights: Mapping[int, Floats]
-    adapters: Sequence[Adapter] = field(repr=False)
-    way: tuple[object, ...]
+    weights: Mapping[Key, Floats]
+    present: tuple[Key, ...]
+    way: tuple[str, str]
 
     @classmethod
     def of(cls, row: Row, blend: Blend) -> "Text":
@@ -46,20 +53,15 @@ class Text:
         later = [event.weights for event in row.events[1:]]
         prompt = np.broadcast_to(row.read_under, (row.prompt_tokens, len(row.router.names)))
         weights = np.concatenate([prompt, *(each[None] for each in later)])  # (T, N)
-        adapters = {adapter.name: adapter for adapter in blend.adapters}
-        acting = {name: weights[:, i] for i, name in enumerate(row.router.names) if weights[:, i].any()}
+        keys = {adapter.name: key_of(adapter) for adapter in blend.adapters}
         # the paper's combine adds the B of every adapter, whatever its weight
-        present = blend.adapters if row.routing.combine == "paper" else ()
-        return cls(
-            ids=ids,
-            weights={id(adapters[name]): column for name, column in acting.items()},
-            adapters=[*(adapters[name] for name in acting), *present],
-            way=(row.routing.combine, tuple(map(id, present)), row.owner),
-        )
+        present = tuple(keys.values()) if row.routing.combine == "paper" else ()
+        acting = {keys[name]: weights[:, i] for i, name in enumerate(row.router.names) if weights[:, i].any()}
+        return cls(ids, acting, present, (row.routing.combine, row.owner))
 
     def shared(self, other: "Text") -> int:
         """Return how many tokens at the beginning are the same and read in the same way."""
-        if self.way != other.way:
+        if (self.way, self.present) != (other.way, other.present):
             return 0
         length = min(len(self.ids), len(other.ids))
         same = self.ids[:length] == other.ids[:length]
@@ -130,5 +132,5 @@ class PrefixCache:
         if adapters is self._adapters:
             return
         self._adapters = adapters
-        present = set(map(id, adapters))
-        self._entries = [e for e in self._entries if all(id(adapter) in present for adapter in e.text.adapters)]
+        keys = set(map(key_of, adapters))
+        self._entries = [entry for entry in self._entries if {*entry.text.weights, *entry.text.present} <= keys]
