@@ -40,7 +40,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[dev,gguf,sentence,train,eval,plots]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,gguf,sentence,train,eval,plots,serve]'
 	touch $@
 
 bundle: $(VENV)/.dev $(VENV)/.demo

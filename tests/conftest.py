@@ -188,6 +188,17 @@ def bundle(tmp_path: Path, adapter_folders: dict[str, Path], embedder: object) -
     )
 
 
+@pytest.fixture(scope="session")
+def bundle_folder(
+    tmp_path_factory: pytest.TempPathFactory, adapter_folders: dict[str, Path], embedder: StaticEmbedder
+) -> Path:
+    """A bundle on disk that no test changes, without samples."""
+    root = tmp_path_factory.mktemp("served")
+    tiny_llama().save_pretrained(root / BASE)
+    byte_tokenizer().save_pretrained(root / BASE)
+    return save_bundle(root / "bundle", base=str(root / BASE), adapters=adapter_folders, router=fit(SAMPLES, embedder))
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line; return exit code, stdout and stderr."""

@@ -24,7 +24,8 @@ CORE = {
         "routing",
         "sampling",
     ),
-    *("text", "cache", "rows", "generate", "score", "bundle", "models", "centroid_files"),
+    *("text", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
+    "centroid_files",
 }
 
 

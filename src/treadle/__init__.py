@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from treadle.blend import Blend, attach
     from treadle.bundle import Bundle, read_bundle, save_bundle
     from treadle.centroids import Centroids
+    from treadle.completion import Completion
     from treadle.embed import Embedder, SentenceEmbedder, StaticEmbedder
     from treadle.errors import AdapterError, BundleError, DataError, ModelError, OptionError, TreadleError
-    from treadle.generate import Completion, Engine, load
+    from treadle.generate import Engine, load
     from treadle.params import RoutingParams, SamplingParams
     from treadle.routing import Router, fit
     from treadle.rows import TokenEvent
@@ -22,9 +23,10 @@ _PUBLIC = {
     "blend": ("Blend", "attach"),
     "bundle": ("Bundle", "read_bundle", "save_bundle"),
     "centroids": ("Centroids",),
+    "completion": ("Completion",),
     "embed": ("Embedder", "SentenceEmbedder", "StaticEmbedder"),
     "errors": ("AdapterError", "BundleError", "DataError", "ModelError", "OptionError", "TreadleError"),
-    "generate": ("Completion", "Engine", "load"),
+    "generate": ("Engine", "load"),
     "params": ("RoutingParams", "SamplingParams"),
     "routing": ("Router", "fit"),
     "rows": ("TokenEvent",),

@@ -4,14 +4,16 @@ Only `adapter_config.json` and safetensors are read, so PEFT itself (seconds to 
 This module knows files and tensors; it does not know models: `treadle.blend` compares an adapter with one.
 """
 
+import hashlib
 import json
 import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -82,6 +84,7 @@ class Adapter:
         targets: `target_modules` of its config: module names, or a regular expression.
         excluded: `exclude_modules` of its config, in the same form.
         layers: `layers_to_transform` of its config; None = all.
+        identity: the same for the same factors and scales, whatever the name; of one made by hand, its own.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Adapter:
     targets: tuple[str, ...] | str = ()
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
+    identity: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
 
     def declares(self, module: str) -> bool:
         """Return whether the config asks for factors on the module path `module`, by PEFT's rules of matching."""
@@ -137,7 +141,18 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
         targets=_pattern(config.get("target_modules")),
         excluded=_pattern(config.get("exclude_modules")),
         layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        identity=_identity(pairs),
     )
+
+
+def _identity(pairs: Mapping[str, LoraPair]) -> str:
+    """Return a digest of the factors and scales of all modules."""
+    digest = hashlib.sha256()
+    for module, pair in sorted(pairs.items()):
+        digest.update(f"{module} {pair.scale} {pair.rank} {pair.a.dtype} {pair.b.dtype}".encode())
+        for factor in (pair.a, pair.b):
+            digest.update(factor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -207,7 +222,8 @@ def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
             hint = f" {PICKLE_FILE} is a pickle, which can run code: load it with PEFT and save it as safetensors."
         raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}.{hint}")
     try:
-        return load_file(file)
+        # copies: a mapped file that somebody truncates later ends the process with SIGBUS
+        return {key: tensor.clone() for key, tensor in load_file(file).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter {name!r}: {file} cannot be read: {error}") from error
 

@@ -79,7 +79,7 @@ def read_bundle(path: str | Path) -> Bundle:
     _stop(folder, problems)
     entries = document["adapters"]
     adapters = collect(problems, [lambda e=e: read_adapter(folder / e["path"], e["name"]) for e in entries])
-    problems += [_foreign_base(adapter, document["base_model"]) for adapter in adapters]
+    problems += [foreign_base(adapter, document["base_model"]) for adapter in adapters]
     centroids = collect(problems, [lambda: read_centroids(folder / CENTROIDS_FILE)])
     embedder = collect(problems, [lambda: load_embedder(_embedder_name(folder, document["embedder"]))])
     routing = collect(problems, [lambda: read_options(RoutingParams, document["routing"])])
@@ -125,7 +125,7 @@ def save_bundle(
         problems.append(f"the router knows {', '.join(router.names)}; the adapters are {', '.join(adapters)}")
     problems += [unknown_name("adapter in samples", name, adapters) for name in samples or {} if name not in adapters]
     read = collect(problems, [lambda n=n, p=p: read_adapter(p, n) for n, p in adapters.items()])
-    problems += [problem for adapter in read if (problem := _foreign_base(adapter, base))]
+    problems += [problem for adapter in read if (problem := foreign_base(adapter, base))]
     if problems:
         raise BundleError(problem_list("the bundle cannot be written:", problems))
 
@@ -249,7 +249,7 @@ def _embedder_name(folder: Path, embedder: str) -> str:
     return str(inside) if inside.is_dir() or embedder == "embedder" else embedder
 
 
-def _foreign_base(adapter: Adapter, base: str) -> str:
+def foreign_base(adapter: Adapter, base: str) -> str:
     """Return the problem if an adapter names another base; the same model may lie in different folders."""
     last = [name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() for name in (adapter.base_model, base)]
     if not adapter.base_model or last[0] == last[1]:

@@ -1,49 +1,107 @@
-"""The key-value cache of a batch whose rows join and leave: one buffer a layer, rows aligned at their right end."""
+"""The key-value cache of a batch whose rows join and leave: one buffer a layer, rows aligned at their right end.
+
+A buffer has room for more rows and more tokens, so that a row that joins or leaves is copied and the others stay:
+moving all of them would cost running rows more than a step.
+"""
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 GROWTH = 256
-"""Tokens by which a full buffer grows."""
+"""Tokens by which a full buffer grows; in a CPU's memory, where room that nobody writes to is free, it doubles."""
+ROW_GROWTH = 8
+"""Rows by which a full buffer grows when a row joins, and four times as many in a CPU's memory."""
 
 
 class RowLayer(DynamicLayer):
-    """Keys and values of one layer, (B, H, L, head) inside buffers with room to grow: a step copies one token."""
+    """Keys and values of one layer, (B, H, L, head), a window of buffers with room to grow on three sides."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._buffers: tuple[Tensor, Tensor] | None = None  # of keys and of values, (B, H, capacity, head)
-        self._length = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None  # of keys and of values, (rows, H, columns, head)
+        self._num_rows = 0
+        self._start = self._end = 0  # the columns in use
 
     def get_seq_length(self) -> int:
         """Return L, the tokens of the longest row."""
-        return self._length
+        return self._end - self._start
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the keys and values (B, H, T, head) of T new tokens; return those of all tokens."""
-        start, end = self._length, self._length + key_states.shape[-2]
-        if self._buffers is None or end > self._buffers[0].shape[-2]:
-            self._buffers = self._grown(0, key_states, end), self._grown(1, value_states, end)
+        start, end = self._end, self._end + key_states.shape[-2]
+        if self._buffers is None:
+            self._num_rows = len(key_states)
+            self._reserve(key_states, self._num_rows, 0, end)
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        keys, values = self._buffers
-        keys[..., start:end, :], values[..., start:end, :] = key_states, value_states
-        self._length = end
-        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        elif end > self._buffers[0].shape[-2]:
+            length = self.get_seq_length()
+            self._reserve(key_states, len(self._buffers[0]), 0, length + key_states.shape[-2])
+            start, end = length, length + key_states.shape[-2]
+        keys, values = cast(tuple[Tensor, Tensor], self._buffers)
+        rows = self._num_rows
+        keys[:rows, :, start:end], values[:rows, :, start:end] = key_states, value_states
+        self._end = end
+        self.keys, self.values = keys[:rows, :, self._start : end], values[:rows, :, self._start : end]
         return self.keys, self.values
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Hold just these keys and values (B, H, L, head)."""
-        self._buffers, self._length = None, 0
+        self._buffers, self._start, self._end = None, 0, 0
         self.update(keys, values)
 
-    def _grown(self, which: int, new: Tensor, length: int) -> Tensor:
-        buffer = new.new_zeros((*new.shape[:2], length + GROWTH, new.shape[-1]))
-        if self._buffers is not None:
-            buffer[..., : self._length, :] = self._buffers[which][..., : self._length, :]
-        return buffer
+    def append_rows(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows (B, H, L, head); whichever are shorter are padded on the left with zeros.
+
+        Zeros, not what was there: a masked NaN that an earlier row has left is still NaN in the sum over the values.
+        """
+        assert self._buffers is not None
+        length, num_rows = keys.shape[-2], self._num_rows + len(keys)
+        missing = max(0, length - self.get_seq_length())  # columns on the left
+        if num_rows > len(self._buffers[0]) or missing > self._start:
+            growth = ROW_GROWTH * (4 if keys.device.type == "cpu" else 1)
+            capacity = len(self._buffers[0]) if num_rows <= len(self._buffers[0]) else num_rows + growth
+            self._reserve(keys, capacity, missing, max(self.get_seq_length(), length))
+        before, self._start = self._start, self._start - missing
+        for buffer, states in zip(self._buffers, (keys, values), strict=True):
+            buffer[: self._num_rows, :, self._start : before] = 0
+            buffer[self._num_rows : num_rows, :, self._start : self._end - length] = 0
+            buffer[self._num_rows : num_rows, :, self._end - length : self._end] = states
+        self._num_rows = num_rows
+        self._show()
+
+    def keep(self, rows: list[int], drop: int) -> None:
+        """Keep the rows of these places, in this order, without the first `drop` columns, which none of them needs.
+
+        A place that goes to another one must lie behind all that are kept.
+        """
+        for buffer in self._buffers or ():
+            for place, source in enumerate(rows):
+                if source != place:
+                    buffer[place] = buffer[source]
+        self._num_rows = len(rows)
+        self._start += drop
+        self._show()
+
+    def _reserve(self, like: Tensor, num_rows: int, left: int, columns: int) -> None:
+        """Move to new buffers (num_rows, H, columns and more, head), the columns in use behind `left` free ones.
+
+        They are not filled: what becomes visible later is written first.
+        """
+        before, length = self._buffers, self.get_seq_length()
+        spare = max(GROWTH, columns) if like.device.type == "cpu" else GROWTH
+        shape = (num_rows, like.shape[1], columns + spare, like.shape[-1])
+        self._buffers = like.new_empty(shape), like.new_empty(shape)
+        if before is not None:
+            for old, new in zip(before, self._buffers, strict=True):
+                new[: self._num_rows, :, left : left + length] = old[: self._num_rows, :, self._start : self._end]
+        self._start, self._end = left, left + length
+
+    def _show(self) -> None:
+        keys, values = cast(tuple[Tensor, Tensor], self._buffers)
+        window = (slice(self._num_rows), slice(None), slice(self._start, self._end))
+        self.keys, self.values = keys[window], values[window]
 
 
 class RowCache(Cache):
@@ -64,25 +122,14 @@ class RowCache(Cache):
         return cast(list[RowLayer], self.layers)
 
     def merge(self, other: "RowCache") -> None:
-        """Append the rows of another cache; the shorter one is padded on the left."""
-        length = max(self.length, other.length)
+        """Append the rows of another cache; whichever is shorter is padded on the left."""
         for mine, theirs in zip(self._filled(), other._filled(), strict=True):
-            keys = torch.cat([_pad_left(mine.keys, length), _pad_left(theirs.keys, length)])
-            values = torch.cat([_pad_left(mine.values, length), _pad_left(theirs.values, length)])
-            mine.replace(keys, values)
+            mine.append_rows(cast(Tensor, theirs.keys), cast(Tensor, theirs.values))
 
-    def select(self, rows: list[int], drop: int) -> None:
-        """Keep only some rows, in this order, and cut the first `drop` columns, which none of them needs."""
+    def keep(self, rows: list[int], drop: int) -> None:
+        """Keep the rows of these places, in this order, and cut the first `drop` columns; see `RowLayer.keep`."""
         for layer in self._filled():
-            index = torch.tensor(rows, device=layer.device)
-            keys, values = (cast(Tensor, states)[..., drop:, :] for states in (layer.keys, layer.values))
-            layer.replace(keys.index_select(0, index), values.index_select(0, index))
+            layer.keep(rows, drop)
 
     def _filled(self) -> list[RowLayer]:
         return [layer for layer in self.layers if isinstance(layer, RowLayer) and layer.is_initialized]
-
-
-def _pad_left(x: Tensor | None, length: int) -> Tensor:
-    """(B, H, L, head) -> (B, H, length, head)."""
-    states = cast(Tensor, x)
-    return torch.nn.functional.pad(states, (0, 0, length - states.shape[-2], 0))

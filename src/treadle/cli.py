@@ -17,6 +17,7 @@ from treadle.errors import OptionError, TreadleError, collect, problem_list, unk
 from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
 from treadle.params import RoutingParams, SamplingParams, TrainParams
+from treadle.server import command
 
 if TYPE_CHECKING:
     from treadle.centroids import Centroids
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: with rich it takes half as long again
 )
 app.add_typer(lab.app)
+app.add_typer(command.app)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Why the router weighs a text as it does: scores, cosines, weights, and the words that spoke for the nearest."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,12 +52,12 @@ def _words(router: Router, text: str, params: RoutingParams) -> tuple[tuple[str,
     embedder = router.embedder
     if not isinstance(embedder, StaticEmbedder):
         return ()
-    words = sorted(set(WORD.findall(text)))
+    counts = Counter(WORD.findall(text))
+    words = sorted(counts)
     if not words:
         return ()
-    everything = embedder.sum_words(WORD.findall(text))  # (D,)
-    counts = [WORD.findall(text).count(word) for word in words]
-    without = [everything - count * embedder.sum_words([word]) for word, count in zip(words, counts, strict=True)]
+    everything = embedder.sum_words([*counts.elements()])  # (D,)
+    without = [everything - counts[word] * embedder.sum_words([word]) for word in words]
     scores = router.centroids.score(embedder.finish([everything, *without]), params.score)  # (1 + words, N)
     second, first = np.argsort(scores[0])[-2:]
     lead = scores[:, first] - scores[:, second]

@@ -2,21 +2,23 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from treadle.adapters import Adapter, read_adapter
+from treadle.batch import Batch
 from treadle.blend import attach
-from treadle.centroids import Floats
+from treadle.centroids import Centroids, Floats
+from treadle.completion import Completion
 from treadle.errors import AdapterError, ModelError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.fast_step import FastStep, fits, is_hooked
 from treadle.params import RoutingParams, SamplingParams
+from treadle.prefixes import PrefixCache
 from treadle.routing import Router
-from treadle.rows import Batch, FinishReason, Row, TokenEvent
+from treadle.rows import Report, Row, TokenEvent
 from treadle.text import Prompt, prompt_ids
 
 if TYPE_CHECKING:
@@ -25,31 +27,6 @@ if TYPE_CHECKING:
 MAX_BATCH = 32
 """Rows of one call to `generate` that share a forward pass; more wait until one ends."""
 Options = TypeVar("Options")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished row.
-
-    Attributes:
-        text: what was generated, without the end-of-text token and without the stop string.
-        token_ids: (T) all generated tokens, the one that ended the text included.
-        logprobs: (T,) in nats.
-        weights: (T, N) under which the forward pass ran that gave each token.
-        adapter_names: (N) of the columns of `weights`.
-        finish_reason: "stop" or "length".
-        prompt_tokens: how many tokens the prompt has.
-        seconds: from the start of the call until the row's last token.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: Floats
-    weights: Floats
-    adapter_names: tuple[str, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    seconds: float
 
 
 class Engine:
@@ -93,6 +70,11 @@ class Engine:
     def adapter_names(self) -> tuple[str, ...]:
         """The adapters' names, in the order of every N axis."""
         return self.router.names
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that a row may have, prompt and answer together; None = the model does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(
         self,
@@ -159,13 +141,23 @@ class Engine:
 
         On an error nothing has changed.
         """
-        if name in self.blend.names:
-            why = "is still used by running rows" if name in self._retired else "exists already"
-            raise AdapterError(f"adapter {name!r} {why}.")
+        self._check_new(name)
         adapter = read_adapter(path, name)
-        centroids = self.router.centroids.add(name, self.router.embedder.encode(samples))
+        embedder = self.router.embedder
+        own = Centroids.empty(embedder.id, embedder.dim).add(name, embedder.encode(samples))
+        self.join_adapter(adapter, own)
+
+    def join_adapter(self, adapter: Adapter, centroids: Centroids) -> None:
+        """Attach an adapter that has been read, with its centroid; running rows go on without it.
+
+        On an error nothing has changed.
+        """
+        self._check_new(adapter.name)
+        joined = self.router.centroids.join(centroids)
+        if joined.names != (*self.router.names, adapter.name):
+            raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")
         self.blend.add(adapter)
-        self.router = replace(self.router, centroids=centroids)
+        self.router = replace(self.router, centroids=joined)
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out: new rows no longer see it, running rows finish with it."""
@@ -177,25 +169,61 @@ class Engine:
         self._retired.add(name)
         self._purge()
 
-    def check_routing(self, routing: Sequence[RoutingParams]) -> None:
-        """Raise a TreadleError that lists every option that these adapters do not allow."""
+    def check_routing(self, routing: Sequence[RoutingParams], router: Router | None = None) -> None:
+        """Raise a TreadleError that lists every option that these adapters, or those of `router`, do not allow."""
+        router = router or self.router
         problems: list[str] = []
         for params in routing:
             try:
-                self.router.fixed_weights(params)
+                router.fixed_weights(params)
                 self.blend.check_combine(params.combine)
                 if params.rule != "fixed":
-                    self.router.weigh(np.zeros((1, 1, self.router.embedder.dim), np.float32), params)
+                    router.weigh(np.zeros((1, 1, router.embedder.dim), np.float32), params)
             except TreadleError as error:
                 problems.append(str(error))
         if problems:
             unique = list(dict.fromkeys(problems))
             raise OptionError(unique[0] if len(unique) == 1 else problem_list("routing options:", unique))
 
-    def new_batch(self, end_ids: frozenset[int] | None = None) -> Batch:
-        """Return an empty batch whose rows end at `end_ids`, by default the model's; hooks rule out the fast step."""
+    def new_batch(self, end_ids: frozenset[int] | None = None, prefixes: PrefixCache | None = None) -> Batch:
+        """Return an empty batch whose rows end at `end_ids`, by default the model's; hooks rule out the fast step.
+
+        Batches that are given the same `prefixes` read a beginning that their rows share only once.
+        """
         fast_step = None if is_hooked(self.model) else self._fast_step
-        return Batch(self.model, self.blend, self._end_ids() if end_ids is None else end_ids, fast_step)
+        return Batch(self.model, self.blend, self._end_ids() if end_ids is None else end_ids, fast_step, prefixes)
+
+    def new_rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        routing: RoutingParams | Sequence[RoutingParams] | None = None,
+        report: Report | None = None,
+        router: Router | None = None,
+    ) -> list[Row]:
+        """Return rows of prompts that are token ids, each (T), to `hold` and then run in a batch of `new_batch`.
+
+        Args:
+            prompts: token ids of each row.
+            sampling: for all rows, or one a row.
+            routing: for all rows, or one a row; None takes the router's.
+            report: what the rows tell beyond their tokens.
+            router: of some of the engine's adapters; None takes all.
+        """
+        rows = self._rows(prompts, sampling, routing, read=_token_ids, router=router)
+        for row in rows:
+            row.report = report or row.report
+        return rows
+
+    def hold(self, rows: Sequence[Row]) -> None:
+        """Count rows as running, so that the adapters they started with stay; `release` them when they have ended."""
+        self._running += rows
+
+    def release(self, rows: Sequence[Row]) -> None:
+        """Let go of the adapters of rows that have ended or are given up."""
+        self._running = [row for row in self._running if row not in rows]
+        self._purge()
 
     def detach(self) -> None:
         """Give the base model back as it was; the engine is of no use afterwards."""
@@ -205,17 +233,24 @@ class Engine:
         done: dict[int, Completion] = {}
         for row, event in self._run(rows):
             if event.finish_reason:
-                done[id(row)] = _completion(row, event.finish_reason, time.perf_counter() - started)
+                done[id(row)] = Completion.of(row, event.finish_reason, time.perf_counter() - started)
         return [done[id(row)] for row in rows]
 
     def _rows(
-        self, prompts: Sequence[Any], sampling: Any, routing: Any, *, read: Callable[[Any], list[int]] | None = None
+        self,
+        prompts: Sequence[Any],
+        sampling: Any,
+        routing: Any,
+        *,
+        read: Callable[[Any], list[int]] | None = None,
+        router: Router | None = None,
     ) -> list[Row]:
         """Make rows, or raise one error that lists what is wrong with any of them."""
+        router = router or self.router
         samplings = _each(sampling or SamplingParams(), len(prompts), SamplingParams, "sampling")
-        routings = _each(routing or self.router.params, len(prompts), RoutingParams, "routing")
-        self.check_routing(routings)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        routings = _each(routing or router.params, len(prompts), RoutingParams, "routing")
+        self.check_routing(routings, router)
+        context = self.context
         rows: list[Row] = []
         problems: list[str] = []
         for index, (prompt, each, params) in enumerate(zip(prompts, samplings, routings, strict=True)):
@@ -229,7 +264,7 @@ class Engine:
                 problems.append(f"prompt {index} has {len(ids)} tokens; the model reads at most {context}")
                 continue
             limited = replace(each, max_tokens=min(each.max_tokens, room))
-            rows.append(Row(ids, self.router, params, limited, self.tokenizer))
+            rows.append(Row(ids, router, params, limited, self.tokenizer))
         if problems:
             raise OptionError(problem_list("prompts:", problems))
         return rows
@@ -238,7 +273,8 @@ class Engine:
         """Run rows to their end, at most MAX_BATCH at a time, the longest-waiting first."""
         batch = self.new_batch()
         waiting = list(rows)
-        with self._marked(rows):
+        self.hold(rows)
+        try:
             while waiting or batch.rows:
                 free = MAX_BATCH - len(batch.rows)
                 joining, waiting = waiting[:free], waiting[free:]
@@ -246,16 +282,13 @@ class Engine:
                     yield from batch.step()
                 if joining:
                     yield from batch.join(joining)
-
-    @contextmanager
-    def _marked(self, rows: Sequence[Row]) -> Generator[None]:
-        """Count rows as running, so that the adapters they started with stay until they end."""
-        self._running += rows
-        try:
-            yield
         finally:
-            self._running = [row for row in self._running if row not in rows]
-            self._purge()
+            self.release(rows)
+
+    def _check_new(self, name: str) -> None:
+        if name in self.blend.names:
+            why = "is still used by running rows" if name in self._retired else "exists already"
+            raise AdapterError(f"adapter {name!r} {why}.")
 
     def _purge(self) -> None:
         for name in sorted(self._retired):
@@ -297,16 +330,3 @@ def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Option
     if len(each) != count or not all(isinstance(entry, kind) for entry in each):
         raise OptionError(f"{name}: expected one {kind.__name__}, or a list of {count}, one a prompt.")
     return each
-
-
-def _completion(row: Row, reason: FinishReason, seconds: float) -> Completion:
-    return Completion(
-        text="".join(event.text for event in row.events),
-        token_ids=tuple(event.token_id for event in row.events),
-        logprobs=np.array([event.logprob for event in row.events], np.float32),
-        weights=np.stack([event.weights for event in row.events]),
-        adapter_names=row.router.names,
-        finish_reason=reason,
-        prompt_tokens=row.prompt_tokens,
-        seconds=seconds,
-    )

@@ -31,16 +31,37 @@ def sample(
         generators: of each row; None where it is greedy.
 
     Returns:
-        token ids (B) and their log-probabilities (B) in nats, under the model's own distribution at temperature 1.
+        token ids (B) and their log-probabilities (B) in nats, under the model's own distribution at temperature 1. Of
+        a row whose logits overflow, the log-probability is not finite and the token means nothing; others do not mind.
     """
     logits = logits.float()
     tokens = logits.argmax(-1)  # (B,)
+    totals = logits.logsumexp(-1)  # (B,)
     for row, (options, generator) in enumerate(zip(params, generators, strict=True)):
-        if generator is not None:
+        if generator is not None and totals[row].isfinite():
             weights = torch.softmax(truncate(logits[row] / options.temperature, options), -1)
             tokens[row] = torch.multinomial(weights, 1, generator=generator)[0]
-    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # (B,)
+    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - totals  # (B,)
     return tokens.tolist(), logprobs.tolist()
+
+
+def likeliest(logits: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """Return the `counts` (B) most probable tokens of each row of logits (B, V), with log-probabilities in nats."""
+    if not max(counts, default=0):
+        return [()] * len(counts)
+    logits = logits.float()
+    values, tokens = logits.topk(min(max(counts), logits.shape[-1]))  # (B, largest count)
+    logprobs = values - logits.logsumexp(-1, keepdim=True)
+    pairs = zip(tokens.tolist(), logprobs.tolist(), counts, strict=True)
+    return [tuple(zip(ids[:count], each[:count], strict=True)) for ids, each, count in pairs]
+
+
+def score_tokens(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """Return the log-probabilities (T) in nats of tokens (T) under logits (T, V)."""
+    logits = logits.float()
+    index = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]  # (T, 1)
+    # as `likeliest` computes it, to the last bit: whoever asks for both compares them
+    return (logits.gather(-1, index)[:, 0] - logits.logsumexp(-1)).tolist()
 
 
 def truncate(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -10,6 +10,7 @@ from statistics import median
 
 from torch import nn
 
+from treadle.batch import Batch
 from treadle.bundle import Bundle
 from treadle.errors import OptionError, problem_list, unknown_name
 from treadle.generate import Engine
@@ -19,7 +20,7 @@ from treadle.peers import Missing, Peers, cached_peers, transformers_generate, u
 from treadle.pools import random_adapters, random_router
 from treadle.processes import measure_processes, plain_command, treadle_command
 from treadle.routing import RunningText, finish_views
-from treadle.rows import Batch, Row
+from treadle.rows import Row
 from treadle.text import prompt_ids
 from treadle.timing import Line, Table, Unit, bandwidth, circumstances, interleave, lines
 

@@ -29,8 +29,13 @@ def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[s
     """Return chat messages as the text after which the assistant's answer begins, by the model's chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the tokenizer has no chat template: give the prompt as one text.")
+    from jinja2 import TemplateError
+
     given = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:  # such as roles that do not alternate
+        raise OptionError(f"the chat template refuses these messages: {error}") from error
 
 
 def completion_ids(tokenizer: "PreTrainedTokenizerBase", completion: str) -> list[int]:

@@ -1,0 +1,201 @@
+"""Measures the server against the engine itself, with this process as the load generator and the server as another.
+
+    python benchmarks/serve.py [--bundle demo/bundle] [--parts throughput gap memory]
+
+throughput: tokens per second of 32 concurrent streams, and of `Engine.generate` on one batch of the same 32 prompts, in
+turns; what the server adds to a token, with 32 streams and with one. gap: the longest time between two tokens of a
+running stream while a prompt of 2,000 tokens arrives, in step times. memory: the server's resident set over 2,000
+requests.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import httpx
+import psutil
+import torch
+
+import treadle
+from treadle.generate import Engine
+from treadle.models import quiet_libraries
+from treadle.params import SamplingParams
+
+BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
+PROMPT = "Question: A farmer has {} fields with 12 rows of corn each. How many rows are there?\n\nAnswer:"
+TOPIC = "The planet is heated by its sun and cools at night. "
+TIMEOUT = 3600.0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one stream took: when each piece of text came (seconds), and how many tokens it had."""
+
+    times: list[float]
+    tokens: int
+
+    def gaps(self, since: float = 0.0, until: float = float("inf")) -> list[float]:
+        """Return the seconds between pieces, of gaps that reach into a span of time."""
+        return [later - earlier for earlier, later in pairwise(self.times) if since <= later and earlier <= until]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    parser.add_argument("--parts", nargs="+", choices=["throughput", "gap", "memory"],
+                        default=["throughput", "gap", "memory"])  # fmt: skip
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=2000)
+    parser.add_argument("--requests", type=int, default=2000)
+    options = parser.parse_args()
+    quiet_libraries()
+    engine = treadle.load(options.bundle)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {options.bundle}\n")
+    with serving(options.bundle) as (url, process):
+        if "throughput" in options.parts:
+            throughput(engine, url, options)
+        if "gap" in options.parts:
+            for running in (1, 8):
+                asyncio.run(gap(engine, url, running, options))
+        if "memory" in options.parts:
+            asyncio.run(memory(url, process, options))
+
+
+@contextmanager
+def serving(bundle: Path, *flags: object) -> Generator[tuple[str, psutil.Process]]:
+    """Run `treadle serve` in a process of its own; yield its address and the process."""
+    command = [sys.executable, "-m", "treadle", "serve", str(bundle), "--port", "0", *map(str, flags)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        found = None
+        while found is None:
+            line = process.stderr.readline()
+            if not line:
+                raise SystemExit("the server did not start")
+            found = re.search(r"serving on (\S+)", line)
+        drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
+        try:
+            yield found[1], psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            process.wait()
+            drain.wait()
+
+
+async def stream(client: httpx.AsyncClient, url: str, prompt: str | list[int], tokens: int, **more: int) -> Stream:
+    body = {"model": "auto", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, **more}
+    times: list[float] = []
+    count = 0
+    async with client.stream(
+        "POST", f"{url}/v1/completions", json={**body, "stream_options": {"include_usage": True}}
+    ) as r:
+        r.raise_for_status()
+        async for line in r.aiter_lines():
+            if line.startswith("data: {"):
+                times.append(time.perf_counter())
+                if '"choices":[]' in line:
+                    count = json.loads(line[6:])["usage"]["completion_tokens"]
+    return Stream(times[:-1], count)
+
+
+def new_client(connections: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=connections))
+
+
+async def streams(url: str, prompts: list[str], tokens: int, **more: int) -> list[Stream]:
+    async with new_client(len(prompts)) as client:
+        return await asyncio.gather(*(stream(client, url, prompt, tokens, **more) for prompt in prompts))
+
+
+def throughput(engine: Engine, url: str, options: argparse.Namespace) -> None:
+    """Print both rates; the prompts of a round are new, so that no cached prefix helps."""
+    asyncio.run(streams(url, [PROMPT.format("some")], 8))
+    engine.generate(PROMPT.format("some"), sampling=SamplingParams(max_tokens=8))
+    rows: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for number in range(options.rounds):
+        for count in (options.streams, 1):
+            prompts = [PROMPT.format(1 + index + 1000 * number + 100 * (count == 1)) for index in range(count)]
+            started = time.perf_counter()
+            done = engine.generate(prompts, sampling=SamplingParams(max_tokens=options.tokens))
+            note(
+                rows, ("Engine.generate", count), time.perf_counter() - started, [len(each.token_ids) for each in done]
+            )
+            started = time.perf_counter()
+            answers = asyncio.run(streams(url, prompts, options.tokens))
+            note(rows, ("server", count), time.perf_counter() - started, [each.tokens for each in answers])
+    print("| sequences | arm | tokens/s | ms a token of a sequence | against the engine |\n|---|---|---|---|---|")
+    for count in (options.streams, 1):
+        base_rate, base_step = (median(values) for values in zip(*rows["Engine.generate", count], strict=True))
+        for arm in ("Engine.generate", "server"):
+            rate, step = (median(values) for values in zip(*rows[arm, count], strict=True))
+            added = f"{rate / base_rate:.3f}, {1000 * (step - base_step):+.2f} ms a token"
+            print(f"| {count} | {arm} | {rate:.1f} | {1000 * step:.2f} | {added} |")
+    print()
+
+
+def note(rows: dict, key: tuple[str, int], seconds: float, tokens: list[int]) -> None:
+    """Keep tokens per second of all sequences, and seconds a token of the longest."""
+    rows.setdefault(key, []).append((sum(tokens) / seconds, seconds / max(tokens)))
+
+
+async def gap(engine: Engine, url: str, running: int, options: argparse.Namespace) -> None:
+    """Print the longest gap of running streams while a long prompt arrives, and without one."""
+    ids = engine.tokenizer(f"{running} running: " + TOPIC * options.prompt_tokens).input_ids[: options.prompt_tokens]
+    prompts = [PROMPT.format(7000 + index + 100 * running) for index in range(running)]
+    each_token = {"logprobs": 0}  # a piece for every token, also for those without text
+    quiet = await streams(url, prompts, options.tokens, **each_token)
+    steps = [each for one in quiet for each in one.gaps()]
+    step = median(steps)
+    async with new_client(running + 1) as client:
+        asked = [stream(client, url, "Again: " + prompt, 8 * options.tokens, **each_token) for prompt in prompts]
+        going = [asyncio.ensure_future(each) for each in asked]
+        await asyncio.sleep(20 * step)
+        started = time.perf_counter()
+        late = await stream(client, url, ids, 1, **each_token)
+        until = time.perf_counter()
+        done = await asyncio.gather(*going)
+    during = [each for one in done for each in one.gaps(started, until)]
+    lasted = sum(one.times[-1] > until for one in done)
+    print(f"{running} running: step {1000 * step:.1f} ms, longest gap {1000 * max(steps):.1f} ms")
+    print(
+        f"  while {len(ids)} tokens arrive: longest gap {1000 * max(during):.1f} ms = {max(during) / step:.2f} steps, "
+    )
+    print(
+        f"  median gap {1000 * median(during):.1f} ms; the late one's first token after {late.times[0] - started:.2f} s"
+    )
+    print(f"  {lasted} of {running} streams ran until then\n")
+
+
+async def memory(url: str, process: psutil.Process, options: argparse.Namespace) -> None:
+    """Print the server's resident set as requests go by; the first tenth fills caches."""
+    print("| requests | resident MiB |\n|---|---|")
+    sizes: dict[int, float] = {}
+    marks = [options.requests * tenth // 10 for tenth in range(11)]
+    async with new_client(options.streams) as client:
+        for first, end in pairwise(marks):
+            limit = asyncio.Semaphore(options.streams)
+
+            async def one(number: int, limit: asyncio.Semaphore = limit) -> None:
+                async with limit:
+                    await stream(client, url, PROMPT.format(number) * (1 + number % 4), 4 + number % 13)
+
+            await asyncio.gather(*(one(number) for number in range(first, end)))
+            sizes[end] = process.memory_info().rss / 2**20
+            print(f"| {end} | {sizes[end]:.1f} |", flush=True)
+    half = sizes[marks[5]]
+    print(f"\nfrom request {marks[5]} to {marks[10]}: {sizes[marks[10]] - half:+.1f} MiB\n")
+
+
+if __name__ == "__main__":
+    main()

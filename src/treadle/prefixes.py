@@ -1,0 +1,136 @@
+"""Keys and values of texts that have been read, used again by rows that begin with the same text in the same way.
+
+What a token's keys and values are depends on the tokens up to it, on the base model, and on the adapters and weights
+under which each of them was read. So an entry fits as far as tokens and weights are the same, and no further. Weights
+count by what an adapter holds, not by its name alone: another one that takes a name shares nothing with the first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treadle.adapters import Adapter
+from treadle.blend import Blend
+from treadle.cache import RowCache
+from treadle.centroids import Floats
+from treadle.rows import Row
+
+SHORTEST = 16
+"""Tokens; a shorter prefix is read again."""
+Key: TypeAlias = tuple[str, str]
+"""An adapter's name and identity."""
+
+
+def key_of(adapter: Adapter) -> Key:
+    """Return what tells an adapter from others."""
+    return adapter.name, adapter.identity
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Tokens and how they are read: what has to be the same for keys and values to be the same.
+
+    Attributes:
+        ids: (T,) tokens.
+        weights: adapter -> (T,) its weights; only of adapters that act somewhere.
+        present: the adapters that the combine brings in whatever their weights.
+        way: combine and owner.
+    """
+
+    ids: NDArray[np.int64]
+    weights: Mapping[Key, Floats]
+    present: tuple[Key, ...]
+    way: tuple[str, str]
+
+    @classmethod
+    def of(cls, row: Row, blend: Blend) -> "Text":
+        """Return the tokens of a row but the newest generated one, which no pass has read yet."""
+        ids = np.array(row.ids[: len(row.ids) - bool(row.events)])
+        later = [event.weights for event in row.events[1:]]
+        prompt = np.broadcast_to(row.read_under, (row.prompt_tokens, len(row.router.names)))
+        weights = np.concatenate([prompt, *(each[None] for each in later)])  # (T, N)
+        keys = {adapter.name: key_of(adapter) for adapter in blend.adapters}
+        # the paper's combine adds the B of every adapter, whatever its weight
+        present = tuple(keys.values()) if row.routing.combine == "paper" else ()
+        acting = {keys[name]: weights[:, i] for i, name in enumerate(row.router.names) if weights[:, i].any()}
+        return cls(ids, acting, present, (row.routing.combine, row.owner))
+
+    def shared(self, other: "Text") -> int:
+        """Return how many tokens at the beginning are the same and read in the same way."""
+        if (self.way, self.present) != (other.way, other.present):
+            return 0
+        length = min(len(self.ids), len(other.ids))
+        same = self.ids[:length] == other.ids[:length]
+        nothing = np.zeros(length, np.float32)
+        for key in {*self.weights, *other.weights}:
+            same &= self.weights.get(key, nothing)[:length] == other.weights.get(key, nothing)[:length]
+        return length if same.all() else int(same.argmin())
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A text with its keys and values, each (H, T, head), of every layer, and how many bytes these are."""
+
+    text: Text
+    states: Sequence[tuple[Tensor, Tensor]]
+    num_bytes: int
+
+
+class PrefixCache:
+    """Texts that were read lately, up to so many bytes of keys and values; the one unused longest goes first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._entries: list[Entry] = []  # the newest last
+        self._adapters: Sequence[Adapter] = ()  # of the last `forget`
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all entries."""
+        return sum(entry.num_bytes for entry in self._entries)
+
+    def fill(self, cache: RowCache, text: Text) -> int:
+        """Put what is known of a text's beginning into an empty cache of one row; return how many tokens that is.
+
+        The last token is never among them: its logits are wanted.
+        """
+        known = [min(entry.text.shared(text), len(text.ids) - 1) for entry in self._entries]
+        longest = max(known, default=0)
+        if longest < SHORTEST:
+            return 0
+        entry = self._entries.pop(known.index(longest))
+        self._entries.append(entry)
+        for layer, (keys, values) in zip(cache.rows(len(entry.states)), entry.states, strict=True):
+            layer.replace(keys[None, :, :longest], values[None, :, :longest])
+        return longest
+
+    def store(self, text: Text, cache: RowCache, index: int) -> None:
+        """Keep the keys and values of the row at `index` of a cache whose last columns are this text's."""
+        length = len(text.ids)
+        pairs = [
+            tuple(cast(Tensor, states)[index, :, -length:] for states in (layer.keys, layer.values))
+            for layer in cache.rows(len(cache.layers))
+        ]
+        num_bytes = sum(states.nbytes for pair in pairs for states in pair)
+        if length < SHORTEST or num_bytes > self.max_bytes:
+            return
+        shared = [entry.text.shared(text) for entry in self._entries]
+        if length in shared:
+            return  # it is the beginning of a text that is there
+        # a text that the new one continues is in it
+        kept = [e for e, same in zip(self._entries, shared, strict=True) if same < len(e.text.ids)]
+        self._entries = [*kept, Entry(text, [(keys.clone(), values.clone()) for keys, values in pairs], num_bytes)]
+        while self.num_bytes > self.max_bytes:
+            del self._entries[0]
+
+    def forget(self, adapters: Sequence[Adapter]) -> None:
+        """Drop what was read under adapters other than these."""
+        if adapters is self._adapters:
+            return
+        self._adapters = adapters
+        keys = set(map(key_of, adapters))
+        self._entries = [entry for entry in self._entries if {*entry.text.weights, *entry.text.present} <= keys]

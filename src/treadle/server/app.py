@@ -1,0 +1,104 @@
+"""The web application: its routes, and what they answer when they do not."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from treadle.bundle import Bundle
+from treadle.generate import Engine
+from treadle.server import adapters, generating
+from treadle.server.failures import Failure
+from treadle.server.gate import Gate, Visit
+from treadle.server.openapi import document
+from treadle.server.params import ServeParams
+from treadle.server.state import State
+
+
+async def live(request: Request) -> Response:
+    """GET /live: the process answers."""
+    return JSONResponse({"status": "live"})
+
+
+async def health(request: Request) -> Response:
+    """GET /health: requests are accepted; 503 while shutting down, or after the engine has failed."""
+    is_ready = State.of(request).scheduler.is_ready
+    return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: Prometheus' text format."""
+    return Response(State.of(request).metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def openapi(request: Request) -> Response:
+    """GET /openapi.json: what can be sent to this server."""
+    return JSONResponse(document())
+
+
+ROUTES = [
+    Route("/live", live),
+    Route("/health", health),
+    Route("/metrics", metrics),
+    Route("/openapi.json", openapi),
+    Route("/v1/models", adapters.models),
+    Route("/v1/models/{name:path}", adapters.model),
+    Route("/v1/chat/completions", generating.chat, methods=["POST"]),
+    Route("/v1/completions", generating.complete, methods=["POST"]),
+    Route("/v1/route", adapters.route, methods=["POST"]),
+    Route("/v1/adapters", adapters.adapters),
+    Route("/v1/adapters", adapters.add, methods=["POST"]),
+    Route("/v1/adapters/{name:path}", adapters.remove, methods=["DELETE"]),
+    Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
+    Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
+]
+
+
+def make_app(bundle: Bundle, engine: Engine, params: ServeParams) -> Starlette:
+    """Return the application that serves an engine; the engine's thread lives as long as it is served."""
+    state = State.make(bundle, engine, params)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+        state.start()
+        yield
+        await state.prepare(state.scheduler.stop)
+        state.pool.shutdown()
+
+    paths: dict[Any, str] = {route.endpoint: route.path for route in ROUTES}
+    cors = Middleware(CORSMiddleware, allow_origins=params.cors_origin, allow_methods=["*"], allow_headers=["*"])
+    gate = Middleware(
+        Gate, params=params, metrics=state.metrics, is_ready=lambda: state.scheduler.is_ready, paths=paths
+    )
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[*([cors] if params.cors_origin else []), gate],
+        exception_handlers={Failure: _refused, HTTPException: _not_found},  # type: ignore[dict-item]
+        lifespan=lifespan,
+    )
+    app.state.treadle = state
+    return app
+
+
+async def _refused(request: Request, failure: Failure) -> Response:
+    Visit.of(request).notes["error"] = failure.code
+    return failure.response()
+
+
+async def _not_found(request: Request, error: HTTPException) -> Response:
+    given = f"{request.method} {request.url.path[:100]}"
+    if error.status_code == 405:
+        code, allowed = "method_not_allowed", (error.headers or {}).get("Allow", "")
+    else:
+        code, allowed = "route_not_found", ", ".join(sorted({route.path for route in ROUTES}))
+    message = f"got {given}; allowed: {allowed}"
+    response = Failure(error.status_code, message, code=code).response()
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,173 @@
+"""What every request passes: its id, its key, the size and time of its body, and the line that is logged of it."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from treadle.server import tracing
+from treadle.server.failures import Failure
+from treadle.server.keys import Caller, Keyring
+from treadle.server.metrics import Metrics
+from treadle.server.params import ServeParams
+from treadle.server.protocol import HEADER_BYTES
+
+logger = logging.getLogger("treadle.server")
+
+WRONG_KEY, TOO_LONG = "invalid_api_key", "body_too_long"
+OPEN = ("/live", "/health")
+"""Paths that need no key."""
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+GONE = 499
+"""Status in the log of a request whose client went away, as nginx has it."""
+
+
+@dataclass
+class Visit:
+    """One request: who sent it, and what is logged of it."""
+
+    id: str
+    caller: Caller = Caller()
+    started: float = field(default_factory=time.perf_counter)  # seconds of the performance counter
+    status: int = 0
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])  # model, tokens, weights ...
+
+    @classmethod
+    def of(cls, request: Request) -> "Visit":
+        """Return the visit that a request is."""
+        return request.scope["visit"]
+
+
+class Gate:
+    """The outermost layer of the application."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        params: ServeParams,
+        metrics: Metrics,
+        is_ready: Callable[[], bool],
+        paths: Mapping[Any, str],
+    ) -> None:
+        """Guard an application; `paths` has the path of each of its endpoints."""
+        self._app = app
+        self._paths = paths
+        self._params = params
+        self._keys = Keyring(params)
+        self._metrics = metrics
+        self._is_ready = is_ready
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        visit = Visit(given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope["visit"] = visit
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                visit.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = visit.id
+            await send(message)
+
+        with tracing.span(headers, lambda: self._line(scope, visit)):
+            await self._answer(scope, receive, send_on, headers)
+        self._record(scope, visit)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        """Answer a request, whatever happens."""
+        visit: Visit = scope["visit"]
+        try:
+            await self._pass(scope, receive, send, headers)
+        except Failure as failure:
+            visit.notes["error"] = failure.code
+            await failure.response()(scope, receive, send)
+        except TimeoutError:
+            visit.notes["error"] = "client_too_slow"  # in the middle of a stream: nothing more can be said to it
+        except Exception:  # a defect: the client gets a request id, the log gets the reason
+            logger.exception("request %s failed", visit.id)
+            visit.notes["error"] = "internal_error"
+            if not visit.status:
+                failure = Failure(500, f"internal error; request id {visit.id}", code="internal_error")
+                await failure.response()(scope, receive, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        visit: Visit = scope["visit"]
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+            raise Failure(431, f"the headers are longer than {HEADER_BYTES} bytes", code="headers_too_long")
+        if scope["path"] not in OPEN:
+            caller = self._keys.caller(headers.get("authorization"))
+            if caller is None:
+                raise Failure(401, "send Authorization: Bearer KEY; the key is missing or wrong", code=WRONG_KEY)
+            visit.caller = caller
+            if scope["method"] == "POST" and not self._is_ready():
+                raise Failure(503, "the server is shutting down or has failed", code="not_ready", retry=5)
+        body = await self._read(headers, receive)
+        is_read = False
+
+        async def receive_again() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            is_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, receive_again, send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        """Return the whole body, or raise a Failure where it is too long or too slow."""
+        limit = self._params.max_body
+        too_long = Failure(413, f"the body is longer than {limit} bytes, the most that is allowed", code=TOO_LONG)
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > limit:
+            raise too_long
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._params.read_timeout):
+                while True:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    if len(body) > limit:
+                        raise too_long
+                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError as error:
+            seconds = self._params.read_timeout
+            raise Failure(408, f"the body did not arrive within {seconds} seconds", code="body_too_slow") from error
+
+    def _line(self, scope: Scope, visit: Visit) -> dict[str, Any]:
+        """Return what there is to say about a request; texts are in it only if the server was asked to log them."""
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "id": visit.id,
+            "key": visit.caller.id or None,
+            "method": scope["method"],
+            "path": self._paths.get(scope.get("endpoint"), "unknown"),  # what was asked for may be anything
+            "status": visit.status or GONE,
+            "ms": round(1000 * (time.perf_counter() - visit.started), 1),
+            **visit.notes,
+        }
+
+    def _record(self, scope: Scope, visit: Visit) -> None:
+        """Count the request and log one line."""
+        line = self._line(scope, visit)
+        self._metrics.count_request(line["path"], str(line["status"]), visit.started)
+        if self._params.log_format == "json":
+            logger.info(json.dumps(line, ensure_ascii=False))
+        else:
+            logger.info(
+                " ".join(f"{key}={value}" for key, value in line.items() if value is not None and key != "time")
+            )

@@ -1,0 +1,61 @@
+"""The sequences of one request on their way through the scheduler."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from treadle.params import RoutingParams, SamplingParams
+from treadle.rows import Report, Row, TokenEvent
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be generated.
+
+    Attributes:
+        prompts: token ids (T) of each sequence.
+        sampling: of each sequence.
+        routing: of all sequences.
+        report: what each tells beyond its tokens.
+        adapters: names of those that may take part; None = all.
+        owner: whose sequences may share keys and values of common beginnings.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Sequence[SamplingParams]
+    routing: RoutingParams
+    report: Report = Report()
+    adapters: frozenset[str] | None = None
+    owner: str = ""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The sequences have been accepted by the engine; they may still wait."""
+
+
+Tokens = list[tuple[int, TokenEvent]]
+"""What one step gave: index of the sequence in its job, and its token."""
+News: TypeAlias = Started | Tokens | Exception
+
+
+Mail: TypeAlias = "list[tuple[Job, News]]"
+"""What several jobs are to be told."""
+
+
+class Job:
+    """One request's work; `tell` gets its news: Started, then tokens, or an error and no more.
+
+    A job is done when each of its rows is finished, when an error was told, or when it was cancelled.
+    """
+
+    def __init__(self, work: Work, tell: Callable[[News], None]) -> None:
+        self.work = work
+        self.tell = tell
+        self.rows: list[Row] = []
+        self.is_cancelled = False
+
+    @property
+    def num_sequences(self) -> int:
+        """How many rows it has, or will have."""
+        return len(self.work.prompts)

@@ -1,0 +1,276 @@
+"""Continuous batching: rows of many jobs share the steps of one engine, and join and leave between them.
+
+While rows run, prompts are read in chunks that take a small multiple of a step's time, so that running streams do not
+stall. Rows of very different lengths are kept in batches of their own: in one cache, the short ones would be padded to
+the longest. Everything here happens in the engine's thread.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import TypeVar
+
+from treadle.batch import Batch, Events, Reading
+from treadle.errors import TreadleError
+from treadle.generate import Engine
+from treadle.prefixes import PrefixCache
+from treadle.rows import Row
+from treadle.server.jobs import Job, Mail, News, Started, Tokens
+from treadle.server.metrics import Metrics
+from treadle.server.params import ServeParams
+from treadle.server.routers import Routers
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+STEPS_A_CHUNK = 2.5
+"""A chunk of a prompt may take this many step times while rows run."""
+SMALLEST_CHUNK = 8
+"""Tokens; a prompt gets on whatever a step costs."""
+FREE_PADDING = 1024
+"""Tokens of padding that a batch may have; beyond, half as many as it has tokens."""
+SMOOTHING = 0.3
+"""Weight of the newest measurement in a running mean."""
+
+
+class EngineFailed(Exception):
+    """A forward pass failed; the rows that it ran are lost."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Whose a row is, which of its sequences, and since when (seconds of the performance counter)."""
+
+    job: Job
+    index: int
+    since: float = field(default_factory=time.perf_counter)
+
+
+class Loop:
+    """The rows that wait, are read and run."""
+
+    def __init__(self, engine: Engine, routers: Routers, params: ServeParams, metrics: Metrics) -> None:
+        self._engine = engine
+        self._routers = routers
+        self._params = params
+        self._metrics = metrics
+        self._prefixes = PrefixCache(params.prefix_cache << 20) if params.prefix_cache else None
+        self._seats: dict[int, Seat] = {}  # by identity of a row
+        self._waiting: deque[Row] = deque()
+        self._reading: tuple[Batch, Reading] | None = None
+        self._batches: list[Batch] = []
+        self._mail: Mail = []
+        self.post: Callable[[Mail], None] = deliver
+        self._step_seconds = 0.0  # running means
+        self._token_seconds = 0.0  # of a prompt that is read
+        self.sequence_seconds = 1.0
+        self.num_ended = 0  # sequences, ever
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to advance."""
+        return bool(self._seats)
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs that are not done."""
+        return list({id(seat.job): seat.job for seat in self._seats.values()}.values())
+
+    def accept(self, job: Job) -> None:
+        """Make the job's rows, or tell why they cannot be."""
+        work = job.work
+        if job.is_cancelled:
+            self.num_ended += job.num_sequences
+            return
+        try:
+            job.rows = self._engine.new_rows(
+                work.prompts,
+                sampling=work.sampling,
+                routing=work.routing,
+                report=work.report,
+                router=self._routers.among(work.adapters),
+            )
+        except Exception as error:  # the thread lives on, whatever a request brings
+            if not isinstance(error, TreadleError):
+                logger.exception("a request could not be started")
+                error = EngineFailed("the request could not be started; the server's log says why.")
+            self.num_ended += job.num_sequences
+            self._tell(job, error)
+            return
+        for index, row in enumerate(job.rows):
+            row.owner = work.owner
+            self._seats[id(row)] = Seat(job, index)
+        self._engine.hold(job.rows)
+        self._waiting += job.rows
+        self._tell(job, Started())
+
+    def give_up(self, job: Job) -> None:
+        """Take a job's rows out of whatever they are in."""
+        rows = [row for row in job.rows if self._seats.pop(id(row), None)]
+        for batch in self._batches:
+            batch.leave(rows)
+        self._batches = [batch for batch in self._batches if batch.rows]
+        self._waiting = deque(row for row in self._waiting if row not in rows)
+        if self._reading is not None and not any(id(row) in self._seats for row in self._reading[1].rows):
+            self._end_reading()
+        # with others, they leave and let go of their adapters when all have been read
+        still_read = self._reading[1].rows if self._reading is not None else []
+        self._engine.release([row for row in rows if row not in still_read])
+        self.num_ended += len(rows)
+
+    def advance(self) -> None:
+        """Give every running row its next token, and read on in a prompt."""
+        if self._prefixes:
+            self._prefixes.forget(self._engine.blend.adapters)
+        events: Events = []
+        num_running = self._num_running
+        started = time.perf_counter()
+        for batch in list(self._batches):
+            events += self._attempt(batch, batch.rows, batch.step, spoils=True) or []
+        if num_running:
+            seconds = time.perf_counter() - started
+            self._step_seconds = _smoothed(self._step_seconds, seconds)
+            self._metrics.observe_step(seconds, num_running)
+        if self._reading is None:
+            self._begin()
+        if self._reading is not None:
+            events += self._read_on(*self._reading)
+        self._deliver(events)
+        self._batches = [batch for batch in self._batches if batch.rows]
+        kept = self._prefixes.num_bytes if self._prefixes else 0
+        self._metrics.set_load(self._num_running, len(self._waiting), kept)
+        self.flush()
+
+    def flush(self) -> None:
+        """Post the news of all jobs at once: waking another thread costs more than a token does."""
+        mail, self._mail = self._mail, []
+        if mail:
+            self.post(mail)
+
+    def _tell(self, job: Job, news: News) -> None:
+        self._mail.append((job, news))
+
+    @property
+    def _num_running(self) -> int:
+        return sum(len(batch.rows) for batch in self._batches)
+
+    def _begin(self) -> None:
+        """Start to read the prompts of the rows that wait longest, several if a chunk holds them."""
+        free = self._params.max_batch - self._num_running
+        if not self._waiting or free < 1:
+            return
+        chunk = self._chunk()
+        group = [self._waiting.popleft()]
+        longest = len(group[0].ids)
+        while self._waiting and len(group) < free and not group[0].report.prompt:
+            longest = max(longest, len(self._waiting[0].ids))
+            if longest * (len(group) + 1) > chunk or self._waiting[0].report.prompt:
+                break
+            group.append(self._waiting.popleft())
+        batch = self._batch_for(max(len(row.ids) for row in group))
+        reading = self._attempt(batch, group, lambda: batch.begin(group), spoils=False)
+        self._reading = (batch, reading) if reading is not None else None
+
+    def _batch_for(self, length: int) -> Batch:
+        """Return the batch that a row of `length` tokens pads least, or a new one where it would pad too much."""
+        best = min(self._batches, key=lambda batch: batch.padding_with(length)[1], default=None)
+        if best is not None:
+            tokens, padding = best.padding_with(length)
+            if padding <= max(FREE_PADDING, tokens // 2):
+                return best
+        return self._engine.new_batch(prefixes=self._prefixes)
+
+    def _chunk(self) -> int:
+        """Return how many tokens of a prompt may be read before the next step."""
+        if not self._num_running:
+            return self._params.prompt_chunk
+        if not self._token_seconds:
+            return min(self._params.prompt_chunk, SMALLEST_CHUNK)
+        tokens = int(STEPS_A_CHUNK * self._step_seconds / self._token_seconds)
+        return min(self._params.prompt_chunk, max(SMALLEST_CHUNK, tokens))
+
+    def _read_on(self, batch: Batch, reading: Reading) -> Events:
+        """Read one chunk of prompts; with the last, their rows run."""
+        num_columns = max(1, self._chunk() // len(reading.rows))
+        before = reading.done
+        started = time.perf_counter()
+        is_last = before + num_columns >= reading.length
+        events = self._attempt(batch, reading.rows, lambda: batch.read(reading, num_columns), spoils=is_last)
+        if events is None:
+            return []
+        seconds = (time.perf_counter() - started) / ((reading.done - before) * len(reading.rows))
+        if self._num_running or not self._token_seconds:
+            self._token_seconds = _smoothed(self._token_seconds, seconds)
+        if reading.is_finished:
+            if batch not in self._batches:
+                self._batches.append(batch)
+            self._end_reading()
+            self._metrics.count_prompts(reading.rows)
+        return events
+
+    def _end_reading(self) -> None:
+        """Forget the reading; rows in it that were given up meanwhile leave."""
+        assert self._reading is not None
+        batch, reading = self._reading
+        self._reading = None
+        given_up = [row for row in reading.rows if id(row) not in self._seats]
+        batch.leave(given_up)
+        self._engine.release(given_up)
+
+    def _attempt(self, batch: Batch, rows: Sequence[Row], run: Callable[[], Result], *, spoils: bool) -> Result | None:
+        """Run a part of a step; where it fails, its rows are lost, with the batch's if it `spoils`; others go on."""
+        lost = [*rows, *(batch.rows if spoils else ())]
+        try:
+            result = run()
+        except Exception:  # out of memory, a damaged cache: whatever it is must not end the thread
+            logger.exception("a forward pass failed; %d sequences are lost", len(lost))
+        else:
+            self._metrics.router.inc(batch.route_seconds)
+            batch.route_seconds = 0.0
+            return result
+        if spoils:
+            self._batches = [other for other in self._batches if other is not batch]
+            if self._reading is not None and self._reading[0] is batch:
+                self._reading = (self._engine.new_batch(prefixes=self._prefixes), self._reading[1])
+        jobs = {id(seat.job): seat.job for row in lost if (seat := self._seats.get(id(row)))}
+        for job in jobs.values():
+            self._tell(job, EngineFailed("the forward pass failed; the server's log says why."))
+            self.give_up(job)
+        return None
+
+    def _deliver(self, events: Events) -> None:
+        """Tell each job what its rows generated, and let finished rows go."""
+        news: dict[int, tuple[Job, Tokens]] = {}
+        finished: list[Row] = []
+        for row, event in events:
+            seat = self._seats.get(id(row))
+            if seat is None:
+                continue  # given up
+            if not isfinite(event.logprob):
+                self._tell(seat.job, EngineFailed("the model overflows under these weights: there is no next token."))
+                self.give_up(seat.job)
+                continue
+            news.setdefault(id(seat.job), (seat.job, []))[1].append((seat.index, event))
+            if event.finish_reason:
+                finished.append(row)
+        finished = [row for row in finished if id(row) in self._seats]  # not given up since
+        for row in finished:
+            seat = self._seats.pop(id(row))
+            self.sequence_seconds = _smoothed(self.sequence_seconds, time.perf_counter() - seat.since)
+            self._metrics.count_row(row)
+        self._engine.release(finished)
+        self.num_ended += len(finished)
+        for job, tokens in news.values():
+            self._tell(job, tokens)
+
+
+def deliver(mail: Mail) -> None:
+    """Tell jobs their news."""
+    for job, news in mail:
+        job.tell(news)
+
+
+def _smoothed(mean: float, value: float) -> float:
+    return value if not mean else (1 - SMOOTHING) * mean + SMOOTHING * value

@@ -1,0 +1,217 @@
+"""From a body to work for the engine: which model, which options, which prompts, or every reason why not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from treadle.errors import TreadleError
+from treadle.generate import Engine
+from treadle.params import SamplingParams
+from treadle.rows import Report
+from treadle.server.bodies import ChatBody, CompletionBody, Generating, Message, shown
+from treadle.server.failures import Problems, refusal
+from treadle.server.jobs import Work
+from treadle.server.keys import Caller
+from treadle.server.params import ServeParams
+from treadle.server.targets import Targets
+from treadle.text import prompt_ids
+
+LONGEST_STOP = 256
+"""Characters of a stop string."""
+LONGEST_TOKEN = 128
+"""Characters; a text with more than this for each token that it may have is not even tokenised."""
+COMPLETION_TOKENS = 16
+"""Of /v1/completions where a request does not say, as OpenAI's API has it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A validated request to generate.
+
+    Attributes:
+        model: as the request named it.
+        work: for the scheduler; its sequences are n of the first prompt, n of the second ...
+        is_chat: whether the answer is that of a chat.
+        n: choices a prompt.
+        likeliest: how many likeliest tokens come with each; None = no log-probabilities at all.
+        echo: the text of each prompt, where it comes before its answer; else empty.
+        is_silent: whether no token is wanted, only the prompt's own.
+        is_streamed: whether the answer is streamed.
+        has_usage: whether a stream ends with the numbers of tokens.
+        has_trace: whether each choice carries its weights.
+    """
+
+    model: str
+    work: Work
+    is_chat: bool
+    n: int
+    likeliest: int | None
+    echo: tuple[str, ...]
+    is_silent: bool
+    is_streamed: bool
+    has_usage: bool
+    has_trace: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads bodies for one server: the engine says what can be asked, the params how much of it."""
+
+    engine: Engine
+    targets: Targets
+    params: ServeParams
+
+    def read(self, body: Generating, problems: Problems, caller: Caller) -> Asked:
+        """Return what a body asks for, or raise a Failure with all that is wrong with it, `problems` included."""
+        problems = list(problems)
+        target = self.targets.read(body.model, body.treadle, problems, caller)
+        prompts: list[Any] = body.prompt if isinstance(body, CompletionBody) else [cast(ChatBody, body).messages]
+        likeliest = _likeliest(body, problems)
+        self._check_limits(body, problems, likeliest or 0)
+        n = min(body.n or 1, self.params.max_n)
+        prompts = prompts[: self.params.max_prompts]
+        sampling = self._sampling(body, problems, len(prompts) * n)
+        ids = self._ids(prompts, problems)
+        is_echo = isinstance(body, CompletionBody) and bool(body.echo)
+        if target.routing.past == "recompute" and target.routing.every is not None:
+            self._check_recompute(ids, sampling, problems)
+        if problems:
+            raise refusal(problems)
+        report = Report(likeliest or 0, is_echo and likeliest is not None)
+        echo = tuple(self._text(prompt) for prompt in prompts) if is_echo else ()
+        each = [prompt for prompt in ids for _ in range(n)]
+        return Asked(
+            model=body.model,
+            work=Work(each, sampling, target.routing, report, target.adapters, caller.id),
+            is_chat=isinstance(body, ChatBody),
+            n=n,
+            likeliest=likeliest,
+            echo=echo,
+            is_silent=body.max_tokens == 0,
+            is_streamed=bool(body.stream),
+            has_usage=bool(body.stream_options and body.stream_options.include_usage),
+            has_trace=target.has_trace,
+        )
+
+    def _sampling(self, body: Generating, problems: Problems, count: int) -> list[SamplingParams]:
+        """Return the sampling of each sequence; with a seed, each has a random stream of its own that repeats."""
+        temperature = 1.0 if body.temperature is None else body.temperature
+        if 0 < temperature < 0.001:
+            problems.append(("temperature", f"temperature: got {temperature}; allowed: 0 (greedy), or 0.001 to 2"))
+            temperature = 1.0
+        top_p = 1.0 if body.top_p is None else body.top_p
+        most, stop = self._most_tokens(body, problems), self._stops(body.stop or [], problems)
+        one = SamplingParams(temperature, top_p, body.top_k or 0, most, stop)
+        seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(count)]
+        return [replace(one, seed=seed) for seed in seeds]
+
+    def _most_tokens(self, body: Generating, problems: Problems) -> int:
+        """Return how many tokens a choice may have; at least 1, though a request that only scores wants none."""
+        limit = self.params.max_tokens
+        given = {"max_tokens": body.max_tokens}
+        if isinstance(body, ChatBody):
+            given["max_completion_tokens"] = body.max_completion_tokens
+        wanted = {field: value for field, value in given.items() if value is not None}
+        if len(set(wanted.values())) > 1:
+            both = ", ".join(f"{field}: got {value}" for field, value in wanted.items())
+            problems.append(("max_tokens", f"{both}; allowed: one of them"))
+        is_scoring = isinstance(body, CompletionBody) and body.echo
+        least = "0 (with echo)" if isinstance(body, CompletionBody) else "1"
+        for field, value in wanted.items():
+            if value > limit or (value == 0 and not is_scoring):
+                problems.append((field, f"{field}: got {value}; allowed: a whole number from {least} to {limit}"))
+        default = limit if isinstance(body, ChatBody) else min(limit, COMPLETION_TOKENS)
+        return max(1, min([*wanted.values(), limit]) if wanted else default)
+
+    def _stops(self, stops: Sequence[str], problems: Problems) -> tuple[str, ...]:
+        limit = self.params.max_stops
+        if len(stops) > limit:
+            problems.append(("stop", f"stop: got {len(stops)} texts; allowed: at most {limit}"))
+        if bad := [text for text in stops if not 0 < len(text) <= LONGEST_STOP]:
+            problems.append(("stop", f"stop: got {shown(bad[0])}; allowed: texts of 1 to {LONGEST_STOP} characters"))
+        return () if bad or len(stops) > limit else tuple(stops)
+
+    def _check_limits(self, body: Generating, problems: Problems, likeliest: int) -> None:
+        params = self.params
+        n = body.n or 1
+        count = len(body.prompt) if isinstance(body, CompletionBody) else 1
+        if n > params.max_n:
+            problems.append(("n", f"n: got {n}; allowed: a whole number from 1 to {params.max_n}"))
+        if count > params.max_prompts:
+            problems.append(("prompt", f"prompt: got a list of {count}; allowed: at most {params.max_prompts}"))
+        if likeliest > params.max_logprobs:
+            name = "logprobs" if isinstance(body, CompletionBody) else "top_logprobs"
+            problems.append((name, f"{name}: got {likeliest}; allowed: a whole number from 0 to {params.max_logprobs}"))
+        if isinstance(body, ChatBody) and len(body.messages) > params.max_messages:
+            many = len(body.messages)
+            problems.append(("messages", f"messages: got {many} of them; allowed: at most {params.max_messages}"))
+        if isinstance(body, CompletionBody) and body.best_of not in (None, n):
+            problems.append(("best_of", f"best_of: got {body.best_of}; allowed: the same as n ({n})"))
+        if body.stream_options is not None and not body.stream:
+            problems.append(("stream_options", "stream_options: got an object; allowed: only with 'stream': true"))
+
+    def _ids(self, prompts: Sequence[Any], problems: Problems) -> list[list[int]]:
+        """Return the token ids of prompts, where they are not too long."""
+        room = self.engine.context and self.engine.context - 1  # for one token of the answer
+        most = min((limit for limit in (self.params.max_prompt_tokens, room) if limit), default=None)
+        vocabulary = len(self.engine.tokenizer)
+        found: list[list[int]] = []
+        for index, prompt in enumerate(prompts):
+            field = "messages" if isinstance(prompt, list) and not isinstance(prompt[0], int) else "prompt"
+            place = f"prompt[{index}]" if len(prompts) > 1 else field
+            letters = _num_letters(prompt)
+            if most is not None and letters > most * LONGEST_TOKEN:  # nobody waits while it is tokenised
+                problems.append((field, f"{place}: got {letters} characters; allowed: at most {most} tokens"))
+                continue
+            try:
+                ids = self._read_prompt(prompt)
+            except TreadleError as error:
+                problems.append((field, f"{place}: {error}"))
+                continue
+            if bad := [each for each in ids if not 0 <= each < vocabulary]:
+                problems.append((field, f"{place}: got token id {bad[0]}; allowed: 0 to {vocabulary - 1}"))
+            elif most is not None and len(ids) > most:
+                problems.append((field, f"{place}: got {len(ids)} tokens; allowed: at most {most}"))
+            else:
+                found.append(ids)
+        return found
+
+    def _read_prompt(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            return prompt
+        if isinstance(prompt, list):
+            return prompt_ids(self.engine.tokenizer, [message.model_dump() for message in prompt])
+        return prompt_ids(self.engine.tokenizer, prompt)
+
+    def _text(self, prompt: Any) -> str:
+        return str(self.engine.tokenizer.decode(prompt)) if isinstance(prompt, list) else prompt
+
+    def _check_recompute(
+        self, ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], problems: Problems
+    ) -> None:
+        limit = self.params.max_recompute_tokens
+        longest = max((len(each) for each in ids), default=0) + sampling[0].max_tokens
+        if longest > limit:
+            given = f"treadle.past: got 'recompute', to read {longest} tokens of prompt and answer again and again"
+            problems.append(("treadle", f"{given}; allowed: at most {limit} tokens, or 'keep'"))
+
+
+def _num_letters(prompt: Any) -> int:
+    """Return the characters of a text or of messages; 0 for token ids."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(each.content) for each in prompt if isinstance(each, Message))
+
+
+def _likeliest(body: Generating, problems: Problems) -> int | None:
+    """Return how many likeliest tokens a request wants with each token; None = no log-probabilities."""
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    assert isinstance(body, ChatBody)
+    if not body.logprobs:
+        if body.top_logprobs:
+            problems.append(
+                ("top_logprobs", f"top_logprobs: got {body.top_logprobs}; allowed: only with 'logprobs': true")
+            )
+        return None
+    return body.top_logprobs or 0

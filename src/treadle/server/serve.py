@@ -1,0 +1,122 @@
+"""Runs the web application until it is asked to end."""
+
+import json
+import logging
+import sys
+import threading
+import time
+from types import FrameType
+
+import uvicorn
+
+from treadle.bundle import Bundle, read_bundle
+from treadle.generate import Engine
+from treadle.server.app import make_app
+from treadle.server.params import ServeParams
+from treadle.server.protocol import Protocol
+from treadle.server.state import State
+
+logger = logging.getLogger("treadle.server")
+
+SWITCH_SECONDS = 0.001
+"""How long Python lets one thread run while another waits; the default, 5 ms, would be added to every token."""
+POLL_SECONDS = 0.05
+
+
+class Server(uvicorn.Server):
+    """Ends in order: asked to, it is not ready, finishes what runs within the shutdown timeout, and exits with 0."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, params: ServeParams) -> None:
+        self.app = make_app(bundle, engine, params)
+        self._state: State = self.app.state.treadle
+        self._shutdown_timeout = params.shutdown_timeout
+        self._drain: threading.Thread | None = None
+        config = uvicorn.Config(
+            self.app,
+            host=params.host,
+            port=params.port,
+            http=Protocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=params.keep_alive,
+            timeout_graceful_shutdown=1,  # for what `_drain` has told to end
+            ssl_certfile=params.tls_cert,
+            ssl_keyfile=params.tls_key,
+        )
+        super().__init__(config)
+
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 before it does."""
+        sockets = [each for server in self.servers for each in server.sockets] if self.started else []
+        return int(sockets[0].getsockname()[1]) if sockets else 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; a second signal ends at once."""
+        del sig, frame
+        if self._drain is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._drain = threading.Thread(target=self._finish, name="treadle-drain", daemon=True)
+        self._drain.start()
+
+    def _finish(self) -> None:
+        """Take no more requests, wait for those that are there, then end."""
+        scheduler = self._state.scheduler
+        scheduler.drain()
+        logger.info("shutting down: %d sequences are left", scheduler.num_unfinished)
+        until = time.monotonic() + self._shutdown_timeout
+        while scheduler.num_unfinished and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        if scheduler.num_unfinished:
+            logger.warning("%d sequences did not finish in %g s", scheduler.num_unfinished, self._shutdown_timeout)
+            scheduler.stop()
+        time.sleep(POLL_SECONDS)  # the last answers are on their way
+        self.should_exit = True
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; what the gate logs of a request is one already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        message = record.getMessage()
+        if message.startswith("{"):
+            return message
+        line = {"time": self.formatTime(record), "level": record.levelname, "message": message}
+        return json.dumps(line if record.exc_info is None else {**line, "error": self.formatException(record.exc_info)})
+
+
+def serve(folder: str, params: ServeParams) -> None:
+    """Load a bundle and serve it until SIGTERM or SIGINT."""
+    bundle = read_bundle(folder)
+    _set_up_log(params)
+    engine = bundle.engine(device=params.device, dtype=params.dtype)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    if params.host not in ("127.0.0.1", "localhost", "::1") and not (params.api_key or params.api_key_file):
+        logger.warning("listening on %s without an API key: everybody who can reach it may use it", params.host)
+    server = Server(bundle, engine, params)
+    announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
+    announce.start()
+    server.run()
+
+
+def _announce(server: Server, params: ServeParams) -> None:
+    """Say where the server listens, once it does."""
+    while not server.started:
+        time.sleep(POLL_SECONDS)
+    scheme = "https" if params.tls_cert else "http"
+    logger.info("serving on %s://%s:%d", scheme, params.host, server.port)
+
+
+def _set_up_log(params: ServeParams) -> None:
+    """Write the server's log to standard error."""
+    handler = logging.StreamHandler()
+    is_json = params.log_format == "json"
+    handler.setFormatter(JsonLines() if is_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("treadle", "uvicorn.error"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO if name == "treadle" else logging.WARNING)

@@ -1,0 +1,84 @@
+"""A real server of a tiny bundle on a free port, in a thread of the test's process."""
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+from treadle.bundle import read_bundle
+from treadle.generate import Engine
+from treadle.server.params import ServeParams
+from treadle.server.serve import Server
+
+CHAT = [{"role": "user", "content": "add three plus four"}]
+
+
+class Serving:
+    """What tests talk to."""
+
+    def __init__(self, server: Server, engine: Engine) -> None:
+        self.server = server
+        self.engine = engine
+        self.scheduler = server.app.state.treadle.scheduler
+        self.url = f"http://127.0.0.1:{server.port}"
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return httpx.request(method, self.url + path, timeout=60, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return self.request("POST", path, json=body, **options)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+    def wait_until_idle(self) -> None:
+        self.wait_until(lambda: self.scheduler.num_unfinished == 0)
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Hold the engine's thread between two steps."""
+        is_held, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            is_held.set()
+            go.wait(30)
+
+        self.scheduler.call(hold)
+        assert is_held.wait(30)
+        try:
+            yield
+        finally:
+            go.set()
+
+
+@contextmanager
+def serving(bundle: Path, **params: Any) -> Generator[Serving]:
+    """Serve a bundle until the end of the block."""
+    read = read_bundle(bundle)
+    engine = read.engine()
+    server = Server(read, engine, ServeParams(port=0, **params))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 30
+    while not server.started:
+        assert thread.is_alive()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    try:
+        yield Serving(server, engine)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        engine.detach()
+        assert not thread.is_alive()

@@ -1,0 +1,311 @@
+"""Queue, cancelling, keys, time limits, shutting down: what operators rely on."""
+
+import concurrent.futures
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from treadle.server import protocol
+from treadle.server.metrics import Metrics
+
+from serving import CHAT, Serving, serving
+
+TEXTS = "/v1/completions"
+LONG: dict[str, Any] = {"model": "auto", "prompt": "add three", "max_tokens": 450, "temperature": 0}
+SHORT: dict[str, Any] = {**LONG, "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def served(bundle_folder: Path) -> Generator[Serving]:
+    with serving(bundle_folder, max_batch=2, max_queue=2) as each:
+        yield each
+
+
+def test_beyond_the_queue_requests_get_429_and_when_to_try_again(served: Serving) -> None:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with served.paused():
+            accepted = [pool.submit(served.post, TEXTS, SHORT) for _ in range(4)]
+            served.wait_until(lambda: served.scheduler.num_unfinished == 4)
+            with pytest.raises(openai.RateLimitError, match="the queue is full: 2 sequences are waiting") as refused:
+                served.client().completions.create(**SHORT)
+            assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+            assert refused.value.code == "queue_full"
+        assert [each.result().status_code for each in accepted] == [200] * 4
+    assert served.post(TEXTS, SHORT).status_code == 200
+
+
+def test_first_come_first_served(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[int] = []
+    monkeypatch.setattr(Metrics, "count_row", lambda _, row: finished.append(row.prompt_tokens))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with served.paused():
+            for count, length in enumerate((9, 4, 7, 5), 1):
+                pool.submit(served.post, TEXTS, {**SHORT, "model": "base", "prompt": "x" * length})
+                served.wait_until(lambda count=count: served.scheduler.num_unfinished == count)
+    assert finished == [9, 4, 7, 5]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_is_cancelled_within_a_step(served: Serving, stream: bool) -> None:
+    body = json.dumps({**LONG, "stream": stream}).encode()
+    head = f"POST {TEXTS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    client = socket.create_connection(("127.0.0.1", served.server.port))
+    client.sendall(head + body)
+    served.wait_until(lambda: bool(served.engine._running) and len(served.engine._running[0].events) > 2)
+    (row,) = served.engine._running
+    with served.paused():
+        client.close()
+        served.wait_until(lambda: served.scheduler._has_cancelled)
+        before = len(row.events)
+    served.wait_until_idle()
+    assert len(row.events) <= before + 1 < LONG["max_tokens"]
+    assert served.engine._running == []
+
+
+def test_a_client_that_goes_away_while_it_waits_never_runs(served: Serving) -> None:
+    with served.paused():
+        sockets = []
+        for _ in range(4):
+            client = socket.create_connection(("127.0.0.1", served.server.port))
+            body = json.dumps(LONG).encode()
+            client.sendall(f"POST {TEXTS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            sockets.append(client)
+        served.wait_until(lambda: served.scheduler.num_unfinished == 4)
+        for client in sockets:
+            client.close()
+    served.wait_until_idle()
+    assert served.post(TEXTS, SHORT).status_code == 200
+
+
+def test_a_failing_forward_pass_costs_its_requests_and_not_the_server(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from treadle.batch import Batch
+
+    def fail(batch: Batch) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "step", fail)
+        with pytest.raises(openai.InternalServerError, match="the forward pass failed"):
+            served.client().completions.create(**LONG)
+        stream = served.client().completions.create(**LONG, stream=True)
+        with pytest.raises(openai.APIError, match="the forward pass failed"):
+            list(stream)
+    served.wait_until_idle()
+    assert served.engine._running == []
+    assert served.client().completions.create(**SHORT).usage.completion_tokens == 2
+
+
+def test_a_request_that_takes_too_long_is_given_up(bundle_folder: Path) -> None:
+    with serving(bundle_folder, request_timeout=1.0) as served:
+        with served.paused():
+            answer = served.post(TEXTS, LONG)
+            assert answer.status_code == 504
+            assert answer.json()["error"]["code"] == "timeout"
+        served.wait_until_idle()
+
+
+def test_a_body_that_trickles_in_is_refused(bundle_folder: Path) -> None:
+    with serving(bundle_folder, read_timeout=1.0) as served:
+        with socket.create_connection(("127.0.0.1", served.server.port)) as client:
+            client.sendall(f"POST {TEXTS} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+            client.settimeout(20)
+            assert b"408" in client.recv(1000).split(b"\r\n")[0]
+
+
+def test_a_head_without_an_end_is_cut_off(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(connection: socket.socket) -> None:
+        for _ in range(1000):
+            connection.sendall(b"x" * 1000)
+            time.sleep(0.001)
+
+    with socket.create_connection(("127.0.0.1", served.server.port)) as endless:
+        endless.sendall(b"GET /live HTTP/1.1\r\nX-Long: ")
+        with pytest.raises(ConnectionError):
+            fill(endless)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
+    begun, whole = b"GET /live HTTP/1.1\r\n", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    for parts in ([], [begun], [whole, begun]):
+        with socket.create_connection(("127.0.0.1", served.server.port)) as slow:
+            slow.settimeout(20)
+            for part in parts:
+                slow.sendall(part)
+                time.sleep(0.1)
+            received = b"".join(iter(partial(slow.recv, 1000), b""))
+            assert received.count(b"200 OK") == (whole in parts)
+
+
+def test_a_slow_reader_holds_nobody_up(served: Serving) -> None:
+    body = json.dumps({**LONG, "stream": True, "logprobs": 5}).encode()
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(("127.0.0.1", served.server.port))
+    slow.sendall(f"POST {TEXTS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert slow.recv(1) == b"H"
+    assert served.client().completions.create(**SHORT).usage.completion_tokens == 2
+    served.wait_until_idle()  # the engine is done with it, though it has read one byte
+    slow.close()
+
+
+KEYS = {"api_key": ("whole",), "admin_key": "root"}
+
+
+@pytest.fixture(scope="module")
+def guarded(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Serving]:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text("few math,science\nnone ,\n")
+    with serving(bundle_folder, api_key_file=str(file), cors_origin=("http://page.test",), **KEYS) as each:
+        yield each
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/v1/adapters", "/nowhere", "/"])
+def test_without_a_key_nothing_is_answered_but_live_and_health(guarded: Serving, path: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer wholf"}):
+        answer = guarded.request("GET", path, headers=headers)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert guarded.request("GET", "/live").status_code == guarded.request("GET", "/health").status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        guarded.client("wrong").models.list()
+
+
+def test_a_key_sees_and_uses_its_adapters_only(guarded: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = guarded.client("few")
+    assert [model.id for model in few.models.list()] == ["auto", "bundle", "math", "science", "base"]
+    for model in ("code", "cod"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            few.chat.completions.create(model=model, messages=CHAT)
+        assert "'code'" not in str(refused.value).replace(f"model '{model}'", "")
+    with pytest.raises(openai.BadRequestError, match=r"unknown adapter 'code'\. Allowed: math, science"):
+        few.completions.create(**{**SHORT, "extra_body": {"treadle": {"fixed": {"code": 1.0}}}})
+    with pytest.raises(openai.BadRequestError, match=r"unknown adapter 'code'\. Allowed: math, science"):
+        few.completions.create(**{**SHORT, "extra_body": {"treadle": {"adapters": ["code"]}}})
+    from treadle.centroids import Centroids
+
+    compared: list[tuple[str, ...]] = []
+    score = Centroids.score
+    monkeypatch.setattr(Centroids, "score", lambda c, e, s: (compared.append(c.names), score(c, e, s))[1])
+    answer = few.completions.create(**{**SHORT, "extra_body": {"treadle": {"trace": True}}})
+    assert answer.choices[0].model_extra["treadle"]["adapters"] == ["math", "science"]
+    assert set(compared) == {("math", "science")}  # the others' centroids were not even compared
+    headers = {"Authorization": "Bearer few"}
+    assert guarded.post("/v1/route", {"text": "def loop"}, headers=headers).json()["names"] == ["math", "science"]
+
+
+def test_a_key_without_adapters_gets_the_base(guarded: Serving) -> None:
+    none = guarded.client("none")
+    assert [model.id for model in none.models.list()] == ["auto", "bundle", "base"]
+    texts = {
+        none.completions.create(**{**SHORT, "max_tokens": 12, "model": model}).choices[0].text
+        for model in ("auto", "base")
+    }
+    assert len(texts) == 1
+
+
+def test_callers_do_not_share_prefixes(guarded: Serving) -> None:
+    prompt = {**SHORT, "model": "math", "prompt": "the planet heat cell " * 3}
+
+    def cached(key: str) -> int:
+        return guarded.client(key).completions.create(**prompt).usage.prompt_tokens_details.cached_tokens
+
+    assert [cached("few"), cached("whole")] == [0, 0]
+    assert [cached("few"), cached("whole")] == [len(prompt["prompt"]) - 1] * 2
+
+
+def test_only_the_admin_key_manages_adapters(guarded: Serving) -> None:
+    for method, path in (
+        ("GET", "/v1/adapters"),
+        ("POST", "/v1/adapters"),
+        ("DELETE", "/v1/adapters/math"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/v1/unload_lora_adapter"),
+    ):
+        answer = guarded.request(method, path, headers={"Authorization": "Bearer whole"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_only")
+    assert guarded.request("GET", "/v1/adapters", headers={"Authorization": "Bearer root"}).status_code == 200
+
+
+def test_cors_is_for_named_origins_only(guarded: Serving, served: Serving) -> None:
+    def preflight(server: Serving, origin: str) -> httpx.Response:
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        return server.request("OPTIONS", TEXTS, headers=headers)
+
+    assert preflight(guarded, "http://page.test").headers["access-control-allow-origin"] == "http://page.test"
+    assert "access-control-allow-origin" not in preflight(guarded, "http://other.test").headers
+    assert "access-control-allow-origin" not in preflight(served, "http://page.test").headers
+
+
+def test_tls(bundle_folder: Path, tmp_path: Path) -> None:
+    import ssl
+
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout key.pem -out cert.pem"
+    name = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command.split(), *name], check=True, capture_output=True, cwd=tmp_path)
+    files = {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
+    with serving(bundle_folder, **files) as served:
+        trusted = ssl.create_default_context(cafile=files["tls_cert"])
+        url = served.url.replace("http:", "https:")
+        assert httpx.get(url + "/live", verify=trusted).status_code == 200
+
+
+def test_what_does_not_finish_in_time_is_told_so(bundle_folder: Path) -> None:
+    with serving(bundle_folder, shutdown_timeout=0.2) as served, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        stream = served.client().completions.create(**LONG, n=8, stream=True)
+        next(iter(stream))
+        whole = pool.submit(served.post, TEXTS, {**LONG, "n": 8})
+        served.wait_until(lambda: served.scheduler.num_unfinished == 16)
+        served.server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
+        assert whole.result().status_code == 503
+
+
+def start_process(bundle: Path, *flags: object) -> tuple[subprocess.Popen[str], str]:
+    """Start `treadle serve` and return it with its address."""
+    command = [sys.executable, "-m", "treadle", "serve", str(bundle), "--port", "0", *map(str, flags)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TREADLE_MAX_N": "32"})
+    assert process.stderr
+    for line in process.stderr:
+        if found := re.search(r"serving on (http://[\d.:]+)", line):
+            return process, found[1]
+    raise AssertionError("it did not start")
+
+
+def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> None:
+    process, url = start_process(bundle_folder, "--log-format", "json")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(**LONG, n=32, stream=True)
+    chunks = [next(iter(stream))]
+    process.send_signal(signal.SIGTERM)
+    until = time.monotonic() + 10
+    while httpx.get(f"{url}/health").status_code == 200:
+        assert time.monotonic() < until
+    assert httpx.get(f"{url}/live").status_code == 200
+    with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+        client.completions.create(**SHORT)
+    assert refused.value.status_code == 503
+    chunks += stream
+    assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks) == 32
+    assert process.wait(30) == 0
+    assert process.stderr
+    with process.stderr as log:
+        lines = [json.loads(line) for line in log]
+    (line,) = [line for line in lines if line.get("path") == TEXTS and line["status"] == 200]
+    assert any("shutting down: 32 sequences are left" in line.get("message", "") for line in lines)
+    assert line["tokens"] == 32 * 450 or line["tokens"] > 32
+    assert "add three" not in json.dumps(lines)
