@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from treadle.params import RoutingParams, SamplingParams
+from treadle.routing import apply_rule
 
 from serving import CHAT, Serving, serving
 
@@ -148,6 +149,31 @@ def test_routing_options_of_a_request_act(served: Serving, expected: Any) -> Non
     chunks = client.completions.create(model="auto", prompt=PROMPT, stream=True, extra_body=extra, **GREEDY)
     weights = [chunk.choices[0].model_extra["treadle"]["weights"][0] for chunk in chunks]
     np.testing.assert_allclose(weights, routed.weights, atol=1e-5)
+
+
+@pytest.mark.parametrize(("score", "recent"), [("lda", None), ("cosine", None), ("centred", 3)])
+def test_a_trace_says_what_the_weights_were_made_from(served: Serving, score: Any, recent: int | None) -> None:
+    options = {"score": score, "every": 1, "recent": recent, "temperature": 2}
+    extra = {"treadle": {**options, "trace": True}}
+    answer = served.client().completions.create(model="auto", prompt=PROMPT, extra_body=extra, **GREEDY)
+    trace = answer.choices[0].model_extra["treadle"]
+    params = RoutingParams(**options)
+    made = apply_rule(np.array(trace["scores"], np.float32), params)
+    np.testing.assert_allclose(made, trace["weights"], atol=1e-4)
+    router = served.engine.router
+    for compared, kind in (("cosines", "cosine"), ("scores", score)):
+        whole = router.scores([PROMPT], RoutingParams(score=kind))[0]  # the first token's weights are the prompt's
+        np.testing.assert_allclose(trace[compared][0], whole, atol=1e-4)
+    assert trace["cosines"][0] != trace["cosines"][-1]
+
+
+@pytest.mark.parametrize(("model", "options"), [("base", {}), ("math", {}), ("auto", {"fixed": {"code": 1}})])
+def test_fixed_weights_were_made_from_nothing(served: Serving, model: str, options: Any) -> None:
+    extra = {"treadle": {**options, "trace": True}}
+    answer = served.client().completions.create(model=model, prompt=PROMPT, extra_body=extra, **GREEDY)
+    trace = answer.choices[0].model_extra["treadle"]
+    assert set(trace["cosines"]) == set(trace["scores"]) == {None}
+    assert len(trace["cosines"]) == len(trace["weights"]) == 12
 
 
 def test_only_the_named_adapters_take_part(served: Serving) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from treadle.centroids import Centroids, Floats, log_softmax
 from treadle.embed import Embedder, load_embedder
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
-from treadle.params import DEFAULT_TEMPERATURE, RoutingParams
+from treadle.params import DEFAULT_TEMPERATURE, RoutingParams, Score
 
 
 def decision_length(position: int, prompt_tokens: int, params: RoutingParams) -> int:
@@ -125,6 +125,19 @@ def finish_views(embedder: Embedder, snapshots: Sequence[tuple[Any, ...]]) -> Fl
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How near a text is to each adapter, as its weights were made from it.
+
+    Attributes:
+        cosines: (N,) with the centroids.
+        scores: (N,) by the params' score, before any rule.
+    """
+
+    cosines: Floats
+    scores: Floats
+
+
+@dataclass(frozen=True)
 class Router:
     """Centroids, the embedder that made them, and the params that apply unless others are given."""
 
@@ -163,8 +176,16 @@ class Router:
             embeddings: (..., K, D) of the K views of each text (`RunningText`), whose mean score counts.
             params: score and rule.
         """
-        scores = self.centroids.score(embeddings, params.score).mean(-2)  # (..., N)
-        return apply_rule(log_softmax(scores) if params.score == "lda" and scores.size else scores, params)
+        return apply_rule(self._mean_scores(embeddings, params.score), params)
+
+    def compare(self, embeddings: Floats, params: RoutingParams) -> Comparison:
+        """Return what `weigh` makes the weights of one text from, of its K views (K, D)."""
+        return Comparison(self._mean_scores(embeddings, "cosine"), self._mean_scores(embeddings, params.score))
+
+    def _mean_scores(self, embeddings: Floats, score: Score) -> Floats:
+        """Return the scores (..., N) of texts, each the mean of its views (..., K, D)."""
+        scores = self.centroids.score(embeddings, score).mean(-2)  # (..., N)
+        return log_softmax(scores) if score == "lda" and scores.size else scores
 
     def fixed_weights(self, params: RoutingParams) -> Floats:
         """Return the weights (N,) of params whose rule is `fixed`; a name that does not exist is an AdapterError."""

@@ -12,7 +12,7 @@ import torch
 
 from treadle.centroids import Floats
 from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router, RunningText, decision_length
+from treadle.routing import Comparison, Router, RunningText, decision_length
 from treadle.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
@@ -30,10 +30,12 @@ class Report:
     Attributes:
         likeliest: how many of the most probable tokens come with each token.
         prompt: whether the prompt's own tokens are scored as they are read.
+        comparison: whether each token says how near the text was to each adapter.
     """
 
     likeliest: int = 0
     prompt: bool = False
+    comparison: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class TokenEvent:
         weights: (N,) under which the forward pass ran that gave the token.
         finish_reason: "stop" (end of text or a stop string) or "length" on a row's last token, else None.
         likeliest: as many of the most probable tokens as the row's report asks for.
+        comparison: what `weights` were made from, if the row's report asks for it; None where they are fixed.
     """
 
     index: int
@@ -65,6 +68,7 @@ class TokenEvent:
     weights: Floats
     finish_reason: FinishReason | None = None
     likeliest: Likeliest = ()
+    comparison: Comparison | None = None
 
 
 class Row:
@@ -92,6 +96,7 @@ class Row:
         self.prompt_scores: list[TokenScore] = []  # of the prompt's second token and those behind it
         self.weights: Floats = np.zeros(len(router.names), np.float32)  # (N,)
         self.read_under: Floats = self.weights[None]  # (T, N) or (1, N) for all T alike, of the pass over the prompt
+        self.comparison: Comparison | None = None  # what `weights` were made from, if the report asks for it
         self._text = Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
         self._pieces = [self._text.push(token_id) for token_id in ids]
@@ -127,7 +132,8 @@ class Row:
         if reason and not self._stops.found:
             text += self._stops.push(self._text.flush())
             text += self._stops.flush()
-        event = TokenEvent(len(self.events), token_id, text, logprob, self.weights.copy(), reason, likeliest)
+        weights = self.weights.copy()
+        event = TokenEvent(len(self.events), token_id, text, logprob, weights, reason, likeliest, self.comparison)
         self.events.append(event)
         return event
 
@@ -149,5 +155,8 @@ def route(rows: Sequence[Row]) -> list[Row]:
         embedder = pairs[0][0].router.embedder
         embeddings = iter(embedder.finish([view for _, views in pairs for view in views]))  # (sum of K, D)
         for row, views in pairs:
-            row.weights = row.router.weigh(np.stack([next(embeddings) for _ in views]), row.routing)
+            seen = np.stack([next(embeddings) for _ in views])  # (K, D)
+            row.weights = row.router.weigh(seen, row.routing)
+            if row.report.comparison:
+                row.comparison = row.router.compare(seen, row.routing)
     return changed

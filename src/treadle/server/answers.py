@@ -7,6 +7,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
+from treadle.centroids import Floats
 from treadle.rows import Likeliest, Row, TokenEvent
 from treadle.server.bodies import Json
 from treadle.server.requests import Asked
@@ -98,10 +99,15 @@ class Answer:
         return self.asked.echo[index // self.asked.n] if self.asked.echo else ""
 
     def _trace(self, row: Row, events: Sequence[TokenEvent]) -> Json:
-        """Return the text of each token and the weights (T, N) of the pass that gave it."""
-        weights = [[round(float(weight), 6) for weight in event.weights] for event in events]
-        texts = [event.text for event in events]
-        return {"adapters": list(row.router.names), "tokens": texts, "weights": weights}
+        """Return the text of each token, the weights (T, N) of the pass that gave it, and what these were made from."""
+        made_from = [event.comparison for event in events]
+        return {
+            "adapters": list(row.router.names),
+            "tokens": [event.text for event in events],
+            "weights": [_rounded(event.weights) for event in events],
+            "cosines": [each and _rounded(each.cosines) for each in made_from],
+            "scores": [each and _rounded(each.scores) for each in made_from],
+        }
 
     def _chat_logprobs(self, events: Sequence[TokenEvent]) -> Json | None:
         if self.asked.likeliest is None:
@@ -157,6 +163,10 @@ class Answer:
             places.append(place)
             place += len(text.decode(self._tokens.bytes_of(token_id)))
         return places
+
+
+def _rounded(values: Floats) -> list[float]:
+    return [round(float(value), 6) for value in values]
 
 
 def event_line(document: Any) -> bytes:
