@@ -97,10 +97,16 @@ class Row:
         self.weights: Floats = np.zeros(len(router.names), np.float32)  # (N,)
         self.read_under: Floats = self.weights[None]  # (T, N) or (1, N) for all T alike, of the pass over the prompt
         self.comparison: Comparison | None = None  # what `weights` were made from, if the report asks for it
+        self.read_after: Comparison | None = None  # what `read_under` was made from, if the report asks for it
         self._text = Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
         self._pieces = [self._text.push(token_id) for token_id in ids]
         self._running = RunningText(router.embedder, routing)
+
+    @property
+    def prompt_pieces(self) -> list[str]:
+        """The text that each token of the prompt adds."""
+        return self._pieces[: self.prompt_tokens]
 
     @property
     def is_finished(self) -> bool:
@@ -117,6 +123,13 @@ class Row:
         if self.routing.prefill == "causal":
             return self.router.trace(self._pieces, self.prompt_tokens, self.routing)
         return self.weights[None]
+
+    def prompt_comparison(self) -> Comparison | None:
+        """Return what `prompt_weights` are made from, each (T, N) or (1, N); None where they are fixed."""
+        if self.routing.prefill == "causal":
+            return self.router.trace_comparison(self._pieces, self.prompt_tokens, self.routing)
+        made_from = self.comparison
+        return made_from and Comparison(made_from.cosines[None], made_from.scores[None])
 
     def accept(self, token_id: int, logprob: float, is_end: bool, likeliest: Likeliest = ()) -> TokenEvent:
         """Append a generated token and return its event."""
