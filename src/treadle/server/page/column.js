@@ -98,9 +98,12 @@ export class Column {
     const answer = this.tokens.filter((token) => !token.isPrompt);
     if (!answer.length) return;
     const means = this.names.map((_, i) => answer.reduce((sum, token) => sum + token.weights[i], 0) / answer.length);
-    const entries = this.names.map((name, i) => `${name} ${Math.round(100 * means[i])} %`);
-    this.legend.replaceChildren(...entries.map((text, i) => make("li", {}, swatch(this.places[i]), text)));
-    const summary = entries.length ? `Mean over the answer: ${entries.join(", ")}.` : "No adapter acts.";
+    const acting = this.names.map((_, i) => i).filter((i) => means[i] > 0);
+    const entries = acting.map((i) => `${this.names[i]} ${Math.round(100 * means[i])} %`);
+    const items = acting.map((i, entry) => make("li", {}, swatch(this.places[i]), entries[entry]));
+    const head = make("li", { className: "quiet", textContent: acting.length ? "Mean weights:" : "No adapter acts." });
+    this.legend.replaceChildren(head, ...items);
+    const summary = acting.length ? `Mean over the answer: ${entries.join(", ")}.` : "No adapter acts.";
     this.canvas.setAttribute("aria-label", `Weights of the adapters over ${this.tokens.length} tokens. ${summary}`);
   }
 

@@ -26,11 +26,16 @@ function table({ names, places, weights, cosines, scores }) {
   const heads = ["adapter", "weight", ...(cosines ? ["cosine", "score"] : [])];
   const head = make("tr", {}, ...heads.map((text) => make("th", { textContent: text, scope: "col" })));
   const rows = names.map((name, i) => {
-    const numbers = [weights[i].toFixed(2), ...(cosines ? [cosines[i].toFixed(3), scores[i].toFixed(2)] : [])];
+    const numbers = [written(weights[i], 2), ...(cosines ? [written(cosines[i], 3), written(scores[i], 2)] : [])];
     const label = make("th", { scope: "row" }, swatch(places[i]), name);
-    return make("tr", {}, label, ...numbers.map((text) => make("td", { textContent: text.replace("-", "−") })));
+    return make("tr", {}, label, ...numbers.map((textContent) => make("td", { textContent })));
   });
   return make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows));
+}
+
+function written(value, digits) {
+  const text = value.toFixed(digits);
+  return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
 }
 
 function note({ weights, cosines }) {

@@ -5,7 +5,7 @@ export const SAMPLING = { max_tokens: "128", temperature: "0" };
 export const empty = () => ({
   prompt: "",
   arm: "auto",
-  other: "",
+  other: "base",
   kind: "",
   off: [],
   fixed: {},

@@ -19,7 +19,7 @@ export class WeightsChart {
         interaction: { mode: "index", axis: "x", intersect: false },
         onHover: (_, items) => onPick(items.length ? items[0].index : -1),
         plugins: { legend: { display: false }, tooltip: { enabled: false } },
-        scales: { x: axis("token"), y: { ...axis("weight"), stacked: true, min: 0, suggestedMax: 1 } },
+        scales: { x: axis("token"), y: { ...axis("weight"), stacked: true, min: 0, max: 1 } },
       },
       plugins: [{ id: "marks", afterDatasetsDraw: () => this.#drawMarks() }],
     });
@@ -42,6 +42,7 @@ export class WeightsChart {
     }));
     this.promptTokens = 0;
     this.picked = -1;
+    this.chart.options.scales.y.max = 1;
     this.#redraw();
   }
 
@@ -50,6 +51,9 @@ export class WeightsChart {
     const { labels, datasets } = this.chart.data;
     labels.push(labels.length + 1);
     weights.forEach((weight, i) => datasets[i].data.push(weight));
+    const total = weights.reduce((sum, weight) => sum + weight, 0);
+    const { y } = this.chart.options.scales;
+    if (total > y.max + 0.01) y.max = Math.ceil(2 * total) / 2; // fixed weights need not sum to 1
     this.#redraw();
   }
 
