@@ -64,7 +64,7 @@ def main() -> None:
             use(page, url, is_narrow=name == "narrow")
             shot = Image.open(BytesIO(page.screenshot(full_page=name != "narrow"))).convert("RGB")
             file = FIGURES / f"page-{name}.png"
-            shot.quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+            shot.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
             print(f"{file.relative_to(ROOT)}: {file.stat().st_size} bytes")
             assert file.stat().st_size < MOST_BYTES
         browser.close()

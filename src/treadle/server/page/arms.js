@@ -8,8 +8,8 @@ export function armGroups(adapters) {
     {
       group: "Blends",
       arms: [
-        ["auto", "Routed, token by token"],
-        ["prompt", "Routed once, from the prompt"],
+        ["auto", "Token-level routing"],
+        ["prompt", "Prompt-level routing"],
         ["fixed", "Fixed weights"],
       ],
     },

@@ -101,7 +101,7 @@ export class Column {
     const acting = this.names.map((_, i) => i).filter((i) => means[i] > 0);
     const entries = acting.map((i) => `${this.names[i]} ${Math.round(100 * means[i])} %`);
     const items = acting.map((i, entry) => make("li", {}, swatch(this.places[i]), entries[entry]));
-    const head = make("li", { className: "quiet", textContent: acting.length ? "Mean weights:" : "No adapter acts." });
+    const head = make("li", { className: "quiet", textContent: acting.length ? "Mean over the answer:" : "No adapter acts." });
     this.legend.replaceChildren(head, ...items);
     const summary = acting.length ? `Mean over the answer: ${entries.join(", ")}.` : "No adapter acts.";
     this.canvas.setAttribute("aria-label", `Weights of the adapters over ${this.tokens.length} tokens. ${summary}`);

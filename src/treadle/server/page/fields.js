@@ -1,6 +1,6 @@
 // The form's generated parts: adapters with their weights, and the options of routing and sampling.
 
-import { byId, make, show } from "./dom.js";
+import { byId, make } from "./dom.js";
 import { swatch } from "./inspector.js";
 
 const SAMPLING = {
@@ -98,5 +98,4 @@ export function writeArms(select, groups, chosen, none) {
   );
   select.replaceChildren(...(none ? [make("option", { value: "", textContent: none })] : []), ...options);
   select.value = chosen;
-  show(select, true);
 }

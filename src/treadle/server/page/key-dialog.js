@@ -35,7 +35,9 @@ export function listenForKey(onNew) {
   const dialog = byId("key-dialog");
   dialog.querySelector("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    dialog.close("given");
+    const isPossible = /^[\x21-\x7e]+$/.test(byId("key").value.trim()); // others cannot even be sent
+    if (isPossible) dialog.close("given");
+    else say(byId("key-problem"), "A key has letters, digits and signs of ASCII, and no spaces.");
   });
   byId("key-cancel").addEventListener("click", () => dialog.close(""));
   byId("key-button").addEventListener("click", async () => (await askKey()) && onNew());

@@ -16,6 +16,7 @@ export class WeightsChart {
       options: {
         animation: false,
         maintainAspectRatio: false,
+        layout: { padding: { top: 14 } }, // for the word at the prompt's end
         interaction: { mode: "index", axis: "x", intersect: false },
         onHover: (_, items) => onPick(items.length ? items[0].index : -1),
         plugins: { legend: { display: false }, tooltip: { enabled: false } },
