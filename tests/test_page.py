@@ -84,7 +84,7 @@ def generate(page: Page, prompt: str | None = PROMPT) -> None:
     if prompt is not None:
         page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("status")).to_have_text(re.compile("Done|Stopped|Failed"))
+    page.locator("#send:enabled").wait_for()
 
 
 def text_of(page: Page, column: int = 0) -> str:
@@ -142,8 +142,11 @@ def test_tokens_arrive_while_the_answer_is_made(visit: Any, served: Serving) -> 
     with served.paused():
         expect(page.get_by_role("status")).to_have_text("Generating …")
         expect(page.locator(".text").first).to_have_attribute("aria-busy", "true")
-        page.get_by_role("button", name="Stop").click()
+        stop = page.get_by_role("button", name="Stop")
+        expect(stop).to_be_focused()  # not lost with the button that can no longer be pressed
+        stop.press("Enter")
         expect(page.get_by_role("status")).to_contain_text("Stopped after")
+        expect(page.get_by_role("button", name="Generate")).to_be_focused()
     served.wait_until_idle()
     generated = page.locator(".column").first.locator(".token:not(.read)").count()
     assert 3 < generated < 400
@@ -346,6 +349,7 @@ def test_a_server_that_fails_or_is_gone_is_said(visit: Any, served: Serving, mon
         patch.setattr(Batch, "step", fail)
         generate(page)
         expect(problem).to_contain_text("the forward pass failed")
+        expect(page.locator(".token:not(.read)")).to_have_count(1)  # what had come stays
 
     def busy(route: Route) -> None:
         document = {"error": {"message": "the queue is full", "type": "rate_limit_error"}}

@@ -113,9 +113,13 @@ async function send() {
   byId("status").textContent = words[worst] ?? `Done: ${tokens} tokens.`;
 }
 
+/** Swap the buttons; the keyboard goes along with them. */
 function setBusy(isBusy) {
-  byId("send").disabled = isBusy;
-  byId("stop").disabled = !isBusy;
+  const [usable, other] = isBusy ? [byId("stop"), byId("send")] : [byId("send"), byId("stop")];
+  const isFocused = document.activeElement === other;
+  usable.disabled = false;
+  if (isFocused) usable.focus();
+  other.disabled = true;
   byId("status").textContent = isBusy ? "Generating …" : "";
 }
 

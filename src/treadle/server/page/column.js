@@ -44,6 +44,7 @@ export class Column {
   }
 
   close() {
+    hideInspector();
     this.chart?.chart.destroy();
     this.root.remove();
   }
