@@ -242,6 +242,8 @@ def test_two_arms_answer_side_by_side(visit: Any, served: Serving) -> None:
     boxes = [page.locator(".column").nth(place).bounding_box() for place in (0, 1)]
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
+    page.locator("#routing summary").click()
+    assert page.locator(".column").first.bounding_box() == boxes[0], "long options leave the answers where they are"
     body = {"prompt": PROMPT, "echo": True, "max_tokens": 8, "temperature": 0}
     for place, model in enumerate(("auto", "math")):
         expected = served.post("/v1/completions", {"model": model, **body}).json()["choices"][0]["text"]
@@ -414,6 +416,8 @@ def test_a_narrow_window_needs_no_sideways_scrolling(visit: Any, width: int) -> 
     generate(page, PROMPT + " " + "x" * 120)
     page.locator(".token").nth(30).hover()
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    tops = [page.locator(each).first.bounding_box()["y"] for each in (".ask", ".settings", ".answers")]
+    assert tops == sorted(tops)
     for selector in ("#inspector", "#send", "#theme", ".column", ".chart", "#adapter-list"):
         box = page.locator(selector).first.bounding_box()
         assert 0 <= box["x"] <= box["x"] + box["width"] <= width, selector

@@ -23,8 +23,9 @@ export function mix(weights, places) {
   return total < 0.995 && total ? `color-mix(in oklab, ${mixed} ${(100 * total).toFixed(1)}%, transparent)` : mixed;
 }
 
-/** Return the place of the largest weight; -1 where the base model answers alone. */
+/** Return the place of the largest weight; -1 where several are as large, or the base model answers alone. */
 export function leading(weights) {
   const largest = Math.max(...weights);
-  return largest < LEAST ? -1 : weights.indexOf(largest);
+  const isTie = weights.filter((weight) => weight > largest - LEAST).length > 1;
+  return largest < LEAST || isTie ? -1 : weights.indexOf(largest);
 }
