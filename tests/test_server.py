@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from treadle.params import RoutingParams, SamplingParams
+from treadle.routing import apply_rule
 
 from serving import CHAT, Serving, serving
 
@@ -148,6 +149,61 @@ def test_routing_options_of_a_request_act(served: Serving, expected: Any) -> Non
     chunks = client.completions.create(model="auto", prompt=PROMPT, stream=True, extra_body=extra, **GREEDY)
     weights = [chunk.choices[0].model_extra["treadle"]["weights"][0] for chunk in chunks]
     np.testing.assert_allclose(weights, routed.weights, atol=1e-5)
+
+
+@pytest.mark.parametrize(("score", "recent"), [("lda", None), ("cosine", None), ("centred", 3)])
+def test_a_trace_says_what_the_weights_were_made_from(served: Serving, score: Any, recent: int | None) -> None:
+    options = {"score": score, "every": 1, "recent": recent, "temperature": 2}
+    extra = {"treadle": {**options, "trace": True}}
+    answer = served.client().completions.create(model="auto", prompt=PROMPT, extra_body=extra, **GREEDY)
+    trace = answer.choices[0].model_extra["treadle"]
+    params = RoutingParams(**options)
+    made = apply_rule(np.array(trace["scores"], np.float32), params)
+    np.testing.assert_allclose(made, trace["weights"], atol=1e-4)
+    router = served.engine.router
+    for compared, kind in (("cosines", "cosine"), ("scores", score)):
+        whole = router.scores([PROMPT], RoutingParams(score=kind))[0]  # the first token's weights are the prompt's
+        np.testing.assert_allclose(trace[compared][0], whole, atol=1e-4)
+    assert trace["cosines"][0] != trace["cosines"][-1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prefill", ["prompt", "causal"])
+def test_an_echoed_prompt_is_traced_as_it_was_read(served: Serving, prefill: Any, stream: bool) -> None:
+    options = {"every": 2, "window": 8, "prefill": prefill}
+    asked = {"model": "auto", "prompt": PROMPT, "echo": True, "extra_body": {"treadle": {**options, "trace": True}}}
+    if stream:
+        chunks = list(served.client().completions.create(**asked, stream=True, **GREEDY))
+        parts = [chunk.choices[0].model_extra["treadle"] for chunk in chunks]
+        trace = {field: [each for part in parts for each in part[field]] for field in ("tokens", "weights", "scores")}
+        counts = [part["prompt_tokens"] for part in parts]
+        assert (counts[0], set(counts[1:])) == (len(PROMPT), {0})
+        text = "".join(chunk.choices[0].text for chunk in chunks)
+    else:
+        choice = served.client().completions.create(**asked, **GREEDY).choices[0]
+        trace, text = choice.model_extra["treadle"], choice.text
+    assert "".join(trace["tokens"]) == text
+    params = RoutingParams(**options)
+    weights = served.engine.router.trace([*PROMPT], len(PROMPT), params)
+    np.testing.assert_allclose(trace["weights"][: len(PROMPT)], weights, atol=1e-5)
+    np.testing.assert_allclose(apply_rule(np.array(trace["scores"]), params), trace["weights"], atol=1e-4)
+
+
+def test_a_text_is_traced_without_an_answer(served: Serving) -> None:
+    extra = {"treadle": {"prefill": "causal", "trace": True}}
+    answer = served.client().completions.create(model="auto", prompt=PROMPT, echo=True, max_tokens=0, extra_body=extra)
+    trace = answer.choices[0].model_extra["treadle"]
+    assert trace["tokens"] == [*PROMPT]
+    assert {len(trace[field]) for field in ("weights", "cosines", "scores")} == {len(PROMPT)}
+
+
+@pytest.mark.parametrize(("model", "options"), [("base", {}), ("math", {}), ("auto", {"fixed": {"code": 1}})])
+def test_fixed_weights_were_made_from_nothing(served: Serving, model: str, options: Any) -> None:
+    extra = {"treadle": {**options, "trace": True}}
+    answer = served.client().completions.create(model=model, prompt=PROMPT, extra_body=extra, **GREEDY)
+    trace = answer.choices[0].model_extra["treadle"]
+    assert set(trace["cosines"]) == set(trace["scores"]) == {None}
+    assert len(trace["cosines"]) == len(trace["weights"]) == 12
 
 
 def test_only_the_named_adapters_take_part(served: Serving) -> None:

@@ -172,8 +172,10 @@ def guarded(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ge
         yield each
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/v1/adapters", "/nowhere", "/"])
-def test_without_a_key_nothing_is_answered_but_live_and_health(guarded: Serving, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/metrics", "/openapi.json", "/v1/adapters", "/nowhere", "/page/nowhere"]
+)
+def test_without_a_key_nothing_is_answered_but_live_and_health_and_the_pages_files(guarded: Serving, path: str) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer wholf"}):
         answer = guarded.request("GET", path, headers=headers)
         assert answer.status_code == 401

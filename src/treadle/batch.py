@@ -93,6 +93,8 @@ class Batch:
         for row in rows:
             row.generator = new_generator(row.sampling, self._model.device)
         self._route(rows)
+        for row in rows:
+            row.read_after = row.prompt_comparison() if row.report.comparison else None
         reading = Reading(rows)
         if self._prefixes and len(rows) == 1 and not rows[0].report.prompt:
             rows[0].reused = self._prefixes.fill(reading.cache, self._text(rows[0]))

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from treadle.centroids import Centroids, Floats, log_softmax
 from treadle.embed import Embedder, load_embedder
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
-from treadle.params import DEFAULT_TEMPERATURE, RoutingParams
+from treadle.params import DEFAULT_TEMPERATURE, RoutingParams, Score
 
 
 def decision_length(position: int, prompt_tokens: int, params: RoutingParams) -> int:
@@ -125,6 +126,19 @@ def finish_views(embedder: Embedder, snapshots: Sequence[tuple[Any, ...]]) -> Fl
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How near texts are to each adapter, as their weights were made from it.
+
+    Attributes:
+        cosines: (..., N) with the centroids.
+        scores: (..., N) by the params' score, before any rule.
+    """
+
+    cosines: Floats
+    scores: Floats
+
+
+@dataclass(frozen=True)
 class Router:
     """Centroids, the embedder that made them, and the params that apply unless others are given."""
 
@@ -163,8 +177,16 @@ class Router:
             embeddings: (..., K, D) of the K views of each text (`RunningText`), whose mean score counts.
             params: score and rule.
         """
-        scores = self.centroids.score(embeddings, params.score).mean(-2)  # (..., N)
-        return apply_rule(log_softmax(scores) if params.score == "lda" and scores.size else scores, params)
+        return apply_rule(self._mean_scores(embeddings, params.score), params)
+
+    def compare(self, embeddings: Floats, params: RoutingParams) -> Comparison:
+        """Return what `weigh` makes weights from, each (..., N), of embeddings (..., K, D)."""
+        return Comparison(self._mean_scores(embeddings, "cosine"), self._mean_scores(embeddings, params.score))
+
+    def _mean_scores(self, embeddings: Floats, score: Score) -> Floats:
+        """Return the scores (..., N) of texts, each the mean of its views (..., K, D)."""
+        scores = self.centroids.score(embeddings, score).mean(-2)  # (..., N)
+        return log_softmax(scores) if score == "lda" and scores.size else scores
 
     def fixed_weights(self, params: RoutingParams) -> Floats:
         """Return the weights (N,) of params whose rule is `fixed`; a name that does not exist is an AdapterError."""
@@ -182,13 +204,26 @@ class Router:
         """
         if params.rule == "fixed":
             return np.tile(self.fixed_weights(params), (len(pieces), 1))
+        embeddings, decisions = self._decisions(pieces, prompt_tokens, params)
+        return self.weigh(embeddings, params)[decisions]
+
+    def trace_comparison(self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams) -> Comparison | None:
+        """Return what `trace` makes the weights from, each (T, N); None where they are fixed."""
+        if params.rule == "fixed":
+            return None
+        embeddings, decisions = self._decisions(pieces, prompt_tokens, params)
+        compared = self.compare(embeddings, params)
+        return Comparison(compared.cosines[decisions], compared.scores[decisions])
+
+    def _decisions(
+        self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Return the embeddings (decisions, K, D) that decide over T tokens, and which of them each token has (T,)."""
         lengths = [decision_length(position, prompt_tokens, params) for position in range(len(pieces))]
         wanted = sorted(set(lengths))
         text = RunningText(self.embedder, params)
         snapshots = [views for length in wanted if (views := text.decide(pieces, length, prompt_tokens)) is not None]
-        weights = self.weigh(finish_views(self.embedder, snapshots), params)  # (decisions, N)
-        index = {length: row for row, length in enumerate(wanted)}
-        return weights[[index[length] for length in lengths]]
+        return finish_views(self.embedder, snapshots), np.searchsorted(wanted, lengths)
 
 
 def fit(

@@ -12,7 +12,7 @@ import torch
 
 from treadle.centroids import Floats
 from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router, RunningText, decision_length
+from treadle.routing import Comparison, Router, RunningText, decision_length
 from treadle.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
@@ -30,10 +30,12 @@ class Report:
     Attributes:
         likeliest: how many of the most probable tokens come with each token.
         prompt: whether the prompt's own tokens are scored as they are read.
+        comparison: whether each token says how near the text was to each adapter.
     """
 
     likeliest: int = 0
     prompt: bool = False
+    comparison: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class TokenEvent:
         weights: (N,) under which the forward pass ran that gave the token.
         finish_reason: "stop" (end of text or a stop string) or "length" on a row's last token, else None.
         likeliest: as many of the most probable tokens as the row's report asks for.
+        comparison: what `weights` were made from, if the row's report asks for it; None where they are fixed.
     """
 
     index: int
@@ -65,6 +68,7 @@ class TokenEvent:
     weights: Floats
     finish_reason: FinishReason | None = None
     likeliest: Likeliest = ()
+    comparison: Comparison | None = None
 
 
 class Row:
@@ -92,10 +96,17 @@ class Row:
         self.prompt_scores: list[TokenScore] = []  # of the prompt's second token and those behind it
         self.weights: Floats = np.zeros(len(router.names), np.float32)  # (N,)
         self.read_under: Floats = self.weights[None]  # (T, N) or (1, N) for all T alike, of the pass over the prompt
+        self.comparison: Comparison | None = None  # what `weights` were made from, if the report asks for it
+        self.read_after: Comparison | None = None  # what `read_under` was made from, if the report asks for it
         self._text = Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
         self._pieces = [self._text.push(token_id) for token_id in ids]
         self._running = RunningText(router.embedder, routing)
+
+    @property
+    def prompt_pieces(self) -> list[str]:
+        """The text that each token of the prompt adds."""
+        return self._pieces[: self.prompt_tokens]
 
     @property
     def is_finished(self) -> bool:
@@ -113,6 +124,13 @@ class Row:
             return self.router.trace(self._pieces, self.prompt_tokens, self.routing)
         return self.weights[None]
 
+    def prompt_comparison(self) -> Comparison | None:
+        """Return what `prompt_weights` are made from, each (T, N) or (1, N); None where they are fixed."""
+        if self.routing.prefill == "causal":
+            return self.router.trace_comparison(self._pieces, self.prompt_tokens, self.routing)
+        made_from = self.comparison
+        return made_from and Comparison(made_from.cosines[None], made_from.scores[None])
+
     def accept(self, token_id: int, logprob: float, is_end: bool, likeliest: Likeliest = ()) -> TokenEvent:
         """Append a generated token and return its event."""
         self.ids.append(token_id)
@@ -127,7 +145,8 @@ class Row:
         if reason and not self._stops.found:
             text += self._stops.push(self._text.flush())
             text += self._stops.flush()
-        event = TokenEvent(len(self.events), token_id, text, logprob, self.weights.copy(), reason, likeliest)
+        weights = self.weights.copy()
+        event = TokenEvent(len(self.events), token_id, text, logprob, weights, reason, likeliest, self.comparison)
         self.events.append(event)
         return event
 
@@ -153,11 +172,18 @@ def route(rows: Sequence[Row]) -> list[Row]:
         embeddings = iter(embedder.finish([view for _, views in pairs for view in views]))  # (sum of K, D)
         alike: dict[tuple[int, RoutingParams], list[tuple[Row, Floats]]] = {}
         for row, views in pairs:
-            own = np.stack([next(embeddings) for _ in views])  # (K, D)
-            alike.setdefault((id(row.router), row.routing), []).append((row, own))
+            seen = np.stack([next(embeddings) for _ in views])  # (K, D)
+            alike.setdefault((id(row.router), row.routing), []).append((row, seen))
         for group in alike.values():
-            first = group[0][0]
-            weights = first.router.weigh(np.stack([own for _, own in group]), first.routing)  # (rows, N)
-            for (row, _), each in zip(group, weights, strict=True):
-                row.weights = each
+            _weigh(group)
     return changed
+
+
+def _weigh(rows: Sequence[tuple[Row, Floats]]) -> None:
+    """Weigh rows with the same router and options together, each from the views (K, D) of its text."""
+    router, routing = rows[0][0].router, rows[0][0].routing
+    weights = router.weigh(np.stack([seen for _, seen in rows]), routing)  # (B, N)
+    for (row, seen), own in zip(rows, weights, strict=True):
+        row.weights = own
+        if row.report.comparison:
+            row.comparison = router.compare(seen, routing)

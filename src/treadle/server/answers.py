@@ -7,6 +7,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
+from treadle.centroids import Floats
 from treadle.rows import Likeliest, Row, TokenEvent
 from treadle.server.bodies import Json
 from treadle.server.requests import Asked
@@ -52,7 +53,7 @@ class Answer:
         else:
             delta = {"text": text, "logprobs": self._text_logprobs(index, row, [event], has_prompt=bool(echo))}
         if asked.has_trace:
-            delta["treadle"] = self._trace(row, [event])
+            delta["treadle"] = self._trace(row, [event], has_prompt=bool(echo))
         return self._chunk(index, delta, event.finish_reason)
 
     def usage(self, rows: Sequence[Row]) -> Json:
@@ -91,17 +92,36 @@ class Answer:
             choice["text"] = self._echo(index) + text
             choice["logprobs"] = self._text_logprobs(index, row, row.events, has_prompt=bool(asked.echo))
         if asked.has_trace:
-            choice["treadle"] = self._trace(row, row.events)
+            choice["treadle"] = self._trace(row, row.events, has_prompt=bool(asked.echo))
         return choice
 
     def _echo(self, index: int) -> str:
         return self.asked.echo[index // self.asked.n] if self.asked.echo else ""
 
-    def _trace(self, row: Row, events: Sequence[TokenEvent]) -> Json:
-        """Return the text of each token and the weights (T, N) of the pass that gave it."""
-        weights = [[round(float(weight), 6) for weight in event.weights] for event in events]
-        texts = [event.text for event in events]
-        return {"adapters": list(row.router.names), "tokens": texts, "weights": weights}
+    def _trace(self, row: Row, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json:
+        """Return the text of each token, the weights (T, N) of the pass that gave it, and what these were made from.
+
+        The prompt's tokens come first where it is echoed, each with the weights of the pass that read it.
+        """
+        events = [] if self.asked.is_silent else events
+        prompt = row.prompt_pieces if has_prompt else []
+        read_under = row.read_under if len(row.read_under) > 1 else row.events[0].weights[None]  # (T or 1, N)
+        after = row.read_after
+        made_from = [event.comparison for event in events]
+        return {
+            "adapters": list(row.router.names),
+            "prompt_tokens": len(prompt),
+            "tokens": [*prompt, *(event.text for event in events)],
+            "weights": [*_repeated(read_under, len(prompt)), *(_rounded(event.weights) for event in events)],
+            "cosines": [
+                *_repeated(after and after.cosines, len(prompt)),
+                *(each and _rounded(each.cosines) for each in made_from),
+            ],
+            "scores": [
+                *_repeated(after and after.scores, len(prompt)),
+                *(each and _rounded(each.scores) for each in made_from),
+            ],
+        }
 
     def _chat_logprobs(self, events: Sequence[TokenEvent]) -> Json | None:
         if self.asked.likeliest is None:
@@ -157,6 +177,17 @@ class Answer:
             places.append(place)
             place += len(text.decode(self._tokens.bytes_of(token_id)))
         return places
+
+
+def _rounded(values: Floats) -> list[float]:
+    return [round(float(value), 6) for value in values]
+
+
+def _repeated(rows: Floats | None, length: int) -> list[list[float] | None]:
+    """Return `length` rows of (length, N), or of (1, N) for all alike; None has none."""
+    if rows is None or not length:
+        return [None] * length
+    return [_rounded(row) for row in rows] if len(rows) > 1 else [_rounded(rows[0])] * length
 
 
 def event_line(document: Any) -> bytes:

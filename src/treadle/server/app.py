@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from treadle.bundle import Bundle
 from treadle.generate import Engine
-from treadle.server import adapters, generating
+from treadle.server import adapters, generating, page
 from treadle.server.failures import Failure
 from treadle.server.gate import Gate, Visit
 from treadle.server.openapi import document
@@ -72,13 +72,14 @@ def make_app(bundle: Bundle, engine: Engine, params: ServeParams) -> Starlette:
         await state.prepare(state.scheduler.stop)
         state.pool.shutdown()
 
-    paths: dict[Any, str] = {route.endpoint: route.path for route in ROUTES}
+    routes = [*ROUTES, *page.routes()] if params.page else ROUTES
+    paths: dict[Any, str] = {route.endpoint: route.path for route in routes}
     cors = Middleware(CORSMiddleware, allow_origins=params.cors_origin, allow_methods=["*"], allow_headers=["*"])
     gate = Middleware(
         Gate, params=params, metrics=state.metrics, is_ready=lambda: state.scheduler.is_ready, paths=paths
     )
     app = Starlette(
-        routes=ROUTES,
+        routes=routes,
         middleware=[*([cors] if params.cors_origin else []), gate],
         exception_handlers={Failure: _refused, HTTPException: _not_found},  # type: ignore[dict-item]
         lifespan=lifespan,

@@ -19,6 +19,7 @@ from treadle.server import tracing
 from treadle.server.failures import Failure
 from treadle.server.keys import Caller, Keyring
 from treadle.server.metrics import Metrics
+from treadle.server.page import is_page
 from treadle.server.params import ServeParams
 from treadle.server.protocol import HEADER_BYTES
 
@@ -26,7 +27,7 @@ logger = logging.getLogger("treadle.server")
 
 WRONG_KEY, TOO_LONG = "invalid_api_key", "body_too_long"
 OPEN = ("/live", "/health")
-"""Paths that need no key."""
+"""Paths that need no key, besides the page's files."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 GONE = 499
 """Status in the log of a request whose client went away, as nginx has it."""
@@ -108,7 +109,7 @@ class Gate:
         visit: Visit = scope["visit"]
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
             raise Failure(431, f"the headers are longer than {HEADER_BYTES} bytes", code="headers_too_long")
-        if scope["path"] not in OPEN:
+        if not self._is_open(scope["path"]):
             caller = self._keys.caller(headers.get("authorization"))
             if caller is None:
                 raise Failure(401, "send Authorization: Bearer KEY; the key is missing or wrong", code=WRONG_KEY)
@@ -126,6 +127,9 @@ class Gate:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, receive_again, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in OPEN or (self._params.page and is_page(path))
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         """Return the whole body, or raise a Failure where it is too long or too slow."""

@@ -148,7 +148,11 @@ class Run:
         """Return the events of the next step, and of those that came meanwhile; a comment where there are none."""
         tokens = await self._next_tokens()
         while self._left and not self._news.empty():
-            tokens = tokens + await self._next_tokens()
+            news = self._news.get_nowait()
+            if not isinstance(news, list):
+                self._news.put_nowait(news)  # an error ends the stream, after what came before it
+                break
+            tokens = tokens + self._take(news)
         chunks = [self._answer.chunk(index, self._job.rows[index], event) for index, event in tokens]
         lines = [event_line(chunk) for chunk in chunks if chunk is not None]
         return b"".join(lines) if tokens else b": still there\n\n"
@@ -164,6 +168,10 @@ class Run:
     async def _next_tokens(self) -> Tokens:
         news = await self._next()
         assert isinstance(news, list)
+        return self._take(news)
+
+    def _take(self, news: Tokens) -> Tokens:
+        """Count tokens that have come."""
         self._observe(news)
         self._left -= sum(event.finish_reason is not None for _, event in news)
         if not self._left:

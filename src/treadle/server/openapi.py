@@ -2,9 +2,12 @@
 
 from functools import cache
 
+from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from treadle import __version__
+from treadle.options import meanings
+from treadle.params import RoutingParams
 from treadle.server.bodies import AdapterBody, Body, ChatBody, CompletionBody, Json, LoadBody, RouteBody, UnloadBody
 
 BODIES: dict[str, tuple[type[Body], str]] = {
@@ -58,11 +61,19 @@ def document() -> Json:
         "info": {"title": "treadle", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {**schemas["$defs"], "Error": ERROR},
+            "schemas": {**schemas["$defs"], "Error": ERROR, "RoutingParams": _routing()},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],
     }
+
+
+def _routing() -> Json:
+    """Return the schema of the field `treadle`, but for what is not an option of routing: `adapters` and `trace`."""
+    meaning = meanings(RoutingParams)
+    schema = TypeAdapter(RoutingParams).json_schema()
+    properties = {name: {**each, "description": meaning[name]} for name, each in schema["properties"].items()}
+    return {**schema, "properties": properties}
 
 
 def _operation(summary: str) -> Json:

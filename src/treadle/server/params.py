@@ -43,6 +43,7 @@ class ServeParams:
     tls_cert: str | None = option(None, "file with the TLS certificate chain")
     tls_key: str | None = option(None, "file with the TLS private key")
     cors_origin: tuple[str, ...] = option((), "web origin that may call the server")
+    page: bool = option(True, "serve the page at /, which shows the routing")
     log_format: Literal["text", "json"] = option("text", "text or json: one line a request")
     log_prompts: bool = option(False, "write prompts and answers to the log")
 

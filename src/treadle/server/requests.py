@@ -38,7 +38,7 @@ class Asked:
         is_silent: whether no token is wanted, only the prompt's own.
         is_streamed: whether the answer is streamed.
         has_usage: whether a stream ends with the numbers of tokens.
-        has_trace: whether each choice carries its weights.
+        has_trace: whether each choice carries its weights and what they were made from.
     """
 
     model: str
@@ -77,7 +77,7 @@ class Reader:
             self._check_recompute(ids, sampling, problems)
         if problems:
             raise refusal(problems)
-        report = Report(likeliest or 0, is_echo and likeliest is not None)
+        report = Report(likeliest or 0, is_echo and likeliest is not None, target.has_trace)
         echo = tuple(self._text(prompt) for prompt in prompts) if is_echo else ()
         each = [prompt for prompt in ids for _ in range(n)]
         return Asked(

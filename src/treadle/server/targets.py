@@ -24,7 +24,7 @@ class Target:
     Attributes:
         routing: of all its sequences.
         adapters: names of those that may take part; None = all.
-        has_trace: whether each choice carries its weights.
+        has_trace: whether each choice carries its weights and what they were made from.
     """
 
     routing: RoutingParams

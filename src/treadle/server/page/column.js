@@ -1,0 +1,160 @@
+// One arm's answer: its tokens in the colours of their blends, their weights as a chart, and how it went.
+
+import { ServerError } from "./api.js";
+import { colour, leading, line, mix } from "./colours.js";
+import { byId, make, say, show } from "./dom.js";
+import { hideInspector, inspect, swatch } from "./inspector.js";
+import { WeightsChart } from "./weights-chart.js";
+
+const STEPS = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity };
+
+export class Column {
+  constructor(adapters) {
+    this.adapters = adapters; // names of all, whose order gives the colours
+    this.root = byId("column").content.firstElementChild.cloneNode(true);
+    const part = (selector) => this.root.querySelector(selector);
+    [this.title, this.meta, this.error] = [part("h2"), part(".meta"), part(".error")];
+    [this.text, this.legend, this.canvas] = [part(".text"), part(".legend"), part("canvas")];
+    this.tokens = [];
+    this.current = 0; // index of the token that the keyboard is on
+    this.#listen();
+  }
+
+  /** Ask for an answer and show it as it comes; return "done", "stopped" or "failed". */
+  async run(client, { path, body }, label, signal) {
+    this.title.textContent = label;
+    this.text.setAttribute("aria-label", `${label}: the text. Arrow keys go from token to token.`);
+    this.text.setAttribute("aria-busy", "true");
+    this.started = performance.now();
+    let outcome = "done";
+    try {
+      for await (const document of client.stream(path, body, signal)) this.#read(document);
+    } catch (error) {
+      outcome = error.name === "AbortError" ? "stopped" : "failed";
+      if (outcome === "failed") say(this.error, error.message);
+      if (outcome === "failed" && !(error instanceof ServerError)) console.error(error);
+    }
+    this.text.setAttribute("aria-busy", "false");
+    this.#sumUp(outcome);
+    return outcome;
+  }
+
+  restyle() {
+    this.chart?.restyle();
+  }
+
+  close() {
+    hideInspector();
+    this.chart?.chart.destroy();
+    this.root.remove();
+  }
+
+  get numAnswered() {
+    return this.tokens.filter((token) => !token.isPrompt).length;
+  }
+
+  #read(document) {
+    const [choice] = document.choices;
+    if (!choice?.treadle) return;
+    const trace = choice.treadle;
+    if (!this.tokens.length) this.#begin(trace);
+    trace.tokens.forEach((text, i) => {
+      const isPrompt = i < (trace.prompt_tokens ?? 0);
+      const [weights, cosines, scores] = [trace.weights[i], trace.cosines[i], trace.scores[i]];
+      this.#add({ text, isPrompt, weights, cosines, scores });
+    });
+  }
+
+  /** The first tokens tell which adapters take part. */
+  #begin({ adapters, prompt_tokens: promptTokens }) {
+    this.names = adapters;
+    this.places = adapters.map((name) => this.adapters.indexOf(name));
+    show(this.canvas.parentElement, true);
+    this.chart ??= new WeightsChart(this.canvas, (index) => this.#point(index));
+    this.chart.start(this.names, this.places);
+    this.chart.promptTokens = promptTokens ?? 0;
+  }
+
+  #add(values) {
+    const index = this.tokens.length;
+    const element = make("span", { textContent: values.text, className: values.isPrompt ? "token read" : "token" });
+    element.dataset.index = index;
+    element.tabIndex = index ? -1 : 0;
+    element.style.setProperty("--blend", mix(values.weights, this.places));
+    const lead = leading(values.weights);
+    if (lead >= 0) {
+      element.style.setProperty("--colour", colour(this.places[lead]));
+      element.style.setProperty("--line", line(this.places[lead]));
+    }
+    this.tokens.push({ ...values, index, element, names: this.names, places: this.places });
+    this.text.append(element);
+    this.chart.add(values.weights);
+  }
+
+  /** Say how long it took, and each adapter's mean weight over the answer. */
+  #sumUp(outcome) {
+    const seconds = (performance.now() - this.started) / 1000;
+    const rate = this.numAnswered ? ` · ${seconds.toFixed(1)} s` : "";
+    this.meta.textContent = `${this.numAnswered} tokens${rate}${outcome === "done" ? "" : ` · ${outcome}`}`;
+    const answer = this.tokens.filter((token) => !token.isPrompt);
+    if (!answer.length) return;
+    const means = this.names.map((_, i) => answer.reduce((sum, token) => sum + token.weights[i], 0) / answer.length);
+    const acting = this.names.map((_, i) => i).filter((i) => means[i] > 0);
+    const entries = acting.map((i) => `${this.names[i]} ${Math.round(100 * means[i])} %`);
+    const items = acting.map((i, entry) => make("li", {}, swatch(this.places[i]), entries[entry]));
+    const head = make("li", { className: "quiet", textContent: acting.length ? "Mean over the answer:" : "No adapter acts." });
+    this.legend.replaceChildren(head, ...items);
+    const summary = acting.length ? `Mean over the answer: ${entries.join(", ")}.` : "No adapter acts.";
+    this.canvas.setAttribute("aria-label", `Weights of the adapters over ${this.tokens.length} tokens. ${summary}`);
+  }
+
+  #listen() {
+    const tokenOf = (event) => this.tokens[event.target.dataset?.index];
+    this.text.addEventListener("mouseover", (event) => tokenOf(event) && this.#look(tokenOf(event)));
+    this.text.addEventListener("mouseleave", () => this.#lookAway());
+    this.text.addEventListener("focusin", (event) => tokenOf(event) && this.#step(tokenOf(event).index));
+    this.text.addEventListener("focusout", () => this.#lookAway());
+    this.text.addEventListener("keydown", (event) => this.#onKey(event));
+    this.canvas.addEventListener("mouseleave", () => this.#lookAway());
+  }
+
+  #onKey(event) {
+    if (event.key === "Escape") this.#lookAway();
+    const step = STEPS[event.key];
+    if (!step || !this.tokens.length) return;
+    event.preventDefault();
+    let next = this.current;
+    do next = Math.min(this.tokens.length - 1, Math.max(0, next + step));
+    while (!this.tokens[next].text && next > 0 && next < this.tokens.length - 1); // nothing to see there
+    this.tokens[next].element.focus();
+  }
+
+  /** Put the keyboard on a token: of all, it alone is reached by Tab. */
+  #step(index) {
+    this.tokens[this.current].element.tabIndex = -1;
+    this.current = index;
+    this.tokens[index].element.tabIndex = 0;
+    this.#look(this.tokens[index]);
+  }
+
+  #look(token) {
+    this.#lookAway();
+    token.element.classList.add("picked");
+    token.element.setAttribute("aria-describedby", "inspector");
+    this.chart.pick(token.index);
+    inspect(token.element, token);
+  }
+
+  #lookAway() {
+    const picked = this.text.querySelector(".picked");
+    picked?.classList.remove("picked");
+    picked?.removeAttribute("aria-describedby");
+    this.chart?.pick(-1);
+    hideInspector();
+  }
+
+  /** The pointer is over a place of the chart. */
+  #point(index) {
+    if (this.tokens[index] && index !== this.chart.picked) this.#look(this.tokens[index]);
+  }
+}
