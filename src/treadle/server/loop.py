@@ -26,8 +26,8 @@ from treadle.server.routers import Routers
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-STEPS_A_CHUNK = 2.5
-"""A chunk of a prompt may take this many step times while rows run."""
+STEPS_A_CHUNK = 3.0
+"""A chunk of a prompt may take this many step times while rows run; where more rows wait than run, as many times more."""
 SMALLEST_CHUNK = 8
 """Tokens; a prompt gets on whatever a step costs."""
 FREE_PADDING = 1024
@@ -188,7 +188,9 @@ class Loop:
             return self._params.prompt_chunk
         if not self._token_seconds:
             return min(self._params.prompt_chunk, SMALLEST_CHUNK)
-        tokens = int(STEPS_A_CHUNK * self._step_seconds / self._token_seconds)
+        num_waiting = len(self._waiting) + (len(self._reading[1].rows) if self._reading else 0)
+        steps = STEPS_A_CHUNK * max(1.0, num_waiting / self._num_running)  # a burst is read together
+        tokens = int(steps * self._step_seconds / self._token_seconds)
         return min(self._params.prompt_chunk, max(SMALLEST_CHUNK, tokens))
 
     def _read_on(self, batch: Batch, reading: Reading) -> Events:
