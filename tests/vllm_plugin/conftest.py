@@ -1,13 +1,28 @@
-"""A small model that vLLM's CPU build can run, a bundle for it, and engines that are started once."""
+"""Bundles for the tests of the vLLM plugin."""
 
-import os
-from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from vllm_plugin.engines import ADAPTERS, write_bundle
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, so that tests can look in
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+import treadle
+from treadle.embed import StaticEmbedder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, embedder: StaticEmbedder) -> Path:
+    """A bundle of three unequal adapters."""
+    return write_bundle(tmp_path_factory.mktemp("small"), embedder, ADAPTERS)
+
+
+@pytest.fixture(scope="session")
+def equal(tmp_path_factory: pytest.TempPathFactory, embedder: StaticEmbedder) -> Path:
+    """A bundle of three adapters of equal ranks and targets, which every combine allows."""
+    same = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+    return write_bundle(tmp_path_factory.mktemp("equal"), embedder, dict.fromkeys(ADAPTERS, same))
+
+
+@pytest.fixture(scope="session")
+def embedded(small: Path) -> treadle.generate.Engine:
+    """The engine that vLLM must agree with, on the bundle of unequal adapters."""
+    return treadle.load(small, device="cpu", dtype="float32")
