@@ -6,7 +6,7 @@ Run by `make test-vllm` in an environment of its own; the tests proper leave thi
 import gc
 import os
 from collections.abc import Generator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,29 +115,23 @@ def serving(bundle: Path | None, model: Path | str | None = None, **options: Any
         gc.collect()
 
 
-def reference(engine: Any, prompts: Sequence[str], routing: Any = None, tokens: int = 48) -> list[list[int]]:
-    """Return what the embedded engine generates greedily, each prompt alone, past the end of text."""
+def reference(
+    engine: Any, prompts: Sequence[str], routing: Any = None, tokens: int = 48, *, together: bool = False
+) -> list[list[int]]:
+    """Return what the embedded engine generates greedily, past the end of text: each prompt alone, or all together."""
+    ids = [engine.tokenizer(prompt).input_ids for prompt in prompts]
+    each = routing if isinstance(routing, list) else [routing or engine.router.params] * len(ids)
+    groups = [(ids, each)] if together else [([one], [params]) for one, params in zip(ids, each, strict=True)]
     made: list[list[int]] = []
-    for index, prompt in enumerate(prompts):
-        each = routing[index] if isinstance(routing, list) else routing
+    for group, params in groups:
         batch = engine.new_batch(end_ids=frozenset())
-        ids = engine.tokenizer(prompt).input_ids
-        with closing(_Rows(engine, [ids], each, tokens)) as rows:
-            batch.join(rows.rows)
-            while batch.rows:
-                batch.step()
-            made.append(list(rows.rows[0].ids[len(ids) :]))
+        sampling = treadle.SamplingParams(max_tokens=tokens)
+        rows = engine.new_rows(group, sampling=sampling, routing=params)
+        batch.join(rows)
+        while batch.rows:
+            batch.step()
+        made += [list(row.ids[row.prompt_tokens :]) for row in rows]
     return made
-
-
-class _Rows:
-    def __init__(self, engine: Any, ids: list[list[int]], routing: Any, tokens: int) -> None:
-        self.engine = engine
-        self.rows = engine.new_rows(ids, sampling=treadle.SamplingParams(max_tokens=tokens), routing=routing)
-        engine.hold(self.rows)
-
-    def close(self) -> None:
-        self.engine.release(self.rows)
 
 
 def agree(outputs: Sequence[Any], expected: Sequence[Sequence[int]], tolerance: float = 1e-3) -> list[str]:

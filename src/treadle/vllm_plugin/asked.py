@@ -10,8 +10,9 @@ from treadle.vllm_plugin.params import PluginParams
 class Asked:
     """Checks the options of requests against the adapters that the server has."""
 
-    def __init__(self, params: PluginParams, mixture: Mixture) -> None:
+    def __init__(self, params: PluginParams, base: str, mixture: Mixture) -> None:
         self.params = params
+        self.base = base
         self.mixture = mixture
 
     @classmethod
@@ -21,8 +22,14 @@ class Asked:
             from treadle.vllm_plugin.hooks import params_of
 
             params = params_of(processor.vllm_config)
-            processor.treadle = None if params is None else cls(params, open_bundle(params)[1])
+            processor.treadle = None if params is None else cls.open(params)
         return processor.treadle
+
+    @classmethod
+    def open(cls, params: PluginParams) -> "Asked":
+        """Read the bundle."""
+        bundle, mixture = open_bundle(params)
+        return cls(params, bundle.base_model, mixture)
 
     def choice(self, given: Any, named: str | None) -> Any:
         """Return what the engine shall read: a request's own options, else the model's name where it says something.
