@@ -163,6 +163,7 @@ class Stack(nn.Module):
         each = [
             Gates(gates[0][:, span], gates[1][:, span], gates[2][:, span], blocks).apply(h[:, span])
             for span, blocks in zip(self._spans, self._blocks, strict=True)
+            if blocks
         ]
         return torch.cat(each, 1)
 
