@@ -5,7 +5,7 @@ column-parallel layer gathers and before a row-parallel one reduces. Wrapped the
 parallelism, and a quantised base stays as it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from treadle.vllm_plugin.stacks import (
     GateBoard,
     Part,
     Place,
+    Product,
     Stack,
     Stacks,
     equal_room,
@@ -78,6 +79,9 @@ def attach(model: nn.Module, bundle: Bundle, mixture: Mixture, params: PluginPar
     made = Stacks(board, stacks, len(places))
     for slot, adapter in zip(mixture.slots, adapters, strict=True):
         made.put(slot, adapter)
+    if limits.pack is not None and not params.is_hot:
+        for stack in stacks.values():
+            stack.pack(limits.pack)
     _test(places, made, adapters, mixture)
     return made
 
@@ -92,15 +96,25 @@ class Limits:
         linear: vLLM's base class of linear layers.
         linear_method: vLLM's base class of linear methods.
         missing: vLLM's class of layers that another pipeline stage holds.
+        pack: makes a product of a weight (out, in) that never changes, where vLLM has a faster one than torch.
     """
 
-    def __init__(self, *, num_tokens: int, device: Any, dtype: Any, classes: Mapping[str, type]) -> None:
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        device: Any,
+        dtype: Any,
+        classes: Mapping[str, type],
+        pack: Callable[[Tensor], Product] | None,
+    ) -> None:
         self.num_tokens = num_tokens
         self.device: torch.device = torch.device(device)
         self.dtype: torch.dtype = dtype
         self.linear = classes["linear"]
         self.linear_method = classes["linear_method"]
         self.missing = classes["missing"]
+        self.pack = pack
 
 
 def find_places(model: nn.Module, linear: type) -> dict[str, tuple[Any, Place]]:

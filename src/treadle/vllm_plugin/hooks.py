@@ -89,6 +89,7 @@ PLACES = {
         "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
         ("self", "default_max_tokens", "default_sampling_params"),
     ),
+    "cpu": Place("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
     "linear": Place("vllm.model_executor.layers.linear:LinearMethodBase.apply", ("self", "layer", "x", "bias")),
 }
 """What is wrapped or subclassed, by what it is for."""
@@ -365,6 +366,7 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
         device=vllm_config.device_config.device,
         dtype=vllm_config.model_config.dtype,
         classes={"linear": linear.LinearBase, "linear_method": linear.LinearMethodBase, "missing": missing},
+        pack=_cpu_product if _is_cpu() and vllm_config.model_config.dtype.itemsize < 4 else None,
     )
     stacks = attach(model, bundle, mixture, params, limits)
     logger.info(
@@ -372,6 +374,24 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
         ", ".join(mixture.names), len(stacks.stacks), stacks.num_layers, stacks.num_bytes() / 2**20,
     )  # fmt: skip
     return stacks
+
+
+def _is_cpu() -> bool:
+    return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+
+
+def _cpu_product(weight: Any) -> Any:
+    """Return a product with a weight (out, in) by the kernels that vLLM's own linear layers take on a CPU.
+
+    Products as thin as these take torch two to three times as long in half precision (measured: 31 against 13 us).
+    """
+    from torch import nn
+
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
+    product: Any = holder.cpu_linear
+    return lambda x: product(x, weight, None)
 
 
 def _fill(runner: Any, scheduler_output: Any, request_ids: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ gates lie in tensors whose addresses never change, one row a token of the step, 
 graphs read new weights without being made again. Nothing here imports vLLM: a layer is described by a `Place`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,10 @@ from treadle.centroids import Floats
 from treadle.errors import AdapterError, problem_list
 from treadle.layers import Gates
 from treadle.vllm_plugin.mixture import largest_rank, main_scale
+
+
+Product = Callable[[Tensor], Tensor]
+"""x (T, in) -> x W^T (T, out), for a W that is packed."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Stack(nn.Module):
         """
         super().__init__()
         self.place = place
+        self._products: tuple[Product, Product] | None = None
         self._room: dict[tuple[int, int], slice] = {}  # (part, slot) -> rows of the stack
         owners: list[int] = []
         edges = [0]
@@ -151,12 +156,22 @@ class Stack(nn.Module):
                 self.a[filled].copy_(pair.a[:, part.columns].float() * (pair.scale / main))
                 self.b_t[filled, columns].copy_(pair.b[part.rows].float().t())
 
+    def pack(self, make: Callable[[Tensor], Product]) -> None:
+        """Make both products by functions of packed weights from now on; adapters can no longer be put in."""
+        self._products = make(self.a), make(self.b_t.t().contiguous())
+
     def update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y (T, out) with the gated update of x (T, in) added in place."""
-        h = functional.linear(x, self.a) if x.dtype == self.a.dtype else functional.linear(x.to(self.a.dtype), self.a)
-        gates = self.gates[:, : h.shape[0]]  # (G, T, R)
-        h = h * gates[0] if gates.shape[0] == 1 else self._crossed(h, gates)
+        if self._products is not None:
+            shrink, expand = self._products
+            return y.add_(expand(self._gated(shrink(x))))
+        h = self._gated(functional.linear(x.to(self.a.dtype), self.a))
         return y.addmm_(h, self.b_t) if y.dtype == h.dtype else y.add_(h @ self.b_t)
+
+    def _gated(self, h: Tensor) -> Tensor:
+        """Return h (T, R) times the gates of its tokens."""
+        gates = self.gates[:, : h.shape[0]]  # (G, T, R)
+        return h * gates[0] if gates.shape[0] == 1 else self._crossed(h, gates)
 
     def _crossed(self, h: Tensor, gates: Tensor) -> Tensor:
         """Return h (T, R) gated part by part: `linear` and `paper` mix the adapters of one part only."""
