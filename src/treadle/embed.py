@@ -83,7 +83,7 @@ class StaticEmbedder:
 
     def __init__(self, model: "StaticModel") -> None:
         self.model = model
-        self._sums: dict[str, Floats] = {}
+        self._sums: dict[str, NDArray[np.float64]] = {}  # of each word's vectors; never written to
         digest = hashlib.sha256(np.ascontiguousarray(model.embedding).tobytes())
         for extra in (model.weights, model.token_mapping):
             digest.update(b"" if extra is None else np.ascontiguousarray(extra).tobytes())
@@ -122,7 +122,9 @@ class StaticEmbedder:
         return "embedder"
 
     def sum_words(self, words: Sequence[str]) -> NDArray[np.float64]:
-        """Return the sum (D,) of the vectors of all tokens of some words."""
+        """Return the sum (D,) of the vectors of all tokens of some words; not to be written to."""
+        if len(words) == 1 and words[0] in self._sums:  # almost every token of a running text
+            return self._sums[words[0]]
         if new := [word for word in dict.fromkeys(words) if word not in self._sums]:
             if len(self._sums) + len(new) > MAX_CACHED_WORDS:
                 self._sums.clear()
@@ -133,13 +135,13 @@ class StaticEmbedder:
             total += self._sums[word]
         return total
 
-    def _sum_tokens(self, ids: Sequence[int]) -> Floats:
+    def _sum_tokens(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Return the sum (D,) of the vectors of one word's tokens; model2vec has left out unknown ones."""
         mapping, weights = self.model.token_mapping, self.model.weights
         vectors = self.model.embedding[list(ids) if mapping is None else mapping[list(ids)]].astype(np.float32)
         if weights is not None:
             vectors = vectors * weights[list(ids), None]
-        return vectors.sum(0, dtype=np.float32)
+        return vectors.sum(0, dtype=np.float32).astype(np.float64)
 
 
 class StaticTrack:

@@ -51,6 +51,13 @@ class Plan:
         return rows, counts
 
 
+def keys_of(weights: Floats) -> list[bytes]:
+    """Return what tells each of the weights (P, N) apart; b"" = no adapter acts."""
+    whole, size = weights.tobytes(), weights.itemsize * weights.shape[1]
+    acting = weights.any(1).tolist()
+    return [whole[index * size : (index + 1) * size] if acts else b"" for index, acts in enumerate(acting)]
+
+
 class Stream:
     """One request: its text so far, and every decision that has been made on it."""
 
@@ -63,11 +70,12 @@ class Stream:
         self._starts: list[int] = []  # the first position of each decision
         self._gates: list[Floats] = []  # (G, slots) of each decision
         self._weights: list[Floats] = []  # (N,) of each decision
-        self._keys: list[bytes] = []  # of each decision; b"" = no adapter acts
+        self._keys: list[bytes] = []  # of each decision (`keys_of`)
         self._decided = 0  # positions that have weights
         self._running: RunningText | None = None
         if params.rule == "fixed":
-            self._append([0], mixture.router.fixed_weights(params)[None])
+            weights = mixture.router.fixed_weights(params)[None]
+            self.settle([0], weights, mixture.gates(weights, params.combine), keys_of(weights))
         else:
             self._running = RunningText(mixture.router.embedder, params)
 
@@ -107,15 +115,12 @@ class Stream:
         push = self._detokenizer.push
         self._pieces += [push(token_id) for token_id in token_ids[len(self._pieces) : end]]
 
-    def settle(self, starts: Sequence[int], weights: Floats) -> None:
-        """Take the weights (P, N) of the decisions that were due."""
-        self._append(starts, weights)
-
-    def _append(self, starts: Sequence[int], weights: Floats) -> None:
-        self._starts += starts
-        self._weights += list(weights)
-        self._gates += list(self.mixture.gates(weights, self.params.combine))
-        self._keys += [each.tobytes() if each.any() else b"" for each in weights]
+    def settle(self, starts: Sequence[int], weights: Floats, gates: Floats, keys: Sequence[bytes]) -> None:
+        """Take the weights (P, N), gates (P, G, slots) and keys of the decisions that were due."""
+        self._starts.extend(starts)
+        self._weights.extend(weights)  # of an array: its rows
+        self._gates.extend(gates)
+        self._keys.extend(keys)
 
     def _runs(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return (decision, tokens) of each run of positions under one decision."""
@@ -128,6 +133,8 @@ class Stream:
 
     def gates(self, start: int, end: int) -> tuple[list[Floats], tuple[int, ...]]:
         """Return the gates (G, slots) of each run of some positions, and how many tokens each run has."""
+        if start >= self._starts[-1]:
+            return self._gates[-1:], (end - start,)
         runs = self._runs(start, end)
         return [self._gates[index] for index, _ in runs], tuple(count for _, count in runs)
 
@@ -182,11 +189,13 @@ class Schedule:
                 router = first.mixture.router
                 snapshots = [view for _, _, views in group for view in views]
                 weights = router.weigh(finish_views(router.embedder, snapshots), first.params)  # (P, N)
+                gates, keys = first.mixture.gates(weights, first.params.combine), keys_of(weights)
                 self.decisions += len(weights)
                 done = 0
-                for stream, starts, views in group:
-                    stream.settle(starts, weights[done : done + len(views)])
-                    done += len(views)
+                for stream, starts, _ in group:
+                    end = done + len(starts)
+                    stream.settle(starts, weights[done:end], gates[done:end], keys[done:end])
+                    done = end
         self.seconds += perf_counter() - started
 
     def plan(self, scheduled: Sequence[tuple[str, Stream, Sequence[int], int, int]]) -> Plan:

@@ -1,0 +1,40 @@
+"""Sharded over two processes, by heads or by layers: the same text."""
+
+from pathlib import Path
+
+import pytest
+from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving, write_bundle
+
+import treadle
+from treadle.embed import StaticEmbedder
+from treadle.params import RoutingParams
+
+MODES = {
+    "auto": (None, None),
+    "fixed": ({"math": 0.7, "code": 1.3}, RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 1.3}, every=None)),
+    "one": ("science", RoutingParams.one("science")),
+    "base": ("base", RoutingParams.base()),
+}
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "parallel"),
+    [(2, {"tensor_parallel_size": 2}), (1, {"tensor_parallel_size": 2}), (2, {"pipeline_parallel_size": 2})],
+    ids=["tensor", "tensor, key-value heads in both", "pipeline"],
+)
+def test_two_processes_are_one(
+    tmp_path: Path,
+    embedder: StaticEmbedder,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_heads: int,
+    parallel: dict[str, int],
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    bundle = write_bundle(tmp_path, embedder, ADAPTERS, kv_heads)
+    engine = treadle.load(bundle, device="cpu", dtype="float32")
+    expected = {mode: reference(engine, PROMPTS, routing) for mode, (_, routing) in MODES.items()}
+    prompts = [prompt for prompt in PROMPTS for _ in MODES]
+    given = [each for _ in PROMPTS for each, _ in MODES.values()]
+    wanted = [expected[mode][index] for index in range(len(PROMPTS)) for mode in MODES]
+    with serving(bundle, **parallel) as served:
+        assert agree(served.run(prompts, given), wanted) == []
