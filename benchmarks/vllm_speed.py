@@ -1,6 +1,6 @@
 """Prints decoding in vLLM, blended against its base and against its own LoRA serving of one adapter; and the router.
 
-    python benchmarks/vllm_speed.py [--batch 1 8 32] [--steps 40] [--dtype bfloat16] [--arms base qv all lora-qv lora-all]
+    python benchmarks/vllm_speed.py [--batch 1 8 32] [--steps 40] [--dtype bfloat16] [--arms base qv ...]
 
 All arms are engines in one process; a step of each is timed in turn (A B C A B C ...), medians and ratios against the
 first. `qv` is the demo's bundle (four adapters of rank 16 on q and v); `all` has four random adapters of rank 8 on all
@@ -56,11 +56,9 @@ def main() -> None:
         print("\n| batch | arm | ms a step (quartiles) | tokens/s | of base's |\n|---|---|---|---|---|")
         for batch in options.batch:
             for line in measure(engines, batch, options.steps, folder):
-                print(
-                    f"| {batch} | {line.arm} | {1000 * line.seconds:.1f} ({1000 * line.low:.1f}-{1000 * line.high:.1f}) "
-                    f"| {batch / line.seconds:.1f} | {1 / line.ratio:.3f} |",
-                    flush=True,
-                )
+                quartiles = f"{1000 * line.seconds:.1f} ({1000 * line.low:.1f}-{1000 * line.high:.1f})"
+                rate = batch / line.seconds
+                print(f"| {batch} | {line.arm} | {quartiles} | {rate:.1f} | {1 / line.ratio:.3f} |", flush=True)
         if options.router and "qv" in engines:
             router(engines["qv"], options.router, options.steps)
 
@@ -90,7 +88,8 @@ def start(arm: str, bundles: dict[str, Path], options: argparse.Namespace) -> LL
         given.update(enable_lora=True, max_lora_rank=16, max_loras=1)
     return LLM(
         locate(BASE), dtype=options.dtype, enforce_eager=not options.compile, max_model_len=512, disable_log_stats=True,
-        kv_cache_memory_bytes=400 << 20, max_num_seqs=64, max_num_batched_tokens=512, enable_prefix_caching=False, **given,
+        kv_cache_memory_bytes=400 << 20, max_num_seqs=64, max_num_batched_tokens=512, enable_prefix_caching=False,
+        **given,
     )  # fmt: skip
 
 
@@ -109,8 +108,9 @@ def measure(engines: dict[str, LLM], batch: int, steps: int, folder: str) -> lis
 def fill(llm: LLM, batch: int, tokens: int, lora: LoRARequest | None = None, **extra: Any) -> None:
     """Add requests and read their prompts, so that the next steps decode all of them."""
     for index in range(batch):
+        text = PROMPTS[index % len(PROMPTS)] + " " * (index // 4)
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra or None)
-        llm.llm_engine.add_request(f"{index}", PROMPTS[index % len(PROMPTS)] + " " * (index // 4), params, lora_request=lora)
+        llm.llm_engine.add_request(f"{index}", text, params, lora_request=lora)
     core = llm.llm_engine.engine_core.engine_core
     while sum(each.num_output_tokens > 0 for each in core.scheduler.requests.values()) < batch:
         llm.llm_engine.step()

@@ -137,7 +137,7 @@ def test_what_a_request_may_ask_for(mixture: Mixture, given, expected: RoutingPa
 @pytest.mark.parametrize("given", ["maths", 3, [], {"evry": 1}, "{", {"math": -1}, {"past": "recompute"}, {"math": 1e9},
                                    {"combine": "linear"}, {"fixed": {"maths": 1}}])  # fmt: skip
 def test_what_a_request_may_not_ask_for(mixture: Mixture, given) -> None:
-    with pytest.raises(OptionError, match="treadle: ?"):
+    with pytest.raises(OptionError, match=r"^treadle:"):
         mixture.read_request(given)
 
 
@@ -151,8 +151,17 @@ def test_options_come_from_the_configuration_or_the_environment() -> None:
     assert read_plugin_params({"treadle": PluginParams(bundle="b").document()}, given) == PluginParams(bundle="b")
 
 
-@pytest.mark.parametrize("given", [3, {"bundel": "b"}, {}, {"bundle": "b", "combines": ["max"]}, {"bundle": "b", "max_rank": 4},
-                                   {"bundle": "b", "max_adapters": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        3,
+        {"bundel": "b"},
+        {},
+        {"bundle": "b", "combines": ["max"]},
+        {"bundle": "b", "max_rank": 4},
+        {"bundle": "b", "max_adapters": 0},
+    ],
+)
 def test_options_that_are_wrong_are_refused(given) -> None:
     with pytest.raises(TreadleError):
         read_plugin_params({"treadle": given}, {})

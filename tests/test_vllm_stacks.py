@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_adapter, tiny_llama
 
 from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
 from treadle.vllm_plugin.attach import plain_update
 from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Stack, equal_room, room_for
+
+from conftest import save_adapter, tiny_llama
 
 LAYER = "model.layers.0.self_attn"
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -72,7 +73,9 @@ def test_shards_of_rows_join_to_the_whole(adapters: list[Adapter]) -> None:
 def test_shards_of_columns_add_up_to_the_whole(adapters: list[Adapter]) -> None:
     x, weights = torch.randn(5, 48), torch.rand(5, 3)
     whole = update(row_parallel(1, 0), adapters, weights, x)
-    halves = [update(row_parallel(2, shard), adapters, weights, x[:, shard * 24 : (shard + 1) * 24]) for shard in (0, 1)]
+    halves = [
+        update(row_parallel(2, shard), adapters, weights, x[:, shard * 24 : (shard + 1) * 24]) for shard in (0, 1)
+    ]
     torch.testing.assert_close(halves[0] + halves[1], whole)
 
 

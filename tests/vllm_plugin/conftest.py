@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from vllm_plugin.engines import ADAPTERS, write_bundle
 
 import treadle
 from treadle.embed import StaticEmbedder
+
+from vllm_plugin.engines import ADAPTERS, write_bundle
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import SAMPLES, byte_tokenizer, save_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import treadle
@@ -20,6 +19,8 @@ from treadle.bundle import save_bundle
 from treadle.embed import StaticEmbedder
 from treadle.params import RoutingParams
 from treadle.routing import fit
+
+from conftest import SAMPLES, byte_tokenizer, save_adapter
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, so that tests can look in
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SAMPLES, save_adapter
-from vllm_plugin.engines import ALL, BASE, PROMPTS, agree, reference, serving, small_llama
 
 import treadle
 from treadle.params import RoutingParams
+
+from conftest import SAMPLES, save_adapter
+from vllm_plugin.engines import ALL, BASE, PROMPTS, agree, reference, serving, small_llama
 
 AUTO = {"score": "centred", "temperature": 0.3, "every": 1, "recent": 8}
 
@@ -40,8 +41,9 @@ def test_the_three_combines_in_one_batch(equal: Path) -> None:
 def test_a_combine_that_the_bundle_cannot_is_refused_at_the_start(small: Path) -> None:
     from treadle.errors import TreadleError
 
-    with pytest.raises(TreadleError, match="linear.*needs adapters of equal ranks"), serving(
-        small, treadle={"combines": ["linear"]}
+    with (
+        pytest.raises(TreadleError, match=r"linear.*needs adapters of equal ranks"),
+        serving(small, treadle={"combines": ["linear"]}),
     ):
         pass
 

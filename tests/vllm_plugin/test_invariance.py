@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving
 
 from treadle.params import RoutingParams
 from treadle.vllm_plugin.live import Hashed
+
+from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving
 
 MODES: dict[str, tuple[Any, RoutingParams | None]] = {
     "auto": (None, None),
@@ -15,7 +16,8 @@ MODES: dict[str, tuple[Any, RoutingParams | None]] = {
     "causal": ({"prefill": "causal", "every": 4},
                RoutingParams(score="centred", temperature=0.3, every=4, recent=8, prefill="causal")),
     "prompt": ({"every": None}, RoutingParams(score="centred", temperature=0.3, every=None, recent=8)),
-    "window": ({"window": 6, "recent": None}, RoutingParams(score="centred", temperature=0.3, every=1, recent=None, window=6)),
+    "window": ({"window": 6, "recent": None},
+               RoutingParams(score="centred", temperature=0.3, every=1, recent=None, window=6)),
     "fixed": ({"math": 0.7, "code": 1.3}, RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 1.3}, every=None)),
     "one": ("science", RoutingParams.one("science")),
     "base": ("base", RoutingParams.base()),

@@ -1,13 +1,15 @@
 """Sharded over two processes, by heads or by layers: the same text."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving, write_bundle
 
 import treadle
 from treadle.embed import StaticEmbedder
 from treadle.params import RoutingParams
+
+from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving, write_bundle
 
 MODES = {
     "auto": (None, None),
@@ -19,7 +21,11 @@ MODES = {
 
 @pytest.mark.parametrize(
     ("kv_heads", "parallel"),
-    [(2, {"tensor_parallel_size": 2}), (1, {"tensor_parallel_size": 2}), (2, {"pipeline_parallel_size": 2})],
+    [
+        (2, {"tensor_parallel_size": 2}),
+        (1, {"tensor_parallel_size": 2}),
+        (2, {"pipeline_parallel_size": 2, "kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.05}),
+    ],
     ids=["tensor", "tensor, key-value heads in both", "pipeline"],
 )
 def test_two_processes_are_one(
@@ -27,7 +33,7 @@ def test_two_processes_are_one(
     embedder: StaticEmbedder,
     monkeypatch: pytest.MonkeyPatch,
     kv_heads: int,
-    parallel: dict[str, int],
+    parallel: dict[str, Any],
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     bundle = write_bundle(tmp_path, embedder, ADAPTERS, kv_heads)

@@ -4,11 +4,12 @@ import os
 from typing import Any
 
 import pytest
-from vllm_plugin.engines import DEMO, agree, reference, serving
 
 import treadle
 from treadle.models import locate
 from treadle.params import RoutingParams
+
+from vllm_plugin.engines import DEMO, agree, reference, serving
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = {
@@ -64,7 +65,9 @@ def test_same_tokens_as_the_embedded_engine(expected: dict[str, list[list[int]]]
     with serving(DEMO, locate(BASE), **OPTIONS) as served:
         for mode, (given, _) in MODES.items():
             outputs = served.run(ALL, given, max_tokens=TOKENS)
-            same[mode] = sum(list(o.outputs[0].token_ids) == ids for o, ids in zip(outputs, expected[mode], strict=True))
+            same[mode] = sum(
+                list(o.outputs[0].token_ids) == ids for o, ids in zip(outputs, expected[mode], strict=True)
+            )
             assert agree(outputs, expected[mode]) == [], mode
     print("identical of 12:", same)
     assert len({str(each) for each in expected.values()}) == len(MODES)
@@ -80,5 +83,6 @@ def test_one_hot_is_vllms_own_lora_of_that_adapter(expected: dict[str, list[list
         requests = [LoRARequest(n, names.index(n) + 1, str(DEMO / "adapters" / n)) for n in OWN]
         params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=3)
         outputs = served.llm.generate(ALL, params, lora_request=requests, use_tqdm=False)
-        print("identical of 12:", sum(list(o.outputs[0].token_ids) == ids for o, ids in zip(outputs, expected["one-hot"])))  # noqa: B905
+        same = [list(o.outputs[0].token_ids) == ids for o, ids in zip(outputs, expected["one-hot"], strict=True)]
+        print("identical of 12:", sum(same))
         assert agree(outputs, expected["one-hot"]) == []

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_plugin.engines import PROMPTS, serving
 
 from treadle.errors import TreadleError
 from treadle.vllm_plugin import hooks
+
+from vllm_plugin.engines import PROMPTS, serving
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "lora": ({"enable_lora": True}, "--enable-lora"),
@@ -64,7 +65,7 @@ def test_a_place_that_has_moved_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     assert len(problems) == 3
     assert "expected self, budget" in problems[1]
     start = hooks._start(lambda *_: None, problems)
-    with pytest.raises(TreadleError, match="Scheduler.schedul: "):
+    with pytest.raises(TreadleError, match=r"Scheduler\.schedul: "):
         start(type("Args", (), {"additional_config": {"treadle": "anything"}})())
     assert start(type("Args", (), {"additional_config": {}})()) is None
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import save_adapter
-from vllm_plugin.engines import ALL, BASE, PROMPTS, reference, small_llama
 
 import treadle
 from treadle.params import RoutingParams
+
+from conftest import save_adapter
+from vllm_plugin.engines import ALL, BASE, PROMPTS, reference, small_llama
 
 KEY = "a-key-of-this-test"
 MODELS = ["demo", "auto", "base", "math", "science", "code"]

@@ -187,7 +187,9 @@ def _test(
         error = float((update - expected).abs().max())
         scale = float(expected.abs().max() + base.abs().max())
         if not error <= TOLERANCE.get(stacks.board.dtype, COARSE_TOLERANCE) * scale:
-            raise ModelError(f"{name} does not compute the blend here: off by {error:.3g} where values reach {scale:.3g}")
+            raise ModelError(
+                f"{name} does not compute the blend here: off by {error:.3g} where values reach {scale:.3g}"
+            )
     stacks.board.fill(mixture.gates(weights.numpy() * 0, "sum"), [1, 1, 1])
 
 
@@ -202,5 +204,3 @@ def plain_update(place: Place, adapters: Sequence[Adapter], weights: Tensor, x: 
                 made = pair.scale * (inputs @ a.t() @ b.t())
                 expected[:, part.start : part.start + part.size] += weights[:, index : index + 1].double() * made
     return expected
-
-

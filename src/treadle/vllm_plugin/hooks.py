@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _wrap(place: Place, make: Callable[[Any], Any]) -> None:
     setattr(wrapped, MARK, True)
     setattr(holder, name, wrapped)
     if name == "generate_block_hash_extra_keys":  # imported by name there, for the events of the cache
-        importlib.import_module("vllm.v1.core.block_pool").generate_block_hash_extra_keys = wrapped
+        setattr(importlib.import_module("vllm.v1.core.block_pool"), name, wrapped)
 
 
 def params_of(vllm_config: Any) -> PluginParams | None:
@@ -331,7 +331,9 @@ def _opening(hasher: Any, core: Any) -> Any:
 
 
 def _hash(original: Any) -> Any:
-    def generate_block_hash_extra_keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> Any:
         keys, index = original(request, start_token_idx, end_token_idx, start_mm_idx)
         stream = getattr(request, "treadle", None)
         key = stream.block_key(request.all_token_ids, start_token_idx, end_token_idx) if stream is not None else None
@@ -389,9 +391,15 @@ def _cpu_product(weight: Any) -> Any:
 
     holder = nn.Module()
     holder.weight = nn.Parameter(weight, requires_grad=False)
-    importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
+    importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm(
+        holder, remove_weight=False
+    )
     product: Any = holder.cpu_linear
-    return lambda x: product(x, weight, None)
+    return partial(_multiply, product, weight)
+
+
+def _multiply(product: Any, weight: Any, x: Any) -> Any:
+    return product(x, weight, None)
 
 
 def _fill(runner: Any, scheduler_output: Any, request_ids: Sequence[str]) -> None:

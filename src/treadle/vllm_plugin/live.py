@@ -43,7 +43,13 @@ class Core:
         entries = [(name, requests[name], count) for name, count in scheduled.items()]
         return self.schedule.plan(
             [
-                (name, each.treadle.stream, each.all_token_ids, each.num_computed_tokens - count, each.num_computed_tokens)
+                (
+                    name,
+                    each.treadle.stream,
+                    each.all_token_ids,
+                    each.num_computed_tokens - count,
+                    each.num_computed_tokens,
+                )
                 for name, each, count in entries
             ]
         )  # vLLM has counted these tokens as computed already

@@ -133,7 +133,7 @@ class Mixture:
         if params.combine not in self.combines:
             problems.append(
                 f"combine {params.combine!r} was not asked for when the server started; allowed: "
-                f"{', '.join(self.combines)} (--additional-config '{{\"{KEY}\": {{\"combines\": ...}}}}')"
+                f'{", ".join(self.combines)} (--additional-config \'{{"{KEY}": {{"combines": ...}}}}\')'
             )
         if params.rule == "fixed":
             try:

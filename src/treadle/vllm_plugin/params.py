@@ -67,7 +67,9 @@ def read_plugin_params(additional: Any, environ: Mapping[str, str] = os.environ)
     if isinstance(configured, str):
         configured = {"bundle": configured}
     if not isinstance(configured, Mapping):
-        raise OptionError(f"{KEY} in --additional-config: a bundle's folder or an object of options, not {configured!r}")
+        raise OptionError(
+            f"{KEY} in --additional-config: a bundle's folder or an object of options, not {configured!r}"
+        )
     return read_options(PluginParams, cast(Mapping[str, Any], configured))
 
 

@@ -8,9 +8,10 @@ Nothing here imports vLLM.
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Lock
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -54,8 +55,8 @@ class Plan:
 def keys_of(weights: Floats) -> list[bytes]:
     """Return what tells each of the weights (P, N) apart; b"" = no adapter acts."""
     whole, size = weights.tobytes(), weights.itemsize * weights.shape[1]
-    acting = weights.any(1).tolist()
-    return [whole[index * size : (index + 1) * size] if acts else b"" for index, acts in enumerate(acting)]
+    acting = cast(list[bool], weights.any(1).tolist())
+    return [whole[index * size : (index + 1) * size] if acting[index] else b"" for index in range(len(weights))]
 
 
 class Stream:
@@ -95,7 +96,9 @@ class Stream:
         if running is None or end <= self._decided:
             return [], []
         if len(token_ids) < max(end, self._prompt_tokens):
-            raise RuntimeError(f"weights of position {end - 1} are asked for, but only {len(token_ids)} tokens are known")
+            raise RuntimeError(
+                f"weights of position {end - 1} are asked for, but only {len(token_ids)} tokens are known"
+            )
         self._read(token_ids, max(end, self._prompt_tokens))
         starts: list[int] = []
         views: list[tuple[Any, ...]] = []
@@ -129,7 +132,7 @@ class Stream:
             return [(first, end - start)]
         last = bisect_right(self._starts, end - 1) - 1
         edges = [start, *self._starts[first + 1 : last + 1], end]
-        return [(first + index, after - before) for index, (before, after) in enumerate(zip(edges, edges[1:]))]  # noqa: B905
+        return [(first + index, after - before) for index, (before, after) in enumerate(pairwise(edges))]
 
     def gates(self, start: int, end: int) -> tuple[list[Floats], tuple[int, ...]]:
         """Return the gates (G, slots) of each run of some positions, and how many tokens each run has."""

@@ -20,7 +20,6 @@ from treadle.errors import AdapterError, problem_list
 from treadle.layers import Gates
 from treadle.vllm_plugin.mixture import largest_rank, main_scale
 
-
 Product = Callable[[Tensor], Tensor]
 """x (T, in) -> x W^T (T, out), for a W that is packed."""
 
@@ -61,7 +60,9 @@ class Place:
 class GateBoard(nn.Module):
     """The gates of the tokens of a step, (T, R) for each layout of ranks, at addresses that never change."""
 
-    def __init__(self, num_tokens: int, num_slots: int, num_gates: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, num_tokens: int, num_slots: int, num_gates: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.num_tokens, self.num_slots, self.num_gates = num_tokens, num_slots, num_gates
         self.device, self.dtype = device, dtype
@@ -130,10 +131,13 @@ class Stack(nn.Module):
         self._spans = [slice(start, end) for start, end in pairwise(edges)]  # rows of each part
         self._blocks = [len(each) for each in ranks]
         self.register_buffer("gates", board.gates(board.layout(tuple(owners))), persistent=False)  # the board's own
-        factory = {"device": board.device, "dtype": board.dtype}
-        self.register_buffer("a", torch.zeros(len(owners), place.size_in, **factory), persistent=False)  # (R, in)
+        self.register_buffer("a", self._zeros(board, len(owners), place.size_in), persistent=False)  # (R, in)
         # (R, out), zero where a part's rows meet another part's columns: one product for q, k and v
-        self.register_buffer("b_t", torch.zeros(len(owners), place.size_out, **factory), persistent=False)
+        self.register_buffer("b_t", self._zeros(board, len(owners), place.size_out), persistent=False)
+
+    @staticmethod
+    def _zeros(board: GateBoard, rows: int, columns: int) -> Tensor:
+        return torch.zeros(rows, columns, device=board.device, dtype=board.dtype)
 
     def has_room(self, part: int) -> bool:
         """Return whether adapters can have factors for a part, by its number."""
