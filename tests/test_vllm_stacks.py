@@ -117,7 +117,7 @@ def test_a_slot_is_overwritten_in_place(adapters: list[Adapter], tmp_path: Path)
     for slot, adapter in enumerate(adapters):
         stack.put(slot, adapter)
     stack.put(0, late)
-    gates.fill(np.array([[[2.0, 0, 0, 0]]], np.float32), [2])
+    gates.fill(np.array([[[4.0, 0, 0, 0]]], np.float32), [2])  # its weight 1 times its scale 8 / 2
     made = stack.update(torch.zeros(2, 64), x)
     torch.testing.assert_close(made, plain_update(fused(), [late], torch.ones(2, 1), x).float())
     assert [stack.a.data_ptr(), stack.b_t.data_ptr(), stack.gates.data_ptr()] == addresses

@@ -102,21 +102,27 @@ class Stream:
         self._read(token_ids, max(end, self._prompt_tokens))
         starts: list[int] = []
         views: list[tuple[Any, ...]] = []
-        position = self._decided
-        if position == 0 and self.params.prefill == "prompt":
-            position = self._prompt_tokens - 1  # all of the prompt is one decision
-        for each in range(position, max(end, position + 1)):
-            length = decision_length(each, self._prompt_tokens, self.params)
+        for position in self._undecided(end):
+            length = decision_length(position, self._prompt_tokens, self.params)
             view = running.decide(self._pieces, length, self._prompt_tokens)
             if view is not None:
-                starts.append(each if self._starts or starts else 0)
+                starts.append(position if self._starts or starts else 0)
                 views.append(view)
-        self._decided = max(end, position + 1)
+            self._decided = position + 1
         return starts, views
 
+    def _undecided(self, end: int) -> range:
+        """Return the positions to decide, so that all below `end` have weights; a whole prompt is decided at its last."""
+        if self._decided == 0 and self.params.prefill == "prompt":
+            return range(self._prompt_tokens - 1, max(end, self._prompt_tokens))
+        return range(self._decided, end)
+
     def _read(self, token_ids: Sequence[int], end: int) -> None:
-        push = self._detokenizer.push
-        self._pieces += [push(token_id) for token_id in token_ids[len(self._pieces) : end]]
+        push, known = self._detokenizer.push, len(self._pieces)
+        if end == known + 1:
+            self._pieces.append(push(token_ids[known]))
+        else:
+            self._pieces += [push(token_id) for token_id in token_ids[known:end]]
 
     def settle(self, starts: Sequence[int], weights: Floats, gates: Floats, keys: Sequence[bytes]) -> None:
         """Take the weights (P, N), gates (P, G, slots) and keys of the decisions that were due."""
