@@ -8,6 +8,7 @@ import torch
 
 from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
+from treadle.vllm_plugin import stacks
 from treadle.vllm_plugin.attach import plain_update
 from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Stack, equal_room, room_for
 
@@ -47,6 +48,11 @@ def update(place: Place, adapters: list[Adapter], weights: torch.Tensor, x: torc
     scales = [next(iter(adapter.pairs.values())).scale for adapter in adapters]
     gates.fill((weights * torch.tensor(scales)).numpy()[:, None], [1] * len(weights))
     return stack.update(torch.zeros(len(x), place.size_out), x)
+
+
+@pytest.fixture(params=[0, 1 << 30], ids=["a product a part", "one product"], autouse=True)
+def _products(request, monkeypatch) -> None:
+    monkeypatch.setattr(stacks, "MOST_ZEROS", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +118,7 @@ def test_a_slot_is_overwritten_in_place(adapters: list[Adapter], tmp_path: Path)
     late = read_adapter(save_adapter(tmp_path / "late", seed=7, r=2, target_modules=["k_proj"]))
     gates = board(3, num_slots=4)
     stack = Stack(fused(), gates, equal_room(fused(), frozenset(NAMES), 4, 6))
-    addresses = [stack.a.data_ptr(), stack.b_t.data_ptr(), stack.gates.data_ptr()]
+    addresses = [each.data_ptr() for each in stack.buffers()]
     x = torch.randn(2, 32)
     for slot, adapter in enumerate(adapters):
         stack.put(slot, adapter)
@@ -120,12 +126,24 @@ def test_a_slot_is_overwritten_in_place(adapters: list[Adapter], tmp_path: Path)
     gates.fill(np.array([[[4.0, 0, 0, 0]]], np.float32), [2])  # its weight 1 times its scale 8 / 2
     made = stack.update(torch.zeros(2, 64), x)
     torch.testing.assert_close(made, plain_update(fused(), [late], torch.ones(2, 1), x).float())
-    assert [stack.a.data_ptr(), stack.b_t.data_ptr(), stack.gates.data_ptr()] == addresses
+    assert [each.data_ptr() for each in stack.buffers()] == addresses
 
 
 def test_more_tokens_than_there_are_gates_for_are_refused(adapters: list[Adapter]) -> None:
     with pytest.raises(RuntimeError, match="gates for 16"):
         board(3).fill(np.zeros((1, 1, 3), np.float32), [17])
+
+
+def test_packed_products_are_the_same(adapters: list[Adapter]) -> None:
+    gates = board(3)
+    stack = Stack(fused(), gates, room_for(fused(), adapters))
+    for slot, adapter in enumerate(adapters):
+        stack.put(slot, adapter)
+    gates.fill(np.array([[[2.0, 1.0, 0.5]]], np.float32), [3])
+    x, y = torch.randn(3, 32), torch.randn(3, 64)
+    plain = stack.update(y.clone(), x)
+    stack.pack(lambda weight: lambda inputs: torch.nn.functional.linear(inputs, weight))
+    torch.testing.assert_close(stack.update(y.clone(), x), plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -39,7 +39,11 @@ class Track(Protocol):
         ...
 
     def snapshot(self) -> Any:
-        """Return what `Embedder.finish` needs to embed the text as it stands."""
+        """Return what `Embedder.finish` needs to embed the text as it stands, or the window of it."""
+        ...
+
+    def whole(self) -> Any:
+        """Return the same of the text without its window."""
         ...
 
 
@@ -173,6 +177,10 @@ class StaticTrack:
         """Return the sum (D,) over the text, or what the last `window` tokens added to it."""
         return self._sum - self._before[0] if self._before else self._sum
 
+    def whole(self) -> NDArray[np.float64]:
+        """Return the sum (D,) over the text."""
+        return self._sum
+
     def _append(self, piece: str) -> None:
         text = self._open + piece
         words = WORD.findall(text)
@@ -258,7 +266,8 @@ class TextTrack:
     """A running text kept as text."""
 
     def __init__(self, window: int | None) -> None:
-        self._pieces: deque[str] = deque(maxlen=window)
+        self._pieces: list[str] = []
+        self._window = window
 
     def extend(self, pieces: Sequence[str]) -> None:
         """Append the text of some tokens."""
@@ -266,6 +275,10 @@ class TextTrack:
 
     def snapshot(self) -> str:
         """Return the text, or its last `window` tokens."""
+        return "".join(self._pieces if self._window is None else self._pieces[-self._window :])
+
+    def whole(self) -> str:
+        """Return the text."""
         return "".join(self._pieces)
 
 

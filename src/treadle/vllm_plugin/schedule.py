@@ -112,7 +112,7 @@ class Stream:
         return starts, views
 
     def _undecided(self, end: int) -> range:
-        """Return the positions to decide, so that all below `end` have weights; a whole prompt is decided at its last."""
+        """Return the positions to decide, so that all below `end` have weights; a prompt is decided at its last."""
         if self._decided == 0 and self.params.prefill == "prompt":
             return range(self._prompt_tokens - 1, max(end, self._prompt_tokens))
         return range(self._decided, end)

@@ -57,6 +57,23 @@ class Place:
     size_out: int
 
 
+@dataclass(frozen=True)
+class Group:
+    """What one product with B covers: rows of the stack, columns of the fused layer's output."""
+
+    rows: slice
+    columns: slice
+
+    @property
+    def size(self) -> int:
+        """The number of entries of its B."""
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+
+
+MOST_ZEROS = 256 << 10
+"""Bytes of zeros that a product for q, k and v together may read; beyond, one product each is cheaper."""
+
+
 class GateBoard(nn.Module):
     """The gates of the tokens of a step, (T, R) for each layout of ranks, at addresses that never change."""
 
@@ -106,7 +123,6 @@ class Stack(nn.Module):
     """The factors of all adapters beside one linear layer of vLLM's."""
 
     a: Tensor
-    b_t: Tensor
     gates: Tensor
 
     def __init__(self, place: Place, board: GateBoard, ranks: Sequence[Mapping[int, int]]) -> None:
@@ -119,7 +135,8 @@ class Stack(nn.Module):
         """
         super().__init__()
         self.place = place
-        self._products: tuple[Product, Product] | None = None
+        self._shrink: Product | None = None
+        self._expand: list[Product] = []
         self._room: dict[tuple[int, int], slice] = {}  # (part, slot) -> rows of the stack
         owners: list[int] = []
         edges = [0]
@@ -132,12 +149,27 @@ class Stack(nn.Module):
         self._blocks = [len(each) for each in ranks]
         self.register_buffer("gates", board.gates(board.layout(tuple(owners))), persistent=False)  # the board's own
         self.register_buffer("a", self._zeros(board, len(owners), place.size_in), persistent=False)  # (R, in)
-        # (R, out), zero where a part's rows meet another part's columns: one product for q, k and v
-        self.register_buffer("b_t", self._zeros(board, len(owners), place.size_out), persistent=False)
+        self._groups = self._grouped(board.dtype.itemsize)
+        for index, group in enumerate(self._groups):
+            rows, columns = group.rows.stop - group.rows.start, group.columns.stop - group.columns.start
+            self.register_buffer(f"b_t_{index}", self._zeros(board, rows, columns), persistent=False)
 
     @staticmethod
     def _zeros(board: GateBoard, rows: int, columns: int) -> Tensor:
         return torch.zeros(rows, columns, device=board.device, dtype=board.dtype)
+
+    def _grouped(self, itemsize: int) -> list["Group"]:
+        """Return what gets a product with B of its own: all parts together, unless too many zeros would be read."""
+        parts = [
+            Group(span, slice(part.start, part.start + part.size))
+            for span, part in zip(self._spans, self.place.parts, strict=True)
+            if span.stop > span.start
+        ]
+        if not parts:
+            return []
+        whole = Group(slice(0, parts[-1].rows.stop), slice(parts[0].columns.start, parts[-1].columns.stop))
+        zeros = whole.size - sum(part.size for part in parts)
+        return parts if zeros * itemsize > MOST_ZEROS else [whole]
 
     def has_room(self, part: int) -> bool:
         """Return whether adapters can have factors for a part, by its number."""
@@ -152,25 +184,38 @@ class Stack(nn.Module):
             if room is None:
                 continue
             self.a[room].zero_()
-            columns = slice(part.start, part.start + part.size)
-            self.b_t[room, columns].zero_()
+            b_t = self._expansion(room, part)  # (room, out)
+            b_t.zero_()
             pair = adapter.pairs.get(part.path)
             if pair is not None:
-                filled = slice(room.start, room.start + pair.rank)
-                self.a[filled].copy_(pair.a[:, part.columns].float() * (pair.scale / main))
-                self.b_t[filled, columns].copy_(pair.b[part.rows].float().t())
+                self.a[room.start : room.start + pair.rank].copy_(pair.a[:, part.columns].float() * (pair.scale / main))
+                b_t[: pair.rank].copy_(pair.b[part.rows].float().t())
+
+    def _expansion(self, room: slice, part: Part) -> Tensor:
+        """Return the piece of B, transposed, of some rows of the stack and one part: a view."""
+        index = next(i for i, group in enumerate(self._groups) if group.rows.start <= room.start < group.rows.stop)
+        rows, columns = self._groups[index].rows.start, self._groups[index].columns.start
+        b_t = self.get_buffer(f"b_t_{index}")
+        return b_t[room.start - rows : room.stop - rows, part.start - columns : part.start - columns + part.size]
 
     def pack(self, make: Callable[[Tensor], Product]) -> None:
-        """Make both products by functions of packed weights from now on; adapters can no longer be put in."""
-        self._products = make(self.a), make(self.b_t.t().contiguous())
+        """Make all products by functions of packed weights from now on; adapters can no longer be put in."""
+        self._shrink = make(self.a)
+        self._expand = [make(self.get_buffer(f"b_t_{i}").t().contiguous()) for i in range(len(self._groups))]
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y (T, out) with the gated update of x (T, in) added in place."""
-        if self._products is not None:
-            shrink, expand = self._products
-            return y.add_(expand(self._gated(shrink(x))))
+        if self._shrink is not None:
+            h = self._gated(self._shrink(x))
+            for group, expand in zip(self._groups, self._expand, strict=True):
+                y[:, group.columns].add_(expand(h[:, group.rows].contiguous()))
+            return y
         h = self._gated(functional.linear(x.to(self.a.dtype), self.a))
-        return y.addmm_(h, self.b_t) if y.dtype == h.dtype else y.add_(h @ self.b_t)
+        for index, group in enumerate(self._groups):
+            rows, b_t = h[:, group.rows], getattr(self, f"b_t_{index}")
+            piece = y[:, group.columns]
+            piece.addmm_(rows, b_t) if y.dtype == h.dtype else piece.add_(rows @ b_t)
+        return y
 
     def _gated(self, h: Tensor) -> Tensor:
         """Return h (T, R) times the gates of its tokens."""
