@@ -1,7 +1,6 @@
-"""Sharded over two processes, by heads or by layers: the same text."""
+"""Tensor parallel over two processes: the same text."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,21 +18,12 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "parallel"),
-    [
-        (2, {"tensor_parallel_size": 2}),
-        (1, {"tensor_parallel_size": 2}),
-        (2, {"pipeline_parallel_size": 2, "kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.05}),
-    ],
-    ids=["tensor", "tensor, key-value heads in both", "pipeline"],
-)
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["sharded", "the key-value head in both"])
 def test_two_processes_are_one(
     tmp_path: Path,
     embedder: StaticEmbedder,
     monkeypatch: pytest.MonkeyPatch,
     kv_heads: int,
-    parallel: dict[str, Any],
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     bundle = write_bundle(tmp_path, embedder, ADAPTERS, kv_heads)
@@ -42,5 +32,5 @@ def test_two_processes_are_one(
     prompts = [prompt for prompt in PROMPTS for _ in MODES]
     given = [each for _ in PROMPTS for each, _ in MODES.values()]
     wanted = [expected[mode][index] for index in range(len(PROMPTS)) for mode in MODES]
-    with serving(bundle, **parallel) as served:
+    with serving(bundle, tensor_parallel_size=2) as served:
         assert agree(served.run(prompts, given), wanted) == []

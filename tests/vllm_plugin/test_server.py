@@ -118,6 +118,13 @@ def test_bad_options_are_a_400(server: Server, given: Any) -> None:
     assert server.complete()[0] == 200
 
 
+def test_beam_search_is_a_400(server: Server) -> None:
+    body = {"model": "math", "prompt": "add", "max_tokens": 4, "n": 2, "use_beam_search": True}
+    status, answer = server.call("/v1/completions", body)
+    assert status == 400
+    assert "beam search" in answer["error"]["message"]
+
+
 def test_chat_and_responses_take_the_options_too(server: Server) -> None:
     messages = [{"role": "user", "content": "add three"}]
     chat = {"messages": messages, "max_tokens": 16, "temperature": 0, "ignore_eos": True}

@@ -19,9 +19,10 @@ class Asked:
     def of(cls, processor: Any) -> "Asked | None":
         """Return that of one of vLLM's input processors, made with its first request; None = there is no bundle."""
         if not hasattr(processor, "treadle"):
-            from treadle.vllm_plugin.hooks import params_of
+            from treadle.vllm_plugin.hooks import blending, params_of
 
             params = params_of(processor.vllm_config)
+            blending += [params.bundle] if params else []
             processor.treadle = None if params is None else cls.open(params)
         return processor.treadle
 

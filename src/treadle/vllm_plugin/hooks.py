@@ -85,6 +85,13 @@ PLACES = {
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params",
         ("self", "max_tokens", "default_sampling_params"),
     ),
+    "completion_beams": Place(
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params", ("self", "max_tokens")
+    ),
+    "chat_beams": Place(
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
+        ("self", "max_tokens"),
+    ),
     "responses": Place(
         "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
         ("self", "default_max_tokens", "default_sampling_params"),
@@ -126,6 +133,8 @@ def install() -> None:
     _wrap(PLACES["validate"], _validate)
     for name in ("completion", "chat", "responses"):
         _wrap(PLACES[name], _sampling)
+    for name in ("completion_beams", "chat_beams"):
+        _wrap(PLACES[name], _beams)
     core = importlib.import_module("vllm.v1.engine.core").EngineCore
     from treadle.vllm_plugin import live
 
@@ -171,6 +180,7 @@ def _start(original: Any, problems: Sequence[str]) -> Any:
         # the bundle's own digest: compiled code is cached under the configuration
         own = {KEY: params.document(), "treadle_fingerprint": mixture.fingerprint}
         config.additional_config = {**(config.additional_config or {}), **own}
+        blending.append(params.bundle)
         return config
 
     return create_engine_config
@@ -228,6 +238,18 @@ def _sampling(original: Any) -> Any:
     return to_sampling_params
 
 
+def _beams(original: Any) -> Any:
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = original(self, *args, **kwargs)
+        if blending:  # vLLM asks for each step of a beam anew, as a prompt, without the request's options
+            raise _client_error("beam search would lose the weights of its own tokens: use_beam_search must be false")
+        return params
+
+    return to_beam_search_params
+
+
+blending: list[str] = []
+"""Bundles that this process has been configured with: a request by itself does not lead to its server."""
 NAMED = "treadle_model"
 """In a request's extra arguments: what it calls the model, which vLLM tells the engine nothing about."""
 
