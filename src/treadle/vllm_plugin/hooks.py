@@ -372,13 +372,16 @@ def _load(original: Any) -> Any:
         model = original(self, vllm_config, model_config, prefix)
         params = params_of(vllm_config)
         if params is not None and model_config is vllm_config.model_config:
-            model.treadle = _stacks(model, vllm_config, params)
+            model.treadle = stacks = _stacks(model, vllm_config, params)
+            model.treadle_board = stacks.board  # a module's buffers survive vLLM's sleep
         return model
 
     return load_model
 
 
 def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
+    import torch
+
     from treadle.vllm_plugin.attach import Limits, attach
     from treadle.vllm_plugin.mixture import open_bundle
 
@@ -387,9 +390,11 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
     bundle, mixture = open_bundle(params)
     limits = Limits(
         num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        device=vllm_config.device_config.device,
+        device=torch.device(vllm_config.device_config.device),
         dtype=vllm_config.model_config.dtype,
-        classes={"linear": linear.LinearBase, "linear_method": linear.LinearMethodBase, "missing": missing},
+        linear=linear.LinearBase,
+        linear_method=linear.LinearMethodBase,
+        missing=missing,
         pack=_cpu_product if _is_cpu() and vllm_config.model_config.dtype.itemsize < 4 else None,
     )
     stacks = attach(model, bundle, mixture, params, limits)
