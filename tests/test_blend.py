@@ -483,11 +483,11 @@ def test_of_many_adapters_only_those_that_act_are_computed(tmp_path: Path) -> No
         blend.set_weights(full)
         pair.set_weights(weights)
         assert_close(logits(model), logits(few))
-        assert len(layer.b_t) == 32, "two of nine, also where one of them is enough"
+        assert layer.b.shape[1] == 32, "two of nine, also where one of them is enough"
     blend.set_weights(np.eye(9, dtype=np.float32)[4])
-    assert len(layer.b_t) == 16
+    assert layer.b.shape[1] == 16
     blend.set_weights([0.1] * 9)
-    assert len(layer.b_t) == 9 * 16
+    assert layer.b.shape[1] == 9 * 16
 
 
 def test_factors_are_in_memory_once(model: PreTrainedModel, unequal: list[Adapter]) -> None:
@@ -499,7 +499,7 @@ def test_factors_are_in_memory_once(model: PreTrainedModel, unequal: list[Adapte
             assert torch.equal(pair.a, given.pairs[path].a)
             assert torch.equal(pair.b, given.pairs[path].b)
             assert pair.a.untyped_storage().data_ptr() == layer.shrink.every_a.untyped_storage().data_ptr()
-            assert pair.b.untyped_storage().data_ptr() == layer.every_b_t.untyped_storage().data_ptr()
+            assert pair.b.untyped_storage().data_ptr() == layer.every_b.untyped_storage().data_ptr()
 
 
 # --- adapters come and go -------------------------------------------------------------------------------------------

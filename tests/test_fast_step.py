@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.adapters import read_adapter
-from treadle.blend import attach
+from treadle.blend import Blend, attach
 from treadle.cache import RowCache
 from treadle.fast_step import ARCHITECTURES, FastStep, fits
 from treadle.generate import Completion, Engine
-from treadle.params import RoutingParams, SamplingParams
+from treadle.params import Combine, RoutingParams, SamplingParams
+from treadle.pools import random_adapters
 from treadle.routing import Router
 
 from conftest import SAMPLES, TINY, save_adapter
@@ -183,32 +184,68 @@ def test_weights_keep_their_values_and_are_held_once(make_engine: Callable[..., 
         assert torch.equal(parameter, before[name][1])
 
 
-class ProductCounter(TorchDispatchMode):
-    """Counts the matrix products inside it."""
+class Counter(TorchDispatchMode):
+    """Counts the operations inside it, and which of them are matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.operations = self.products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.__name__.split(".")[0] in {"linear", "mm", "mv", "addmm", "addmm_", "bmm"}
+        self.operations += 1
+        self.products += func.__name__.split(".")[0] in {"linear", "mm", "mv", "addmv_", "addmm", "addmm_", "bmm"}
         return func(*args, **(kwargs or {}))
+
+
+def counted(model: PreTrainedModel, blend: Blend, num_rows: int, weights: list[float] | None) -> Counter:
+    """Return what one step of `num_rows` rows takes, the setting of the weights included."""
+    step, cache = FastStep(model, blend), RowCache()
+    ids = torch.zeros(num_rows, 4, dtype=torch.long)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    with blend.using(weights):
+        pass  # the matrices that take weights to gates are made once
+    with Counter() as counter, blend.using(weights):
+        step(ids[:, :1], torch.full((num_rows, 1), cache.length), None, cache)
+    return counter
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_a_step_makes_no_more_products_than_it_must(folders: dict[str, Path], num_rows: int) -> None:
     model = build("LlamaForCausalLM")
     blend = attach(model, [read_adapter(folder, name) for name, folder in folders.items()])
-    step, cache = FastStep(model, blend), RowCache()
-    ids = torch.zeros(num_rows, 4, dtype=torch.long)
-    with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-
-    def products(weights: list[float] | None) -> int:
-        with blend.using(weights), ProductCounter() as counter:
-            step(ids[:, :1], torch.full((num_rows, 1), cache.length), None, cache)
-        return counter.count
-
     layers = len(model.model.layers)
-    assert products(None) == 1 + 4 * layers  # the head; q k v, o, gate up, down
-    assert products([0.2, 0.3, 0.5]) == 1 + (4 + 4 + 7) * layers  # one A for each of these, one B for each layer
+    gates = 1  # the three adapters have one layout
+    bare, blended = (counted(model, blend, num_rows, weights).products for weights in (None, [0.2, 0.3, 0.5]))
+    assert bare == 1 + 4 * layers  # the head; q k v, o, gate up, down
+    assert blended == gates + 1 + (4 + 4 + 7) * layers  # one A for each of these, one B for each layer
+
+
+@pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_a_step_takes_as_many_operations_for_many_adapters_as_for_two(num_rows: int, combine: Combine) -> None:
+    def operations(count: int) -> int:
+        model = build("LlamaForCausalLM")
+        adapters = random_adapters(model, "base", count, rank=2, targets=["q_proj", "v_proj", "down_proj"])
+        blend = attach(model, adapters, combine)
+        return counted(model, blend, num_rows, [1 / count] * count).operations
+
+    assert operations(12) == operations(2)
+
+
+def test_rows_with_the_same_options_are_weighed_together(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighed: list[int] = []
+    weigh = Router.weigh
+    monkeypatch.setattr(Router, "weigh", lambda self, x, params: weighed.append(len(x)) or weigh(self, x, params))
+    engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
+    ids = [engine.tokenizer(prompt).input_ids for prompt in PROMPTS]
+    equal = [RoutingParams(every=1) for _ in PROMPTS]  # equal, not the same object
+    rows = engine.new_rows(ids, sampling=SamplingParams(max_tokens=4), routing=equal)
+    batch = engine.new_batch(end_ids=frozenset())
+    weighed.clear()
+    batch.join(rows)
+    while batch.rows:
+        batch.step()
+    assert weighed == [len(PROMPTS)] * 4

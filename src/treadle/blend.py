@@ -86,13 +86,14 @@ class Blend:
         self._gates.clear()
         self._gates.update(gates)
 
-    def step_gates(self) -> dict[int, Gates]:
-        """Return the gates in force for one token a row, by layout, each (B|1, R); none = the base model alone."""
-        return {slot: gates.without_time() for slot, gates in self._gates.items()}
+    @property
+    def gates(self) -> Mapping[int, Gates]:
+        """The gates in force, by layout; none = the base model alone."""
+        return self._gates
 
     def factors(self) -> list[Tensor]:
         """Return the stacked factors that a pass reads, each once."""
-        return [*(shrink.a for shrink, _ in self._shrinks), *(layer.b_t for layer in self._layers.values())]
+        return [*(shrink.a for shrink, _ in self._shrinks), *(layer.b for layer in self._layers.values())]
 
     def _checked(self, weights: Weights) -> Tensor:
         w = torch.as_tensor(weights, dtype=torch.float32)
@@ -225,7 +226,7 @@ class Blend:
                 taken[path] = end = start + pair.rank
                 first = layer.shrink.start_of(layer.index)
                 pairs[path] = replace(
-                    pair, a=layer.shrink.every_a[first + start : first + end], b=layer.every_b_t[start:end].t()
+                    pair, a=layer.shrink.every_a[first + start : first + end], b=layer.every_b[:, start:end]
                 )
             views.append(replace(adapter, pairs=pairs))
         return tuple(views)

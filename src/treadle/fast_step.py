@@ -7,6 +7,7 @@ is left to the model's own `forward`, which stays the reference that the tests c
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -63,6 +64,40 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return functional.linear(x, weight)
 
 
+class StepGates:
+    """The gates of one step, side by side for layers that read the same input: one product for all of them."""
+
+    def __init__(self, gates: Mapping[int, Gates]) -> None:
+        self.gates = gates
+        self._joined: dict[tuple[int, ...], Tensor | None] = {}
+        self._acting: dict[tuple[int, ...], bool] = {}
+
+    def act_on(self, slots: tuple[int, ...]) -> bool:
+        """Whether an adapter that acts targets a layer with one of these slots."""
+        if slots not in self._acting:
+            self._acting[slots] = any(slot in self.gates for slot in slots)
+        return self._acting[slots]
+
+    def apply(self, h: Tensor, slots: tuple[int, ...]) -> Tensor:
+        """Return the gated A x (B, sum of R) of layers with these slots."""
+        if slots not in self._joined:
+            self._joined[slots] = self._join(slots)
+        joined = self._joined[slots]
+        if joined is not None:
+            return h * joined
+        acting = [self.gates[slot] for slot in slots if slot in self.gates]
+        if len(set(slots)) == 1:  # alike: the layers are the T axis
+            return acting[0].apply(h.unflatten(-1, (len(slots), -1))).flatten(1)
+        parts = h[:, None].split([gates.size for gates in acting], -1)
+        return torch.cat([gates.apply(part) for gates, part in zip(acting, parts, strict=True)], -1)[:, 0]
+
+    def _join(self, slots: tuple[int, ...]) -> Tensor | None:
+        """Return the gates side by side, (B|1, sum of R); None where they are more than a factor."""
+        acting = [self.gates[slot] for slot in slots if slot in self.gates]
+        direct = [gates.direct[:, 0] for gates in acting if gates.direct is not None and gates.inner is None]
+        return torch.cat(direct, -1) if len(direct) == len(acting) else None
+
+
 class Stack:
     """Linear layers that read the same input, as one product, and what the adapters add to it."""
 
@@ -71,31 +106,38 @@ class Stack:
         sizes = [layer.out_features for layer in plain]
         self.weight = _in_one_piece([layer.weight for layer in plain])  # (sum of out, in)
         self.bias = _joined_bias(plain)  # (sum of out,)
-        self.shrink: Shrink | None = None  # of all blended layers
-        self.updates: list[tuple[slice, BlendedLinear]] = []  # columns of the results, and who adds to them
-        start = 0
-        for size, layer in zip(sizes, layers, strict=True):
-            if isinstance(layer, BlendedLinear):
-                self.shrink = layer.shrink
-                self.updates.append((slice(start, start + size), layer))
-            start += size
+        ends = accumulate(sizes)
+        blended = [
+            (layer, slice(end - size, end))
+            for layer, size, end in zip(layers, sizes, ends, strict=True)
+            if isinstance(layer, BlendedLinear)
+        ]
+        self.updates = sorted(blended, key=lambda update: update[0].index)  # who adds to which columns of the results
+        self.slots = tuple(layer.slot for layer, _ in self.updates)
+        self.shrink: Shrink | None = blended[0][0].shrink if blended else None  # of all of them
 
-    def __call__(self, x: Tensor, gates: Mapping[int, Gates]) -> Tensor:
+    def __call__(self, x: Tensor, gates: StepGates) -> Tensor:
         """Return the results (B, sum of out) for x (B, in), side by side."""
         y = product(x, self.weight)
         if self.bias is not None:
             y = y + self.bias
-        if gates and self.shrink is not None:
-            inner = functional.linear(x.to(self.shrink.dtype), self.shrink.a)  # (B, sum of R)
-            for columns, layer in self.updates:
-                if layer.slot not in gates:  # no adapter that acts targets it
-                    continue
-                h = gates[layer.slot].apply(inner[:, self.shrink.rows[layer.index]])  # (B, R)
-                if y.dtype == h.dtype:
-                    y[:, columns].addmm_(h, layer.b_t)
-                else:
-                    y[:, columns].add_(h @ layer.b_t)
+        if self.shrink is not None and gates.act_on(self.slots):
+            self._add_updates(y, x.to(self.shrink.dtype), self.shrink, gates)
         return y
+
+    def _add_updates(self, y: Tensor, x: Tensor, shrink: Shrink, gates: StepGates) -> None:
+        """Add to y (B, sum of out), in place; one row is read as a vector, which takes fewer and faster operations."""
+        if len(x) == 1:
+            h, y = gates.apply(torch.mv(shrink.a, x[0])[None], self.slots)[0], y[0]
+            for (layer, columns), rows in zip(self.updates, shrink.rows, strict=True):
+                if y.dtype == h.dtype:
+                    y[columns].addmv_(layer.b, h[rows])
+                else:
+                    y[columns].add_(torch.mv(layer.b, h[rows]))
+            return
+        h = gates.apply(product(x, shrink.a), self.slots)  # (B, sum of R)
+        for (layer, columns), rows in zip(self.updates, shrink.rows, strict=True):
+            y[:, columns].add_(product(h[:, rows], layer.b))
 
 
 class Block(NamedTuple):
@@ -139,7 +181,7 @@ class FastStep:
         if self._adapters is not self._blend.adapters:
             self._gather()
         inner = self._model.model
-        gates = self._blend.step_gates()
+        gates = StepGates(self._blend.gates)
         x = inner.embed_tokens(ids)[:, 0]  # (B, H)
         cos, sin = inner.rotary_emb(x, positions)  # (B, 1, head)
         half = self._head_dim // 2

@@ -52,10 +52,11 @@ class Gates:
     outer: Tensor | None
     num_blocks: int
 
-    def without_time(self) -> "Gates":
-        """Return the gates (B|1, R) of a step of one token, for h (B, R)."""
-        direct, inner, outer = (None if gate is None else gate[:, 0] for gate in (self.direct, self.inner, self.outer))
-        return Gates(direct, inner, outer, self.num_blocks)
+    @property
+    def size(self) -> int:
+        """How many rows of a stack the gates are for: R."""
+        gate = self.inner if self.direct is None else self.direct
+        return 0 if gate is None else gate.shape[-1]
 
     def apply(self, h: Tensor) -> Tensor:
         """Return the gated `h` (B, T, R)."""
@@ -116,8 +117,8 @@ class Shrink(nn.Module):
 class BlendedLinear(nn.Module):
     """A linear layer of the base model and, beside it, the stacked factors of all adapters that target it."""
 
-    b_t: Tensor
-    every_b_t: Tensor
+    b: Tensor
+    every_b: Tensor
 
     def __init__(self, base: nn.Module, dtype: torch.dtype, gates: dict[int, Gates]) -> None:
         super().__init__()
@@ -139,14 +140,14 @@ class BlendedLinear(nn.Module):
             index: this layer's number in `shrink`.
             slot: the key of the gates.
         """
-        self.register_buffer("every_b_t", torch.cat(list(factors), 1).t().contiguous().to(self.device), False)
+        self.register_buffer("every_b", torch.cat(list(factors), 1).to(self.device), persistent=False)  # (out, R)
         self.shrink, self.index, self.slot = shrink, index, slot
         self.choose(None)
 
     def choose(self, rows: Tensor | None) -> None:
-        """Let only these rows of the stack act, which `shrink` chooses too; None = all of them."""
-        chosen = self.every_b_t if rows is None else self.every_b_t.index_select(0, rows.to(self.device))
-        self.register_buffer("b_t", chosen.to(self.dtype), persistent=False)  # (acting R, out)
+        """Let only the columns of B act that belong to the rows of A that `shrink` chooses too; None = all of them."""
+        chosen = self.every_b if rows is None else self.every_b.index_select(1, rows.to(self.device))
+        self.register_buffer("b", chosen.to(self.dtype), persistent=False)  # (out, acting R)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) + the gated update: (B, T, in) -> (B, T, out)."""
@@ -156,8 +157,9 @@ class BlendedLinear(nn.Module):
             return y
         h = gates.apply(self.shrink.product(x, self.index))  # (B, T, R)
         if y.dtype != self.dtype or not y.is_contiguous():
-            return y.add_(h @ self.b_t)
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b_t)  # in place: y is ours, fresh from the base
+            return y.add_(functional.linear(h, self.b))
+        # in place: y is ours, fresh from the base
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b.t())
         return y
 
     @property

@@ -133,7 +133,10 @@ class Row:
 
 
 def route(rows: Sequence[Row]) -> list[Row]:
-    """Give new weights to the rows that are due, and return these; each embedder is called once for all its rows."""
+    """Give new weights to the rows that are due, and return these.
+
+    Each embedder is called once for all its rows, and rows with the same router and options are weighed together.
+    """
     due: dict[int, list[tuple[Row, tuple[Any, ...]]]] = {}
     changed: list[Row] = []
     for row in rows:
@@ -148,6 +151,13 @@ def route(rows: Sequence[Row]) -> list[Row]:
     for pairs in due.values():
         embedder = pairs[0][0].router.embedder
         embeddings = iter(embedder.finish([view for _, views in pairs for view in views]))  # (sum of K, D)
+        alike: dict[tuple[int, RoutingParams], list[tuple[Row, Floats]]] = {}
         for row, views in pairs:
-            row.weights = row.router.weigh(np.stack([next(embeddings) for _ in views]), row.routing)
+            own = np.stack([next(embeddings) for _ in views])  # (K, D)
+            alike.setdefault((id(row.router), row.routing), []).append((row, own))
+        for group in alike.values():
+            first = group[0][0]
+            weights = first.router.weigh(np.stack([own for _, own in group]), first.routing)  # (rows, N)
+            for (row, _), each in zip(group, weights, strict=True):
+                row.weights = each
     return changed
