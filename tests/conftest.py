@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from treadle.embed import StaticEmbedder
 from treadle.generate import Engine
 from treadle.routing import Router, fit
 
+collect_ignore = [] if find_spec("vllm") else ["vllm_plugin"]
+"""The plugin's tests need vLLM, in an environment of its own: `make test-vllm`."""
 BASE = "tiny-llama"
 Run = Callable[..., tuple[int, str, str]]
 """Arguments of the command line -> exit code, stdout, stderr."""

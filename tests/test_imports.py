@@ -26,6 +26,7 @@ CORE = {
     ),
     *("text", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
     "centroid_files",
+    "requested",
 }
 
 

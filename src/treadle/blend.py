@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from treadle.adapters import Adapter, LoraPair
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
 from treadle.layers import BlendedLinear, Gates, Layout, Shrink
-from treadle.params import Combine
+from treadle.params import COMBINES, Combine
 
-COMBINES: tuple[Combine, ...] = get_args(Combine)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of the linear layers of a block that read one input; a layer given another input computes its own product."""
 FEW_ROWS = 128
@@ -251,9 +250,13 @@ def attach(model: nn.Module, adapters: Sequence[Adapter], combine: Combine = "su
 
 def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
     """Raise an AdapterError that lists every way in which the adapters do not fit the model or each other."""
+    check_fit(linear_shapes(model), adapters)
+
+
+def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]) -> None:
+    """Raise an AdapterError as `check_adapters` does, for a model whose linear layers have these (in, out)."""
     names = [adapter.name for adapter in adapters]
     problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-    shapes = linear_shapes(model)
     for adapter in adapters:
         for path, pair in adapter.pairs.items():
             wanted = (pair.a.shape[1], pair.b.shape[0])

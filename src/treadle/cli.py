@@ -155,13 +155,19 @@ def _fitting(folders: dict[str, str], files: dict[str, str]) -> "tuple[dict[str,
 
 @app.command()
 def doctor(
-    bundle: BundlePath,
+    bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle", metavar="BUNDLE")] = None,
     samples: Annotated[list[str] | None, typer.Option(help="name=FILE of texts to read instead of the kept")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="examine the vLLM that is installed instead")] = False,
     as_json: Json = False,
 ) -> None:
     """Examine a bundle: load it strictly, check that each adapter acts, time a step. Exit 1 if something is wrong."""
+    if vllm == (bundle is not None):
+        raise typer.BadParameter("give a BUNDLE, or --vllm")
+    if bundle is None:
+        lab.doctor_vllm(as_json)
+        return
     from treadle.data import load_texts
     from treadle.doctor import examine
     from treadle.models import quiet_libraries

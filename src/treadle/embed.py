@@ -39,7 +39,11 @@ class Track(Protocol):
         ...
 
     def snapshot(self) -> Any:
-        """Return what `Embedder.finish` needs to embed the text as it stands."""
+        """Return what `Embedder.finish` needs to embed the text as it stands, or the window of it."""
+        ...
+
+    def whole(self) -> Any:
+        """Return the same of the text without its window."""
         ...
 
 
@@ -83,7 +87,7 @@ class StaticEmbedder:
 
     def __init__(self, model: "StaticModel") -> None:
         self.model = model
-        self._sums: dict[str, Floats] = {}
+        self._sums: dict[str, NDArray[np.float64]] = {}  # of each word's vectors; never written to
         digest = hashlib.sha256(np.ascontiguousarray(model.embedding).tobytes())
         for extra in (model.weights, model.token_mapping):
             digest.update(b"" if extra is None else np.ascontiguousarray(extra).tobytes())
@@ -112,8 +116,11 @@ class StaticEmbedder:
 
     def finish(self, snapshots: Sequence[NDArray[np.float64]]) -> Floats:
         """Return sums of word vectors, normalised: (B, D)."""
-        sums = np.array(snapshots, dtype=np.float64).reshape(-1, self.dim)
-        return (sums / np.maximum(np.linalg.norm(sums, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+        if not len(snapshots):
+            return np.zeros((0, self.dim), np.float32)
+        sums = np.concatenate(snapshots).reshape(-1, self.dim)
+        norms = np.sqrt(np.einsum("bd,bd->b", sums, sums))[:, None]  # a quarter of the time of np.linalg.norm
+        return (sums / np.maximum(norms, 1e-12)).astype(np.float32)
 
     def save(self, folder: Path) -> str:
         """Write the model to `folder`/embedder."""
@@ -122,7 +129,9 @@ class StaticEmbedder:
         return "embedder"
 
     def sum_words(self, words: Sequence[str]) -> NDArray[np.float64]:
-        """Return the sum (D,) of the vectors of all tokens of some words."""
+        """Return the sum (D,) of the vectors of all tokens of some words; not to be written to."""
+        if len(words) == 1 and words[0] in self._sums:  # almost every token of a running text
+            return self._sums[words[0]]
         if new := [word for word in dict.fromkeys(words) if word not in self._sums]:
             if len(self._sums) + len(new) > MAX_CACHED_WORDS:
                 self._sums.clear()
@@ -133,13 +142,13 @@ class StaticEmbedder:
             total += self._sums[word]
         return total
 
-    def _sum_tokens(self, ids: Sequence[int]) -> Floats:
+    def _sum_tokens(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Return the sum (D,) of the vectors of one word's tokens; model2vec has left out unknown ones."""
         mapping, weights = self.model.token_mapping, self.model.weights
         vectors = self.model.embedding[list(ids) if mapping is None else mapping[list(ids)]].astype(np.float32)
         if weights is not None:
             vectors = vectors * weights[list(ids), None]
-        return vectors.sum(0, dtype=np.float32)
+        return vectors.sum(0, dtype=np.float32).astype(np.float64)
 
 
 class StaticTrack:
@@ -167,6 +176,10 @@ class StaticTrack:
     def snapshot(self) -> NDArray[np.float64]:
         """Return the sum (D,) over the text, or what the last `window` tokens added to it."""
         return self._sum - self._before[0] if self._before else self._sum
+
+    def whole(self) -> NDArray[np.float64]:
+        """Return the sum (D,) over the text."""
+        return self._sum
 
     def _append(self, piece: str) -> None:
         text = self._open + piece
@@ -253,7 +266,8 @@ class TextTrack:
     """A running text kept as text."""
 
     def __init__(self, window: int | None) -> None:
-        self._pieces: deque[str] = deque(maxlen=window)
+        self._pieces: list[str] = []
+        self._window = window
 
     def extend(self, pieces: Sequence[str]) -> None:
         """Append the text of some tokens."""
@@ -261,6 +275,10 @@ class TextTrack:
 
     def snapshot(self) -> str:
         """Return the text, or its last `window` tokens."""
+        return "".join(self._pieces if self._window is None else self._pieces[-self._window :])
+
+    def whole(self) -> str:
+        """Return the text."""
         return "".join(self._pieces)
 
 

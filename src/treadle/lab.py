@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.errors import OptionError, collect
+from treadle.errors import OptionError, TreadleError, collect
 from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
 from treadle.params import BenchParams, EvalParams
@@ -157,6 +157,24 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
         return
     for table in quality_tables(qualities):
         Console().print(table)
+
+
+def doctor_vllm(as_json: bool) -> None:
+    """Examine the vLLM that is installed and print what was found; raise if something is wrong."""
+    from treadle.vllm_plugin.selftest import examine_vllm
+
+    report = examine_vllm()
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        print(f"vLLM {report.version}")
+        for version, tested in report.known.items():
+            print(f"  knows {version}.x: {tested}")
+        if report.difference is not None and report.change is not None:
+            print(f"  one forward against the plain formula: off by {report.difference:.1e} nats; "
+                  f"the adapters move it by {report.change:.1e}")  # fmt: skip
+    if report.problems:
+        raise TreadleError("; ".join(report.problems))
 
 
 def load_engine(bundle: Path, device: str | None, dtype: str | None) -> "Engine":

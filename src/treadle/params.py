@@ -14,6 +14,7 @@ from treadle.options import option
 Score = Literal["cosine", "centred", "lda"]
 Rule = Literal["boosted", "softmax", "top_k", "fixed"]
 Combine = Literal["sum", "linear", "paper"]
+COMBINES: tuple[Combine, ...] = get_args(Combine)
 
 DEFAULT_TEMPERATURE: dict[Score, float] = {"lda": 1.6, "cosine": 0.05, "centred": 0.05}
 """Log-posteriors are overconfident, cosines lie close together: for `lda`, the least log-loss on held-out prompts."""

@@ -95,9 +95,11 @@ class RunningText:
     def __init__(self, embedder: Embedder, params: RoutingParams) -> None:
         self._params = params
         self._decided_at = -1  # tokens that the newest decision was made from; -1 = there was none
-        self._tracks = [embedder.track(params.window)]
-        if params.recent is not None and (params.window is None or params.recent < params.window):
-            self._tracks.append(embedder.track(params.recent))
+        recent = params.recent
+        self._has_whole = recent is not None and params.window is None  # then one track gives both views
+        self._tracks = [embedder.track(recent if self._has_whole else params.window)]
+        if recent is not None and params.window is not None and recent < params.window:
+            self._tracks.append(embedder.track(recent))
 
     def decide(self, pieces: Sequence[str], length: int, prompt_tokens: int) -> tuple[Any, ...] | None:
         """Read on to the first `length` tokens and return what `finish_views` needs, one entry for each of K views.
@@ -114,7 +116,11 @@ class RunningText:
         for track in self._tracks:
             track.extend(pieces[max(self._decided_at, 0) : length])
         self._decided_at = length
-        if is_prompt_decision(length, prompt_tokens, self._params):
+        is_prompt = is_prompt_decision(length, prompt_tokens, self._params)
+        if self._has_whole:
+            whole = self._tracks[0].whole()
+            return whole, whole if is_prompt else self._tracks[0].snapshot()
+        if is_prompt:
             return (self._tracks[0].snapshot(),) * len(self._tracks)
         return tuple(track.snapshot() for track in self._tracks)
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 STEPS_A_CHUNK = 3.0
-"""A chunk of a prompt may take this many step times while rows run; where more rows wait than run, as many times more."""
+"""A chunk of prompts may take this many step times while rows run; where more rows wait than run, as many more."""
 SMALLEST_CHUNK = 8
 """Tokens; a prompt gets on whatever a step costs."""
 FREE_PADDING = 1024

@@ -5,16 +5,14 @@ from typing import Any, cast
 
 from treadle.errors import OptionError, TreadleError, unknown_name
 from treadle.generate import Engine
-from treadle.options import read_options
 from treadle.params import RoutingParams
+from treadle.requested import requested, too_large
 from treadle.server.bodies import Json, shown
 from treadle.server.failures import Failure, Problems
 from treadle.server.keys import Caller
 from treadle.server.routers import Routers
 
 AUTO, BASE = "auto", "base"
-LARGEST_WEIGHT = 100.0
-"""Of an adapter; larger ones make activations overflow."""
 
 
 @dataclass(frozen=True)
@@ -97,26 +95,10 @@ class Targets:
     def _params(self, options: Json, problems: Problems) -> RoutingParams:
         """Return the bundle's routing with a request's options over it."""
         default = self.engine.router.params
-        if options.get("fixed") is not None:
-            options = {"rule": "fixed", **options}  # nobody would give both
-        elif default.fixed is not None and options.get("rule", "fixed") != "fixed":
-            options = {"fixed": None, **options}
         try:
-            params = read_options(RoutingParams, options, onto=default)
-            problems += [("treadle", problem) for problem in _too_large(params)]
+            params = requested(default, options)
+            problems += [("treadle", f"treadle.{problem}") for problem in too_large(params)]
             return params
         except OptionError as error:
             problems.append(("treadle", f"treadle: {error}; got {shown(options)}"))
             return default
-
-
-def _too_large(params: RoutingParams) -> list[str]:
-    """Return the values that a request may not give, because they would overflow in the arithmetic of its row."""
-    limits = {"boost": 1e3, "temperature": 1e6, "every": 1e6, "window": 1e6, "recent": 1e6, "top_k": 1e6}
-    given = {name: getattr(params, name) for name in limits}
-    given |= {f"fixed.{name}": weight for name, weight in (params.fixed or {}).items()}
-    return [
-        f"treadle.{name}: got {value}; allowed: at most {limits.get(name, LARGEST_WEIGHT):g}"
-        for name, value in given.items()
-        if value is not None and value > limits.get(name, LARGEST_WEIGHT)
-    ]

@@ -1,0 +1,36 @@
+"""The routing that a request asks for: its options over the bundle's default, the same in every server."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from treadle.options import read_options
+from treadle.params import RoutingParams
+
+LARGEST_WEIGHT = 100.0
+"""Of an adapter; larger ones make activations overflow."""
+
+
+def requested(default: RoutingParams, options: Mapping[str, Any]) -> RoutingParams:
+    """Return `default` with a request's options over it; `fixed` alone implies its rule.
+
+    Raises:
+        OptionError: an option does not exist, cannot be read, or does not fit the others.
+    """
+    given = dict(options)
+    if given.get("fixed") is not None:
+        given = {"rule": "fixed", **given}  # nobody would give both
+    elif default.fixed is not None and given.get("rule", "fixed") != "fixed":
+        given = {"fixed": None, **given}
+    return read_options(RoutingParams, given, onto=default)
+
+
+def too_large(params: RoutingParams) -> list[str]:
+    """Return the values that a request may not give, because they would overflow in the arithmetic of its row."""
+    limits = {"boost": 1e3, "temperature": 1e6, "every": 1e6, "window": 1e6, "recent": 1e6, "top_k": 1e6}
+    given = {name: getattr(params, name) for name in limits}
+    given |= {f"fixed.{name}": weight for name, weight in (params.fixed or {}).items()}
+    return [
+        f"{name}: got {value}; allowed: at most {limits.get(name, LARGEST_WEIGHT):g}"
+        for name, value in given.items()
+        if value is not None and value > limits.get(name, LARGEST_WEIGHT)
+    ]

@@ -1,0 +1,44 @@
+"""What requests ask for, read in the API server's process: before anything reaches the engine."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from treadle.vllm_plugin.mixture import AUTO, Mixture, open_bundle
+from treadle.vllm_plugin.params import PluginParams
+
+
+class Asked:
+    """Checks the options of requests against the adapters that the server has."""
+
+    def __init__(self, params: PluginParams, base: str, mixture: Mixture) -> None:
+        self.params = params
+        self.base = base
+        self.mixture = mixture
+
+    @classmethod
+    def of(cls, processor: Any) -> "Asked | None":
+        """Return that of one of vLLM's input processors, made with its first request; None = there is no bundle."""
+        if not hasattr(processor, "treadle"):
+            from treadle.vllm_plugin.hooks import blending, params_of
+
+            params = params_of(processor.vllm_config)
+            blending += [params.bundle] if params else []
+            processor.treadle = None if params is None else cls.open(params)
+        return processor.treadle
+
+    @classmethod
+    def open(cls, params: PluginParams) -> "Asked":
+        """Read the bundle."""
+        bundle, mixture = open_bundle(params)
+        return cls(params, bundle.base_model, mixture)
+
+    def choice(self, given: Any, named: str | None) -> Any:
+        """Return what the engine shall read: a request's own options, else the model's name where it says something.
+
+        Raises:
+            OptionError: they cannot be read, or these adapters do not allow them; lists every problem.
+        """
+        if given is None and named in self.mixture.choices():
+            given = named
+        self.mixture.read_request(given)
+        return dict(given) if isinstance(given, Mapping) else AUTO if given is None else given

@@ -1,0 +1,192 @@
+"""Routes beside vLLM's own: what a text's weights are, and adapters that come and go.
+
+vLLM loads them where `VLLM_PLUGINS` names treadle. They lie below /v1, where vLLM's `--api-key` guards. A response of
+vLLM's has no place for weights; but they are a function of options and token ids, both of which the client has
+(`"return_token_ids": true`), so that `/v1/treadle/route` gives exactly those under which an answer was made.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.models import load_tokenizer
+from treadle.text import prompt_ids
+from treadle.vllm_plugin.asked import Asked
+from treadle.vllm_plugin.mixture import read_newcomer, with_adapter, without_adapter
+from treadle.vllm_plugin.params import KEY
+from treadle.vllm_plugin.schedule import Schedule
+
+ROUTE_KEYS = ("prompt", "messages", "token_ids", KEY)
+MAX_TOKENS = 1 << 20
+
+
+class Endpoints:
+    """The endpoint plugin, as `vllm.plugins.endpoint_plugins.interface` describes it."""
+
+    name = KEY
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes to vLLM's app."""
+        app.add_route("/v1/treadle/route", _answering(route), methods=["POST"])
+        app.add_route("/v1/treadle/adapters", _answering(adapters), methods=["GET", "POST"])
+        app.add_route("/v1/treadle/adapters/{name}", _answering(remove), methods=["DELETE"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Read the bundle; without one the routes answer 404."""
+        asked = Asked.of(engine_client.input_processor)
+        if asked is not None:
+            state.treadle = State(engine_client, asked)
+
+
+class State:
+    """What the routes share."""
+
+    def __init__(self, engine_client: Any, asked: Asked) -> None:
+        self.client = engine_client
+        self.asked = asked
+        self.tokenizer = load_tokenizer(engine_client.model_config.tokenizer)
+        self.changing = asyncio.Lock()  # one adapter at a time
+
+    async def call(self, function: str, *arguments: Any) -> dict[str, Any]:
+        """Call a function of every engine's core and return the first answer; an error of any is raised."""
+        answers = await self.client.engine_core.call_utility_all_async(function, *arguments)
+        for answer in answers:
+            if "error" in answer:
+                raise AdapterError(answer["error"])
+        return answers[0]
+
+
+class Refused(Exception):
+    """A request that is refused with a status other than 400."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _answering(handler: Callable[[Request, State], Any]) -> Callable[[Request], Any]:
+    """Return a route whose errors have OpenAI's shape."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            state = getattr(request.app.state, KEY, None)
+            if state is None:
+                raise Refused(404, "this server has no treadle bundle")
+            return JSONResponse(await handler(request, state))
+        except (TreadleError, Refused) as error:
+            status = error.status if isinstance(error, Refused) else 400
+            kind = {404: "NotFoundError", 403: "ForbiddenError"}.get(status, "BadRequestError")
+            return JSONResponse({"error": {"message": str(error), "type": kind, "param": None, "code": status}}, status)
+
+    return answer
+
+
+async def route(request: Request, state: State) -> dict[str, Any]:
+    """Return the weights (T, N) of every token of a prompt and, where given, of what was generated after it."""
+    body = await _body(request)
+    if unknown := [unknown_name("field", name, ROUTE_KEYS) for name in body if name not in ROUTE_KEYS]:
+        raise OptionError(problem_list("route:", unknown))
+    if ("prompt" in body) == ("messages" in body):
+        raise OptionError("route: give one of prompt (a text or token ids) and messages")
+    prompt = body.get("prompt", body.get("messages"))
+    return await asyncio.to_thread(_route, state, prompt, body.get("token_ids") or [], body.get(KEY))
+
+
+def _route(state: State, prompt: Any, generated: Any, given: Any) -> dict[str, Any]:
+    ids = list(prompt) if _are_ids(prompt) else prompt_ids(state.tokenizer, _checked_prompt(prompt))
+    if not _are_ids(generated) and generated != []:
+        raise OptionError("route: token_ids must be a list of token ids")
+    if len(ids) + len(generated) > MAX_TOKENS:
+        raise OptionError(f"route: at most {MAX_TOKENS} tokens")
+    schedule = Schedule(state.asked.mixture, state.tokenizer)
+    stream = schedule.open(given, len(ids))
+    whole = [*ids, *generated]
+    schedule.decide([(stream, whole, len(whole))])
+    return {
+        "adapters": list(stream.mixture.names),
+        "prompt_tokens": len(ids),
+        "weights": stream.weights(0, len(whole)).tolist(),
+    }
+
+
+def _checked_prompt(prompt: Any) -> Any:
+    if isinstance(prompt, str):
+        return prompt
+    messages = cast(Sequence[Any], prompt) if isinstance(prompt, list) else []
+    if not messages or not all(isinstance(each, Mapping) and isinstance(each.get("content"), str) for each in messages):  # type: ignore[union-attr]
+        raise OptionError("route: prompt is a text or token ids; messages are objects with role and content")
+    return messages
+
+
+def _are_ids(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(each) is int and each >= 0 for each in cast(list[Any], value))
+
+
+async def adapters(request: Request, state: State) -> dict[str, Any]:
+    """GET: the adapters and what the router has done. POST {"name", "path", "samples"}: one more."""
+    if request.method == "GET":
+        return await state.call("treadle_adapters")
+    body = await _body(request)
+    allowed = ("name", "path", "samples")
+    if unknown := [unknown_name("field", name, allowed) for name in body if name not in allowed]:
+        raise OptionError(problem_list("adapters:", unknown))
+    name, samples = body.get("name"), body.get("samples")
+    path = _inside(state, body.get("path"))
+    is_list = isinstance(samples, list) and all(isinstance(each, str) for each in cast(list[Any], samples))
+    if not isinstance(name, str) or not name or not (samples is None or is_list):
+        raise OptionError("adapters: name is a text, samples are a list of texts")
+    async with state.changing:
+        mixture, params = state.asked.mixture, state.asked.params
+        newcomer = await asyncio.to_thread(read_newcomer, mixture, params, state.asked.base, name, path, samples)
+        answer = await state.call("treadle_add_adapter", name, path, samples)
+        state.asked.mixture = with_adapter(mixture, newcomer, answer["adapters"][name])
+    return answer
+
+
+async def remove(request: Request, state: State) -> dict[str, Any]:
+    """DELETE: take an adapter out of the requests that begin from now on."""
+    name = str(request.path_params["name"])
+    _admin_folder(state)
+    async with state.changing:
+        if name not in state.asked.mixture.names:
+            raise Refused(404, unknown_name("adapter", name, state.asked.mixture.names))
+        changed = without_adapter(state.asked.mixture, name)
+        answer = await state.call("treadle_remove_adapter", name)
+        state.asked.mixture = changed
+    return answer
+
+
+def _admin_folder(state: State) -> Path:
+    folder = state.asked.params.adapter_dir
+    if folder is None:
+        raise Refused(403, "adapters cannot come and go here: start the server with max_adapters and adapter_dir")
+    return Path(folder).expanduser().resolve()
+
+
+def _inside(state: State, path: Any) -> str:
+    """Return an adapter's folder, which must lie below `adapter_dir`."""
+    folder = _admin_folder(state)
+    if not isinstance(path, str) or "\0" in path:
+        raise OptionError("adapters: path is a folder below adapter_dir")
+    found = (folder / path).resolve()
+    if not found.is_relative_to(folder) or not found.is_dir():
+        raise OptionError(f"adapters: {path!r} is no folder below adapter_dir")
+    return str(found)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError as error:
+        raise OptionError(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise OptionError("the body is not an object")
+    return cast(dict[str, Any], body)

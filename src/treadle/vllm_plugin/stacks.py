@@ -1,0 +1,295 @@
+"""The rank-stacked factors beside vLLM's linear layers, and the gates that all of them share.
+
+A layer makes one product with A, gates it, and adds one product with B: no matter how many adapters there are. The
+gates lie in tensors whose addresses never change, one row a token of the step, so that compiled code and captured CUDA
+graphs read new weights without being made again. Nothing here imports vLLM: a layer is described by a `Place`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from treadle.adapters import Adapter, LoraPair
+from treadle.centroids import Floats
+from treadle.errors import AdapterError, problem_list
+from treadle.layers import Gates
+from treadle.vllm_plugin.mixture import largest_rank, main_scale
+
+Product = Callable[[Tensor], Tensor]
+"""x (T, in) -> x W^T (T, out), for a W that is packed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear layer of the checkpoint inside a fused one (q of q, k, v), as this process holds it.
+
+    Attributes:
+        path: as PEFT's files call it.
+        shape: (in, out) in the checkpoint.
+        columns: of the input that this process reads; a row-parallel layer's shard.
+        rows: of the output that this process makes; a column-parallel layer's shard.
+        start: the first of these rows in the fused layer's output.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    columns: slice
+    rows: slice
+    start: int
+
+    @property
+    def size(self) -> int:
+        """The number of rows that this process makes."""
+        return self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear layer of vLLM's: its parts, and the size of its input and output in this process."""
+
+    parts: tuple[Part, ...]
+    size_in: int
+    size_out: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one product with B covers: rows of the stack, columns of the fused layer's output."""
+
+    rows: slice
+    columns: slice
+
+    @property
+    def size(self) -> int:
+        """The number of entries of its B."""
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+
+
+MOST_ZEROS = 256 << 10
+"""Bytes of zeros that a product for q, k and v together may read; beyond, one product each is cheaper."""
+
+
+class GateBoard(nn.Module):
+    """The gates of the tokens of a step, (T, R) for each layout of ranks, at addresses that never change."""
+
+    def __init__(
+        self, num_tokens: int, num_slots: int, num_gates: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.num_tokens, self.num_slots, self.num_gates = num_tokens, num_slots, num_gates
+        self.device, self.dtype = device, dtype
+        self._layouts: dict[tuple[int, ...], int] = {}
+
+    def layout(self, owners: tuple[int, ...]) -> int:
+        """Return the number of the layout whose columns belong to these slots, (R,)."""
+        if owners not in self._layouts:
+            index = self._layouts[owners] = len(self._layouts)
+            self.register_buffer(f"owners_{index}", torch.tensor(owners, device=self.device), persistent=False)
+            shape = (self.num_gates, self.num_tokens, len(owners))
+            gates = torch.zeros(shape, device=self.device, dtype=self.dtype)
+            self.register_buffer(f"gates_{index}", gates, persistent=False)
+        return self._layouts[owners]
+
+    def gates(self, layout: int) -> Tensor:
+        """Return the gates (G, tokens at most, R) of a layout."""
+        return self.get_buffer(f"gates_{layout}")
+
+    @torch.inference_mode()
+    def fill(self, rows: Floats, counts: Sequence[int]) -> None:
+        """Set the gates of a step's tokens, from its runs.
+
+        Args:
+            rows: (S, G, slots), the gates of each run.
+            counts: how many tokens each run has.
+        """
+        total = sum(counts)
+        if total > self.num_tokens:
+            raise RuntimeError(f"a step of {total} tokens; there are gates for {self.num_tokens}")
+        step = torch.from_numpy(np.repeat(rows, counts, 0) if total != len(rows) else rows)  # (T, G, slots)
+        if self.device.type == "cuda":
+            step = step.pin_memory()  # a fresh one each step: the copy of the step before may still be running
+        step = step.to(self.device, non_blocking=True).transpose(0, 1).to(self.dtype)  # (G, T, slots)
+        for layout in range(len(self._layouts)):
+            chosen = step.index_select(2, self.get_buffer(f"owners_{layout}"))
+            self.gates(layout)[:, :total].copy_(chosen)  # (G, T, R)
+
+
+class Stack(nn.Module):
+    """The factors of all adapters beside one linear layer of vLLM's."""
+
+    a: Tensor
+    gates: Tensor
+
+    def __init__(self, place: Place, board: GateBoard, ranks: Sequence[Mapping[int, int]]) -> None:
+        """Make room, filled with zeros.
+
+        Args:
+            place: the layer.
+            board: has the gates.
+            ranks: of each part: slot -> how many ranks it has room for.
+        """
+        super().__init__()
+        self.place = place
+        self._shrink: Product | None = None
+        self._expand: list[Product] = []
+        self._room: dict[tuple[int, int], slice] = {}  # (part, slot) -> rows of the stack
+        owners: list[int] = []
+        edges = [0]
+        for index, each in enumerate(ranks):
+            for slot, rank in each.items():
+                self._room[index, slot] = slice(len(owners), len(owners) + rank)
+                owners += [slot] * rank
+            edges.append(len(owners))
+        self._spans = [slice(start, end) for start, end in pairwise(edges)]  # rows of each part
+        self._blocks = [len(each) for each in ranks]
+        self.register_buffer("gates", board.gates(board.layout(tuple(owners))), persistent=False)  # the board's own
+        self.register_buffer("a", self._zeros(board, len(owners), place.size_in), persistent=False)  # (R, in)
+        self._groups = self._grouped(board.dtype.itemsize)
+        for index, group in enumerate(self._groups):
+            rows, columns = group.rows.stop - group.rows.start, group.columns.stop - group.columns.start
+            self.register_buffer(f"b_t_{index}", self._zeros(board, rows, columns), persistent=False)
+
+    @staticmethod
+    def _zeros(board: GateBoard, rows: int, columns: int) -> Tensor:
+        return torch.zeros(rows, columns, device=board.device, dtype=board.dtype)
+
+    def _grouped(self, itemsize: int) -> list["Group"]:
+        """Return what gets a product with B of its own: all parts together, unless too many zeros would be read."""
+        parts = [
+            Group(span, slice(part.start, part.start + part.size))
+            for span, part in zip(self._spans, self.place.parts, strict=True)
+            if span.stop > span.start
+        ]
+        if not parts:
+            return []
+        whole = Group(slice(0, parts[-1].rows.stop), slice(parts[0].columns.start, parts[-1].columns.stop))
+        zeros = whole.size - sum(part.size for part in parts)
+        return parts if zeros * itemsize > MOST_ZEROS else [whole]
+
+    def has_room(self, part: int) -> bool:
+        """Return whether adapters can have factors for a part, by its number."""
+        return self._blocks[part] > 0
+
+    @torch.inference_mode()
+    def put(self, slot: int, adapter: Adapter) -> None:
+        """Copy an adapter's factors into a slot, in place; what was there is gone."""
+        main = main_scale(adapter)
+        for index, part in enumerate(self.place.parts):
+            room = self._room.get((index, slot))
+            if room is None:
+                continue
+            self.a[room].zero_()
+            b_t = self._expansion(room, part)  # (room, out)
+            b_t.zero_()
+            pair = adapter.pairs.get(part.path)
+            if pair is not None:
+                self.a[room.start : room.start + pair.rank].copy_(pair.a[:, part.columns].float() * (pair.scale / main))
+                b_t[: pair.rank].copy_(pair.b[part.rows].float().t())
+
+    def _expansion(self, room: slice, part: Part) -> Tensor:
+        """Return the piece of B, transposed, of some rows of the stack and one part: a view."""
+        index = next(i for i, group in enumerate(self._groups) if group.rows.start <= room.start < group.rows.stop)
+        rows, columns = self._groups[index].rows.start, self._groups[index].columns.start
+        b_t = self.get_buffer(f"b_t_{index}")
+        return b_t[room.start - rows : room.stop - rows, part.start - columns : part.start - columns + part.size]
+
+    def pack(self, make: Callable[[Tensor], Product]) -> None:
+        """Make all products by functions of packed weights from now on; adapters can no longer be put in."""
+        self._shrink = make(self.a)
+        self._expand = [make(self.get_buffer(f"b_t_{i}").t().contiguous()) for i in range(len(self._groups))]
+
+    def update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y (T, out) with the gated update of x (T, in) added in place."""
+        if self._shrink is not None:
+            h = self._gated(self._shrink(x))
+            for group, expand in zip(self._groups, self._expand, strict=True):
+                y[:, group.columns].add_(expand(h[:, group.rows].contiguous()))
+            return y
+        h = self._gated(functional.linear(x.to(self.a.dtype), self.a))
+        for index, group in enumerate(self._groups):
+            rows, b_t = h[:, group.rows], getattr(self, f"b_t_{index}")
+            piece = y[:, group.columns]
+            piece.addmm_(rows, b_t) if y.dtype == h.dtype else piece.add_(rows @ b_t)
+        return y
+
+    def _gated(self, h: Tensor) -> Tensor:
+        """Return h (T, R) times the gates of its tokens."""
+        gates = self.gates[:, : h.shape[0]]  # (G, T, R)
+        return h * gates[0] if gates.shape[0] == 1 else self._crossed(h, gates)
+
+    def _crossed(self, h: Tensor, gates: Tensor) -> Tensor:
+        """Return h (T, R) gated part by part: `linear` and `paper` mix the adapters of one part only."""
+        each = [
+            Gates(gates[0][:, span], gates[1][:, span], gates[2][:, span], blocks).apply(h[:, span])
+            for span, blocks in zip(self._spans, self._blocks, strict=True)
+            if blocks
+        ]
+        return torch.cat(each, 1)
+
+
+class Stacks:
+    """All stacks of one model in one process."""
+
+    def __init__(self, board: GateBoard, stacks: Mapping[str, Stack], num_layers: int) -> None:
+        self.board = board
+        self.stacks = dict(stacks)
+        self.num_layers = num_layers
+
+    def put(self, slot: int, adapter: Adapter) -> None:
+        """Copy an adapter into a slot of every layer."""
+        for stack in self.stacks.values():
+            stack.put(slot, adapter)
+
+    def num_bytes(self) -> int:
+        """Return the size of all factors and gates in bytes."""
+        modules: list[nn.Module] = [self.board, *self.stacks.values()]
+        return sum(buffer.nbytes for module in modules for buffer in module.buffers())
+
+
+def room_for(place: Place, adapters: Sequence[Adapter]) -> list[dict[int, int]]:
+    """Return the ranks of each part's slots where the adapters are fixed: as many as each has there."""
+    return [
+        {slot: adapter.pairs[part.path].rank for slot, adapter in enumerate(adapters) if part.path in adapter.pairs}
+        for part in place.parts
+    ]
+
+
+def equal_room(place: Place, targets: frozenset[str], num_slots: int, rank: int) -> list[dict[int, int]]:
+    """Return the ranks of each part's slots where adapters come and go: the same for all, in the targeted modules."""
+    each = dict.fromkeys(range(num_slots), rank)
+    return [each if part.path.rpartition(".")[2] in targets else {} for part in place.parts]
+
+
+def largest_room(adapters: Sequence[Adapter]) -> int:
+    """Return the largest rank of any adapter."""
+    return max(largest_rank(adapter) for adapter in adapters)
+
+
+def held_here(adapter: Adapter, absent: Sequence[str]) -> dict[str, LoraPair]:
+    """Return the factors for the modules that this pipeline stage holds; `absent` are prefixes of those of others."""
+    return {
+        path: pair for path, pair in adapter.pairs.items() if not path.startswith(tuple(f"{each}." for each in absent))
+    }
+
+
+def check_targets(adapter: Adapter, stacks: Stacks) -> None:
+    """Raise an AdapterError where an adapter that joins has factors for modules that have no room."""
+    parts = {
+        part.path: part.shape
+        for stack in stacks.stacks.values()
+        for index, part in enumerate(stack.place.parts)
+        if stack.has_room(index)
+    }
+    problems = [f"{path}: there is no room for it" for path in adapter.pairs if path not in parts]
+    problems += [
+        f"{path} is {parts[path]} (in, out), the factors are {(pair.a.shape[1], pair.b.shape[0])}"
+        for path, pair in adapter.pairs.items()
+        if path in parts and parts[path] != (pair.a.shape[1], pair.b.shape[0])
+    ]
+    if problems:
+        raise AdapterError(problem_list(f"adapter {adapter.name!r} does not fit:", problems))

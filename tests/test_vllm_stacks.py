@@ -1,0 +1,169 @@
+"""The stacked factors of a fused layer, whole or sharded, against the sum adapter by adapter."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from treadle.adapters import Adapter, read_adapter
+from treadle.blend import attach
+from treadle.vllm_plugin import stacks
+from treadle.vllm_plugin.attach import plain_update
+from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Stack, equal_room, room_for
+
+from conftest import save_adapter, tiny_llama
+
+LAYER = "model.layers.0.self_attn"
+NAMES = ("q_proj", "k_proj", "v_proj")
+SIZES = (32, 16, 16)  # rows of q, k and v of the tiny model
+
+
+def fused(shards: int = 1, shard: int = 0) -> Place:
+    """q, k and v in one column-parallel layer, as one of some processes holds it."""
+    parts, start = [], 0
+    for name, size in zip(NAMES, SIZES, strict=True):
+        mine = size // shards
+        rows = slice(shard * mine, (shard + 1) * mine)
+        parts.append(Part(f"{LAYER}.{name}", (32, size), slice(0, 32), rows, start))
+        start += mine
+    return Place(tuple(parts), 32, start)
+
+
+def row_parallel(shards: int, shard: int) -> Place:
+    mine = 48 // shards
+    part = Part("model.layers.0.mlp.down_proj", (48, 32), slice(shard * mine, (shard + 1) * mine), slice(0, 32), 0)
+    return Place((part,), mine, 32)
+
+
+def board(num_adapters: int, num_gates: int = 1, num_slots: int | None = None) -> GateBoard:
+    return GateBoard(16, num_slots or num_adapters, num_gates, torch.device("cpu"), torch.float32)
+
+
+def update(place: Place, adapters: list[Adapter], weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    gates = board(len(adapters))
+    stack = Stack(place, gates, room_for(place, adapters))
+    for slot, adapter in enumerate(adapters):
+        stack.put(slot, adapter)
+    scales = [next(iter(adapter.pairs.values())).scale for adapter in adapters]
+    gates.fill((weights * torch.tensor(scales)).numpy()[:, None], [1] * len(weights))
+    return stack.update(torch.zeros(len(x), place.size_out), x)
+
+
+@pytest.fixture(params=[0, 1 << 30], ids=["a product a part", "one product"], autouse=True)
+def _products(request, monkeypatch) -> None:
+    monkeypatch.setattr(stacks, "MOST_ZEROS", request.param)
+
+
+@pytest.fixture(scope="module")
+def adapters(adapter_folders: dict[str, Path]) -> list[Adapter]:
+    return [read_adapter(folder, name) for name, folder in adapter_folders.items()]
+
+
+def test_a_fused_layer_is_the_sum_over_its_adapters(adapters: list[Adapter]) -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(5, 32), torch.rand(5, 3)
+    made = update(fused(), adapters, weights, x)
+    torch.testing.assert_close(made, plain_update(fused(), adapters, weights, x).float())
+    assert not torch.allclose(made, plain_update(fused(), adapters, weights.roll(1, 1), x).float())
+
+
+def test_shards_of_rows_join_to_the_whole(adapters: list[Adapter]) -> None:
+    x, weights = torch.randn(5, 32), torch.rand(5, 3)
+    whole = update(fused(), adapters, weights, x).split(SIZES, 1)
+    halves = [update(fused(2, shard), adapters, weights, x).split([s // 2 for s in SIZES], 1) for shard in (0, 1)]
+    for part in range(3):
+        torch.testing.assert_close(torch.cat([halves[0][part], halves[1][part]], 1), whole[part])
+
+
+def test_shards_of_columns_add_up_to_the_whole(adapters: list[Adapter]) -> None:
+    x, weights = torch.randn(5, 48), torch.rand(5, 3)
+    whole = update(row_parallel(1, 0), adapters, weights, x)
+    halves = [
+        update(row_parallel(2, shard), adapters, weights, x[:, shard * 24 : (shard + 1) * 24]) for shard in (0, 1)
+    ]
+    torch.testing.assert_close(halves[0] + halves[1], whole)
+
+
+def test_weights_of_zero_change_nothing(adapters: list[Adapter]) -> None:
+    assert not update(fused(), adapters, torch.zeros(5, 3), torch.randn(5, 32)).any()
+
+
+@pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
+def test_combines_are_those_of_the_embedded_blend(equal_folders: dict[str, Path], combine: str) -> None:
+    adapters = [read_adapter(folder, name) for name, folder in equal_folders.items()]
+    x, weights = torch.randn(1, 4, 32), torch.rand(1, 4, 3)
+    model = tiny_llama()
+    blend = attach(model, adapters, combine)
+    layers = [model.get_submodule(f"{LAYER}.{name}") for name in NAMES]
+    with torch.no_grad():
+        base = torch.cat([layer(x) for layer in layers], -1)[0]
+        with blend.using(weights):
+            expected = torch.cat([layer(x) for layer in layers], -1)[0] - base
+    gates = board(3, 3)
+    stack = Stack(fused(), gates, room_for(fused(), adapters))
+    rows = np.zeros((4, 3, 3), np.float32)
+    scaled = weights[0].numpy() * np.array([next(iter(a.pairs.values())).scale for a in adapters], np.float32)
+    if combine == "sum":
+        rows[:, 0] = scaled
+    else:
+        rows[:, 1:] = np.sqrt(scaled)[:, None] if combine == "linear" else np.stack([scaled, np.ones_like(scaled)], 1)
+    for slot, adapter in enumerate(adapters):
+        stack.put(slot, adapter)
+    gates.fill(rows, [1] * 4)
+    torch.testing.assert_close(stack.update(torch.zeros(4, 64), x[0]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_slot_is_overwritten_in_place(adapters: list[Adapter], tmp_path: Path) -> None:
+    late = read_adapter(save_adapter(tmp_path / "late", seed=7, r=2, target_modules=["k_proj"]))
+    gates = board(3, num_slots=4)
+    stack = Stack(fused(), gates, equal_room(fused(), frozenset(NAMES), 4, 6))
+    addresses = [each.data_ptr() for each in stack.buffers()]
+    x = torch.randn(2, 32)
+    for slot, adapter in enumerate(adapters):
+        stack.put(slot, adapter)
+    stack.put(0, late)
+    gates.fill(np.array([[[4.0, 0, 0, 0]]], np.float32), [2])  # its weight 1 times its scale 8 / 2
+    made = stack.update(torch.zeros(2, 64), x)
+    torch.testing.assert_close(made, plain_update(fused(), [late], torch.ones(2, 1), x).float())
+    assert [each.data_ptr() for each in stack.buffers()] == addresses
+
+
+def test_more_tokens_than_there_are_gates_for_are_refused(adapters: list[Adapter]) -> None:
+    with pytest.raises(RuntimeError, match="gates for 16"):
+        board(3).fill(np.zeros((1, 1, 3), np.float32), [17])
+
+
+def test_packed_products_are_the_same(adapters: list[Adapter]) -> None:
+    gates = board(3)
+    stack = Stack(fused(), gates, room_for(fused(), adapters))
+    for slot, adapter in enumerate(adapters):
+        stack.put(slot, adapter)
+    gates.fill(np.array([[[2.0, 1.0, 0.5]]], np.float32), [3])
+    x, y = torch.randn(3, 32), torch.randn(3, 64)
+    plain = stack.update(y.clone(), x)
+    stack.pack(lambda weight: lambda inputs: torch.nn.functional.linear(inputs, weight))
+    torch.testing.assert_close(stack.update(y.clone(), x), plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_graph_reads_new_gates(adapters: list[Adapter]) -> None:
+    device = torch.device("cuda")
+    gates = GateBoard(16, 3, 1, device, torch.float32)
+    stack = Stack(fused(), gates, room_for(fused(), adapters))
+    for slot, adapter in enumerate(adapters):
+        stack.put(slot, adapter)
+    x = torch.randn(4, 32, device=device)
+    base = torch.randn(4, 64, device=device)
+    stack.update(base.clone(), x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = stack.update(base.clone(), x)
+    scales = torch.tensor([next(iter(adapter.pairs.values())).scale for adapter in adapters])
+    for seed in range(3):
+        weights = torch.rand(4, 3, generator=torch.Generator().manual_seed(seed))
+        gates.fill((weights * scales).numpy()[:, None], [1] * 4)
+        graph.replay()
+        expected = base.cpu() + plain_update(fused(), adapters, weights, x).float()
+        torch.testing.assert_close(made.cpu(), expected, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,120 @@
+"""All three combines in one batch, and adapters that come and go in a running engine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import treadle
+from treadle.params import RoutingParams
+
+from conftest import SAMPLES, save_adapter
+from vllm_plugin.engines import ALL, BASE, PROMPTS, agree, reference, serving, small_llama
+
+AUTO = {"score": "centred", "temperature": 0.3, "every": 1, "recent": 8}
+
+
+def test_the_three_combines_in_one_batch(equal: Path) -> None:
+    engine = treadle.load(equal, device="cpu", dtype="float32")
+    routing = [
+        params
+        for combine in ("sum", "linear", "paper")
+        for params in (
+            RoutingParams(**AUTO, combine=combine),
+            RoutingParams(rule="fixed", fixed={"math": 1.0}, every=None, combine=combine),
+            RoutingParams.base(),
+        )
+    ]
+    given = [
+        each
+        for combine in ("sum", "linear", "paper")
+        for each in ({"combine": combine}, {"fixed": {"math": 1.0}, "every": None, "combine": combine}, "base")
+    ]
+    prompts = [PROMPTS[4]] * len(given)
+    expected = reference(engine, prompts, routing)
+    assert len({str(each) for each in expected}) == 6  # one-hot sum = one-hot linear; base three times
+    with serving(equal, treadle={"combines": ["sum", "linear", "paper"]}) as served:
+        assert agree(served.run(prompts, given), expected) == []
+
+
+def test_a_combine_that_the_bundle_cannot_is_refused_at_the_start(small: Path) -> None:
+    from treadle.errors import TreadleError
+
+    with (
+        pytest.raises(TreadleError, match=r"linear.*needs adapters of equal ranks"),
+        serving(small, treadle={"combines": ["linear"]}),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def newcomer(small: Path) -> Path:
+    """An adapter that the bundle does not have."""
+    return save_adapter(small.parent / "late", small_llama(), 9, r=5, lora_alpha=5, target_modules=ALL)
+
+
+def test_adapters_come_and_go(small: Path, newcomer: Path) -> None:
+    core: Any
+    texts = ["sum planet loop", "planet loop sum"]
+    prompts = PROMPTS[3:]
+    engine = treadle.load(small, device="cpu", dtype="float32")
+    before = reference(engine, prompts)
+    engine.add_adapter("late", newcomer, texts)
+    joined, alone = reference(engine, prompts), reference(engine, prompts, RoutingParams.one("late"))
+    engine.remove_adapter("code")
+    left = reference(engine, prompts)
+    assert len({str(each) for each in (before, joined, alone, left)}) == 4
+
+    with serving(small, treadle={"max_adapters": 4, "max_rank": 8}) as served:
+        core = served.core
+        assert agree(served.run(prompts), before) == []
+        answer = core.treadle_add_adapter("late", str(newcomer), texts)
+        assert answer["adapters"] == {"math": 0, "science": 1, "code": 2, "late": 3}
+        # the server's own process learns of it from the endpoint; here, as that does
+        from treadle.vllm_plugin.asked import Asked
+
+        Asked.of(served.llm.llm_engine.input_processor).mixture = core.scheduler.treadle.mixture
+        assert agree(served.run(prompts), joined) == []  # with a warm cache of the set before
+        assert agree(served.run(prompts, "late"), alone) == []
+        assert "slots are taken" in core.treadle_add_adapter("later", str(newcomer), texts)["error"]
+        assert "exists already" in core.treadle_add_adapter("late", str(newcomer), texts)["error"]
+        core.treadle_remove_adapter("code")
+        assert agree(served.run(prompts), left) == []
+        assert "unknown adapter" in core.treadle_remove_adapter("code")["error"]
+        again = core.treadle_add_adapter("again", str(newcomer), texts)
+        assert again["adapters"]["again"] == 2
+
+
+def test_without_room_no_adapter_joins(small: Path, newcomer: Path) -> None:
+    wide = save_adapter(small.parent / "wide", small_llama(), 9, r=9, target_modules=["q_proj"])
+    with serving(small, treadle={"max_adapters": 4, "max_rank": 8}) as served:
+        assert "max_rank is 8" in served.core.treadle_add_adapter("wide", str(wide), SAMPLES["math"])["error"]
+        assert "not a PEFT folder" in served.core.treadle_add_adapter("gone", "/nowhere", SAMPLES["math"])["error"]
+        assert served.core.treadle_adapters()["adapters"] == {"math": 0, "science": 1, "code": 2}
+    with serving(small) as served:
+        assert "are fixed" in served.core.treadle_add_adapter("late", str(newcomer), SAMPLES["math"])["error"]
+
+
+def test_half_precision_follows_the_engine(small: Path) -> None:
+    """In bfloat16 tokens may tie differently; the first token's log-probabilities stay close."""
+    from vllm import SamplingParams
+
+    engine = treadle.load(small, device="cpu", dtype="float32")
+    ids = engine.tokenizer(PROMPTS[4]).input_ids
+    with serving(small, dtype="bfloat16") as served:
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=1, extra_args={"treadle": "science"})
+        (output,) = served.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    with torch.inference_mode(), engine.blend.using(engine.router.fixed_weights(RoutingParams.one("science"))):
+        wanted = engine.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    token = output.outputs[0].token_ids[0]
+    assert output.outputs[0].logprobs[0][token].logprob == pytest.approx(float(wanted[token]), abs=0.1)
+
+
+def test_the_bundle_must_be_of_this_base(small: Path, tmp_path: Path) -> None:
+    from treadle.errors import OptionError
+
+    other = tmp_path / "another-model"
+    other.symlink_to(small.parent / BASE)
+    with pytest.raises(OptionError, match="the bundle's base is"), serving(small, other):
+        pass

@@ -1,0 +1,97 @@
+"""What cannot be done is refused at the start, by name; what a request gets wrong is an error of that request."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treadle.errors import TreadleError
+from treadle.vllm_plugin import hooks
+
+from vllm_plugin.engines import PROMPTS, serving
+
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "lora": ({"enable_lora": True}, "--enable-lora"),
+    "speculative": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "speculative decoding",
+    ),
+    "no bundle": ({"treadle": {"bundle": "/nowhere"}}, "is not a bundle"),
+    "unknown option": ({"treadle": {"max_adaptors": 4}}, "Did you mean 'max_adapters'"),
+    "too few slots": ({"treadle": {"max_adapters": 2}}, "has 3 adapters; max_adapters is 2"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_start_that_is_refused(small: Path, case: str) -> None:
+    options, message = CASES[case]
+    with pytest.raises(TreadleError, match=message), serving(small, **options):
+        pass
+
+
+class Anything:
+    """A configuration in which everything that would be refused is on."""
+
+    def __getattr__(self, name: str) -> Any:
+        return Anything()
+
+    def __gt__(self, other: object) -> bool:
+        return True
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def test_every_refusal_says_what_to_do() -> None:
+    refused = hooks.refusals(Anything())
+    assert len(refused) >= 12
+    assert any("--no-async-scheduling" in each for each in refused)
+
+
+def test_a_version_that_is_unknown_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    monkeypatch.setattr(hooks, "VERSIONS", {"0.31": ""})
+    (problem,) = hooks.version_problems()
+    assert problem.startswith(f"vLLM {hooks.vllm_version()} is unknown")
+
+
+def test_a_place_that_has_moved_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = {
+        "gone": hooks.Place("vllm.v1.core.sched.scheduler:Scheduler.schedul", ("self",)),
+        "changed": hooks.Place("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "budget")),
+        "lost": hooks.Place("vllm.v2.core:Scheduler", ()),
+    }
+    monkeypatch.setattr(hooks, "PLACES", moved)
+    problems = hooks.version_problems()
+    assert len(problems) == 3
+    assert "expected self, budget" in problems[1]
+    start = hooks._start(lambda *_: None, problems)
+    with pytest.raises(TreadleError, match=r"Scheduler\.schedul: "):
+        start(type("Args", (), {"additional_config": {"treadle": "anything"}})())
+    assert start(type("Args", (), {"additional_config": {}})()) is None
+
+
+BAD: list[tuple[Any, str]] = [
+    ("mathh", "Did you mean 'math'"),
+    ({"evry": 2}, "Did you mean 'every'"),
+    ('{"evry', "is not JSON"),
+    ({"math": -1}, "must be finite and not negative"),
+    ({"math": 1e9}, "at most 100"),
+    ({"past": "recompute"}, "past='recompute'"),
+    ({"combine": "paper"}, "was not asked for when the server started"),
+    ({"rule": "boosted", "score": "lda"}, "rule boosted multiplies a cosine"),
+    ({"math": 0.5, "every": 2}, "unknown option 'math'"),
+    ({"fixed": {"maths": 1}}, "unknown adapter 'maths'"),
+    (3, "allowed: auto, base, math"),
+    (["math"], "allowed: auto, base, math"),
+]
+
+
+def test_a_bad_request_is_an_error_of_that_request(small: Path) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    with serving(small) as served:
+        good = served.ids(PROMPTS[:1], max_tokens=4)
+        for given, message in BAD:
+            with pytest.raises(VLLMValidationError, match=message):
+                served.run(PROMPTS[:1], [given])
+        assert served.ids(PROMPTS[:1], max_tokens=4) == good
