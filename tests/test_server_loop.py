@@ -88,7 +88,7 @@ def test_a_chunk_takes_as_long_as_some_steps(engine: Engine) -> None:
     assert case.loop._chunk() == 256  # nobody waits for a step
     case.submit(5)
     case.loop.advance()
-    for step, token, chunk in ((0.1, 0.002, 150), (0.1, 0.0001, 256), (0.01, 0.001, 30), (0.01, 0.1, 8), (0.1, 0.0, 8)):
+    for step, token, chunk in ((0.1, 0.002, 125), (0.1, 0.0001, 256), (0.01, 0.001, 25), (0.01, 0.1, 8), (0.1, 0.0, 8)):
         case.loop._step_seconds, case.loop._token_seconds = step, token
         assert case.loop._chunk() == chunk
 
@@ -99,7 +99,7 @@ def test_a_burst_is_read_together(engine: Engine) -> None:
     case.loop.advance()
     case.submit(5, 5, 5)
     case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
-    assert case.loop._chunk() == 90  # three wait, one runs
+    assert case.loop._chunk() == 75  # three wait, one runs
     case.submit(*[5] * 50)
     assert case.loop._chunk() == 256
 

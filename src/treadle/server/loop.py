@@ -26,7 +26,7 @@ from treadle.server.routers import Routers
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-STEPS_A_CHUNK = 3.0
+STEPS_A_CHUNK = 2.5
 """A chunk of prompts may take this many step times while rows run; where more rows wait than run, as many more."""
 SMALLEST_CHUNK = 8
 """Tokens; a prompt gets on whatever a step costs."""
