@@ -179,10 +179,7 @@ def routed(
     """
     bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     router, params = bundle.router, routing or bundle.router.params
-    if params.past == "recompute":
-        raise OptionError("past='recompute' reads the text again, but transformers keeps the cache: use past='keep'.")
-    if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
-        raise ModelError(f"{type(model).__name__} keeps a recurrent state or has an encoder; routed() needs a decoder.")
+    _check_followed(model, params)
     tokenizer = tokenizer or load_tokenizer(bundle.base_model)
     RunningRow(router, params, tokenizer)  # refuses unknown names and slow tokenizers before anything is attached
     if params.rule != "fixed":
@@ -199,6 +196,14 @@ def routed(
         for hook in hooks:
             hook.remove()
         blend.detach()
+
+
+def _check_followed(model: "PreTrainedModel", params: RoutingParams) -> None:
+    """Raise an error if the text of the model's calls cannot be followed under these params."""
+    if params.past == "recompute":
+        raise OptionError("past='recompute' reads the text again, but transformers keeps the cache: use past='keep'.")
+    if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__} keeps a recurrent state or has an encoder; routed() needs a decoder.")
 
 
 def _marks(cache: Cache) -> Tensor | None:

@@ -78,13 +78,17 @@ def train_adapter(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     if trainer.is_world_process_zero():
         _save(trainer.model, base, output)
-        losses = [json.dumps(entry) + "\n" for entry in trainer.state.log_history if "loss" in entry]
-        (output / "losses.jsonl").write_text("".join(losses), "utf-8")
+        _save_losses(trainer.state.log_history, output)
         if loaded is not None:
             training = {"base": base, "examples": len(examples), **asdict(params)}
             save_centroid(output, loaded.encode(sample_texts(examples)), loaded, str(embedder), training)
         _clean(output)
     return output
+
+
+def _save_losses(history: Sequence[dict[str, Any]], output: Path) -> None:
+    losses = [json.dumps(entry) + "\n" for entry in history if "loss" in entry]
+    (output / "losses.jsonl").write_text("".join(losses), "utf-8")
 
 
 def _clean(output: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from treadle.errors import TreadleError
-from treadle.vllm_plugin import hooks
+from treadle.vllm_plugin import hooks, places
+from treadle.vllm_plugin.refusals import refusals
 
 from vllm_plugin.engines import PROMPTS, serving
 
@@ -43,25 +44,25 @@ class Anything:
 
 
 def test_every_refusal_says_what_to_do() -> None:
-    refused = hooks.refusals(Anything())
+    refused = refusals(Anything())
     assert len(refused) >= 12
     assert any("--no-async-scheduling" in each for each in refused)
 
 
 def test_a_version_that_is_unknown_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
-    monkeypatch.setattr(hooks, "VERSIONS", {"0.31": ""})
-    (problem,) = hooks.version_problems()
-    assert problem.startswith(f"vLLM {hooks.vllm_version()} is unknown")
+    monkeypatch.setattr(places, "VERSIONS", {"0.31": ""})
+    (problem,) = places.version_problems()
+    assert problem.startswith(f"vLLM {places.vllm_version()} is unknown")
 
 
 def test_a_place_that_has_moved_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = {
-        "gone": hooks.Place("vllm.v1.core.sched.scheduler:Scheduler.schedul", ("self",)),
-        "changed": hooks.Place("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "budget")),
-        "lost": hooks.Place("vllm.v2.core:Scheduler", ()),
+        "gone": places.Place("vllm.v1.core.sched.scheduler:Scheduler.schedul", ("self",)),
+        "changed": places.Place("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "budget")),
+        "lost": places.Place("vllm.v2.core:Scheduler", ()),
     }
-    monkeypatch.setattr(hooks, "PLACES", moved)
-    problems = hooks.version_problems()
+    monkeypatch.setattr(places, "PLACES", moved)
+    problems = places.version_problems()
     assert len(problems) == 3
     assert "expected self, budget" in problems[1]
     start = hooks._start(lambda *_: None, problems)

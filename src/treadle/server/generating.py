@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from treadle.errors import TreadleError
 from treadle.server.answers import Answer, event_line
 from treadle.server.bodies import BodyKind, ChatBody, CompletionBody, Json, read_body
 from treadle.server.failures import Failure, failure_of, refusal
@@ -102,7 +103,7 @@ class Run:
         """Queue the job and wait until the engine has accepted it; raise a Failure where it does not."""
         try:
             self._state.scheduler.submit(self._job)
-        except Exception as error:
+        except TreadleError as error:
             raise failure_of(error) from error
         while not isinstance(await self._next(), Started):
             pass

