@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from urllib.parse import urlsplit
 
-import httpx
 import psutil
 import torch
 
@@ -33,8 +33,9 @@ from treadle.params import SamplingParams
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 PROMPT = "Question: A farmer has {} fields with 12 rows of corn each. How many rows are there?\n\nAnswer:"
+COUNTING = "The farmer counted the {} fields of his land, and then he counted on: 1, 2, 3, 4, 5, 6,"
+"""A prompt whose answer seldom ends before it must: the streams stay as many as they are."""
 TOPIC = "The planet is heated by its sun and cools at night. "
-TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True)
@@ -93,39 +94,39 @@ def serving(bundle: Path, *flags: object) -> Generator[tuple[str, psutil.Process
             drain.wait()
 
 
-async def stream(client: httpx.AsyncClient, url: str, prompt: str | list[int], tokens: int, **more: int) -> Stream:
+async def stream(url: str, prompt: str | list[int], tokens: int, **more: int) -> Stream:
+    """Ask for one stream, over a bare socket: an HTTP client's work for 32 streams would slow the server."""
+    address = urlsplit(url)
     body = {"model": "auto", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, **more}
+    data = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(data)}\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + data)
+    answer = b""
     times: list[float] = []
-    count = 0
-    async with client.stream(
-        "POST", f"{url}/v1/completions", json={**body, "stream_options": {"include_usage": True}}
-    ) as r:
-        r.raise_for_status()
-        async for line in r.aiter_lines():
-            if line.startswith("data: {"):
-                times.append(time.perf_counter())
-                if '"choices":[]' in line:
-                    count = json.loads(line[6:])["usage"]["completion_tokens"]
-    return Stream(times[:-1], count)
-
-
-def new_client(connections: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=connections))
+    try:
+        while piece := await reader.read(1 << 16):
+            answer += piece
+            times += [time.perf_counter()] * piece.count(b"data: {")  # the server sends an event in one piece
+    finally:
+        writer.close()
+    if not answer.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in answer:
+        raise SystemExit(f"the server answered {answer[:500]!r}")
+    return Stream(times[:-1], int(answer.rpartition(b'"completion_tokens":')[2].partition(b",")[0]))
 
 
 async def streams(url: str, prompts: list[str], tokens: int, **more: int) -> list[Stream]:
-    async with new_client(len(prompts)) as client:
-        return await asyncio.gather(*(stream(client, url, prompt, tokens, **more) for prompt in prompts))
+    return await asyncio.gather(*(stream(url, prompt, tokens, **more) for prompt in prompts))
 
 
 def throughput(engine: Engine, url: str, options: argparse.Namespace) -> None:
     """Print both rates; the prompts of a round are new, so that no cached prefix helps."""
-    asyncio.run(streams(url, [PROMPT.format("some")], 8))
-    engine.generate(PROMPT.format("some"), sampling=SamplingParams(max_tokens=8))
-    rows: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    asyncio.run(streams(url, [COUNTING.format("many")], 8))
+    engine.generate(COUNTING.format("many"), sampling=SamplingParams(max_tokens=8))
+    rows: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
     for number in range(options.rounds):
         for count in (options.streams, 1):
-            prompts = [PROMPT.format(1 + index + 1000 * number + 100 * (count == 1)) for index in range(count)]
+            prompts = [COUNTING.format(1 + index + 1000 * number + 100 * (count == 1)) for index in range(count)]
             started = time.perf_counter()
             done = engine.generate(prompts, sampling=SamplingParams(max_tokens=options.tokens))
             note(
@@ -134,19 +135,20 @@ def throughput(engine: Engine, url: str, options: argparse.Namespace) -> None:
             started = time.perf_counter()
             answers = asyncio.run(streams(url, prompts, options.tokens))
             note(rows, ("server", count), time.perf_counter() - started, [each.tokens for each in answers])
-    print("| sequences | arm | tokens/s | ms a token of a sequence | against the engine |\n|---|---|---|---|---|")
+    print("| sequences | arm | tokens | tokens/s | ms a token of a sequence | against the engine |")
+    print("|---|---|---|---|---|---|")
     for count in (options.streams, 1):
-        base_rate, base_step = (median(values) for values in zip(*rows["Engine.generate", count], strict=True))
+        base_rate, base_step, _ = (median(values) for values in zip(*rows["Engine.generate", count], strict=True))
         for arm in ("Engine.generate", "server"):
-            rate, step = (median(values) for values in zip(*rows[arm, count], strict=True))
+            rate, step, made = (median(values) for values in zip(*rows[arm, count], strict=True))
             added = f"{rate / base_rate:.3f}, {1000 * (step - base_step):+.2f} ms a token"
-            print(f"| {count} | {arm} | {rate:.1f} | {1000 * step:.2f} | {added} |")
+            print(f"| {count} | {arm} | {made} | {rate:.1f} | {1000 * step:.2f} | {added} |")
     print()
 
 
 def note(rows: dict, key: tuple[str, int], seconds: float, tokens: list[int]) -> None:
-    """Keep tokens per second of all sequences, and seconds a token of the longest."""
-    rows.setdefault(key, []).append((sum(tokens) / seconds, seconds / max(tokens)))
+    """Keep tokens per second of all sequences, seconds a token of the longest, and how many tokens."""
+    rows.setdefault(key, []).append((sum(tokens) / seconds, seconds / max(tokens), sum(tokens)))
 
 
 async def gap(engine: Engine, url: str, running: int, options: argparse.Namespace) -> None:
@@ -157,14 +159,13 @@ async def gap(engine: Engine, url: str, running: int, options: argparse.Namespac
     quiet = await streams(url, prompts, options.tokens, **each_token)
     steps = [each for one in quiet for each in one.gaps()]
     step = median(steps)
-    async with new_client(running + 1) as client:
-        asked = [stream(client, url, "Again: " + prompt, 8 * options.tokens, **each_token) for prompt in prompts]
-        going = [asyncio.ensure_future(each) for each in asked]
-        await asyncio.sleep(20 * step)
-        started = time.perf_counter()
-        late = await stream(client, url, ids, 1, **each_token)
-        until = time.perf_counter()
-        done = await asyncio.gather(*going)
+    asked = [stream(url, "Again: " + prompt, 8 * options.tokens, **each_token) for prompt in prompts]
+    going = [asyncio.ensure_future(each) for each in asked]
+    await asyncio.sleep(20 * step)
+    started = time.perf_counter()
+    late = await stream(url, ids, 1, **each_token)
+    until = time.perf_counter()
+    done = await asyncio.gather(*going)
     during = [each for one in done for each in one.gaps(started, until)]
     lasted = sum(one.times[-1] > until for one in done)
     print(f"{running} running: step {1000 * step:.1f} ms, longest gap {1000 * max(steps):.1f} ms")
@@ -182,17 +183,16 @@ async def memory(url: str, process: psutil.Process, options: argparse.Namespace)
     print("| requests | resident MiB |\n|---|---|")
     sizes: dict[int, float] = {}
     marks = [options.requests * tenth // 10 for tenth in range(11)]
-    async with new_client(options.streams) as client:
-        for first, end in pairwise(marks):
-            limit = asyncio.Semaphore(options.streams)
+    limit = asyncio.Semaphore(options.streams)
 
-            async def one(number: int, limit: asyncio.Semaphore = limit) -> None:
-                async with limit:
-                    await stream(client, url, PROMPT.format(number) * (1 + number % 4), 4 + number % 13)
+    async def one(number: int) -> None:
+        async with limit:
+            await stream(url, PROMPT.format(number) * (1 + number % 4), 4 + number % 13)
 
-            await asyncio.gather(*(one(number) for number in range(first, end)))
-            sizes[end] = process.memory_info().rss / 2**20
-            print(f"| {end} | {sizes[end]:.1f} |", flush=True)
+    for first, end in pairwise(marks):
+        await asyncio.gather(*(one(number) for number in range(first, end)))
+        sizes[end] = process.memory_info().rss / 2**20
+        print(f"| {end} | {sizes[end]:.1f} |", flush=True)
     half = sizes[marks[5]]
     print(f"\nfrom request {marks[5]} to {marks[10]}: {sizes[marks[10]] - half:+.1f} MiB\n")
 

@@ -12,7 +12,7 @@ from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Router
 from treadle.server import loop as loops
 from treadle.server.jobs import Job, News, Started, Work
-from treadle.server.loop import Loop
+from treadle.server.loop import SMALLEST_CHUNK, Loop
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
 from treadle.server.routers import Routers
@@ -88,20 +88,50 @@ def test_a_chunk_takes_as_long_as_some_steps(engine: Engine) -> None:
     assert case.loop._chunk() == 256  # nobody waits for a step
     case.submit(5)
     case.loop.advance()
-    for step, token, chunk in ((0.1, 0.002, 125), (0.1, 0.0001, 256), (0.01, 0.001, 25), (0.01, 0.1, 8), (0.1, 0.0, 8)):
+    cases = (
+        (0.1, 0.002, 100),
+        (0.1, 0.0001, 256),
+        (0.02, 0.001, 40),
+        (0.01, 0.1, SMALLEST_CHUNK),
+        (0.1, 0.0, SMALLEST_CHUNK),
+    )
+    for step, token, chunk in cases:
         case.loop._step_seconds, case.loop._token_seconds = step, token
         assert case.loop._chunk() == chunk
+
+
+def test_a_short_prompt_says_nothing_about_what_a_token_costs(engine: Engine) -> None:
+    case = Case(engine)
+    case.submit(2)
+    case.loop.advance()
+    assert case.loop._token_seconds == 0
+    case.submit(SMALLEST_CHUNK)
+    case.loop.advance()
+    assert case.loop._token_seconds > 0
 
 
 def test_a_burst_is_read_together(engine: Engine) -> None:
     case = Case(engine, prompt_chunk=256)
     case.submit(5)
     case.loop.advance()
-    case.submit(5, 5, 5)
     case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
-    assert case.loop._chunk() == 75  # three wait, one runs
-    case.submit(*[5] * 50)
-    assert case.loop._chunk() == 256
+    assert case.loop._chunk(num_waiting=1) == 20  # of one prompt, two steps
+    assert case.loop._chunk(num_waiting=3) == 240  # four times the three rows that wait for the one that runs
+    job, _ = case.submit(*[40] * 6)
+    case.loop.advance()
+    assert [len(row.events) for row in job.rows] == [1] * 6  # 240 tokens at once
+
+
+def test_a_long_prompt_is_not_read_like_a_burst(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(engine, prompt_chunk=256)
+    case.submit(5)
+    case.loop.advance()
+    monkeypatch.setattr("treadle.server.loop.SMOOTHING", 0.0)
+    case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
+    case.submit(200, 5, 5, 5)
+    case.loop.advance()
+    assert case.loop._reading is not None
+    assert case.loop._reading[1].done == 20
 
 
 def test_short_prompts_are_read_together_as_far_as_a_chunk_goes(engine: Engine) -> None:

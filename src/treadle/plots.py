@@ -130,7 +130,7 @@ def _line(axis: "Axes", rows: Sequence[EvalResult], option: str, color: str) -> 
     axis.fill_between(
         range(len(order)), [row.low for row in values], [row.high for row in values], color=color, alpha=0.15
     )
-    axis.set_xticks(range(len(order)), ["none" if key == "null" else key for key in order])
+    axis.set_xticks(range(len(order)), ["none" if key == "null" else key.removesuffix(".0") for key in order])
 
 
 def speed_figure(study: Study) -> "Figure | None":
@@ -220,7 +220,7 @@ def cosines_figure(study: Study) -> "Figure | None":
 def _panels(count: int, height: float = 2.8) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
-    columns = min(count, 3)
+    columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(3.6 * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()

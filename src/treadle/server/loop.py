@@ -26,10 +26,12 @@ from treadle.server.routers import Routers
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-STEPS_A_CHUNK = 2.5
-"""A chunk of prompts may take this many step times while rows run; where more rows wait than run, as many more."""
-SMALLEST_CHUNK = 8
-"""Tokens; a prompt gets on whatever a step costs."""
+STEPS_A_CHUNK = 2.0
+"""A chunk of a prompt may take this many step times while rows run."""
+BURST = 8
+"""Prompts that are read together may take this many times as long, times the rows that wait for each that runs."""
+SMALLEST_CHUNK = 16
+"""Tokens; a prompt gets on whatever a step costs. Passes over fewer say little about what a token costs."""
 FREE_PADDING = 1024
 """Tokens of padding that a batch may have; beyond, half as many as it has tokens."""
 SMOOTHING = 0.3
@@ -161,8 +163,8 @@ class Loop:
         free = self._params.max_batch - self._num_running
         if not self._waiting or free < 1:
             return
-        chunk = self._chunk()
         group = [self._waiting.popleft()]
+        chunk = self._chunk(1 + len(self._waiting))
         longest = len(group[0].ids)
         while self._waiting and len(group) < free and not group[0].report.prompt:
             longest = max(longest, len(self._waiting[0].ids))
@@ -182,29 +184,32 @@ class Loop:
                 return best
         return self._engine.new_batch(prefixes=self._prefixes)
 
-    def _chunk(self) -> int:
-        """Return how many tokens of a prompt may be read before the next step."""
+    def _chunk(self, num_waiting: int = 1) -> int:
+        """Return how many tokens of prompts may be read before the next step; more where several rows wait for it.
+
+        Short prompts that arrive together are read together: those that run wait once, and the others start at once.
+        """
         if not self._num_running:
             return self._params.prompt_chunk
         if not self._token_seconds:
             return min(self._params.prompt_chunk, SMALLEST_CHUNK)
-        num_waiting = len(self._waiting) + (len(self._reading[1].rows) if self._reading else 0)
-        steps = STEPS_A_CHUNK * max(1.0, num_waiting / self._num_running)  # a burst is read together
-        tokens = int(steps * self._step_seconds / self._token_seconds)
+        burst = BURST * num_waiting / self._num_running if num_waiting > 1 else 1.0
+        tokens = int(STEPS_A_CHUNK * max(1.0, burst) * self._step_seconds / self._token_seconds)
         return min(self._params.prompt_chunk, max(SMALLEST_CHUNK, tokens))
 
     def _read_on(self, batch: Batch, reading: Reading) -> Events:
         """Read one chunk of prompts; with the last, their rows run."""
-        num_columns = max(1, self._chunk() // len(reading.rows))
+        num_rows = len(reading.rows)
+        num_columns = reading.length if num_rows > 1 else self._chunk()  # several are only begun if a chunk holds them
         before = reading.done
         started = time.perf_counter()
         is_last = before + num_columns >= reading.length
         events = self._attempt(batch, reading.rows, lambda: batch.read(reading, num_columns), spoils=is_last)
         if events is None:
             return []
-        seconds = (time.perf_counter() - started) / ((reading.done - before) * len(reading.rows))
-        if self._num_running or not self._token_seconds:
-            self._token_seconds = _smoothed(self._token_seconds, seconds)
+        seconds, num_tokens = time.perf_counter() - started, (reading.done - before) * num_rows
+        if num_tokens >= SMALLEST_CHUNK and (self._num_running or not self._token_seconds):
+            self._token_seconds = _smoothed(self._token_seconds, seconds / num_tokens)
         if reading.is_finished:
             if batch not in self._batches:
                 self._batches.append(batch)
