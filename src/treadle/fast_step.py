@@ -137,7 +137,11 @@ class Stack:
             return
         h = gates.apply(product(x, shrink.a), self.slots)  # (B, sum of R)
         for (layer, columns), rows in zip(self.updates, shrink.rows, strict=True):
-            y[:, columns].add_(product(h[:, rows], layer.b))
+            if y.dtype == h.dtype:
+                y[:, columns].addmm_(h[:, rows], layer.b.t())
+            else:  # in the layout of y and in its dtype: anything else is added element by element
+                update = torch.mm(layer.b, h[:, rows].t()).t() if y.stride(0) == 1 else functional.linear(h[:, rows], layer.b)
+                y[:, columns].add_(update.to(y.dtype))
 
 
 class Block(NamedTuple):
