@@ -171,6 +171,23 @@ def test_nothing_is_shared_between_adapters_weights_combines_or_owners(engine: E
     assert run(engine, PROMPTS[2], RoutingParams.one("math"), prefixes, owner="a").reused == len(PROMPTS[2]) - 1
 
 
+def test_the_texts_kept_are_so_many_and_each_is_one_piece_of_memory(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treadle.prefixes.MOST", 3)
+    prefixes = PrefixCache(1 << 24)
+    texts = [f"{number} and so the list of planets" for number in range(5)]
+    for text in texts:
+        run(engine, text, RoutingParams.base(), prefixes)
+    assert len(prefixes._entries) == 3
+    reused = [run(engine, text, RoutingParams.base(), prefixes).reused for text in reversed(texts)]
+    assert [bool(each) for each in reused] == [True, True, True, False, False]  # the newest are kept
+    for entry in prefixes._entries:
+        pieces = {each.untyped_storage().data_ptr() for pair in entry.states for each in pair}
+        assert len(pieces) == 1
+        assert entry.states[0][0].untyped_storage().nbytes() == entry.num_bytes
+
+
 def test_an_adapter_replaced_under_its_name_is_another_one(engine: Engine, tmp_path: Path) -> None:
     prefixes = PrefixCache(1 << 24)
     params = {name: RoutingParams.one(name) for name in ("math", "code")} | {"base": RoutingParams.base()}

@@ -137,10 +137,11 @@ class Stack:
             return
         h = gates.apply(product(x, shrink.a), self.slots)  # (B, sum of R)
         for (layer, columns), rows in zip(self.updates, shrink.rows, strict=True):
-            if y.dtype == h.dtype:
-                y[:, columns].addmm_(h[:, rows], layer.b.t())
-            else:  # in the layout of y and in its dtype: anything else is added element by element
-                update = torch.mm(layer.b, h[:, rows].t()).t() if y.stride(0) == 1 else functional.linear(h[:, rows], layer.b)
+            part = h[:, rows]
+            if y.dtype == part.dtype:
+                y[:, columns].addmm_(part, layer.b.t())
+            else:  # in the layout of y and in its dtype: another one would be added element by element
+                update = torch.mm(layer.b, part.t()).t() if y.stride(0) == 1 else functional.linear(part, layer.b)
                 y[:, columns].add_(update.to(y.dtype))
 
 

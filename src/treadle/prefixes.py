@@ -7,6 +7,7 @@ count by what an adapter holds, not by its name alone: another one that takes a 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -21,6 +22,8 @@ from treadle.rows import Row
 
 SHORTEST = 16
 """Tokens; a shorter prefix is read again."""
+MOST = 512
+"""Entries; on a small model, to compare with more would take longer than to read again."""
 Key: TypeAlias = tuple[str, str]
 """An adapter's name and identity."""
 
@@ -46,6 +49,11 @@ class Text:
     present: tuple[Key, ...]
     way: tuple[str, str]
 
+    @cached_property
+    def head(self) -> bytes:
+        """The first tokens; texts that differ in these have nothing in common that is worth keeping."""
+        return self.ids[:SHORTEST].tobytes()
+
     @classmethod
     def of(cls, row: Row, blend: Blend) -> "Text":
         """Return the tokens of a row but the newest generated one, which no pass has read yet."""
@@ -60,8 +68,8 @@ class Text:
         return cls(ids, acting, present, (row.routing.combine, row.owner))
 
     def shared(self, other: "Text") -> int:
-        """Return how many tokens at the beginning are the same and read in the same way."""
-        if (self.way, self.present) != (other.way, other.present):
+        """Return how many tokens at the beginning are the same and read in the same way; 0 if fewer than `SHORTEST`."""
+        if (self.head, self.way, self.present) != (other.head, other.way, other.present):
             return 0
         length = min(len(self.ids), len(other.ids))
         same = self.ids[:length] == other.ids[:length]
@@ -111,11 +119,9 @@ class PrefixCache:
     def store(self, text: Text, cache: RowCache, index: int) -> None:
         """Keep the keys and values of the row at `index` of a cache whose last columns are this text's."""
         length = len(text.ids)
-        pairs = [
-            tuple(cast(Tensor, states)[index, :, -length:] for states in (layer.keys, layer.values))
-            for layer in cache.rows(len(cache.layers))
-        ]
-        num_bytes = sum(states.nbytes for pair in pairs for states in pair)
+        states = [cast(Tensor, each) for layer in cache.rows(len(cache.layers)) for each in (layer.keys, layer.values)]
+        own = [each[index, :, -length:] for each in states]  # keys and values in turn
+        num_bytes = sum(each.nbytes for each in own)
         if length < SHORTEST or num_bytes > self.max_bytes:
             return
         shared = [entry.text.shared(text) for entry in self._entries]
@@ -123,7 +129,7 @@ class PrefixCache:
             return  # it is the beginning of a text that is there
         # a text that the new one continues is in it
         kept = [e for e, same in zip(self._entries, shared, strict=True) if same < len(e.text.ids)]
-        self._entries = [*kept, Entry(text, [(keys.clone(), values.clone()) for keys, values in pairs], num_bytes)]
+        self._entries = [*kept[1 - MOST :], Entry(text, _copies(own), num_bytes)]
         while self.num_bytes > self.max_bytes:
             del self._entries[0]
 
@@ -134,3 +140,11 @@ class PrefixCache:
         self._adapters = adapters
         keys = set(map(key_of, adapters))
         self._entries = [entry for entry in self._entries if {*entry.text.weights, *entry.text.present} <= keys]
+
+
+def _copies(states: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values, in turn, as pairs in one piece of memory: small pieces leave holes when they go."""
+    sizes = [each.numel() for each in states]
+    parts = states[0].new_empty(sum(sizes)).split(sizes)
+    copies = [part.view(each.shape).copy_(each) for part, each in zip(parts, states, strict=True)]
+    return list(zip(copies[::2], copies[1::2], strict=True))
