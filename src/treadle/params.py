@@ -38,7 +38,7 @@ class RoutingParams:
     every: int | None = option(2, "re-weigh every so many generated tokens; none = once, from the prompt")
     window: int | None = option(None, "the embedder sees the last so many tokens; none = all")
     recent: int | None = option(
-        64, "running text: the score is the mean of the text's and that of its last so many tokens; none = off"
+        32, "running text: the score is the mean of the text's and that of its last so many tokens; none = off"
     )
     prefill: Literal["prompt", "causal"] = option(
         "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
