@@ -22,8 +22,8 @@ from treadle.rows import Row
 
 SHORTEST = 16
 """Tokens; a shorter prefix is read again."""
-MOST = 512
-"""Entries; on a small model, to compare with more would take longer than to read again."""
+MOST = 128
+"""Entries; with more, on a small model, to compare would take longer than to read again."""
 Key: TypeAlias = tuple[str, str]
 """An adapter's name and identity."""
 
