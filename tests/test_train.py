@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from functools import partialmethod
 from pathlib import Path
 
@@ -103,6 +106,24 @@ def test_training_through_trl_writes_a_folder_that_blends(tmp_path: Path) -> Non
 def nll(model: object, row: dict[str, list[int]], blend: object, weights: list[float] | None) -> float:
     with torch.inference_mode(), blend.using(weights):
         return float(model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_two_processes_train_one_adapter_each_on_its_share(tmp_path: Path) -> None:
+    base, data = tmp_path / BASE, tmp_path / "own.jsonl"
+    tiny_llama().save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    data.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in OWN))
+    params = TrainParams(steps=10, batch_size=2, rank=2, dtype="float32")
+    one = train_adapter(str(base), OWN, tmp_path / "one", params=params)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ["--steps=10", "--batch-size=2", "--rank=2", "--dtype=float32"]
+    command = [*launcher, "-m", "treadle", "train", "--base", base, "--data", data, "-o", tmp_path / "two", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True, timeout=300)
+    (alone,), (shared,) = (map(json.loads, (folder / "losses.jsonl").open()) for folder in (one, tmp_path / "two"))
+    assert shared["num_tokens"] > 1.8 * alone["num_tokens"]  # read by both, in as many steps
+    assert read_adapter(tmp_path / "two").pairs.keys() == read_adapter(one).pairs.keys()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -44,7 +44,8 @@ def train_adapter(
 
     A run that was stopped goes on from its last checkpoint when it is started again with the same arguments. Beside the
     factors lie `losses.jsonl` and, where `embedder` is given, the centroid of the examples, which `treadle fit` takes
-    instead of sample texts. Under `accelerate launch` the main process writes.
+    instead of sample texts. Under `accelerate launch` or `torchrun` each process trains on its share of the sequences
+    (a step has `batch_size` of each), and the main process writes.
 
     Args:
         base: folder or hub id of the base model; the adapter's config names it as given here.
@@ -67,7 +68,7 @@ def train_adapter(
 
     tokenizer = load_tokenizer(base)
     trainer = SFTTrainer(
-        model=load_model(base, dtype=params.dtype),
+        model=load_model(base, device="cpu", dtype=params.dtype),  # the trainer knows this process's GPU
         args=_trainer_config(output, params),
         train_dataset=Dataset.from_list(list(training_rows(tokenizer, examples, others, params))),
         processing_class=tokenizer,
@@ -120,6 +121,7 @@ def _check_recipe(output: Path, params: TrainParams) -> None:
 
 
 def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
+    import torch
     from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig(
@@ -133,6 +135,7 @@ def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
         packing=params.packing,
         train_sampling_strategy="random" if params.packing else "group_by_length",
         gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),  # said, or several processes on CPUs would each train alone
         bf16=False,  # the base is loaded in params.dtype; autocast would convert it anew every step
         logging_steps=10,
         save_strategy="steps",
