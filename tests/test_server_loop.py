@@ -111,12 +111,14 @@ def test_a_short_prompt_says_nothing_about_what_a_token_costs(engine: Engine) ->
 
 
 def test_a_burst_is_read_together(engine: Engine) -> None:
-    case = Case(engine, prompt_chunk=256)
+    case = Case(engine, prompt_chunk=512)
     case.submit(5)
     case.loop.advance()
     case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
     assert case.loop._chunk(num_waiting=1) == 20  # of one prompt, two steps
-    assert case.loop._chunk(num_waiting=3) == 240  # four times the three rows that wait for the one that runs
+    assert (
+        case.loop._chunk(num_waiting=3) == 480
+    )  # eight times as many for each of three that wait for the one that runs
     job, _ = case.submit(*[40] * 6)
     case.loop.advance()
     assert [len(row.events) for row in job.rows] == [1] * 6  # 240 tokens at once
