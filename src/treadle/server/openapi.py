@@ -1,14 +1,16 @@
 """The OpenAPI document, from the bodies' own declarations."""
 
+import copy
 from functools import cache
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from treadle import __version__
-from treadle.options import meanings
+from treadle.options import allowed_values, meanings
 from treadle.params import RoutingParams
 from treadle.server.bodies import AdapterBody, Body, ChatBody, CompletionBody, Json, LoadBody, RouteBody, UnloadBody
+from treadle.server.targets import BESIDE
 
 BODIES: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "Answer a chat, whole or as server-sent events"),
@@ -61,7 +63,7 @@ def document() -> Json:
         "info": {"title": "treadle", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {**schemas["$defs"], "Error": ERROR, "RoutingParams": _routing()},
+            "schemas": {**_refer(schemas["$defs"]), "Error": ERROR, "RoutingParams": _routing()},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],
@@ -69,11 +71,30 @@ def document() -> Json:
 
 
 def _routing() -> Json:
-    """Return the schema of the field `treadle`, but for what is not an option of routing: `adapters` and `trace`."""
-    meaning = meanings(RoutingParams)
+    """Return the schema of the field `treadle`: the options of routing, and what is beside them."""
+    meaning, allowed = meanings(RoutingParams), allowed_values(RoutingParams)
     schema = TypeAdapter(RoutingParams).json_schema()
-    properties = {name: {**each, "description": meaning[name]} for name, each in schema["properties"].items()}
-    return {**schema, "properties": properties}
+    properties = {name: _option(each, meaning[name], allowed[name]) for name, each in schema["properties"].items()}
+    names = {"type": ["array", "null"], "items": {"type": "string"}, "description": "only these adapters take part"}
+    trace = {"type": "boolean", "description": "each choice carries its weights and what they were made from"}
+    beside = dict(zip(BESIDE, (names, trace), strict=True))
+    return {**schema, "properties": {**properties, **beside}, "additionalProperties": False}
+
+
+def _option(schema: Json, meaning: str, allowed: str) -> Json:
+    """Return the schema of an option; what it is where a request does not say is the bundle's, not a default."""
+    words = allowed.replace("or none", "or null")
+    return {**{key: each for key, each in schema.items() if key != "default"}, "description": f"{meaning}; {words}"}
+
+
+def _refer(schemas: Json) -> Json:
+    """Return the schemas of bodies with a reference to that of `treadle` in them."""
+    reference = {"anyOf": [{"$ref": "#/components/schemas/RoutingParams"}, {"type": "null"}]}
+    referring = copy.deepcopy(schemas)
+    for schema in referring.values():
+        if field := schema["properties"].get("treadle"):
+            schema["properties"]["treadle"] = {"description": field["description"], **reference}
+    return referring
 
 
 def _operation(summary: str) -> Json:
