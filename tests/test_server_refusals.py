@@ -1,11 +1,21 @@
 """Bad requests: each refusal has OpenAI's shape, names the field, the given value and what is allowed."""
 
+import gzip
 import json
+import threading
 from collections.abc import Generator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import schemathesis
+from jsonschema_rs import Draft202012Validator  # schemathesis brings it
+
+from treadle.params import RoutingParams
+from treadle.server import generating
+from treadle.server.bodies import read_body, read_object
+from treadle.server.failures import Failure
 
 from serving import CHAT, Serving, serving
 
@@ -287,6 +297,196 @@ def test_all_problems_are_in_one_message(served: Serving) -> None:
         "'colour'",
     ):
         assert part in message
+
+
+NO_CAUSE_TWICE: list[tuple[str, dict[str, Any], str]] = [
+    # route, changes, the whole message
+    (TEXTS, {"treadle": {"every": 1.5}}, "treadle.every: got 1.5; allowed: a whole number of at least 1, or null"),
+    (
+        TEXTS,
+        {"treadle": {"fixed": {"math": None}}},
+        'treadle.fixed: got {"math": null}; allowed: an object like {"math": 0.7}, or null',
+    ),
+    (
+        TEXTS,
+        {"treadle": {"fixed": {"math": 0.5}, "rule": "softmax"}},
+        "treadle.rule: got 'softmax' with treadle.fixed; allowed: 'fixed', or leave it out",
+    ),
+    (
+        TEXTS,
+        {"treadle": {"rule": "fixed"}},
+        "treadle.fixed: got null with treadle.rule; allowed: an object like {\"math\": 0.7} with rule 'fixed'",
+    ),
+    (
+        TEXTS,
+        {"treadle": {"adapters": ["cod", "cod", "cod"]}},
+        "treadle.adapters: unknown adapter 'cod'. Did you mean 'code'? Allowed: math, science, code.",
+    ),
+    (
+        TEXTS,
+        {"model": "math", "treadle": {"every": 2, "rule": "x"}},
+        "treadle.every, treadle.rule: model 'math' is not routed; allowed: 'trace', or model 'auto'",
+    ),
+    (
+        CHATS,
+        {"max_tokens": 3, "max_completion_tokens": 9999},
+        "max_completion_tokens: got 9999; allowed: a whole number from 1 to 50",
+    ),
+    (
+        ROUTE,
+        {"model": "math", "treadle": {"every": 4}},
+        "model: got 'math', which is not routed; allowed: 'auto' or 'bundle'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "changes", "message"), NO_CAUSE_TWICE)
+def test_one_cause_is_one_problem(served: Serving, path: str, changes: dict[str, Any], message: str) -> None:
+    assert served.post(path, {**MINIMAL[path], **changes}).json()["error"]["message"] == message
+
+
+def test_an_unknown_model_hides_no_other_problem(served: Serving) -> None:
+    body = {**MINIMAL[TEXTS], "model": "nix", "temperature": 9, "n": 0, "treadle": {"evry": 1}}
+    answer = served.post(TEXTS, body)
+    parts = ["unknown model 'nix'", "temperature: got 9", "n: got 0", "'every'"]
+    assert_refused(answer, 404, "model", parts)
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert_refused(served.post(ROUTE, {"model": "nix", "text": 7}), 404, "model", ["'nix'", "text: got 7"])
+
+
+MANY: list[tuple[str, dict[str, Any], str, str]] = [
+    # route, changes with many problems or long names, field, how the message ends
+    (CHATS, {"messages": [{}] * 5}, "messages", "content'"),
+    (CHATS, {"messages": [{}] * 900}, "messages", "messages: got a list of 900; allowed: a list of 1 to 5 messages"),
+    (CHATS, {"messages": [{f"m{n}": n for n in range(200)}] * 5}, "messages", "... and 990 more"),
+    (TEXTS, {f"field{n}": n for n in range(200)}, "field0", "... and 180 more"),
+    (TEXTS, {"stop": [7] * 900}, "stop", "at most 2 texts, of 1 to 256 characters each"),
+    (TEXTS, {"treadle": {f"option{n}": n for n in range(200)}}, "treadle", "... and 180 more"),
+    (TEXTS, {"treadle": {"adapters": [f"name{n}" for n in range(900)]}}, "treadle", "... and 880 more"),
+    (TEXTS, {"treadle": {"fixed": {f"name{n}": 1 for n in range(200)}}}, "treadle", "... and 180 more"),
+    (TEXTS, {"treadle": {"fixed": {f"name{n}": -1 for n in range(200)}}}, "treadle", "... and 180 more"),
+    (TEXTS, {"model": "m" * 9000}, "model", "Allowed: auto, bundle, math, science, code, base."),
+    (TEXTS, {"q" * 9000: 1}, "q" * 56 + " ...", "suffix, best_of."),
+    (TEXTS, {"treadle": {"q" * 9000: 1}}, "treadle", "adapters, trace."),
+    (TEXTS, {"treadle": {"rule": "q" * 9000}}, "treadle", "Allowed: boosted, softmax, top_k, fixed."),
+    (TEXTS, {"treadle": {"fixed": {"q" * 9000: -1}}}, "treadle", "got -1.0; allowed: a finite number of at least 0"),
+    (TEXTS, {"treadle": {"adapters": ["q" * 9000]}}, "treadle", "Allowed: math, science, code."),
+    (TEXTS, {"treadle": {"every": ["q" * 9000]}}, "treadle", "allowed: a whole number of at least 1, or null"),
+]
+
+
+@pytest.mark.parametrize(("path", "changes", "field", "end"), MANY)
+def test_a_refusal_is_short_whatever_the_request(
+    served: Serving, path: str, changes: dict[str, Any], field: str, end: str
+) -> None:
+    answer = served.post(path, {**MINIMAL[path], **changes})
+    message = answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == field
+    assert message.count("\n  - ") <= 21
+    assert len(message) < 7000
+    assert end in message.splitlines()[-1] or path == CHATS
+
+
+def test_a_body_with_too_much_in_it_is_refused_before_it_is_read() -> None:
+    refused = [
+        (b'{"prompt": [' + b"[]," * 30_000 + b"[]]}", "got 30003 lists and objects; allowed: at most 20000"),
+        (json.dumps(dict.fromkeys(map(str, range(257)))).encode(), "an object of 257 fields; allowed: at most 256"),
+    ]
+    for raw, message in refused:
+        with pytest.raises(Failure, match=message) as caught:
+            read_object(raw)
+        assert caught.value.status == 400
+    text = '[{\\"' * 30_000  # brackets in a text are no lists
+    assert read_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+@pytest.mark.parametrize("path", [CHATS, TEXTS, ROUTE])
+def test_bodies_are_read_beside_the_event_loop(served: Serving, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def read(*given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read_body(*given)
+
+    monkeypatch.setattr(generating, "read_body", read)
+    assert served.post(path, MINIMAL[path]).status_code == 200
+    assert threads[0].startswith("treadle-prepare")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Encoding": "gzip"}])
+def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(served: Serving, headers: dict[str, str]) -> None:
+    raw = gzip.compress(json.dumps(MINIMAL[TEXTS]).encode())
+    answer = served.request("POST", TEXTS, content=raw, headers=headers)
+    assert_refused(answer, 415, None, ["Content-Encoding: got 'gzip'; allowed: none"])
+
+
+def test_another_method_or_route_is_answered_with_what_there_is(served: Serving) -> None:
+    wrong = served.request("PUT", "/v1/adapters")
+    assert_refused(wrong, 405, None, ["got PUT /v1/adapters; allowed: GET, HEAD, POST"])
+    assert wrong.headers["allow"] == "GET, HEAD, POST"
+    missing = served.request("GET", "/v1/embeddings")
+    assert_refused(missing, 404, None, ["/v1/models/{name}", "/v1/adapters/{name}"])
+    assert ":path" not in missing.text
+
+
+ADAPTER_REFUSALS: list[tuple[str, dict[str, Any], int, str, list[str]]] = [
+    # route, body, status, field, what the message says
+    (
+        "adapters",
+        {"name": "x y", "path": "../x", "sample": []},
+        400,
+        "sample",
+        ["unknown field 'sample'", "name: got 'x y'", "path: got '../x'"],
+    ),
+    ("adapters", {"name": ".x", "path": "math"}, 400, "name", ["beginning with a letter", "(base, auto, bundle, math"]),
+    ("adapters", {"name": "auto", "path": "math"}, 400, "name", ["name: got 'auto'; allowed: letters, digits"]),
+    ("adapters", {"name": "math", "path": "math"}, 400, "name", ["name: got 'math', which exists already"]),
+    ("adapters", {"name": "n" * 900, "path": "math"}, 400, "name", ["name: got 'nnn", "at most 100 characters"]),
+    ("adapters", {"name": "x", "path": "p" * 900}, 400, "path", ["path: got 'ppp", "a folder below --adapter-dir"]),
+    ("adapters", {"name": "x", "path": "empty"}, 400, "path", ["not a PEFT folder"]),
+    (
+        "adapters",
+        {"name": "x", "path": "math", "samples": ["a", 7]},
+        400,
+        "samples",
+        ["samples[1]: got 7; allowed: a text"],
+    ),
+    ("load_lora_adapter", {"lora_name": "x", "lora_path": "../x"}, 400, "lora_path", ["lora_path: got '../x'"]),
+    ("load_lora_adapter", {"lora_name": "x y", "lora_path": "math"}, 400, "lora_name", ["lora_name: got 'x y'"]),
+    ("load_lora_adapter", {"lora_name": "x", "lora_path": "empty"}, 400, "lora_path", ["not a PEFT folder"]),
+    ("unload_lora_adapter", {"lora_name": "maths"}, 404, "lora_name", ["'maths'. Did you mean 'math'?"]),
+]
+
+
+@pytest.fixture(scope="module")
+def admin(bundle_folder: Path, adapter_folders: dict[str, Path]) -> Generator[Serving]:
+    shelf = adapter_folders["math"].parent
+    (shelf / "empty").mkdir(exist_ok=True)
+    with serving(bundle_folder, admin_key="root", adapter_dir=str(shelf)) as each:
+        yield each
+
+
+@pytest.mark.parametrize(("route", "body", "status", "field", "parts"), ADAPTER_REFUSALS)
+def test_a_bad_adapter_is_refused_by_the_field_that_the_request_has(
+    admin: Serving, route: str, body: dict[str, Any], status: int, field: str, parts: list[str]
+) -> None:
+    answer = admin.post(f"/v1/{route}", body, headers={"Authorization": "Bearer root"})
+    assert_refused(answer, status, field, parts)
+
+
+def test_the_document_of_the_routes_is_valid_and_has_every_option_of_routing(served: Serving) -> None:
+    document = served.request("GET", "/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    for name in ("ChatBody", "CompletionBody", "RouteBody"):
+        assert {"$ref": "#/components/schemas/RoutingParams"} in schemas[name]["properties"]["treadle"]["anyOf"]
+    routing = schemas["RoutingParams"]
+    assert set(routing["properties"]) == {entry.name for entry in fields(RoutingParams)} | {"adapters", "trace"}
+    assert routing["additionalProperties"] is False
+    assert "a whole number of at least 1, or null" in routing["properties"]["every"]["description"]
+    checker = Draft202012Validator({"$ref": "#/components/schemas/ChatBody", "components": document["components"]})
+    assert checker.is_valid({**MINIMAL[CHATS], "treadle": {"every": 4, "adapters": ["math"], "trace": True}})
+    assert not checker.is_valid({**MINIMAL[CHATS], "treadle": {"evry": 4}})
+    schemathesis.openapi.from_dict(document).validate()
 
 
 def test_an_unknown_model_is_404_and_lists_the_names(served: Serving) -> None:

@@ -30,6 +30,9 @@ def allowed_values(options: type) -> dict[str, str]:
 
 
 def _in_words(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        (inner,) = [choice for choice in get_args(kind) if choice is not NoneType]
+        return f"{_in_words(inner)}, or none"
     if get_origin(kind) is Literal:
         return listed(get_args(kind))
     return "true or false" if kind is bool else _described(kind)

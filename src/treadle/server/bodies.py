@@ -30,8 +30,12 @@ from treadle.server.params import ServeParams
 Json: TypeAlias = dict[str, Any]
 MOST_FIELDS = 256
 """Of a JSON object in a body."""
+MOST_INNER = 20_000
+"""Lists and objects in a body; the garbage collector looks at each many times while more are made."""
 NAMING = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {LONGEST_NAME} characters"
 GZIP = b"\x1f\x8b"
+STRINGS_BETWEEN = re.compile(rb'(?:"(?:[^"\\]++|\\.)*+"?[^"\[{]*+)++', re.DOTALL)
+"""Strings, one without an end too, up to the next list or object; in linear time, whatever the text."""
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -298,6 +302,9 @@ def read_object(raw: bytes, encoding: str = "") -> Json:
     if encoding not in ("", "identity") or raw.startswith(GZIP):
         given = f"Content-Encoding: got {shown(encoding or 'gzip')}"
         raise Failure(415, f"{given}; allowed: none, send the body as it is", code="unsupported_encoding")
+    inner = _count_inner(raw)
+    if inner > MOST_INNER:
+        raise Failure(400, f"the body: got {inner} lists and objects; allowed: at most {MOST_INNER}")
     try:
         text = raw.decode("utf-8-sig")
         given = json.loads(text, object_pairs_hook=_small)
@@ -308,6 +315,14 @@ def read_object(raw: bytes, encoding: str = "") -> Json:
     if not isinstance(given, dict):
         raise Failure(400, f"the body: got {shown(given)}; allowed: a JSON object")
     return cast(Json, given)
+
+
+def _count_inner(raw: bytes) -> int:
+    """Return how many lists and objects a JSON text has; 0 where they are few, even with brackets in its strings."""
+    if raw.count(b"[") + raw.count(b"{") <= MOST_INNER:
+        return 0
+    bare = STRINGS_BETWEEN.sub(b"", raw)
+    return bare.count(b"[") + bare.count(b"{")
 
 
 def _small(pairs: list[tuple[str, Any]]) -> Json:
