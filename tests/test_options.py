@@ -1,5 +1,6 @@
 """An option means the same whether it comes from Python, a flag, a file or a request."""
 
+import pickle
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treadle.errors import OptionError, TreadleError, problem_list, unknown_name
-from treadle.options import meanings, option, parse, read_options
+from treadle.errors import OptionError, TreadleError, listed, problem_list, shown, unknown_name
+from treadle.options import allowed_values, meanings, option, parse, read_options
 from treadle.params import RoutingParams, SamplingParams
 
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -152,6 +153,49 @@ def test_an_unknown_option_is_an_error_that_names_the_nearest():
         read_options(Paint, {"color": "red"})
 
 
+def test_a_field_that_cannot_be_read_is_one_problem_and_clashes_with_nothing():
+    with pytest.raises(OptionError) as caught:
+        read_options(RoutingParams, {"rule": "fixed", "fixed": "heavy"})
+    assert str(caught.value).startswith("fixed: expected name=number pairs, got")
+    (problem,) = caught.value.problems
+    assert (problem.options, problem.given) == (("fixed",), "heavy")
+    with pytest.raises(OptionError) as caught:
+        read_options(RoutingParams, {"every": "often", "top_k": 0, "rule": "fixed", "scor": 1})
+    assert [problem.options for problem in caught.value.problems] == [
+        ("every",),
+        ("scor",),
+        ("top_k",),
+        ("fixed", "rule"),
+    ]
+    assert str(caught.value).count("\n  - ") == 4
+
+
+def test_an_error_of_options_has_its_parts_for_those_who_name_options_otherwise():
+    with pytest.raises(OptionError) as caught:
+        RoutingParams(rule="fixed", fixed={"math": -1.0}, every=0)
+    parts = {problem.options: (problem.given, problem.allowed) for problem in caught.value.problems}
+    assert parts == {
+        ("every",): (0, "a whole number of at least 1, or none"),
+        ("fixed.math",): (-1.0, "a finite number of at least 0"),
+    }
+    assert caught.value.problems[1].fields == {"fixed"}
+    plain = OptionError(problem_list("options:", ["one", "two"]))
+    assert [problem.text for problem in plain.problems] == ["one", "two"]
+    assert [problem.text for problem in pickle.loads(pickle.dumps(caught.value)).problems] == [
+        problem.text for problem in caught.value.problems
+    ]
+
+
+def test_the_values_of_an_option_are_said_by_its_declaration_or_its_type():
+    assert allowed_values(Paint) == {
+        "colour": "'red' or 'green'",
+        "layers": "int, or none",
+        "share": "float",
+        "is_dry": "true or false",
+    }
+    assert allowed_values(RoutingParams)["every"] == "a whole number of at least 1, or none"
+
+
 def test_every_option_says_what_it_means():
     assert meanings(Paint) == {"colour": "of the wall", "layers": "how many", "share": "of white", "is_dry": "touch it"}
     for options in (RoutingParams, SamplingParams):
@@ -172,6 +216,32 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all():
     )
     assert unknown_name("fruit", "xyz", ["apple"]) == "unknown fruit 'xyz'. Allowed: apple."
     assert unknown_name("fruit", "xyz", []) == "unknown fruit 'xyz'. Allowed: none."
+
+
+def test_a_long_name_is_cut_and_has_no_neighbour():
+    message = unknown_name("fruit", "apple" * 100_000, ["apple"])
+    assert len(message) < 120
+    assert "Did you mean" not in message
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ("x", "'x'"),
+        ({"a": [1, False, "b"]}, '{"a": [1, false, "b"]}'),
+        (float("nan"), "NaN"),
+        ("x" * 100, "'" + "x" * 55 + " ..."),
+        ([{}] * 100, "[{}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, ..."),
+    ],
+)
+def test_a_value_is_shown_as_json_and_cut(value, text):
+    assert shown(value) == text
+
+
+def test_values_are_listed_with_an_or():
+    assert [listed(["a"]), listed(["a", "b"]), listed([1, None, "c"])] == ["'a'", "'a' or 'b'", "1, null or 'c'"]
 
 
 def test_an_option_error_is_a_value_error_too():

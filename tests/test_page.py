@@ -328,7 +328,7 @@ def test_the_servers_refusal_is_shown_and_the_prompt_stays(visit: Any) -> None:
     generate(page)
     problem = page.locator(".column").get_by_role("alert")
     expect(problem).to_contain_text("temperature: got 9; allowed: 0 (greedy)")
-    expect(problem).to_contain_text("every: expected int, got 'often'")
+    expect(problem).to_contain_text("treadle.every: got 'often'; allowed: a whole number of at least 1, or null")
     assert page.get_by_label("Prompt", exact=True).input_value() == PROMPT
     page.locator("#routing summary").click()
     page.get_by_label("every", exact=True).fill("")

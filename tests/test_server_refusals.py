@@ -1,11 +1,21 @@
 """Bad requests: each refusal has OpenAI's shape, names the field, the given value and what is allowed."""
 
+import gzip
 import json
+import threading
 from collections.abc import Generator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import schemathesis
+from jsonschema_rs import Draft202012Validator  # schemathesis brings it
+
+from treadle.params import RoutingParams
+from treadle.server import generating
+from treadle.server.bodies import read_body, read_object
+from treadle.server.failures import Failure
 
 from serving import CHAT, Serving, serving
 
@@ -31,115 +41,184 @@ MISSING = object()
 REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
     # route, changes of a minimal body, field, what the message says
     (CHATS, {"model": MISSING}, "model", ["model is missing", "'auto' (routed), an adapter's name, or 'base'"]),
-    (CHATS, {"model": None}, "model", ["model: got None"]),
+    (CHATS, {"model": None}, "model", ["model: got null"]),
     (CHATS, {"model": 7}, "model", ["model: got 7"]),
-    (CHATS, {"messages": MISSING}, "messages", ["messages is missing", "a list of at least one message"]),
-    (CHATS, {"messages": []}, "messages", ["messages: got []", "at least one"]),
+    (CHATS, {"messages": MISSING}, "messages", ["messages is missing", "a list of 1 to 5 messages"]),
+    (CHATS, {"messages": []}, "messages", ["messages: got []", "a list of 1 to 5 messages"]),
     (CHATS, {"messages": "hello"}, "messages", ["messages: got 'hello'", "a list"]),
-    (CHATS, {"messages": [7]}, "messages", ["messages[0]: got 7"]),
+    (
+        CHATS,
+        {"messages": [7]},
+        "messages",
+        ['messages[0]: got 7; allowed: an object like {"role": "user", "content": "Hello"}'],
+    ),
     (CHATS, {"messages": [{}]}, "messages", ["messages[0].role is missing", "messages[0].content is missing"]),
     (CHATS, {"messages": [{"role": "usr", "content": "x"}]}, "messages", ["messages[0].role: got 'usr'", "'user'"]),
     (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, "messages", ["got 'tool'", "'assistant'"]),
-    (CHATS, {"messages": [{"role": "user", "content": None}]}, "messages", ["messages[0].content: got None", "a text"]),
+    (CHATS, {"messages": [{"role": "user", "content": None}]}, "messages", ["messages[0].content: got null", "a text"]),
     (CHATS, {"messages": [{"role": "user", "content": []}]}, "messages", ["messages[0].content: got []"]),
     (
         CHATS,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
         "messages",
-        ["messages[0].content: got [{'type': 'image_url'", "no images"],
+        ['messages[0].content: got [{"type": "image_url"', "no images"],
     ),
     (
         CHATS,
         {"messages": [{"role": "user", "content": [{"type": "text", "text": {}}]}]},
         "messages",
-        ["messages[0].content: got [{'type': 'text', 'text': {}}]"],
+        ['messages[0].content: got [{"type": "text", "text": {}}]'],
     ),
     (CHATS, {"messages": [{**CHAT[0], "contents": "x"}]}, "messages", ["unknown field 'contents'", "'content'"]),
-    (CHATS, {"messages": CHAT * 6}, "messages", ["messages: got 6 of them", "at most 5"]),
+    (CHATS, {"messages": CHAT * 6}, "messages", ["messages: got a list of 6; allowed: a list of 1 to 5 messages"]),
     (CHATS, {"messages": [{"role": "user", "content": "x" * 300}]}, "messages", ["tokens; allowed: at most 100"]),
     (CHATS, {"temperatur": 1}, "temperatur", ["unknown field 'temperatur'", "Did you mean 'temperature'?"]),
     (CHATS, {"temperature": -0.1}, "temperature", ["temperature: got -0.1", "0.001 to 2"]),
     (CHATS, {"temperature": 2.1}, "temperature", ["temperature: got 2.1", "0.001 to 2"]),
     (CHATS, {"temperature": 0.0001}, "temperature", ["temperature: got 0.0001", "0.001 to 2"]),
     (CHATS, {"temperature": "hot"}, "temperature", ["temperature: got 'hot'"]),
-    (CHATS, {"temperature": True}, "temperature", ["temperature: got True"]),
+    (CHATS, {"temperature": True}, "temperature", ["temperature: got true"]),
     (CHATS, {"top_p": 0}, "top_p", ["top_p: got 0", "above 0, at most 1"]),
     (CHATS, {"top_p": 1.01}, "top_p", ["top_p: got 1.01", "above 0, at most 1"]),
     (CHATS, {"top_k": -1}, "top_k", ["top_k: got -1", "at least 0"]),
     (CHATS, {"top_k": 1.5}, "top_k", ["top_k: got 1.5"]),
     (CHATS, {"seed": 2**63}, "seed", ["seed: got 9223372036854775808", "below 2**63"]),
     (CHATS, {"seed": "x"}, "seed", ["seed: got 'x'"]),
-    (CHATS, {"n": 0}, "n", ["n: got 0", "from 1"]),
+    (CHATS, {"n": 0}, "n", ["n: got 0; allowed: a whole number from 1 to 4"]),
     (CHATS, {"n": 5}, "n", ["n: got 5", "from 1 to 4"]),
     (CHATS, {"n": 10**30}, "n", ["n: got 1000000000000000000000000000000", "from 1 to 4"]),
-    (CHATS, {"n": 1.0}, "n", ["n: got 1.0", "a whole number"]),
-    (CHATS, {"max_tokens": 0}, "max_tokens", ["max_tokens: got 0", "from 1 to 50"]),
+    (CHATS, {"n": 1.0}, "n", ["n: got 1.0; allowed: a whole number from 1 to 4"]),
+    (CHATS, {"max_tokens": 0}, "max_tokens", ["max_tokens: got 0; allowed: a whole number from 1 to 50"]),
     (CHATS, {"max_tokens": 51}, "max_tokens", ["max_tokens: got 51", "from 1 to 50"]),
-    (CHATS, {"max_tokens": -3}, "max_tokens", ["max_tokens: got -3"]),
+    (CHATS, {"max_tokens": -3}, "max_tokens", ["max_tokens: got -3; allowed: a whole number from 1 to 50"]),
+    (CHATS, {"max_tokens": "many"}, "max_tokens", ["max_tokens: got 'many'; allowed: a whole number from 1 to 50"]),
+    (CHATS, {"stop": None, "n": None, "max_tokens": None, "temperature": 9}, "temperature", ["got 9"]),
     (CHATS, {"max_tokens": MISSING, "max_completion_tokens": 99}, "max_completion_tokens", ["got 99", "1 to 50"]),
     (CHATS, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", ["got 3, max_completion_tokens: got 4"]),
     (CHATS, {"stop": ""}, "stop", ["stop: got ''", "1 to 256 characters"]),
     (CHATS, {"stop": ["a", ""]}, "stop", ["stop: got ''"]),
-    (CHATS, {"stop": ["a", 7]}, "stop", ["stop[1]: got 7", "list of texts"]),
-    (CHATS, {"stop": ["a", "b", "c"]}, "stop", ["stop: got 3 texts", "at most 2"]),
+    (CHATS, {"stop": ["a", 7]}, "stop", ["stop[1]: got 7", "a list of at most 2 texts"]),
+    (CHATS, {"stop": ["a", "b", "c"]}, "stop", ["stop: got a list of 3", "at most 2 texts"]),
     (CHATS, {"stop": "x" * 257}, "stop", ["stop: got 'xxx", "256 characters"]),
     (CHATS, {"stream": "yes"}, "stream", ["stream: got 'yes'", "true or false"]),
-    (CHATS, {"stream_options": {"include_usage": True}}, "stream_options", ["only with 'stream': true"]),
+    (
+        CHATS,
+        {"stream_options": {"include_usage": True}},
+        "stream_options",
+        ['stream_options: got {"include_usage": true}; allowed: only with "stream": true'],
+    ),
     (CHATS, {"stream": True, "stream_options": {"include_usages": True}}, "stream_options", ["'include_usage'?"]),
     (CHATS, {"logprobs": 3}, "logprobs", ["logprobs: got 3", "true or false"]),
-    (CHATS, {"top_logprobs": 3}, "top_logprobs", ["top_logprobs: got 3", "only with 'logprobs': true"]),
+    (CHATS, {"top_logprobs": 3}, "top_logprobs", ["top_logprobs: got 3", 'only with "logprobs": true']),
     (CHATS, {"logprobs": True, "top_logprobs": 8}, "top_logprobs", ["top_logprobs: got 8", "from 0 to 7"]),
-    (CHATS, {"tools": [{"type": "function"}]}, "tools", ["tools: got [{'type': 'function'}]", "not supported"]),
-    (CHATS, {"tool_choice": "required"}, "tool_choice", ["got 'required'", "'none' or 'auto'"]),
-    (CHATS, {"response_format": {"type": "json_object"}}, "response_format", ["json_object", "{'type': 'text'}"]),
+    (
+        CHATS,
+        {"tools": [{"type": "function"}]},
+        "tools",
+        ['tools: got [{"type": "function"}]', "only [] or null: it is not supported"],
+    ),
+    (CHATS, {"tool_choice": "required"}, "tool_choice", ["got 'required'", "only 'none', 'auto' or null"]),
+    (
+        CHATS,
+        {"response_format": {"type": "json_object"}},
+        "response_format",
+        ["json_object", 'only {"type": "text"} or null'],
+    ),
     (CHATS, {"presence_penalty": 0.5}, "presence_penalty", ["presence_penalty: got 0.5", "only 0"]),
     (CHATS, {"frequency_penalty": 1}, "frequency_penalty", ["frequency_penalty: got 1", "only 0"]),
-    (CHATS, {"logit_bias": {"5": 3}}, "logit_bias", ["logit_bias: got {'5': 3}", "only {}"]),
+    (CHATS, {"logit_bias": {"5": 3}}, "logit_bias", ['logit_bias: got {"5": 3}', "only {}"]),
     (CHATS, {"chat_template": "{{ x }}"}, "chat_template", ["unknown field 'chat_template'"]),
     (TEXTS, {"prompt": MISSING}, "prompt", ["prompt is missing", "a text, token ids"]),
-    (TEXTS, {"prompt": None}, "prompt", ["prompt: got None"]),
+    (TEXTS, {"prompt": None}, "prompt", ["prompt: got null"]),
     (TEXTS, {"prompt": ""}, "prompt", ["prompt: the prompt is empty"]),
     (TEXTS, {"prompt": []}, "prompt", ["prompt: got []", "none of them empty"]),
     (TEXTS, {"prompt": ["a", ""]}, "prompt", ["prompt[1]: the prompt is empty"]),
-    (TEXTS, {"prompt": ["a", 1]}, "prompt", ["prompt: got ['a', 1]"]),
+    (TEXTS, {"prompt": ["a", 1]}, "prompt", ['prompt: got ["a", 1]']),
     (TEXTS, {"prompt": [[]]}, "prompt", ["prompt: got [[]]"]),
-    (TEXTS, {"prompt": [1, True]}, "prompt", ["prompt: got [1, True]"]),
+    (TEXTS, {"prompt": [1, True]}, "prompt", ["prompt: got [1, true]"]),
     (TEXTS, {"prompt": [5, 260]}, "prompt", ["prompt: got token id 260", "0 to 258"]),
     (TEXTS, {"prompt": [-1]}, "prompt", ["prompt: got token id -1"]),
     (TEXTS, {"prompt": "x" * 101}, "prompt", ["prompt: got 101 tokens", "at most 100"]),
     (TEXTS, {"prompt": "x" * 13_000}, "prompt", ["prompt: got 13000 characters", "at most 100 tokens"]),
-    (TEXTS, {"prompt": ["a"] * 4}, "prompt", ["prompt: got a list of 4", "at most 3"]),
+    (TEXTS, {"prompt": ["a"] * 4}, "prompt", ["prompt: got a list of 4", "a list of at most 3"]),
     (TEXTS, {"logprobs": 8}, "logprobs", ["logprobs: got 8", "from 0 to 7"]),
-    (TEXTS, {"logprobs": True}, "logprobs", ["logprobs: got True", "a whole number"]),
-    (TEXTS, {"max_tokens": 0}, "max_tokens", ["max_tokens: got 0", "0 (with echo)"]),
+    (TEXTS, {"logprobs": True}, "logprobs", ["logprobs: got true", "a whole number from 0 to 7"]),
+    (
+        TEXTS,
+        {"max_tokens": 0},
+        "max_tokens",
+        ['max_tokens: got 0; allowed: a whole number from 1 to 50; 0 only together with "echo": true'],
+    ),
     (TEXTS, {"echo": 1}, "echo", ["echo: got 1", "true or false"]),
     (TEXTS, {"suffix": "x"}, "suffix", ["suffix: got 'x'", "not supported"]),
     (TEXTS, {"best_of": 2}, "best_of", ["best_of: got 2", "the same as n (1)"]),
     (TEXTS, {"messages": CHAT}, "messages", ["unknown field 'messages'"]),
     (TEXTS, {"treadle": []}, "treadle", ["treadle: got []", "routing options"]),
-    (TEXTS, {"treadle": {"evry": 2}}, "treadle", ["unknown option 'evry'. Did you mean 'every'?"]),
-    (TEXTS, {"treadle": {"every": 0}}, "treadle", ["every must be a whole number of at least 1, or none, not 0"]),
-    (TEXTS, {"treadle": {"every": "often"}}, "treadle", ["every: expected int", "got 'often'"]),
+    (
+        TEXTS,
+        {"treadle": {"evry": 2}},
+        "treadle",
+        ["treadle.evry: unknown option 'evry'. Did you mean 'every'?", "combine, adapters, trace."],
+    ),
+    (
+        TEXTS,
+        {"treadle": {"every": 0}},
+        "treadle",
+        ["treadle.every: got 0; allowed: a whole number of at least 1, or null"],
+    ),
+    (
+        TEXTS,
+        {"treadle": {"every": "often"}},
+        "treadle",
+        ["treadle.every: got 'often'; allowed: a whole number of at least 1, or null"],
+    ),
     (TEXTS, {"treadle": {"rule": "sofmax"}}, "treadle", ["unknown rule 'sofmax'. Did you mean 'softmax'?"]),
-    (TEXTS, {"treadle": {"rule": "boosted"}}, "treadle", ["with score lda use rule softmax"]),
-    (TEXTS, {"treadle": {"temperature": -1}}, "treadle", ["temperature must be a finite number", "not -1"]),
-    (TEXTS, {"treadle": {"fixed": {"math": -1}}}, "treadle", ["fixed weight of 'math'", "not negative"]),
+    (
+        TEXTS,
+        {"treadle": {"rule": "boosted"}},
+        "treadle",
+        ["treadle.rule: got 'boosted' with treadle.score; allowed: 'softmax' or 'top_k' with score 'lda'"],
+    ),
+    (
+        TEXTS,
+        {"treadle": {"temperature": -1}},
+        "treadle",
+        ["treadle.temperature: got -1; allowed: a finite number of at least 1e-06, or null"],
+    ),
+    (
+        TEXTS,
+        {"treadle": {"fixed": {"math": -1}}},
+        "treadle",
+        ["treadle.fixed.math: got -1.0; allowed: a finite number of at least 0"],
+    ),
     (TEXTS, {"treadle": {"fixed": {"maths": 1}}}, "treadle", ["unknown adapter 'maths'. Did you mean 'math'?"]),
-    (TEXTS, {"treadle": {"fixed": "heavy"}}, "treadle", ["fixed", "got 'heavy'"]),
+    (
+        TEXTS,
+        {"treadle": {"fixed": "heavy"}},
+        "treadle",
+        ["treadle.fixed: got 'heavy'; allowed: an object like {\"math\": 0.7}"],
+    ),
     (TEXTS, {"treadle": {"fixed": {"math": 1e30}}}, "treadle", ["treadle.fixed.math: got 1e+30", "at most 100"]),
-    (TEXTS, {"treadle": {"window": 10**30}}, "treadle", ["treadle.window: got 1000", "at most 1e+06"]),
+    (TEXTS, {"treadle": {"window": 10**30}}, "treadle", ["treadle.window: got 1000", "at most 1000000"]),
     (TEXTS, {"treadle": {"boost": 1e300}}, "treadle", ["treadle.boost: got 1e+300", "at most 1000"]),
     (TEXTS, {"treadle": {"combine": "linear"}}, "treadle", ["equal ranks and target modules", "combine='sum'"]),
     (TEXTS, {"treadle": {"trace": "yes"}}, "treadle", ["treadle.trace: got 'yes'", "true or false"]),
+    (TEXTS, {"treadle": {"score": None}}, "treadle", ["score: got null; allowed: 'cosine', 'centred' or 'lda'"]),
+    (TEXTS, {"treadle": {"unit_scale": None}}, "treadle", ["treadle.unit_scale: got null; allowed: true or false"]),
     (TEXTS, {"treadle": {"adapters": "math"}}, "treadle", ["treadle.adapters: got 'math'", "math, science, code"]),
     (TEXTS, {"treadle": {"adapters": ["cod"]}}, "treadle", ["unknown adapter 'cod'. Did you mean 'code'?"]),
     (TEXTS, {"treadle": {"past": "recompute"}, "max_tokens": 50, "prompt": "x" * 20}, "treadle", ["at most 60 tokens"]),
-    (TEXTS, {"model": "math", "treadle": {"every": 2}}, "treadle", ["'math' is not routed", "model 'auto'"]),
+    (
+        TEXTS,
+        {"model": "math", "treadle": {"every": 2}},
+        "treadle",
+        ["treadle.every: model 'math' is not routed", "model 'auto'"],
+    ),
     (TEXTS, {"model": "base", "treadle": {"adapters": []}}, "treadle", ["treadle.adapters: model 'base'"]),
     (ROUTE, {"text": MISSING}, "text", ["text is missing"]),
-    (ROUTE, {"text": 7}, "text", ["text: got 7"]),
+    (ROUTE, {"text": 7}, "text", ["text: got 7; allowed: a text"]),
     (ROUTE, {"txt": "x"}, "txt", ["unknown field 'txt'. Did you mean 'text'?"]),
-    (ROUTE, {"model": "math"}, "model", ["model: got 'math', which is not routed"]),
+    (ROUTE, {"model": "math"}, "model", ["model: got 'math', which is not routed; allowed: 'auto' or 'bundle'"]),
     (ROUTE, {"treadle": {"score": "l2"}}, "treadle", ["unknown score 'l2'", "cosine, centred, lda"]),
 ]
 
@@ -181,12 +260,12 @@ def test_a_bad_field_is_refused_by_name(
     [
         (b"", ["the body is not JSON"]),
         (b"{", ["the body is not JSON"]),
-        (b"[]", ["the body is a JSON list; allowed: an object"]),
-        (b'"x"', ["the body is a JSON str"]),
+        (b"[]", ["the body: got []; allowed: a JSON object"]),
+        (b'"x"', ["the body: got 'x'"]),
         (b"\xff\xfe", ["the body is not JSON"]),
         (b'{"model": "auto", "prompt": "\\ud800"}', ["the body is not JSON"]),
-        (b'{"model": "auto", "prompt": "x", "temperature": NaN}', ["temperature: got nan"]),
-        (b'{"model": "auto", "prompt": "x", "top_p": Infinity}', ["top_p: got inf"]),
+        (b'{"model": "auto", "prompt": "x", "temperature": NaN}', ["temperature: got NaN"]),
+        (b'{"model": "auto", "prompt": "x", "top_p": Infinity}', ["top_p: got Infinity"]),
         (b'{"model": "auto", "prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", ["the body is not JSON"]),
         (b'{"model": "auto", "prompt": "x", "seed": ' + b"9" * 5000 + b"}", ["the body is not JSON"]),
     ],
@@ -208,8 +287,205 @@ def test_all_problems_are_in_one_message(served: Serving) -> None:
         "colour": "red",
     }
     message = served.post(CHATS, body).json()["error"]["message"]
-    for part in ("messages[0].role", "temperature: got 9", "n: got 99", "stop: got 3", "1000", "'evry'", "'colour'"):
+    for part in (
+        "messages[0].role",
+        "temperature: got 9",
+        "n: got 99",
+        "stop: got a list of 3",
+        "1000",
+        "'evry'",
+        "'colour'",
+    ):
         assert part in message
+
+
+NO_CAUSE_TWICE: list[tuple[str, dict[str, Any], str]] = [
+    # route, changes, the whole message
+    (TEXTS, {"treadle": {"every": 1.5}}, "treadle.every: got 1.5; allowed: a whole number of at least 1, or null"),
+    (
+        TEXTS,
+        {"treadle": {"fixed": {"math": None}}},
+        'treadle.fixed: got {"math": null}; allowed: an object like {"math": 0.7}, or null',
+    ),
+    (
+        TEXTS,
+        {"treadle": {"fixed": {"math": 0.5}, "rule": "softmax"}},
+        "treadle.rule: got 'softmax' with treadle.fixed; allowed: 'fixed', or leave it out",
+    ),
+    (
+        TEXTS,
+        {"treadle": {"rule": "fixed"}},
+        "treadle.fixed: got null with treadle.rule; allowed: an object like {\"math\": 0.7} with rule 'fixed'",
+    ),
+    (
+        TEXTS,
+        {"treadle": {"adapters": ["cod", "cod", "cod"]}},
+        "treadle.adapters: unknown adapter 'cod'. Did you mean 'code'? Allowed: math, science, code.",
+    ),
+    (
+        TEXTS,
+        {"model": "math", "treadle": {"every": 2, "rule": "x"}},
+        "treadle.every, treadle.rule: model 'math' is not routed; allowed: 'trace', or model 'auto'",
+    ),
+    (
+        CHATS,
+        {"max_tokens": 3, "max_completion_tokens": 9999},
+        "max_completion_tokens: got 9999; allowed: a whole number from 1 to 50",
+    ),
+    (
+        ROUTE,
+        {"model": "math", "treadle": {"every": 4}},
+        "model: got 'math', which is not routed; allowed: 'auto' or 'bundle'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "changes", "message"), NO_CAUSE_TWICE)
+def test_one_cause_is_one_problem(served: Serving, path: str, changes: dict[str, Any], message: str) -> None:
+    assert served.post(path, {**MINIMAL[path], **changes}).json()["error"]["message"] == message
+
+
+def test_an_unknown_model_hides_no_other_problem(served: Serving) -> None:
+    body = {**MINIMAL[TEXTS], "model": "nix", "temperature": 9, "n": 0, "treadle": {"evry": 1}}
+    answer = served.post(TEXTS, body)
+    parts = ["unknown model 'nix'", "temperature: got 9", "n: got 0", "'every'"]
+    assert_refused(answer, 404, "model", parts)
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert_refused(served.post(ROUTE, {"model": "nix", "text": 7}), 404, "model", ["'nix'", "text: got 7"])
+
+
+MANY: list[tuple[str, dict[str, Any], str, str]] = [
+    # route, changes with many problems or long names, field, how the message ends
+    (CHATS, {"messages": [{}] * 5}, "messages", "messages[4].content is missing"),
+    (CHATS, {"messages": [{}] * 900}, "messages", "messages: got a list of 900; allowed: a list of 1 to 5 messages"),
+    (CHATS, {"messages": [{f"m{n}": n for n in range(200)}] * 5}, "messages", "... and 990 more"),
+    (TEXTS, {f"field{n}": n for n in range(200)}, "field0", "... and 180 more"),
+    (TEXTS, {"stop": [7] * 900}, "stop", "at most 2 texts, of 1 to 256 characters each"),
+    (TEXTS, {"treadle": {f"option{n}": n for n in range(200)}}, "treadle", "... and 180 more"),
+    (TEXTS, {"treadle": {"adapters": [f"name{n}" for n in range(900)]}}, "treadle", "... and 880 more"),
+    (TEXTS, {"treadle": {"fixed": {f"name{n}": 1 for n in range(200)}}}, "treadle", "... and 180 more"),
+    (TEXTS, {"treadle": {"fixed": {f"name{n}": -1 for n in range(200)}}}, "treadle", "... and 180 more"),
+    (TEXTS, {"model": "m" * 9000}, "model", "Allowed: auto, bundle, math, science, code, base."),
+    (TEXTS, {"q" * 9000: 1}, "q" * 56 + " ...", "suffix, best_of."),
+    (TEXTS, {"treadle": {"q" * 9000: 1}}, "treadle", "adapters, trace."),
+    (TEXTS, {"treadle": {"rule": "q" * 9000}}, "treadle", "Allowed: boosted, softmax, top_k, fixed."),
+    (TEXTS, {"treadle": {"fixed": {"q" * 9000: -1}}}, "treadle", "got -1.0; allowed: a finite number of at least 0"),
+    (TEXTS, {"treadle": {"adapters": ["q" * 9000]}}, "treadle", "Allowed: math, science, code."),
+    (TEXTS, {"treadle": {"every": ["q" * 9000]}}, "treadle", "allowed: a whole number of at least 1, or null"),
+]
+
+
+@pytest.mark.parametrize(("path", "changes", "field", "end"), MANY)
+def test_a_refusal_is_short_whatever_the_request(
+    served: Serving, path: str, changes: dict[str, Any], field: str, end: str
+) -> None:
+    answer = served.post(path, {**MINIMAL[path], **changes})
+    message = answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == field
+    assert message.count("\n  - ") <= 21
+    assert len(message) < 7000
+    assert end in message.splitlines()[-1]
+
+
+def test_a_body_with_too_much_in_it_is_refused_before_it_is_read() -> None:
+    refused = [
+        (b'{"prompt": [' + b"[]," * 30_000 + b"[]]}", "got 30003 lists and objects; allowed: at most 20000"),
+        (json.dumps(dict.fromkeys(map(str, range(257)))).encode(), "an object of 257 fields; allowed: at most 256"),
+    ]
+    for raw, message in refused:
+        with pytest.raises(Failure, match=message) as caught:
+            read_object(raw)
+        assert caught.value.status == 400
+    text = '[{\\"' * 30_000  # brackets in a text are no lists
+    assert read_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+@pytest.mark.parametrize("path", [CHATS, TEXTS, ROUTE])
+def test_bodies_are_read_beside_the_event_loop(served: Serving, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def read(*given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read_body(*given)
+
+    monkeypatch.setattr(generating, "read_body", read)
+    assert served.post(path, MINIMAL[path]).status_code == 200
+    assert threads[0].startswith("treadle-prepare")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Encoding": "gzip"}])
+def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(served: Serving, headers: dict[str, str]) -> None:
+    raw = gzip.compress(json.dumps(MINIMAL[TEXTS]).encode())
+    answer = served.request("POST", TEXTS, content=raw, headers=headers)
+    assert_refused(answer, 415, None, ["Content-Encoding: got 'gzip'; allowed: none"])
+
+
+def test_another_method_or_route_is_answered_with_what_there_is(served: Serving) -> None:
+    wrong = served.request("PUT", "/v1/adapters")
+    assert_refused(wrong, 405, None, ["got PUT /v1/adapters; allowed: GET, HEAD, POST"])
+    assert wrong.headers["allow"] == "GET, HEAD, POST"
+    missing = served.request("GET", "/v1/embeddings")
+    assert_refused(missing, 404, None, ["/v1/models/{name}", "/v1/adapters/{name}"])
+    assert ":path" not in missing.text
+
+
+ADAPTER_REFUSALS: list[tuple[str, dict[str, Any], int, str, list[str]]] = [
+    # route, body, status, field, what the message says
+    (
+        "adapters",
+        {"name": "x y", "path": "../x", "sample": []},
+        400,
+        "sample",
+        ["unknown field 'sample'", "name: got 'x y'", "path: got '../x'"],
+    ),
+    ("adapters", {"name": ".x", "path": "math"}, 400, "name", ["beginning with a letter", "(base, auto, bundle, math"]),
+    ("adapters", {"name": "auto", "path": "math"}, 400, "name", ["name: got 'auto'; allowed: letters, digits"]),
+    ("adapters", {"name": "math", "path": "math"}, 400, "name", ["name: got 'math', which exists already"]),
+    ("adapters", {"name": "n" * 900, "path": "math"}, 400, "name", ["name: got 'nnn", "at most 100 characters"]),
+    ("adapters", {"name": "x", "path": "p" * 900}, 400, "path", ["path: got 'ppp", "a folder below --adapter-dir"]),
+    ("adapters", {"name": "x", "path": "empty"}, 400, "path", ["not a PEFT folder"]),
+    (
+        "adapters",
+        {"name": "x", "path": "math", "samples": ["a", 7]},
+        400,
+        "samples",
+        ["samples[1]: got 7; allowed: a text"],
+    ),
+    ("load_lora_adapter", {"lora_name": "x", "lora_path": "../x"}, 400, "lora_path", ["lora_path: got '../x'"]),
+    ("load_lora_adapter", {"lora_name": "x y", "lora_path": "math"}, 400, "lora_name", ["lora_name: got 'x y'"]),
+    ("load_lora_adapter", {"lora_name": "x", "lora_path": "empty"}, 400, "lora_path", ["not a PEFT folder"]),
+    ("unload_lora_adapter", {"lora_name": "maths"}, 404, "lora_name", ["'maths'. Did you mean 'math'?"]),
+]
+
+
+@pytest.fixture(scope="module")
+def admin(bundle_folder: Path, adapter_folders: dict[str, Path]) -> Generator[Serving]:
+    shelf = adapter_folders["math"].parent
+    (shelf / "empty").mkdir(exist_ok=True)
+    with serving(bundle_folder, admin_key="root", adapter_dir=str(shelf)) as each:
+        yield each
+
+
+@pytest.mark.parametrize(("route", "body", "status", "field", "parts"), ADAPTER_REFUSALS)
+def test_a_bad_adapter_is_refused_by_the_field_that_the_request_has(
+    admin: Serving, route: str, body: dict[str, Any], status: int, field: str, parts: list[str]
+) -> None:
+    answer = admin.post(f"/v1/{route}", body, headers={"Authorization": "Bearer root"})
+    assert_refused(answer, status, field, parts)
+
+
+def test_the_document_of_the_routes_is_valid_and_has_every_option_of_routing(served: Serving) -> None:
+    document = served.request("GET", "/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    for name in ("ChatBody", "CompletionBody", "RouteBody"):
+        assert {"$ref": "#/components/schemas/Treadle"} in schemas[name]["properties"]["treadle"]["anyOf"]
+    routing = {entry.name for entry in fields(RoutingParams)}
+    assert set(schemas["RoutingParams"]["properties"]) == routing  # the page makes its fields from these
+    assert set(schemas["Treadle"]["properties"]) == routing | {"adapters", "trace"}
+    checker = Draft202012Validator({"$ref": "#/components/schemas/ChatBody", "components": document["components"]})
+    assert checker.is_valid({**MINIMAL[CHATS], "treadle": {"every": 4, "adapters": ["math"], "trace": True}})
+    assert not checker.is_valid({**MINIMAL[CHATS], "treadle": {"evry": 4}})
+    schemathesis.openapi.from_dict(document).validate()
 
 
 def test_an_unknown_model_is_404_and_lists_the_names(served: Serving) -> None:

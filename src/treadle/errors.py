@@ -4,17 +4,52 @@ Each message says what was given, what is allowed and what to do, and lists ever
 The command line prints them as they are, without a traceback.
 """
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
+
+SHOWN = 60
+"""Characters of a given value that a message repeats."""
+LONGEST_NAME = 100
+"""Characters; nothing is named longer, and to a longer name none is near."""
+ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 class TreadleError(Exception):
     """Anything that the caller can fix: a file, an option, a missing package."""
 
 
+@dataclass(frozen=True)
+class OptionProblem:
+    """What is wrong with one option, in parts: a server names options in another way than a command line.
+
+    Attributes:
+        options: the option to change, as in `every` or `fixed.math`, then those that it clashes with.
+        text: the whole sentence, as Python and the command line have it.
+        given: the value.
+        allowed: which values are, in words; "" where `text` is the better sentence, such as one with the nearest name.
+    """
+
+    options: tuple[str, ...]
+    text: str
+    given: Any = None
+    allowed: str = ""
+
+    @property
+    def fields(self) -> set[str]:
+        """The fields that it is about."""
+        return {option.partition(".")[0] for option in self.options}
+
+
 class OptionError(TreadleError, ValueError):
-    """An option has a value that is not allowed."""
+    """An option has a value that is not allowed; `problems` has the parts of the message."""
+
+    def __init__(self, message: str, problems: Sequence[OptionProblem] = ()) -> None:
+        super().__init__(message)
+        head, *listed = message.split("\n  - ")  # as `problem_list` made it
+        self.problems = list(problems) or [OptionProblem((), text) for text in listed or [head]]
 
 
 class AdapterError(TreadleError):
@@ -41,9 +76,26 @@ def problem_list(head: str, problems: Iterable[str]) -> str:
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
     """Return the message for a name that does not exist, with the nearest one and all that do."""
     names = list(allowed)
-    close = get_close_matches(name, names, n=1)
+    close = get_close_matches(name, names, n=1) if len(name) <= LONGEST_NAME else []
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(names) or 'none'}."
+    return f"unknown {kind} {shown(name)}.{hint} Allowed: {', '.join(names) or 'none'}."
+
+
+def shown(value: Any) -> str:
+    """Return a value of a JSON document for a message: a text in quotes, else as JSON; cut where it is long."""
+    pieces = [repr(value[:SHOWN])] if isinstance(value, str) else ENCODER.iterencode(value)
+    text = ""
+    for piece in pieces:  # of a long list, only its beginning is written
+        text += piece
+        if len(text) > SHOWN:
+            return text[: SHOWN - 4] + " ..."
+    return text
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Return values as a message lists what is allowed: 'a', 'b' or 'c'."""
+    *most, last = map(shown, values)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def collect(problems: list[str], steps: Iterable[Callable[[], Any]]) -> list[Any]:

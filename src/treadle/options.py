@@ -5,19 +5,37 @@ from dataclasses import field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from treadle.errors import OptionError, problem_list, unknown_name
+from treadle.errors import OptionError, OptionProblem, listed, problem_list, unknown_name
 
 Value = TypeVar("Value")
 
 
-def option(default: Value, meaning: str) -> Value:
-    """Declare a dataclass field with its default and one line of meaning, which the command line shows as help."""
-    return field(default=default, metadata={"meaning": meaning})
+def option(default: Value, meaning: str, allowed: str = "") -> Value:
+    """Declare a dataclass field with its default and one line of meaning, which the command line shows as help.
+
+    `allowed` says which values are, for messages; "" where the type says it.
+    """
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
 def meanings(options: type) -> dict[str, str]:
     """Return the line of meaning of each field of a dataclass."""
     return {entry.name: entry.metadata.get("meaning", "") for entry in fields(options)}
+
+
+def allowed_values(options: type) -> dict[str, str]:
+    """Return in words which values each field of a dataclass may have."""
+    hints = get_type_hints(options)
+    return {entry.name: entry.metadata.get("allowed") or _in_words(hints[entry.name]) for entry in fields(options)}
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        (inner,) = [choice for choice in get_args(kind) if choice is not NoneType]
+        return f"{_in_words(inner)}, or none"
+    if get_origin(kind) is Literal:
+        return listed(get_args(kind))
+    return "true or false" if kind is bool else _described(kind)
 
 
 def read_options(options: type[Value], given: Mapping[str, Any], *, onto: Value | None = None) -> Value:
@@ -31,20 +49,28 @@ def read_options(options: type[Value], given: Mapping[str, Any], *, onto: Value 
     hints = get_type_hints(options)
     names = [entry.name for entry in fields(cast(Any, options))]
     values = {name: getattr(onto, name) for name in names} if onto is not None else {}
-    problems: list[str] = []
+    problems: list[OptionProblem] = []
     for name, value in given.items():
         try:
             values[name] = parse(hints[name], value, name) if name in names else _refuse(name, names)
         except OptionError as error:
-            problems.append(str(error))
+            is_name = name not in names or (get_origin(hints[name]) is Literal and isinstance(value, str))
+            allowed = "" if is_name else allowed_values(cast(type, options))[name]
+            problems.append(OptionProblem((name,), str(error), value, allowed))
     if problems:
-        try:  # what can be read may have problems of its own: all in one message
-            options(**values)
-        except OptionError as error:
-            head, *listed = str(error).split("\n  - ")
-            problems += listed or [head]
-        raise OptionError(problems[0] if len(problems) == 1 else problem_list("options:", problems))
+        raise _all_problems(options, values, problems)
     return options(**values)
+
+
+def _all_problems(options: type, values: Mapping[str, Any], problems: list[OptionProblem]) -> OptionError:
+    """Return the error for fields that cannot be read, and for those that can but have problems of their own."""
+    unread = {problem.options[0] for problem in problems}
+    try:
+        options(**values)
+    except OptionError as error:
+        problems += [each for each in error.problems if not unread & each.fields]
+    texts = [problem.text for problem in problems]
+    return OptionError(texts[0] if len(texts) == 1 else problem_list("options:", texts), problems)
 
 
 def _refuse(name: str, names: list[str]) -> NoReturn:

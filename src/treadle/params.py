@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, get_args
 
-from treadle.errors import OptionError, problem_list, unknown_name
-from treadle.options import option
+from treadle.errors import OptionError, OptionProblem, problem_list, unknown_name
+from treadle.options import allowed_values, option
 
 Score = Literal["cosine", "centred", "lda"]
 Rule = Literal["boosted", "softmax", "top_k", "fixed"]
@@ -21,6 +21,8 @@ DEFAULT_TEMPERATURE: dict[Score, float] = {"lda": 1.6, "cosine": 0.05, "centred"
 
 SMALLEST = 1e-6
 """Of a boost or temperature; below, scores divided by it overflow."""
+FACTOR = f"a finite number of at least {SMALLEST}"
+COUNT = "a whole number of at least 1"
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,26 @@ class RoutingParams:
 
     score: Score = option("lda", "text against centroids: cosine (the paper), centred, or lda")
     rule: Rule = option("softmax", "scores to weights: boosted (the paper), softmax, top_k or fixed")
-    boost: float = option(4.0, "boosted: factor on the largest cosine")
-    temperature: float | None = option(None, "softmax, top_k: divides the scores; none = 1.6 for lda, 0.05 for cosines")
-    top_k: int = option(2, "top_k: how many adapters keep a weight")
-    fixed: Mapping[str, float] | None = option(None, "fixed: name=weight pairs; adapters not named get 0")
+    boost: float = option(4.0, "boosted: factor on the largest cosine", FACTOR)
+    temperature: float | None = option(
+        None, "softmax, top_k: divides the scores; none = 1.6 for lda, 0.05 for cosines", f"{FACTOR}, or none"
+    )
+    top_k: int = option(2, "top_k: how many adapters keep a weight", COUNT)
+    fixed: Mapping[str, float] | None = option(
+        None, "fixed: name=weight pairs; adapters not named get 0", 'an object like {"math": 0.7}, or none'
+    )
     unit_scale: bool = option(False, "divide by the largest weight: the nearest acts at its trained strength")
-    floor: float | None = option(None, "adapters whose score is below get 0; where all are, the base answers")
-    every: int | None = option(2, "re-weigh every so many generated tokens; none = once, from the prompt")
-    window: int | None = option(None, "the embedder sees the last so many tokens; none = all")
+    floor: float | None = option(
+        None, "adapters whose score is below get 0; where all are, the base answers", "a finite score, or none"
+    )
+    every: int | None = option(
+        2, "re-weigh every so many generated tokens; none = once, from the prompt", f"{COUNT}, or none"
+    )
+    window: int | None = option(None, "the embedder sees the last so many tokens; none = all", f"{COUNT}, or none")
     recent: int | None = option(
-        32, "running text: the score is the mean of the text's and that of its last so many tokens; none = off"
+        32,
+        "running text: the score is the mean of the text's and that of its last so many tokens; none = off",
+        f"{COUNT}, or none",
     )
     prefill: Literal["prompt", "causal"] = option(
         "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
@@ -51,51 +63,68 @@ class RoutingParams:
         if self.fixed is not None:
             object.__setattr__(self, "fixed", dict(self.fixed))
         if problems := [*self._choice_problems(), *self._number_problems(), *self._clashes()]:
-            raise OptionError(problem_list("routing options:", problems))
+            raise OptionError(problem_list("routing options:", [problem.text for problem in problems]), problems)
 
-    def _choice_problems(self) -> list[str]:
+    def _choice_problems(self) -> list[OptionProblem]:
         choices = {"score": Score, "rule": Rule, "combine": Combine}
         allowed = {name: get_args(kind) for name, kind in choices.items()}
         allowed |= {"prefill": ("prompt", "causal"), "past": ("keep", "recompute")}
         return [
-            unknown_name(name, str(getattr(self, name)), values)
+            OptionProblem((name,), unknown_name(name, str(getattr(self, name)), values))
             for name, values in allowed.items()
             if getattr(self, name) not in values
         ]
 
-    def _number_problems(self) -> list[str]:
-        or_none = {name: ", or none" for name in ("temperature", "every", "window", "recent")}
+    def _number_problems(self) -> list[OptionProblem]:
+        may_be_none = ("temperature", "every", "window", "recent", "floor")
         given: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if value is not None or name not in or_none
+            name: value for name, value in vars(self).items() if value is not None or name not in may_be_none
         }
-        problems = [
-            f"{name} must be a finite number of at least {SMALLEST}{or_none.get(name, '')}, not {given[name]!r}"
+        wrong = [
+            name
             for name in ("boost", "temperature")
             if name in given and not (isinstance(given[name], int | float) and SMALLEST <= given[name] < float("inf"))
         ]
-        problems += [
-            f"{name} must be a whole number of at least 1{or_none.get(name, '')}, not {given[name]!r}"
+        wrong += [
+            name
             for name in ("top_k", "every", "window", "recent")
             if name in given and not (isinstance(given[name], int) and given[name] >= 1)
         ]
-        if self.floor is not None and not isfinite(self.floor):
-            problems.append(f"floor must be a finite score, or none, not {self.floor!r}")
-        bad = [name for name, weight in (self.fixed or {}).items() if not (isfinite(weight) and weight >= 0)]
-        return problems + [f"fixed weight of {name!r} must be finite and not negative" for name in bad]
-
-    def _clashes(self) -> list[str]:
-        problems: list[str] = []
-        if self.rule == "boosted" and self.score == "lda":
-            problems.append("rule boosted multiplies a cosine; with score lda use rule softmax")
-        if (self.rule == "fixed") != (self.fixed is not None):
-            problems.append("rule fixed and fixed weights go together: give both or neither")
-        if self.prefill == "causal" and self.every is None:
-            problems.append(
-                "prefill causal decides in blocks of `every` tokens; every none decides once, from the prompt"
+        wrong += [name for name in ("floor",) if name in given and not isfinite(given[name])]
+        allowed = allowed_values(RoutingParams)
+        texts = {name: f"{name} must be {allowed[name]}, not {given[name]!r}" for name in wrong}
+        problems = [OptionProblem((name,), text, given[name], allowed[name]) for name, text in texts.items()]
+        bad = {name: weight for name, weight in (self.fixed or {}).items() if not (isfinite(weight) and weight >= 0)}
+        return problems + [
+            OptionProblem(
+                (f"fixed.{name}",),
+                f"fixed weight of {name!r} must be finite and not negative",
+                weight,
+                "a finite number of at least 0",
             )
+            for name, weight in bad.items()
+        ]
+
+    def _clashes(self) -> list[OptionProblem]:
+        clashes: dict[tuple[str, ...], tuple[str, str]] = {}  # options -> text, what is allowed of the first
+        if self.rule == "boosted" and self.score == "lda":
+            text = "rule boosted multiplies a cosine; with score lda use rule softmax"
+            clashes["rule", "score"] = text, "'softmax' or 'top_k' with score 'lda'; 'boosted' multiplies a cosine"
+        text = "rule fixed and fixed weights go together: give both or neither"
+        if self.rule == "fixed" and self.fixed is None:
+            clashes["fixed", "rule"] = text, "an object like {\"math\": 0.7} with rule 'fixed'"
+        if self.rule != "fixed" and self.fixed is not None:
+            clashes["rule", "fixed"] = text, "'fixed', or leave it out"
+        if self.prefill == "causal" and self.every is None:
+            text = "prefill causal decides in blocks of `every` tokens; every none decides once, from the prompt"
+            clashes["every", "prefill"] = text, f"{COUNT} with prefill 'causal', which decides in blocks of so many"
         if self.prefill == "causal" and self.past == "recompute":
-            problems.append("past recompute reads the prompt again under later weights; it cannot be causal")
-        return problems
+            text = "past recompute reads the prompt again under later weights; it cannot be causal"
+            clashes["past", "prefill"] = text, "'keep' with prefill 'causal'"
+        return [
+            OptionProblem(options, text, getattr(self, options[0]), allowed)
+            for options, (text, allowed) in clashes.items()
+        ]
 
     @classmethod
     def paper(cls) -> "RoutingParams":

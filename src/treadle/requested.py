@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from treadle.errors import shown
 from treadle.options import read_options
 from treadle.params import RoutingParams
 
-LARGEST_WEIGHT = 100.0
+LARGEST_WEIGHT = 100
 """Of an adapter; larger ones make activations overflow."""
 
 
@@ -26,11 +27,12 @@ def requested(default: RoutingParams, options: Mapping[str, Any]) -> RoutingPara
 
 def too_large(params: RoutingParams) -> list[str]:
     """Return the values that a request may not give, because they would overflow in the arithmetic of its row."""
-    limits = {"boost": 1e3, "temperature": 1e6, "every": 1e6, "window": 1e6, "recent": 1e6, "top_k": 1e6}
+    million = 1_000_000
+    limits = {"boost": 1000, **dict.fromkeys(("temperature", "every", "window", "recent", "top_k"), million)}
     given = {name: getattr(params, name) for name in limits}
     given |= {f"fixed.{name}": weight for name, weight in (params.fixed or {}).items()}
     return [
-        f"{name}: got {value}; allowed: at most {limits.get(name, LARGEST_WEIGHT):g}"
+        f"{name}: got {shown(value)}; allowed: at most {limits.get(name, LARGEST_WEIGHT)}"
         for name, value in given.items()
         if value is not None and value > limits.get(name, LARGEST_WEIGHT)
     ]

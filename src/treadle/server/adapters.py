@@ -1,7 +1,7 @@
 """The routes of adapters: what there is, how a text is weighed, and adding and removing while requests run."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +13,15 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.bundle import NAME, RESERVED, foreign_base
 from treadle.centroid_files import read_centroid
 from treadle.centroids import Centroids
-from treadle.errors import AdapterError, TreadleError
+from treadle.errors import LONGEST_NAME, AdapterError, TreadleError, listed, shown
 from treadle.explain import explain
 from treadle.routing import Router
-from treadle.server.bodies import AdapterBody, Json, LoadBody, RouteBody, UnloadBody, read_body
-from treadle.server.failures import Failure, failure_of, refusal
+from treadle.server.bodies import NAMING, AdapterBody, Json, LoadBody, RouteBody, UnloadBody
+from treadle.server.failures import Failure, Problem, Problems, failure_of, refusal
 from treadle.server.gate import Visit
-from treadle.server.generating import parse, read_json
+from treadle.server.generating import read
 from treadle.server.state import State
+from treadle.server.targets import AUTO
 
 SLICE = 16
 """Sample texts that are embedded between two steps."""
@@ -35,7 +36,8 @@ async def models(request: Request) -> Response:
 async def model(request: Request) -> Response:
     """GET /v1/models/{name}."""
     state, name = State.of(request), request.path_params["name"]
-    state.targets.read(name, None, [], Visit.of(request).caller)  # refuses an unknown name
+    if unknown := state.targets.unknown(name, Visit.of(request).caller):
+        raise refusal(unknown)
     return JSONResponse(_card(state, name))
 
 
@@ -49,10 +51,12 @@ def _card(state: State, name: str) -> Json:
 async def route(request: Request) -> Response:
     """POST /v1/route: how a text is weighed, and why."""
     state, caller = State.of(request), Visit.of(request).caller
-    body, problems = read_body(RouteBody, await read_json(request))
-    target = state.targets.read(body.model, body.treadle, problems, caller)
-    if body.model not in state.targets.names:
-        problems.append(("model", f"model: got {body.model!r}, which is not routed; allowed: {state.targets.names}"))
+    body, problems = await read(request, RouteBody)
+    names, is_known = state.targets.names, not state.targets.unknown(body.model, caller)
+    if is_known and body.model not in names:
+        problems.append(Problem("model", f"model: got {body.model!r}, which is not routed; allowed: {listed(names)}"))
+    model = AUTO if is_known else body.model  # one that is not routed is refused once, its options as if it were
+    target = state.targets.read(model, body.treadle, problems, caller)
     if problems:
         raise refusal(problems)
 
@@ -78,31 +82,34 @@ async def adapters(request: Request) -> Response:
 async def add(request: Request) -> Response:
     """POST /v1/adapters: read an adapter's folder and let new requests use it."""
     _check_admin(request)
-    body = parse(AdapterBody, await read_json(request))
-    await _add(State.of(request), body.name, body.path, body.samples)
+    body, problems = await read(request, AdapterBody)
+    await _add(State.of(request), New(body.name, body.path, body.samples), problems)
     return await adapters(request)
 
 
 async def remove(request: Request) -> Response:
     """DELETE /v1/adapters/{name}: new requests no longer see it, running ones finish with it."""
     _check_admin(request)
-    await _remove(State.of(request), request.path_params["name"])
+    await _remove(State.of(request), request.path_params["name"], "name")
     return await adapters(request)
 
 
 async def load(request: Request) -> Response:
     """POST /v1/load_lora_adapter, as vLLM has it."""
     _check_admin(request)
-    body = parse(LoadBody, await read_json(request))
-    await _add(State.of(request), body.lora_name, body.lora_path, body.samples)
+    body, problems = await read(request, LoadBody)
+    new = New(body.lora_name, body.lora_path, body.samples, "lora_name", "lora_path")
+    await _add(State.of(request), new, problems)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def unload(request: Request) -> Response:
     """POST /v1/unload_lora_adapter, as vLLM has it."""
     _check_admin(request)
-    body = parse(UnloadBody, await read_json(request))
-    await _remove(State.of(request), body.lora_name)
+    body, problems = await read(request, UnloadBody)
+    if problems:
+        raise refusal(problems)
+    await _remove(State.of(request), body.lora_name, "lora_name")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -127,11 +134,30 @@ def _cards(state: State) -> list[Json]:
     ]
 
 
-async def _add(state: State, name: str, path: str, samples: list[str] | None) -> None:
+@dataclass(frozen=True)
+class New:
+    """An adapter that a request wants to add, and what the request calls the fields that say so."""
+
+    name: str
+    path: str
+    samples: list[str] | None
+    name_field: str = "name"
+    path_field: str = "path"
+
+
+async def _add(state: State, new: New, problems: Problems) -> None:
     """Read and embed beside the running requests; only the last moment, when it is attached, is between steps."""
-    if not NAME.fullmatch(name) or name in (*RESERVED, *state.targets.names):
-        raise Failure(400, f"name: got {name!r}; allowed: letters, digits, '.', '_' and '-', not a name that is taken")
-    folder = _folder(state, path)
+    if state.params.adapter_dir is None:
+        raise Failure(403, "adapters cannot be added: start the server with --adapter-dir", code="no_adapter_dir")
+    wrong = {problem.place for problem in problems}
+    if new.name_field not in wrong:
+        problems += _name_problems(state, new)
+    folder = _folder(Path(state.params.adapter_dir), new.path)
+    if folder is None and new.path_field not in wrong:
+        problems.append(Problem.of(new.path_field, new.path, "a folder below --adapter-dir"))
+    if folder is None or problems:
+        raise refusal(problems)
+    name, samples = new.name, new.samples
     try:
         adapter = await state.prepare(partial(_read, state, name, folder))
         if samples is None:
@@ -143,7 +169,7 @@ async def _add(state: State, name: str, path: str, samples: list[str] | None) ->
             own = Centroids.empty(embedder.id, embedder.dim).add(name, np.concatenate(vectors))
         await state.between_steps(partial(_attach, state, adapter, own))
     except TreadleError as error:
-        raise Failure(400, str(error), code="adapter_refused") from error
+        raise Failure(400, str(error), param=new.path_field, code="adapter_refused") from error
 
 
 def _read(state: State, name: str, folder: Path) -> Adapter:
@@ -158,7 +184,7 @@ def _attach(state: State, adapter: Adapter, own: Centroids) -> None:
     state.metrics.set_adapters(state.engine.adapter_names)
 
 
-async def _remove(state: State, name: str) -> None:
+async def _remove(state: State, name: str, field: str) -> None:
     def detach() -> Router:
         state.engine.remove_adapter(name)
         state.metrics.set_adapters(state.engine.adapter_names)
@@ -167,15 +193,27 @@ async def _remove(state: State, name: str) -> None:
     try:
         await state.between_steps(detach)
     except AdapterError as error:
-        raise Failure(404, str(error), param="name", code="adapter_not_found") from error
+        raise Failure(404, str(error), param=field, code="adapter_not_found") from error
 
 
-def _folder(state: State, path: str) -> Path:
-    """Return the folder that a path means, which must lie below --adapter-dir, links followed."""
-    root = state.params.adapter_dir
-    if root is None:
-        raise Failure(403, "adapters cannot be added: start the server with --adapter-dir", code="no_adapter_dir")
-    folder = Path(os.path.realpath(Path(root) / path)) if "\0" not in path else Path()
-    if not folder.is_relative_to(os.path.realpath(root)) or folder == Path(os.path.realpath(root)):
-        raise Failure(400, f"path: got {path!r}; allowed: a folder below --adapter-dir", param="path")
-    return folder
+def _name_problems(state: State, new: New) -> Problems:
+    """Return the problem of a name that is no name or is taken; else none."""
+    adapters, others = state.engine.adapter_names, [*RESERVED, *state.targets.names]
+    if new.name in adapters:
+        what = f"{new.name_field}: got {shown(new.name)}, which exists already"
+    elif not NAME.fullmatch(new.name) or len(new.name) > LONGEST_NAME or new.name in others:
+        what = f"{new.name_field}: got {shown(new.name)}"
+    else:
+        return []
+    taken = ", ".join(dict.fromkeys([*others, *adapters]))
+    return [Problem(new.name_field, f"{what}; allowed: {NAMING}, not a name that is taken ({taken})")]
+
+
+def _folder(root: Path, path: str) -> Path | None:
+    """Return the folder that a path means, links followed; None where there is none below the root."""
+    if "\0" in path:
+        return None
+    top = Path(os.path.realpath(root))
+    folder = Path(os.path.realpath(top / path))
+    is_below = folder.is_relative_to(top) and folder != top
+    return folder if is_below and os.path.isdir(folder) else None  # False, too, where a name is too long for a file

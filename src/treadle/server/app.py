@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from treadle.bundle import Bundle
 from treadle.generate import Engine
@@ -96,10 +96,21 @@ async def _refused(request: Request, failure: Failure) -> Response:
 async def _not_found(request: Request, error: HTTPException) -> Response:
     given = f"{request.method} {request.url.path[:100]}"
     if error.status_code == 405:
-        code, allowed = "method_not_allowed", (error.headers or {}).get("Allow", "")
+        allowed = ", ".join(sorted(_methods(request)))
+        failure = Failure(405, f"got {given}; allowed: {allowed}", code="method_not_allowed")
+        headers = {**(error.headers or {}), "Allow": allowed}
     else:
-        code, allowed = "route_not_found", ", ".join(sorted({route.path for route in ROUTES}))
-    message = f"got {given}; allowed: {allowed}"
-    response = Failure(error.status_code, message, code=code).response()
-    response.headers.update(error.headers or {})
+        paths = sorted({route.path.replace(":path}", "}") for route in ROUTES})  # without Starlette's converter
+        failure = Failure(error.status_code, f"got {given}; allowed: {', '.join(paths)}", code="route_not_found")
+        headers = error.headers or {}
+    response = failure.response()
+    response.headers.update(headers)
     return response
+
+
+def _methods(request: Request) -> set[str]:
+    """Return the methods of a path, of which each may have a route of its own."""
+    routes = cast(list[Route], request.app.routes)
+    return {
+        method for route in routes if route.matches(request.scope)[0] != Match.NONE for method in route.methods or ()
+    }

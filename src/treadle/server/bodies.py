@@ -1,10 +1,14 @@
 """The bodies of requests, as OpenAI's API has them, and every problem of one in a single message.
 
-Each field's description says what is allowed: it is in the served OpenAPI document and in the refusal alike. Limits
-that are the server's options are checked in `treadle.server.requests`.
+Each field's description says what is allowed: it is in the served OpenAPI document and in the refusal alike, where the
+server's own limits stand in the place of its options' names.
 """
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import (
@@ -19,11 +23,20 @@ from pydantic import (
     field_validator,
 )
 
-from treadle.errors import unknown_name
+from treadle.errors import LONGEST_NAME, listed, shown, unknown_name
+from treadle.server.failures import MOST_LISTED, Failure, Problem, Problems, cut
+from treadle.server.params import ServeParams
 
 Json: TypeAlias = dict[str, Any]
-SHOWN = 60
-"""Characters of a given value that a message repeats."""
+MOST_FIELDS = 256
+"""Of a JSON object in a body."""
+MOST_INNER = 20_000
+"""Lists and objects in a body; the garbage collector looks at each many times while more are made."""
+NAMING = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {LONGEST_NAME} characters"
+GZIP = b"\x1f\x8b"
+STRINGS_BETWEEN = re.compile(rb'(?:"(?:[^"\\]++|\\.)*+"?[^"\[{]*+)++', re.DOTALL)
+"""Strings, one without an end too, up to the next list or object; in linear time, whatever the text."""
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Body(BaseModel):
@@ -46,10 +59,24 @@ BodyKind = TypeVar("BodyKind", bound=Body)
 
 def unsupported(*neutral: Any) -> Any:
     """Declare a field of OpenAI's API that treadle does not have: it may only have values that ask for nothing."""
-    listed = " or ".join([*map(repr, neutral), "null"])
+    values = [*neutral, None]
     return Field(
-        default=None, description=f"only {listed}: it is not supported", json_schema_extra={"enum": [*neutral, None]}
+        default=None, description=f"only {listed(values)}: it is not supported", json_schema_extra={"enum": values}
     )
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """The most that a field may be, or the longest that its list may be, is an option of the server."""
+
+    option: str
+
+    def __call__(self, value: Any, info: ValidationInfo) -> Any:
+        """Refuse more, before anything in a list is looked at."""
+        size = len(cast(list[Any], value)) if isinstance(value, list) else value
+        if isinstance(size, int) and info.context is not None and size > getattr(info.context, self.option):
+            raise ValueError("too many")
+        return value
 
 
 def _texts(value: Any) -> Any:
@@ -107,24 +134,29 @@ PARTS: Json = {
         "additionalProperties": False,
     },
 }
-Stops = Annotated[list[str] | None, BeforeValidator(_texts), WithJsonSchema(STRINGS)]
+Stops = Annotated[
+    list[str] | None, BeforeValidator(AtMost("max_stops")), BeforeValidator(_texts), WithJsonSchema(STRINGS)
+]
 Samples = Annotated[
-    list[str] | None,
+    list[Annotated[str, Field(description="a text")]] | None,
     Field(min_length=1, max_length=1000, description="1 to 1000 texts; leave it out where training left a centroid"),
+]
+Tokens = Annotated[
+    int | None,
+    Field(ge=1, description="a whole number from 1 to --max-tokens"),
+    BeforeValidator(AtMost("max_tokens")),
 ]
 
 
 class Message(Body):
     """One message of a chat."""
 
-    role: Annotated[
-        Literal["system", "user", "assistant"], Field(description="one of 'system', 'user' and 'assistant'")
-    ]
+    role: Annotated[Literal["system", "user", "assistant"], Field(description="'system', 'user' or 'assistant'")]
     content: Annotated[
         str,
         BeforeValidator(_parts),
         WithJsonSchema({"anyOf": [{"type": "string"}, PARTS]}),
-        Field(description="a text, or a list of parts {'type': 'text', 'text': ...}; no images, no sound"),
+        Field(description='a text, or a list of parts like {"type": "text", "text": "Hello"}; no images, no sound'),
     ]
 
 
@@ -138,8 +170,10 @@ class Generating(Body):
     """What /v1/completions and /v1/chat/completions have in common."""
 
     model: Annotated[str, Field(description="the bundle's name or 'auto' (routed), an adapter's name, or 'base'")]
-    n: Annotated[int | None, Field(ge=1, description="a whole number from 1 to --max-n")] = 1
-    max_tokens: Annotated[int | None, Field(ge=0, description="a whole number from 1 to --max-tokens")] = None
+    n: Annotated[
+        int | None, Field(ge=1, description="a whole number from 1 to --max-n"), BeforeValidator(AtMost("max_n"))
+    ] = 1
+    max_tokens: Tokens = None
     temperature: Annotated[
         float | None, Field(ge=0, le=2, description="0 (greedy), or a number from 0.001 to 2; 1 where it is not given")
     ] = None
@@ -148,10 +182,12 @@ class Generating(Body):
     seed: Annotated[
         int | None, Field(ge=-(2**63), lt=2**63, description="a whole number from -2**63 to below 2**63")
     ] = None
-    stop: Annotated[Stops, Field(description="a text, or a list of texts, none of them empty")] = None
+    stop: Annotated[
+        Stops, Field(description="a text, or a list of at most --max-stops texts, of 1 to 256 characters each")
+    ] = None
     stream: Annotated[bool | None, Field(description="true or false")] = False
     stream_options: Annotated[
-        StreamOptions | None, Field(description="{'include_usage': true}, together with 'stream': true")
+        StreamOptions | None, Field(description='{"include_usage": true}, only with "stream": true')
     ] = None
     treadle: Annotated[
         dict[str, Any] | None,
@@ -168,13 +204,17 @@ class ChatBody(Generating):
 
     EXAMPLE: ClassVar[Json] = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}
 
-    messages: Annotated[list[Message], Field(min_length=1, description="a list of at least one message")]
-    max_completion_tokens: Annotated[int | None, Field(ge=1, description="a whole number from 1 to --max-tokens")] = (
-        None
-    )
+    messages: Annotated[
+        list[Annotated[Message, Field(description='an object like {"role": "user", "content": "Hello"}')]],
+        Field(min_length=1, description="a list of 1 to --max-messages messages"),
+        BeforeValidator(AtMost("max_messages")),
+    ]
+    max_completion_tokens: Tokens = None
     logprobs: Annotated[bool | None, Field(description="true or false")] = False
     top_logprobs: Annotated[
-        int | None, Field(ge=0, description="a whole number from 0 to --max-logprobs, together with 'logprobs': true")
+        int | None,
+        Field(ge=0, description='a whole number from 0 to --max-logprobs, only with "logprobs": true'),
+        BeforeValidator(AtMost("max_logprobs")),
     ] = None
     tools: Any = unsupported([])
     tool_choice: Any = unsupported("none", "auto")
@@ -196,10 +236,20 @@ class CompletionBody(Generating):
     prompt: Annotated[
         Any,
         AfterValidator(_prompts),
+        AfterValidator(AtMost("max_prompts")),
         WithJsonSchema(PROMPT),
-        Field(description="a text, token ids, or a list of these, none of them empty"),
+        Field(description="a text, token ids, or a list of at most --max-prompts of these, none of them empty"),
     ]
-    logprobs: Annotated[int | None, Field(ge=0, description="a whole number from 0 to --max-logprobs")] = None
+    max_tokens: Annotated[
+        int | None,
+        Field(ge=0, description='a whole number from 1 to --max-tokens; 0 only together with "echo": true'),
+        BeforeValidator(AtMost("max_tokens")),
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        Field(ge=0, description="a whole number from 0 to --max-logprobs"),
+        BeforeValidator(AtMost("max_logprobs")),
+    ] = None
     echo: Annotated[bool | None, Field(description="true or false")] = False
     suffix: Any = unsupported("")
     best_of: Annotated[int | None, Field(ge=1, description="the same as n: choices are not ranked")] = None
@@ -210,8 +260,8 @@ class RouteBody(Body):
 
     EXAMPLE: ClassVar[Json] = {"text": "Hello"}
 
-    text: Annotated[str, Field(description="the text to weigh")]
-    model: Annotated[str, Field(description="the bundle's name or 'auto'")] = "auto"
+    text: Annotated[str, Field(description="a text")]
+    model: Annotated[str, Field(description="'auto' or the bundle's name")] = "auto"
     treadle: Annotated[
         dict[str, Any] | None, Field(description="an object of routing options; also 'adapters' (a list of names)")
     ] = None
@@ -222,7 +272,7 @@ class AdapterBody(Body):
 
     EXAMPLE: ClassVar[Json] = {"name": "name", "path": "folder"}
 
-    name: Annotated[str, Field(description="letters, digits, '.', '_' and '-'; not 'base' or 'auto'")]
+    name: Annotated[str, Field(description=NAMING)]
     path: Annotated[str, Field(description="a PEFT folder below --adapter-dir")]
     samples: Samples = None
 
@@ -232,7 +282,7 @@ class LoadBody(Body):
 
     EXAMPLE: ClassVar[Json] = {"lora_name": "name", "lora_path": "folder"}
 
-    lora_name: Annotated[str, Field(description="letters, digits, '.', '_' and '-'; not 'base' or 'auto'")]
+    lora_name: Annotated[str, Field(description=NAMING)]
     lora_path: Annotated[str, Field(description="a PEFT folder below --adapter-dir")]
     load_inplace: Any = unsupported(False)
     samples: Samples = None
@@ -247,26 +297,83 @@ class UnloadBody(Body):
     lora_int_id: Annotated[int | None, Field(description="a whole number; it is not used")] = None
 
 
-def read_body(kind: type[BodyKind], given: Json) -> tuple[BodyKind, list[tuple[str, str]]]:
-    """Return the body and its problems, each (field, message); where a field is wrong, the body has an example's.
+def read_object(raw: bytes, encoding: str = "") -> Json:
+    """Return the JSON object that a body is; `encoding` is that of its content, as the client says."""
+    if encoding not in ("", "identity") or raw.startswith(GZIP):
+        given = f"Content-Encoding: got {shown(encoding or 'gzip')}"
+        raise Failure(415, f"{given}; allowed: none, send the body as it is", code="unsupported_encoding")
+    inner = _count_inner(raw)
+    if inner > MOST_INNER:
+        raise Failure(400, f"the body: got {inner} lists and objects; allowed: at most {MOST_INNER}")
+    try:
+        text = raw.decode("utf-8-sig")
+        given = json.loads(text, object_pairs_hook=_small)
+        if SURROGATE.search(text):
+            json.dumps(given, ensure_ascii=False).encode()  # a lone one is no text
+    except (ValueError, RecursionError) as error:
+        raise Failure(400, f"the body is not JSON: {str(error)[:200]}") from error
+    if not isinstance(given, dict):
+        raise Failure(400, f"the body: got {shown(given)}; allowed: a JSON object")
+    return cast(Json, given)
+
+
+def _count_inner(raw: bytes) -> int:
+    """Return how many lists and objects a JSON text has; 0 where they are few, even with brackets in its strings."""
+    if raw.count(b"[") + raw.count(b"{") <= MOST_INNER:
+        return 0
+    bare = STRINGS_BETWEEN.sub(b"", raw)
+    return bare.count(b"[") + bare.count(b"{")
+
+
+def _small(pairs: list[tuple[str, Any]]) -> Json:
+    """Return a JSON object, which nobody needs with more fields: each that is unknown would be looked up."""
+    if len(pairs) > MOST_FIELDS:
+        allowed = f"at most {MOST_FIELDS}"
+        raise Failure(
+            400, f"the body: got an object of {len(pairs)} fields; allowed: {allowed}", code="too_many_fields"
+        )
+    return dict(pairs)
+
+
+def read_body(kind: type[BodyKind], given: Json, limits: ServeParams) -> tuple[BodyKind, Problems]:
+    """Return the body and its problems; where a field is wrong, the body has an example's.
 
     So what is right in it can be checked further, and one message can list everything.
     """
     try:
-        return kind.model_validate(given), []
+        return kind.model_validate(given, context=limits), []
     except ValidationError as error:
-        schema = kind.model_json_schema()
-        found = {_place(entry["loc"]): entry for entry in reversed(error.errors(include_url=False))}
-        problems = [(place, _message(kind, entry, schema)) for place, entry in reversed(found.items())]
-        wrong = {str(entry["loc"][0]) for entry in error.errors(include_url=False) if entry["loc"]}
-        right = {name: value for name, value in given.items() if name not in wrong}
-        return kind.model_validate({**kind.EXAMPLE, **right}), problems
+        entries = error.errors(include_url=False)
+        right = given.keys() - {entry["loc"][0] for entry in entries}
+        body = kind.model_validate({**kind.EXAMPLE, **{name: given[name] for name in right}}, context=limits)
+        return body, _problems(kind, entries, limits)
 
 
-def shown(value: Any) -> str:
-    """Return a given value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."
+def _problems(kind: type[Body], entries: Sequence[Mapping[str, Any]], limits: ServeParams) -> Problems:
+    """Return what pydantic found, once a place; many are not worded but counted, as wording takes the most time."""
+    schema = kind.model_json_schema()
+    found = {entry["loc"]: entry for entry in reversed(entries)}
+    worded = [_problem(entry, schema, limits) for entry in islice(reversed(found.values()), MOST_LISTED)]
+    return [*worded, Problem.others(len(found) - len(worded))] if len(found) > len(worded) else worded
+
+
+def _problem(entry: Mapping[str, Any], schema: Json, limits: ServeParams) -> Problem:
+    loc, place = entry["loc"], _place(entry["loc"])
+    description, known = _describe(schema, loc)
+    allowed = with_limits(description, limits)
+    if entry["type"] == "extra_forbidden":
+        return Problem(place, f"{cut(place)}: {unknown_name('field', str(loc[-1]), known)}")
+    if entry["type"] == "missing":
+        return Problem(place, f"{place} is missing; give {allowed}")
+    value = entry["input"]
+    if isinstance(value, list) and entry["msg"].endswith("too many"):
+        return Problem(place, f"{place}: got a list of {len(cast(list[Any], value))}; allowed: {allowed}")
+    return Problem.of(place, value, allowed)
+
+
+def with_limits(description: str, limits: ServeParams) -> str:
+    """Return what a field's description allows, with the server's limits in the place of its options' names."""
+    return re.sub("--max-[a-z]+", lambda found: str(getattr(limits, found[0][2:].replace("-", "_"))), description)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
@@ -274,29 +381,18 @@ def _place(loc: tuple[int | str, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
-def _message(kind: type[Body], entry: Mapping[str, Any], schema: Json) -> str:
-    loc, place = entry["loc"], _place(entry["loc"])
-    node, known = _describe(schema, loc)
-    allowed = node.get("description", "")
-    if entry["type"] == "extra_forbidden":
-        return f"{place}: {unknown_name('field', str(loc[-1]), known)}"
-    if entry["type"] == "missing":
-        return f"{place} is missing; give {allowed}"
-    return f"{place}: got {shown(entry['input'])}; allowed: {allowed or f'an object like {kind.EXAMPLE}'}"
-
-
-def _describe(schema: Json, loc: tuple[int | str, ...]) -> tuple[Json, list[str]]:
-    """Return the schema of a place in a body, and the fields of the object that it is in."""
-    node, known = schema, list[str]()
+def _describe(schema: Json, loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """Return what is allowed at a place in a body, and the fields of the object that it is in."""
+    node, known, description = schema, list[str](), ""
     for part in loc:
         inner = _resolved(schema, node)
         if isinstance(part, int):
-            following = inner.get("items", node)
+            node = inner.get("items", node)
         else:
             known = list(inner.get("properties", {}))
-            following = inner.get("properties", {}).get(part, node)
-        node = following if "description" in following or isinstance(part, int) else {**following}
-    return node, known
+            node = inner.get("properties", {}).get(part, node)
+        description = node.get("description", description)
+    return description, known
 
 
 def _resolved(schema: Json, node: Json) -> Json:

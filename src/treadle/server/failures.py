@@ -1,17 +1,60 @@
 """Errors as OpenAI's API has them: {"error": {"message", "type", "param", "code"}} with the right status."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from treadle.errors import AdapterError, TreadleError, problem_list
+from treadle.errors import SHOWN, AdapterError, TreadleError, problem_list, shown
 from treadle.server.loop import EngineFailed
 from treadle.server.scheduler import Busy, Stopping
 
-Problems = list[tuple[str, str]]
-"""Field and message of each."""
+MOST_LISTED = 20
+"""Problems that one message lists; the others are counted."""
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong at one place of a request's body.
+
+    Attributes:
+        place: such as messages[0].role.
+        message: names place, given value and what is allowed; "" = these are only counted.
+        count: how many problems it stands for.
+        status: of the answer.
+        code: of the answer.
+    """
+
+    place: str
+    message: str
+    count: int = 1
+    status: int = 400
+    code: str | None = None
+
+    @classmethod
+    def of(cls, place: str, given: Any, allowed: str) -> "Problem":
+        """Return the problem that a value is not allowed."""
+        return cls(place, f"{cut(place)}: got {shown(given)}; allowed: {allowed}")
+
+    @classmethod
+    def others(cls, count: int) -> "Problem":
+        """Return problems that are only counted."""
+        return cls("", "", count)
+
+    @property
+    def field(self) -> str | None:
+        """The body's field."""
+        return cut(self.place.replace("[", ".").partition(".")[0]) or None
+
+
+Problems = list[Problem]
+
+
+def cut(name: str) -> str:
+    """Return a name for a message, cut where it is long."""
+    return name if len(name) <= SHOWN else name[: SHOWN - 4] + " ..."
 
 
 class Failure(Exception):
@@ -40,11 +83,13 @@ class Failure(Exception):
 
 
 def refusal(problems: Problems) -> Failure:
-    """Return the failure for what is wrong with a body: (field, message) each."""
-    messages = [message for _, message in problems]
+    """Return the failure for what is wrong with a body; a model that does not exist makes it a 404."""
+    messages = [problem.message for problem in problems if problem.message][:MOST_LISTED]
+    if more := sum(problem.count for problem in problems) - len(messages):
+        messages.append(f"... and {more} more")
     text = messages[0] if len(messages) == 1 else problem_list("the request has several problems:", messages)
-    field = problems[0][0].replace("[", ".").partition(".")[0] or None
-    return Failure(400, text, param=field)
+    worst = max(problems, key=lambda problem: problem.status)  # the first, where all have the same
+    return Failure(worst.status, text, param=worst.field, code=worst.code)
 
 
 def failure_of(error: Exception) -> Failure:

@@ -1,10 +1,9 @@
 """The routes that generate: from a request to a job, and from its news to an answer or a stream."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from starlette.requests import Request
@@ -13,8 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from treadle.errors import TreadleError
 from treadle.server.answers import Answer, event_line
-from treadle.server.bodies import BodyKind, ChatBody, CompletionBody, Json, read_body
-from treadle.server.failures import Failure, failure_of, refusal
+from treadle.server.bodies import BodyKind, ChatBody, CompletionBody, Json, read_body, read_object
+from treadle.server.failures import Failure, Problems, failure_of
 from treadle.server.gate import Visit
 from treadle.server.jobs import Job, News, Started, Tokens
 from treadle.server.requests import Asked
@@ -37,10 +36,14 @@ async def complete(request: Request) -> Response:
 async def generate(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
     """Read a body, run its job, and answer whole or as a stream."""
     state, visit = State.of(request), Visit.of(request)
-    given = await read_json(request)
-    body, problems = read_body(kind, given)
-    # tokenising and chat templates take a while on long prompts: not in the event loop
-    asked = await state.prepare(lambda: state.reader.read(body, problems, visit.caller))
+    raw = await request.body()
+
+    def read() -> tuple[Json, Asked]:
+        given = read_object(raw, request.headers.get("content-encoding", ""))
+        body, problems = read_body(kind, given, state.params)
+        return given, state.reader.read(body, problems, visit.caller)
+
+    given, asked = await state.prepare(read)  # not in the event loop: of long prompts, it takes a while
     run = Run(state, visit, asked)
     visit.notes |= {"model": asked.model, "stream": asked.is_streamed}
     if state.params.log_prompts:
@@ -57,25 +60,11 @@ async def generate(request: Request, kind: type[ChatBody] | type[CompletionBody]
     return JSONResponse(document)
 
 
-async def read_json(request: Request) -> Json:
-    """Return the JSON object of a request."""
-    raw = await request.body()
-    try:
-        given = json.loads(raw)
-        json.dumps(given, ensure_ascii=False).encode()  # a lone surrogate is no text
-    except (ValueError, RecursionError) as error:
-        raise Failure(400, f"the body is not JSON: {str(error)[:200]}") from error
-    if not isinstance(given, dict):
-        raise Failure(400, f"the body is a JSON {type(given).__name__}; allowed: an object")
-    return cast(Json, given)
-
-
-def parse(kind: type[BodyKind], given: Json) -> BodyKind:
-    """Return a body without problems, or raise a Failure that lists them."""
-    body, problems = read_body(kind, given)
-    if problems:
-        raise refusal(problems)
-    return body
+async def read(request: Request, kind: type[BodyKind]) -> tuple[BodyKind, Problems]:
+    """Return a request's body and what is wrong with it."""
+    state, raw = State.of(request), await request.body()
+    encoding = request.headers.get("content-encoding", "")
+    return await state.prepare(lambda: read_body(kind, read_object(raw, encoding), state.params))
 
 
 class Late(Exception):

@@ -1,5 +1,6 @@
 """The OpenAPI document, from the bodies' own declarations."""
 
+import copy
 from functools import cache
 
 from pydantic import TypeAdapter
@@ -9,6 +10,7 @@ from treadle import __version__
 from treadle.options import meanings
 from treadle.params import RoutingParams
 from treadle.server.bodies import AdapterBody, Body, ChatBody, CompletionBody, Json, LoadBody, RouteBody, UnloadBody
+from treadle.server.targets import BESIDE
 
 BODIES: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "Answer a chat, whole or as server-sent events"),
@@ -56,12 +58,14 @@ def document() -> Json:
         reference = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
         body = {"required": True, "content": {"application/json": reference}}
         paths.setdefault(path, {})["post"] = {**_operation(summary), "requestBody": body}
+    routing = _routing()
+    parts = {"Error": ERROR, "RoutingParams": routing, "Treadle": _treadle(routing)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "treadle", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {**schemas["$defs"], "Error": ERROR, "RoutingParams": _routing()},
+            "schemas": {**_refer(schemas["$defs"]), **parts},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],
@@ -69,11 +73,32 @@ def document() -> Json:
 
 
 def _routing() -> Json:
-    """Return the schema of the field `treadle`, but for what is not an option of routing: `adapters` and `trace`."""
+    """Return the schema of the options of routing; where a request leaves one out, the bundle's counts."""
     meaning = meanings(RoutingParams)
     schema = TypeAdapter(RoutingParams).json_schema()
-    properties = {name: {**each, "description": meaning[name]} for name, each in schema["properties"].items()}
+    properties = {
+        name: {**{key: each for key, each in option.items() if key != "default"}, "description": meaning[name]}
+        for name, option in schema["properties"].items()
+    }
     return {**schema, "properties": properties}
+
+
+def _treadle(routing: Json) -> Json:
+    """Return the schema of the field `treadle`: the options of routing, and what is beside them."""
+    names = {"type": ["array", "null"], "items": {"type": "string"}, "description": "only these adapters take part"}
+    trace = {"type": "boolean", "description": "each choice carries its weights and what they were made from"}
+    properties = {**routing["properties"], **dict(zip(BESIDE, (names, trace), strict=True))}
+    return {**routing, "title": "Treadle", "properties": properties, "additionalProperties": False}
+
+
+def _refer(schemas: Json) -> Json:
+    """Return the schemas of bodies with a reference to that of `treadle` in them."""
+    reference = {"anyOf": [{"$ref": "#/components/schemas/Treadle"}, {"type": "null"}]}
+    referring = copy.deepcopy(schemas)
+    for schema in referring.values():
+        if field := schema["properties"].get("treadle"):
+            schema["properties"]["treadle"] = {"description": field["description"], **reference}
+    return referring
 
 
 def _operation(summary: str) -> Json:

@@ -8,8 +8,8 @@ from treadle.errors import TreadleError
 from treadle.generate import Engine
 from treadle.params import SamplingParams
 from treadle.rows import Report
-from treadle.server.bodies import ChatBody, CompletionBody, Generating, Message, shown
-from treadle.server.failures import Problems, refusal
+from treadle.server.bodies import ChatBody, CompletionBody, Generating, Message, with_limits
+from treadle.server.failures import Problem, Problems, refusal
 from treadle.server.jobs import Work
 from treadle.server.keys import Caller
 from treadle.server.params import ServeParams
@@ -66,10 +66,9 @@ class Reader:
         problems = list(problems)
         target = self.targets.read(body.model, body.treadle, problems, caller)
         prompts: list[Any] = body.prompt if isinstance(body, CompletionBody) else [cast(ChatBody, body).messages]
-        likeliest = _likeliest(body, problems)
-        self._check_limits(body, problems, likeliest or 0)
-        n = min(body.n or 1, self.params.max_n)
-        prompts = prompts[: self.params.max_prompts]
+        likeliest = _likeliest(body)
+        _check_pairs(body, problems)
+        n = body.n or 1
         sampling = self._sampling(body, problems, len(prompts) * n)
         ids = self._ids(prompts, problems)
         is_echo = isinstance(body, CompletionBody) and bool(body.echo)
@@ -97,10 +96,10 @@ class Reader:
         """Return the sampling of each sequence; with a seed, each has a random stream of its own that repeats."""
         temperature = 1.0 if body.temperature is None else body.temperature
         if 0 < temperature < 0.001:
-            problems.append(("temperature", f"temperature: got {temperature}; allowed: 0 (greedy), or 0.001 to 2"))
+            problems.append(Problem.of("temperature", temperature, self._allowed(body, "temperature")))
             temperature = 1.0
         top_p = 1.0 if body.top_p is None else body.top_p
-        most, stop = self._most_tokens(body, problems), self._stops(body.stop or [], problems)
+        most, stop = self._most_tokens(body, problems), self._stops(body, problems)
         one = SamplingParams(temperature, top_p, body.top_k or 0, most, stop)
         seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(count)]
         return [replace(one, seed=seed) for seed in seeds]
@@ -114,41 +113,20 @@ class Reader:
         wanted = {field: value for field, value in given.items() if value is not None}
         if len(set(wanted.values())) > 1:
             both = ", ".join(f"{field}: got {value}" for field, value in wanted.items())
-            problems.append(("max_tokens", f"{both}; allowed: one of them"))
-        is_scoring = isinstance(body, CompletionBody) and body.echo
-        least = "0 (with echo)" if isinstance(body, CompletionBody) else "1"
-        for field, value in wanted.items():
-            if value > limit or (value == 0 and not is_scoring):
-                problems.append((field, f"{field}: got {value}; allowed: a whole number from {least} to {limit}"))
+            problems.append(Problem("max_tokens", f"{both}; allowed: one of them"))
+        if isinstance(body, CompletionBody) and body.max_tokens == 0 and not body.echo:
+            problems.append(Problem.of("max_tokens", 0, self._allowed(body, "max_tokens")))
         default = limit if isinstance(body, ChatBody) else min(limit, COMPLETION_TOKENS)
-        return max(1, min([*wanted.values(), limit]) if wanted else default)
+        return max(1, min(wanted.values()) if wanted else default)
 
-    def _stops(self, stops: Sequence[str], problems: Problems) -> tuple[str, ...]:
-        limit = self.params.max_stops
-        if len(stops) > limit:
-            problems.append(("stop", f"stop: got {len(stops)} texts; allowed: at most {limit}"))
+    def _stops(self, body: Generating, problems: Problems) -> tuple[str, ...]:
+        stops = body.stop or []
         if bad := [text for text in stops if not 0 < len(text) <= LONGEST_STOP]:
-            problems.append(("stop", f"stop: got {shown(bad[0])}; allowed: texts of 1 to {LONGEST_STOP} characters"))
-        return () if bad or len(stops) > limit else tuple(stops)
+            problems.append(Problem.of("stop", bad[0], self._allowed(body, "stop")))
+        return () if bad else tuple(stops)
 
-    def _check_limits(self, body: Generating, problems: Problems, likeliest: int) -> None:
-        params = self.params
-        n = body.n or 1
-        count = len(body.prompt) if isinstance(body, CompletionBody) else 1
-        if n > params.max_n:
-            problems.append(("n", f"n: got {n}; allowed: a whole number from 1 to {params.max_n}"))
-        if count > params.max_prompts:
-            problems.append(("prompt", f"prompt: got a list of {count}; allowed: at most {params.max_prompts}"))
-        if likeliest > params.max_logprobs:
-            name = "logprobs" if isinstance(body, CompletionBody) else "top_logprobs"
-            problems.append((name, f"{name}: got {likeliest}; allowed: a whole number from 0 to {params.max_logprobs}"))
-        if isinstance(body, ChatBody) and len(body.messages) > params.max_messages:
-            many = len(body.messages)
-            problems.append(("messages", f"messages: got {many} of them; allowed: at most {params.max_messages}"))
-        if isinstance(body, CompletionBody) and body.best_of not in (None, n):
-            problems.append(("best_of", f"best_of: got {body.best_of}; allowed: the same as n ({n})"))
-        if body.stream_options is not None and not body.stream:
-            problems.append(("stream_options", "stream_options: got an object; allowed: only with 'stream': true"))
+    def _allowed(self, body: Generating, field: str) -> str:
+        return with_limits(type(body).model_fields[field].description or "", self.params)
 
     def _ids(self, prompts: Sequence[Any], problems: Problems) -> list[list[int]]:
         """Return the token ids of prompts, where they are not too long."""
@@ -161,17 +139,17 @@ class Reader:
             place = f"prompt[{index}]" if len(prompts) > 1 else field
             letters = _num_letters(prompt)
             if most is not None and letters > most * LONGEST_TOKEN:  # nobody waits while it is tokenised
-                problems.append((field, f"{place}: got {letters} characters; allowed: at most {most} tokens"))
+                problems.append(Problem(field, f"{place}: got {letters} characters; allowed: at most {most} tokens"))
                 continue
             try:
                 ids = self._read_prompt(prompt)
             except TreadleError as error:
-                problems.append((field, f"{place}: {error}"))
+                problems.append(Problem(field, f"{place}: {error}"))
                 continue
             if bad := [each for each in ids if not 0 <= each < vocabulary]:
-                problems.append((field, f"{place}: got token id {bad[0]}; allowed: 0 to {vocabulary - 1}"))
+                problems.append(Problem(field, f"{place}: got token id {bad[0]}; allowed: 0 to {vocabulary - 1}"))
             elif most is not None and len(ids) > most:
-                problems.append((field, f"{place}: got {len(ids)} tokens; allowed: at most {most}"))
+                problems.append(Problem(field, f"{place}: got {len(ids)} tokens; allowed: at most {most}"))
             else:
                 found.append(ids)
         return found
@@ -193,7 +171,7 @@ class Reader:
         longest = max((len(each) for each in ids), default=0) + sampling[0].max_tokens
         if longest > limit:
             given = f"treadle.past: got 'recompute', to read {longest} tokens of prompt and answer again and again"
-            problems.append(("treadle", f"{given}; allowed: at most {limit} tokens, or 'keep'"))
+            problems.append(Problem("treadle", f"{given}; allowed: at most {limit} tokens, or 'keep'"))
 
 
 def _num_letters(prompt: Any) -> int:
@@ -203,15 +181,21 @@ def _num_letters(prompt: Any) -> int:
     return sum(len(each.content) for each in prompt if isinstance(each, Message))
 
 
-def _likeliest(body: Generating, problems: Problems) -> int | None:
+def _likeliest(body: Generating) -> int | None:
     """Return how many likeliest tokens a request wants with each token; None = no log-probabilities."""
     if isinstance(body, CompletionBody):
         return body.logprobs
     assert isinstance(body, ChatBody)
-    if not body.logprobs:
-        if body.top_logprobs:
-            problems.append(
-                ("top_logprobs", f"top_logprobs: got {body.top_logprobs}; allowed: only with 'logprobs': true")
-            )
-        return None
-    return body.top_logprobs or 0
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _check_pairs(body: Generating, problems: Problems) -> None:
+    """Add what is wrong with fields that go together."""
+    n = body.n or 1
+    if isinstance(body, CompletionBody) and body.best_of not in (None, n):
+        problems.append(Problem.of("best_of", body.best_of, f"the same as n ({n})"))
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        problems.append(Problem.of("top_logprobs", body.top_logprobs, 'only with "logprobs": true'))
+    if body.stream_options is not None and not body.stream:
+        given = body.stream_options.model_dump(exclude_unset=True)
+        problems.append(Problem.of("stream_options", given, 'only with "stream": true'))
