@@ -1,5 +1,6 @@
 """The routes of adapters: what there is, how a text is weighed, and adding and removing while requests run."""
 
+import asyncio
 import os
 from dataclasses import asdict
 from functools import partial
@@ -16,14 +17,15 @@ from treadle.centroids import Centroids
 from treadle.errors import AdapterError, TreadleError
 from treadle.explain import explain
 from treadle.routing import Router
-from treadle.server.bodies import AdapterBody, Json, LoadBody, RouteBody, UnloadBody, read_body
+from treadle.server.bodies import AdapterBody, Json, LoadBody, RouteBody, UnloadBody, read_body, shown
 from treadle.server.failures import Failure, failure_of, refusal
 from treadle.server.gate import Visit
 from treadle.server.generating import parse, read_json
+from treadle.server.requests import LONGEST_TOKEN
 from treadle.server.state import State
 
 SLICE = 16
-"""Sample texts that are embedded between two steps."""
+"""Sample texts that are embedded at a time."""
 
 
 async def models(request: Request) -> Response:
@@ -53,6 +55,9 @@ async def route(request: Request) -> Response:
     target = state.targets.read(body.model, body.treadle, problems, caller)
     if body.model not in state.targets.names:
         problems.append(("model", f"model: got {body.model!r}, which is not routed; allowed: {state.targets.names}"))
+    most = _most_letters(state)
+    if most is not None and len(body.text) > most:
+        problems.append(("text", f"text: got {len(body.text)} characters; allowed: at most {most}"))
     if problems:
         raise refusal(problems)
 
@@ -61,11 +66,21 @@ async def route(request: Request) -> Response:
         state.engine.check_routing([target.routing], router)
         return asdict(explain(router, body.text, target.routing))
 
+    seconds = state.params.request_timeout
     try:
-        explanation = await state.between_steps(weigh)
+        async with asyncio.timeout(seconds):
+            explanation = await state.weigh(weigh)
     except TreadleError as error:
         raise failure_of(error) from error
+    except TimeoutError as error:
+        raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout") from error
     return JSONResponse({"object": "route", "routing": asdict(target.routing), **explanation})
+
+
+def _most_letters(state: State) -> int | None:
+    """Return the characters of a text that is weighed at most: as many as a prompt may have; None = any number."""
+    limits = [limit for limit in (state.params.max_prompt_tokens, state.engine.context) if limit]
+    return min(limits) * LONGEST_TOKEN if limits else None
 
 
 async def adapters(request: Request) -> Response:
@@ -139,11 +154,13 @@ async def _add(state: State, name: str, path: str, samples: list[str] | None) ->
         else:
             embedder = state.engine.router.embedder
             slices = [samples[start : start + SLICE] for start in range(0, len(samples), SLICE)]
-            vectors = [await state.between_steps(partial(embedder.encode, texts)) for texts in slices]
+            vectors = [await state.weigh(partial(embedder.encode, texts)) for texts in slices]
             own = Centroids.empty(embedder.id, embedder.dim).add(name, np.concatenate(vectors))
         await state.between_steps(partial(_attach, state, adapter, own))
     except TreadleError as error:
         raise Failure(400, str(error), code="adapter_refused") from error
+    except OSError as error:  # a name that no file can have, a folder that may not be read
+        raise Failure(400, f"path: got {shown(path)}, which cannot be read: {error.strerror}", param="path") from error
 
 
 def _read(state: State, name: str, folder: Path) -> Adapter:
