@@ -77,7 +77,7 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         reason = str(error).strip().splitlines()[0]
-        raise OptionError(f"device {device!r} cannot be used: {reason} Try cpu, or cuda where there is one.") from error
+        raise OptionError(f"device {device!r} cannot be used: {reason}; give one of this machine, or cpu") from error
 
 
 def resolve_dtype(dtype: str | None, device: str) -> "torch.dtype | str":
