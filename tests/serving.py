@@ -12,6 +12,7 @@ import openai
 
 from treadle.bundle import read_bundle
 from treadle.generate import Engine
+from treadle.server.keys import Keyring
 from treadle.server.params import ServeParams
 from treadle.server.serve import Server
 
@@ -67,7 +68,8 @@ def serving(bundle: Path, **params: Any) -> Generator[Serving]:
     """Serve a bundle until the end of the block."""
     read = read_bundle(bundle)
     engine = read.engine()
-    server = Server(read, engine, ServeParams(port=0, **params))
+    options = ServeParams(port=0, **params)
+    server = Server(read, engine, options, Keyring(options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 30

@@ -186,6 +186,42 @@ def test_paper_is_all_bs_times_the_weighted_as(
         assert_close(logits(model), logits(merged(delta, all_paths(equal))))
 
 
+def test_paper_adds_only_the_bs_of_adapters_that_are_there_for_a_row(
+    model: PreTrainedModel, equal: list[Adapter]
+) -> None:
+    few = attach(calm_llama(), equal[:2])
+    with few.using([0.2, 0.5], "paper"):
+        expected = logits(few.model)
+    blend = attach(model, equal)
+    with blend.using([0.2, 0.5, 0.0], "paper", [("math", "science")]):
+        assert_close(logits(model), expected)
+    with blend.using([0.2, 0.5, 0.0], "paper"):
+        whole = logits(model)
+        assert (whole - expected).abs().max() > 0.1
+    with blend.using([[0.2, 0.5, 0.0]] * 3, "paper", [blend.names, ("science", "math"), blend.names]):
+        mixed = logits(model)
+    assert_close(mixed[1], expected[1])
+    assert_close(mixed[[0, 2]], whole[[0, 2]])
+
+
+def test_others_of_unequal_ranks_do_not_hinder_those_that_are_combined(
+    model: PreTrainedModel, adapter_folders: dict[str, Path], equal_folders: dict[str, Path]
+) -> None:
+    pair = [read_adapter(equal_folders[name], name) for name in ("math", "science")]
+    few = attach(calm_llama(), pair)
+    blend = attach(model, [read_adapter(adapter_folders["code"], "code"), *pair])  # of rank 3, the others 4
+    among, weights = [("math", "science")], [[0.0, 0.2, 0.5]] * 3
+    for combine in ("linear", "paper"):
+        with few.using([0.2, 0.5], combine):
+            expected = logits(few.model)
+        with blend.using(weights, combine, among):
+            assert_close(logits(model), expected)
+        with blend.using([*weights[:2], [1.0, 0.2, 0.5]], [combine, combine, "sum"], [*among * 2, blend.names]):
+            assert_close(logits(model)[:2], expected[:2])
+    with pytest.raises(OptionError, match="math, science differ from code"):
+        blend.set_weights(weights, "linear")
+
+
 def test_one_hot_gives_the_adapter_back_in_sum_and_linear_but_not_in_paper(
     model: PreTrainedModel, equal: list[Adapter]
 ) -> None:

@@ -184,6 +184,15 @@ def test_centroids_refuse(changes, message):
         replace(fitted(samples(0)), **changes)
 
 
+def test_a_text_without_words_is_no_sample():
+    embeddings = np.eye(3, dtype=np.float32)
+    embeddings[1] = 0
+    with pytest.raises(OptionError, match=r"samples of 'a': 1 of 3 hold no word that the embedder knows \(index 1\)"):
+        Centroids.empty("e", 3).add("a", embeddings)
+    with pytest.raises(OptionError, match=r"30 of 30 .* \(index 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 \.\.\.\)"):
+        Centroids.empty("e", 3).add("a", np.zeros((30, 3), np.float32))
+
+
 def test_names_are_checked():
     centroids = fitted(samples(0))
     with pytest.raises(AdapterError, match="'a' has a centroid already"):

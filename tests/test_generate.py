@@ -131,6 +131,26 @@ def test_rows_with_different_combines_share_a_batch(
     assert len({row.token_ids for row in together}) == 3
 
 
+@pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
+def test_an_adapter_that_only_running_rows_hold_does_not_act_on_new_ones(
+    tokenizer: object, equal_folders: dict[str, Path], router: object, combine: str
+) -> None:
+    from treadle.adapters import read_adapter
+
+    engine = Engine(tiny_llama(), tokenizer, [read_adapter(f, n) for n, f in equal_folders.items()], router)
+    routing = RoutingParams(rule="fixed", fixed={"math": 0.5, "science": 0.5}, combine=combine)
+    running = engine.new_rows([[97]])
+    engine.hold(running)
+    engine.remove_adapter("code")
+    assert "code" in engine.blend.names
+    beside = engine.generate(PROMPTS[0], sampling=GREEDY, routing=routing)
+    (scored,) = engine.score([PROMPTS[0]], [" plus"], routing=routing)
+    engine.release(running)
+    assert engine.blend.names == ("math", "science")
+    assert_same(engine.generate(PROMPTS[0], sampling=GREEDY, routing=routing), beside)
+    np.testing.assert_allclose(engine.score([PROMPTS[0]], [" plus"], routing=routing)[0], scored, atol=1e-4)
+
+
 @every_routing
 def test_streaming_is_not_streaming(engine: Engine, routing: RoutingParams) -> None:
     sampling = SamplingParams(max_tokens=20, temperature=1.0, seed=3)

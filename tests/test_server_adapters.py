@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import shutil
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ def test_as_vllm_has_it(served: Serving, folder: Path) -> None:
         ({"path": "poetry\0"}, "a folder below --adapter-dir"),
         ({"path": "link"}, "a folder below --adapter-dir"),
         ({"path": "missing"}, "missing"),
+        ({"path": "p" * 300}, "which cannot be read: File name too long"),
         ({"path": "empty"}, "not a PEFT folder"),
         ({"name": "base"}, "a name that is"),
         ({"name": "auto"}, "not a name that is taken"),
@@ -141,6 +143,7 @@ def test_as_vllm_has_it(served: Serving, folder: Path) -> None:
         ({"name": "math"}, "exists already"),
         ({"samples": []}, "1 to 1000 texts"),
         ({"samples": "loop"}, "samples: got 'loop'"),
+        ({"samples": ["loop", "", "   "]}, "2 of 3 hold no word that the embedder knows (index 1, 2)"),
         ({"path": "foreign"}, "was trained on 'other/model'"),
         ({"path": "wrong"}, "do not fit the model"),
         ({"path": "pickle"}, "is a pickle"),
@@ -168,3 +171,14 @@ def test_a_folder_that_is_damaged_while_it_is_served_hurts_nobody(served: Servin
     (folder / "poetry" / "adapter_config.json").write_text("{")
     assert served.request("DELETE", ADAPTERS + "/math", headers=ADMIN).status_code == 200  # stacks what is left anew
     assert served.client().completions.create(model="poetry", **BODY).choices[0].text == before
+
+
+def test_samples_are_embedded_beside_the_steps(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    encode = StaticEmbedder.encode
+    monkeypatch.setattr(
+        StaticEmbedder, "encode", lambda *args: (threads.append(threading.current_thread().name), encode(*args))[1]
+    )
+    assert add(served).status_code == 200
+    assert threads
+    assert "treadle-engine" not in threads

@@ -18,9 +18,13 @@ import httpx
 import openai
 import pytest
 
+from treadle.bundle import save_bundle
+from treadle.embed import StaticEmbedder
+from treadle.routing import fit
 from treadle.server import protocol
 from treadle.server.metrics import Metrics
 
+from conftest import BASE, SAMPLES, byte_tokenizer, tiny_llama
 from serving import CHAT, Serving, serving
 
 TEXTS = "/v1/completions"
@@ -45,6 +49,28 @@ def test_beyond_the_queue_requests_get_429_and_when_to_try_again(served: Serving
             assert refused.value.code == "queue_full"
         assert [each.result().status_code for each in accepted] == [200] * 4
     assert served.post(TEXTS, SHORT).status_code == 200
+
+
+def test_a_request_with_many_sequences_does_not_overfill_the_queue(served: Serving) -> None:
+    three = {**SHORT, "prompt": ["a", "b", "c"]}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with served.paused():
+            accepted = [pool.submit(served.post, TEXTS, three)]
+            served.wait_until(lambda: served.scheduler.num_unfinished == 3)
+            refused = served.post(TEXTS, three)  # two would have to wait, and there is room for one
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert "1 sequences are waiting, and the request brings 3 more" in refused.json()["error"]["message"]
+            accepted.append(pool.submit(served.post, TEXTS, SHORT))
+            served.wait_until(lambda: served.scheduler.num_unfinished == 4)
+        assert [each.result().status_code for each in accepted] == [200, 200]
+
+
+def test_a_request_that_can_never_fit_is_refused_for_good(served: Serving) -> None:
+    assert served.post(TEXTS, {**SHORT, "prompt": ["a", "b"], "n": 2}).status_code == 200
+    refused = served.post(TEXTS, {**SHORT, "prompt": ["a", "b", "c"], "n": 2})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert "got 6 sequences (prompts times n); allowed: at most 4" in refused.json()["error"]["message"]
+    assert served.scheduler.num_unfinished == 0
 
 
 def test_first_come_first_served(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +235,59 @@ def test_a_key_sees_and_uses_its_adapters_only(guarded: Serving, monkeypatch: py
     assert guarded.post("/v1/route", {"text": "def loop"}, headers=headers).json()["names"] == ["math", "science"]
 
 
+@pytest.fixture(scope="module")
+def equal_bundle(
+    tmp_path_factory: pytest.TempPathFactory, equal_folders: dict[str, Path], embedder: StaticEmbedder
+) -> Path:
+    """Adapters of equal ranks, which any combine takes."""
+    root = tmp_path_factory.mktemp("equal-served")
+    tiny_llama().save_pretrained(root / BASE)
+    byte_tokenizer().save_pretrained(root / BASE)
+    return save_bundle(root / "bundle", base=str(root / BASE), adapters=equal_folders, router=fit(SAMPLES, embedder))
+
+
+SCORED: dict[str, Any] = {**LONG, "max_tokens": 0, "echo": True, "logprobs": 0}
+
+
+def scored(served: Serving, key: str, **treadle: Any) -> list[float]:
+    """Return the log-probabilities of a prompt's tokens."""
+    body = {**SCORED, "treadle": {"fixed": {"math": 0.5, "science": 0.5}, **treadle}}
+    answer = served.post(TEXTS, body, headers={"Authorization": f"Bearer {key}"}).json()
+    return answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+
+
+@pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
+def test_an_adapter_that_may_not_take_part_changes_nothing(equal_bundle: Path, tmp_path: Path, combine: str) -> None:
+    (tmp_path / "keys").write_text("whole\nfew math,science\n")
+    with serving(equal_bundle, api_key_file=str(tmp_path / "keys"), admin_key="root", prefix_cache=0) as served:
+        limited = scored(served, "few", combine=combine)
+        chosen = scored(served, "whole", combine=combine, adapters=["math", "science"])
+        everything = scored(served, "whole", combine=combine)
+        headers = {"Authorization": "Bearer root"}
+        assert served.request("DELETE", "/v1/adapters/code", headers=headers).status_code == 200
+        alone = scored(served, "whole", combine=combine)
+    assert limited == pytest.approx(alone, abs=1e-4)
+    assert chosen == pytest.approx(alone, abs=1e-4)
+    assert (everything == pytest.approx(alone, abs=1e-4)) == (combine != "paper")  # there its B is added unweighted
+
+
+def test_a_refusal_names_only_adapters_that_may_take_part(guarded: Serving) -> None:
+    body = {**SHORT, "treadle": {"combine": "linear"}}
+    refused = guarded.post(TEXTS, body, headers={"Authorization": "Bearer few"}).json()["error"]["message"]
+    assert "science differ from math" in refused
+    assert "code" not in refused
+    body["treadle"]["adapters"] = ["math"]  # one adapter fits itself, whatever else is loaded
+    assert guarded.post(TEXTS, body, headers={"Authorization": "Bearer few"}).status_code == 200
+
+
+def test_the_figures_name_all_adapters_and_need_a_key_for_all(guarded: Serving) -> None:
+    for key, status in (("few", 403), ("none", 403), ("whole", 200), ("root", 200)):
+        answer = guarded.request("GET", "/metrics", headers={"Authorization": f"Bearer {key}"})
+        assert (answer.status_code, 'adapter="code"' in answer.text) == (status, status == 200)
+    refused = guarded.request("GET", "/metrics", headers={"Authorization": "Bearer few"}).json()["error"]
+    assert refused["code"] == "limited_key"
+
+
 def test_a_key_without_adapters_gets_the_base(guarded: Serving) -> None:
     none = guarded.client("none")
     assert [model.id for model in none.models.list()] == ["auto", "bundle", "base"]
@@ -311,3 +390,40 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> Non
     assert any("shutting down: 32 sequences are left" in line.get("message", "") for line in lines)
     assert line["tokens"] == 32 * 450 or line["tokens"] > 32
     assert "add three" not in json.dumps(lines)
+
+
+def test_a_second_signal_ends_without_waiting_for_what_runs(bundle_folder: Path) -> None:
+    process, url = start_process(bundle_folder)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    stream = iter(client.completions.create(**LONG, n=32, stream=True))
+    next(stream)
+    process.send_signal(signal.SIGTERM)
+    until = time.monotonic() + 10
+    while httpx.get(f"{url}/health").status_code == 200:
+        assert time.monotonic() < until
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="the server is shutting down"):
+        for _ in stream:
+            pass
+    assert process.wait(30) == 0
+    assert process.stderr
+    with process.stderr as log:
+        text = log.read()
+    assert "a second signal came: 32 sequences do not finish" in text
+    assert "Traceback" not in text
+    assert "Error" not in text
+
+
+@pytest.mark.parametrize("sent", [b"BLAH\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n"])
+def test_what_is_no_http_gets_an_error_like_all_others(served: Serving, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", served.server.port)) as client:
+        client.settimeout(20)
+        client.sendall(sent)
+        received = b"".join(iter(partial(client.recv, 1000), b""))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head
+    assert f"content-length: {len(body)}".encode() in head
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_http")
+    assert "Content-Length" in error["message"]

@@ -42,6 +42,7 @@ def test_command_line_over_environment_over_file_over_default(tmp_path: Path) ->
         ("port: 70000", "port must be at most 65535, not 70000"),
         ("port: [", "cannot be read"),
         ("- port", "holds no keys"),
+        ("model_name: base", "'base' is what requests call the base model"),
         ("log_format: xml", "unknown log_format 'xml'"),
         ("max_batch: 0\nread_timeout: 0", r"max_batch must be at least 1, not 0[\s\S]*read_timeout"),
         ("tls_cert: x", "tls_cert and tls_key go together"),
@@ -107,6 +108,19 @@ def test_the_keys_of_a_file(tmp_path: Path) -> None:
     file.write_text("a b c\nd\nd\n")
     with pytest.raises(OptionError, match=r"line 1: expected KEY[\s\S]*line 3: the key is given twice"):
         read_keys(file)
+
+
+def test_a_comment_may_follow_a_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one #team\ntwo math # team\nth#ree\n  # nothing\n")
+    assert read_keys(file) == [("one", None), ("two", frozenset({"math"})), ("th#ree", None)]
+
+
+def test_a_key_is_given_in_one_place(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("fine\nboth math\nroot\n")
+    with pytest.raises(OptionError, match=r"line 2: .* by --api-key too[\s\S]*line 3: .* by --admin-key too"):
+        Keyring(ServeParams(api_key=("both",), api_key_file=str(file), admin_key="root"))
 
 
 def test_a_server_without_keys_is_open_to_all_but_admins() -> None:

@@ -109,6 +109,24 @@ def test_a_text_is_a_prompt_as_it_is(tokenizer):
     assert tokenizer.decode(prompt_ids(tokenizer, "a é")) == "a é"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",  # the sandbox
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7]['content'] + 1 }}",
+        "{{ messages[0].content | int + 'x' }}",
+        "{% for x in 5 %}{% endfor %}",
+    ],
+)
+def test_a_template_that_fails_refuses_the_messages(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(OptionError, match="the chat template refuses these messages: "):
+        prompt_ids(tokenizer, [{"role": "user", "content": "hi"}])
+
+
 def test_messages_are_a_prompt_by_the_chat_template(tokenizer):
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.decode(prompt_ids(tokenizer, messages)) == "user: hi\nassistant:"

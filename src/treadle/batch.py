@@ -208,7 +208,8 @@ class Batch:
         left = torch.tensor(pads)[:, None]  # (B, 1)
         positions = (torch.arange(start, start + new) - left).clamp(min=0)  # (B, T)
         mask = (torch.arange(start + new) >= left).long().to(device) if any(pads) else None  # (B, L)
-        with self._blend.using(self._stacked(rows, weights, new), [row.routing.combine for row in rows]):
+        among = [row.router.names for row in rows]
+        with self._blend.using(self._stacked(rows, weights, new), [row.routing.combine for row in rows], among):
             if self._fast_step and start and new == 1:
                 return self._fast_step(ids, positions, mask, cache)[:, None]
             output = self._model(

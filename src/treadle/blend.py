@@ -7,7 +7,7 @@ gates for each layout of ranks, computed once a step. Base weights are never wri
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_
 FEW_ROWS = 128
 """Rows of a stack up to which all adapters are laid out, used or not."""
 Weights = Tensor | np.ndarray[Any, Any] | Sequence[float]
+Among = Sequence[Sequence[str]]
+"""The names of the adapters that each row knows of, or those of one row for all."""
 
 
 class Blend:
@@ -44,6 +46,8 @@ class Blend:
         self._acting_layouts: list[Layout] = []  # of those adapters whose factors are laid out
         self._ranks: list[int] = []  # of each adapter, its largest
         self._spreads: dict[tuple[int, float], Tensor] = {}
+        self._folds: dict[int, Tensor | None] = {}
+        self._combinable: set[tuple[str, tuple[str, ...]]] = set()  # combines and adapters that have been checked
         self._shrinks: list[tuple[Shrink, list[int]]] = []  # and the slots of its layers
         self._acting: frozenset[int] | None = None  # adapters whose factors are laid out; None = all
         self._replace_all(tuple(adapters))
@@ -54,15 +58,19 @@ class Blend:
         return tuple(adapter.name for adapter in self.adapters)
 
     @contextmanager
-    def using(self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None) -> Generator[None]:
+    def using(
+        self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None, among: Among | None = None
+    ) -> Generator[None]:
         """Run the forward passes inside with these weights, then restore what was set before.
 
         Args:
             weights: (N,), (B, N) or (B|1, T|1, N), not negative; None = the base model alone, bit for bit.
             combine: one combine, or one a row; None takes the one given to `attach`.
+            among: the adapters that are there for a row, whatever others are attached: all with weights, and those
+                that `paper` adds without one; None = all.
         """
         before, acting, layouts = dict(self._gates), self._acting, self._layouts
-        self.set_weights(weights, combine)
+        self.set_weights(weights, combine, among)
         try:
             yield
         finally:
@@ -71,18 +79,22 @@ class Blend:
                 self._choose(acting)
                 self._gates.update(before)
 
-    def set_weights(self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None) -> None:
+    def set_weights(
+        self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None, among: Among | None = None
+    ) -> None:
         """Set the weights of the forward passes that follow; arguments as in `using`; on an error nothing changes."""
         gates: dict[int, Gates] = {}
         if weights is not None and self._layouts:
             combines = _one_or_each(combine or self.combine)
-            for name in set(combines):
-                self.check_combine(name)
             w = self._checked(weights)  # (B|1, T|1, N)
-            self._choose(None if "paper" in combines else self._needed(w))  # `paper` adds up the B of all adapters
-            w = w.to(next(self.model.parameters()).device, non_blocking=True)
+            self._check_combines(combines, among or [self.names])
+            has_paper = "paper" in combines  # adds up the B of all adapters of a row
+            self._choose(None if has_paper else self._needed(w))
+            device = next(self.model.parameters()).device
+            present = self._present(among or [self.names]).to(device) if has_paper else None
+            w = w.to(device, non_blocking=True)
             slots = [slot for slot in range(len(self._layouts)) if self._acting_layouts[slot].parts]
-            gates = {slot: self._gates_of(slot, w, combines) for slot in slots}
+            gates = {slot: self._gates_of(slot, w, combines, present) for slot in slots}
         self._gates.clear()
         self._gates.update(gates)
 
@@ -103,6 +115,18 @@ class Blend:
         if w.device.type == "cpu" and not (torch.isfinite(w).all() and (w >= 0).all()):  # on a GPU it would synchronise
             raise OptionError("weights must be finite and not negative.")
         return w.view(1, 1, -1) if w.dim() == 1 else w[:, None] if w.dim() == 2 else w
+
+    def _check_combines(self, combines: Sequence[Combine], among: Among) -> None:
+        """Raise an OptionError if the adapters of a row cannot be combined in its way; each kind is checked once."""
+        is_each = len(combines) == len(among)  # else one of them is for all
+        pairs = zip(combines, among, strict=True) if is_each else product(combines, among)
+        for combine, names in {(combine, tuple(names)) for combine, names in pairs} - self._combinable:
+            self.check_combine(combine, names)
+            self._combinable.add((combine, names))
+
+    def _present(self, among: Among) -> Tensor:
+        """Return 1 for each adapter that is there for a row, else 0: (B|1, 1, N)."""
+        return torch.tensor([[[float(name in names) for name in self.names]] for names in among])
 
     def _needed(self, w: Tensor) -> frozenset[int] | None:
         """Return the adapters to lay out for weights (B|1, T|1, N); None = all.
@@ -132,9 +156,17 @@ class Blend:
         self._acting = acting
         self._acting_layouts = [layout if acting is None else layout.only(acting) for layout in self._layouts]
         self._spreads.clear()
+        self._folds.clear()
 
-    def _gates_of(self, slot: int, w: Tensor, combines: Sequence[Combine]) -> Gates:
-        """Return the gates of one layout, in the dtype of its factors; rows with different combines may mix."""
+    def _gates_of(self, slot: int, w: Tensor, combines: Sequence[Combine], present: Tensor | None) -> Gates:
+        """Return the gates of one layout, in the dtype of its factors; rows with different combines may mix.
+
+        Args:
+            slot: of the layout.
+            w: (B|1, T|1, N) weights.
+            combines: one, or one a row.
+            present: (B|1, 1, N) which adapters are there; only `paper` asks.
+        """
         kinds = set(combines)
         dtype = self._dtype
 
@@ -153,9 +185,10 @@ class Blend:
         if "linear" in kinds:
             root = w.sqrt() @ self._spread(slot, 0.5)
             inner, outer = root * rows("linear"), root * rows("linear")
-        if "paper" in kinds and scaled is not None:
-            inner, outer = inner + scaled * rows("paper"), outer + torch.ones_like(scaled) * rows("paper")
-        return Gates(direct, torch.as_tensor(inner).to(dtype), torch.as_tensor(outer).to(dtype), num_blocks)
+        if present is not None and scaled is not None:
+            inner, outer = inner + scaled * rows("paper"), outer + present @ self._spread(slot, 0.0) * rows("paper")
+        gates = (direct, torch.as_tensor(inner).to(dtype), torch.as_tensor(outer).to(dtype))
+        return Gates(*gates, num_blocks, self._fold(slot))
 
     def _spread(self, slot: int, power: float) -> Tensor:
         key = (slot, power)
@@ -164,13 +197,19 @@ class Blend:
             self._spreads[key] = matrix.to(next(self.model.parameters()).device)
         return self._spreads[key]
 
+    def _fold(self, slot: int) -> Tensor | None:
+        if slot not in self._folds:
+            fold = self._acting_layouts[slot].fold()
+            self._folds[slot] = None if fold is None else fold.to(next(self.model.parameters()).device, self._dtype)
+        return self._folds[slot]
+
     @property
     def _dtype(self) -> torch.dtype:
         return next(iter(self._layers.values())).dtype
 
-    def check_combine(self, combine: str) -> None:
-        """Raise an OptionError if these adapters cannot be combined in this way, naming those that differ."""
-        check_combine(combine, self.adapters)
+    def check_combine(self, combine: str, among: Sequence[str] | None = None) -> None:
+        """Raise an OptionError if adapters, by name (None = all), cannot be combined so, naming those that differ."""
+        check_combine(combine, [adapter for adapter in self.adapters if among is None or adapter.name in among])
 
     def add(self, *adapters: Adapter) -> None:
         """Attach more adapters, at the end of the N axis; on an error nothing has changed."""
@@ -213,6 +252,8 @@ class Blend:
         self._ranks = [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]
         self._acting = None
         self._spreads.clear()
+        self._folds.clear()
+        self._combinable.clear()
         self._gates.clear()
 
     def _views(self, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:

@@ -14,6 +14,8 @@ from treadle.params import Score
 
 Floats = NDArray[np.float32]
 
+LISTED = 10
+"""Texts that a message names at most."""
 SHRINKAGE = 0.3
 """How far `lda` moves the pooled covariance towards a multiple of the identity; chosen on validation prompts."""
 
@@ -59,6 +61,7 @@ class Centroids:
             raise AdapterError(f"adapter {name!r} has a centroid already.")
         if len(embeddings) == 0:
             raise OptionError(f"adapter {name!r} has no sample texts.")
+        check_words(name, embeddings)
         mean = embeddings.mean(0, dtype=np.float64)
         spread = embeddings - mean
         return Centroids(
@@ -127,6 +130,20 @@ class Centroids:
         slopes = np.linalg.solve(covariance + 1e-12 * np.eye(len(pooled)), self.means.T.astype(np.float64))  # (D, N)
         offsets = -0.5 * np.einsum("nd,dn->n", self.means, slopes)
         return slopes.astype(np.float32), offsets.astype(np.float32)
+
+
+def check_words(name: str, embeddings: Floats) -> None:
+    """Raise an OptionError if texts of an adapter have the vector 0 in (samples, D): they would look near to anything.
+
+    Of such a text the embedder knows no word, or it has none.
+    """
+    empty = np.flatnonzero(~embeddings.any(-1)).tolist()
+    if empty:
+        shown = ", ".join(map(str, empty[:LISTED])) + (" ..." if len(empty) > LISTED else "")
+        raise OptionError(
+            f"samples of {name!r}: {len(empty)} of {len(embeddings)} hold no word that the embedder knows (index "
+            f"{shown}); leave them out, or give other texts."
+        )
 
 
 def _cosine(x: Floats, y: Floats) -> Floats:

@@ -130,16 +130,17 @@ class StaticEmbedder:
 
     def sum_words(self, words: Sequence[str]) -> NDArray[np.float64]:
         """Return the sum (D,) of the vectors of all tokens of some words; not to be written to."""
-        if len(words) == 1 and words[0] in self._sums:  # almost every token of a running text
-            return self._sums[words[0]]
-        if new := [word for word in dict.fromkeys(words) if word not in self._sums]:
-            if len(self._sums) + len(new) > MAX_CACHED_WORDS:
-                self._sums.clear()
+        sums = self._sums
+        if len(words) == 1 and words[0] in sums:  # almost every token of a running text
+            return sums[words[0]]
+        if new := [word for word in dict.fromkeys(words) if word not in sums]:
+            if len(sums) + len(new) > MAX_CACHED_WORDS:
+                sums = self._sums = {}  # not emptied: another thread may be reading
                 new = list(dict.fromkeys(words))
-            self._sums.update(zip(new, map(self._sum_tokens, self.model.tokenize(new)), strict=True))
+            sums.update(zip(new, map(self._sum_tokens, self.model.tokenize(new)), strict=True))
         total = np.zeros(self.dim)
         for word in words:
-            total += self._sums[word]
+            total += sums[word]
         return total
 
     def _sum_tokens(self, ids: Sequence[int]) -> NDArray[np.float64]:

@@ -10,6 +10,8 @@ from treadle.params import RoutingParams
 from treadle.routing import Router
 
 NUM_WORDS = 6
+MOST_WORDS = 2000
+"""Different words that are looked at, the most frequent of a text: each costs a score."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def _words(router: Router, text: str, params: RoutingParams) -> tuple[tuple[str,
     if not isinstance(embedder, StaticEmbedder):
         return ()
     counts = Counter(WORD.findall(text))
-    words = sorted(counts)
+    words = sorted(word for word, _ in counts.most_common(MOST_WORDS))
     if not words:
         return ()
     everything = embedder.sum_words([*counts.elements()])  # (D,)

@@ -176,7 +176,7 @@ class Engine:
         for params in routing:
             try:
                 router.fixed_weights(params)
-                self.blend.check_combine(params.combine)
+                self.blend.check_combine(params.combine, router.names)
                 if params.rule != "fixed":
                     router.weigh(np.zeros((1, 1, router.embedder.dim), np.float32), params)
             except TreadleError as error:

@@ -29,6 +29,11 @@ class Layout:
         owners = torch.tensor([index in adapters for index, rank, _ in self.parts for _ in range(rank)])
         return owners.nonzero()[:, 0] if len(owners) else owners.long()
 
+    def fold(self) -> Tensor | None:
+        """Return the (R, r) matrix that adds up the adapters' blocks row by row; None where all have the same rank."""
+        ranks = [rank for _, rank, _ in self.parts]
+        return None if len(set(ranks)) == 1 else torch.cat([torch.eye(rank, max(ranks)) for rank in ranks])
+
     def spread(self, num_adapters: int, power: float) -> Tensor:
         """Return the (N, R) matrix that takes weights to gates, each row of the stack times its scale ** power."""
         columns: list[Tensor] = []
@@ -43,14 +48,16 @@ class Layout:
 class Gates:
     """What stands between the two products of a module: h -> direct * h + outer * tile(fold(inner * h)).
 
-    `fold` adds up the adapters' blocks of r rows and `tile` repeats the result for each of them. Each gate is
-    (B|1, T|1, R) or None: `direct` alone is the combine `sum`; `inner` and `outer` are `linear` and `paper`.
+    Folding adds up the adapters' blocks of r rows and tiling repeats the result for each of them. Each gate is
+    (B|1, T|1, R) or None: `direct` alone is the combine `sum`; `inner` and `outer` are `linear` and `paper`. `fold`
+    (R, r) is there where blocks differ in length: those that are folded together never do, but others lie between.
     """
 
     direct: Tensor | None
     inner: Tensor | None
     outer: Tensor | None
     num_blocks: int
+    fold: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -62,8 +69,11 @@ class Gates:
         """Return the gated `h` (B, T, R)."""
         if self.inner is None or self.outer is None:
             return h if self.direct is None else h * self.direct
-        folded = (h * self.inner).unflatten(-1, (self.num_blocks, -1)).sum(-2)  # (B, T, r)
-        crossed = self.outer * folded.tile(self.num_blocks)  # (B, T, R)
+        if self.fold is None:
+            folded = (h * self.inner).unflatten(-1, (self.num_blocks, -1)).sum(-2)  # (B, T, r)
+            crossed = self.outer * folded.tile(self.num_blocks)  # (B, T, R)
+        else:
+            crossed = self.outer * ((h * self.inner) @ self.fold @ self.fold.t())
         return crossed if self.direct is None else torch.addcmul(crossed, h, self.direct)
 
 

@@ -58,13 +58,26 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
 
     Raises:
         ModelError: it is in none of these places; the message says what to do.
+        OptionError: this machine has no such device, or the dtype is none of these.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     model = _load(AutoModelForCausalLM.from_pretrained, name, dtype=resolve_dtype(dtype, device))
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def check_device(device: str) -> None:
+    """Raise an OptionError if this machine has no such torch device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        raise OptionError(f"device {device!r} cannot be used: {reason}; give one of this machine, or cpu") from error
 
 
 def resolve_dtype(dtype: str | None, device: str) -> "torch.dtype | str":

@@ -62,8 +62,8 @@ class Text:
         prompt = np.broadcast_to(row.read_under, (row.prompt_tokens, len(row.router.names)))
         weights = np.concatenate([prompt, *(each[None] for each in later)])  # (T, N)
         keys = {adapter.name: key_of(adapter) for adapter in blend.adapters}
-        # the paper's combine adds the B of every adapter, whatever its weight
-        present = tuple(keys.values()) if row.routing.combine == "paper" else ()
+        # the paper's combine adds the B of every adapter that the row knows of, whatever its weight
+        present = tuple(keys[name] for name in row.router.names) if row.routing.combine == "paper" else ()
         acting = {keys[name]: weights[:, i] for i, name in enumerate(row.router.names) if weights[:, i].any()}
         return cls(ids, acting, present, (row.routing.combine, row.owner))
 

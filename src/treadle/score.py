@@ -137,7 +137,7 @@ def _logits(
     engine: "Engine", ids: torch.Tensor, weights: Floats, params: RoutingParams, first: int
 ) -> torch.Tensor:  # (B, T) -> (B, T - first, V)
     device = engine.model.device
-    with engine.blend.using(weights if weights.any() else None, params.combine):
+    with engine.blend.using(weights if weights.any() else None, params.combine, [engine.router.names]):
         output = engine.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=ids.shape[1] - first)
     return output.logits
 

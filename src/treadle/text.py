@@ -31,10 +31,12 @@ def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[s
         raise ModelError("the tokenizer has no chat template: give the prompt as one text.")
     from jinja2 import TemplateError
 
+    # a template is a program that came with the model: what it does with these messages may fail like any program
+    errors = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
     given = [dict(message) for message in messages]
     try:
         return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:  # such as roles that do not alternate
+    except errors as error:  # such as roles that do not alternate
         raise OptionError(f"the chat template refuses these messages: {error}") from error
 
 

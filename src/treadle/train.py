@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.centroid_files import save_centroid
+from treadle.centroids import check_words
 from treadle.data import sample_texts
 from treadle.embed import load_embedder
 from treadle.errors import DataError, OptionError, TreadleError
@@ -65,6 +66,9 @@ def train_adapter(
     if (output / "adapter_config.json").exists():
         raise OptionError(f"{output} holds an adapter already; name another folder or remove it.")
     loaded = load_embedder(embedder) if embedder else None  # before the hours of training, not after
+    embeddings = loaded.encode(sample_texts(examples)) if loaded is not None else None
+    if embeddings is not None:
+        check_words(output.name, embeddings)
 
     tokenizer = load_tokenizer(base)
     trainer = SFTTrainer(
@@ -80,9 +84,9 @@ def train_adapter(
     if trainer.is_world_process_zero():
         _save(trainer.model, base, output)
         _save_losses(trainer.state.log_history, output)
-        if loaded is not None:
+        if loaded is not None and embeddings is not None:
             training = {"base": base, "examples": len(examples), **asdict(params)}
-            save_centroid(output, loaded.encode(sample_texts(examples)), loaded, str(embedder), training)
+            save_centroid(output, embeddings, loaded, str(embedder), training)
         _clean(output)
     return output
 

@@ -1,5 +1,6 @@
 """The routes of adapters: what there is, how a text is weighed, and adding and removing while requests run."""
 
+import asyncio
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,11 +21,12 @@ from treadle.server.bodies import NAMING, AdapterBody, Json, LoadBody, RouteBody
 from treadle.server.failures import Failure, Problem, Problems, failure_of, refusal
 from treadle.server.gate import Visit
 from treadle.server.generating import read
+from treadle.server.requests import LONGEST_TOKEN
 from treadle.server.state import State
 from treadle.server.targets import AUTO
 
 SLICE = 16
-"""Sample texts that are embedded between two steps."""
+"""Sample texts that are embedded at a time."""
 
 
 async def models(request: Request) -> Response:
@@ -57,6 +59,9 @@ async def route(request: Request) -> Response:
         problems.append(Problem("model", f"model: got {body.model!r}, which is not routed; allowed: {listed(names)}"))
     model = AUTO if is_known else body.model  # one that is not routed is refused once, its options as if it were
     target = state.targets.read(model, body.treadle, problems, caller)
+    most = _most_letters(state)
+    if most is not None and len(body.text) > most:
+        problems.append(Problem("text", f"text: got {len(body.text)} characters; allowed: at most {most}"))
     if problems:
         raise refusal(problems)
 
@@ -65,11 +70,21 @@ async def route(request: Request) -> Response:
         state.engine.check_routing([target.routing], router)
         return asdict(explain(router, body.text, target.routing))
 
+    seconds = state.params.request_timeout
     try:
-        explanation = await state.between_steps(weigh)
+        async with asyncio.timeout(seconds):
+            explanation = await state.weigh(weigh)
     except TreadleError as error:
         raise failure_of(error) from error
+    except TimeoutError as error:
+        raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout") from error
     return JSONResponse({"object": "route", "routing": asdict(target.routing), **explanation})
+
+
+def _most_letters(state: State) -> int | None:
+    """Return the characters of a text that is weighed at most: as many as a prompt may have; None = any number."""
+    limits = [limit for limit in (state.params.max_prompt_tokens, state.engine.context) if limit]
+    return min(limits) * LONGEST_TOKEN if limits else None
 
 
 async def adapters(request: Request) -> Response:
@@ -165,11 +180,14 @@ async def _add(state: State, new: New, problems: Problems) -> None:
         else:
             embedder = state.engine.router.embedder
             slices = [samples[start : start + SLICE] for start in range(0, len(samples), SLICE)]
-            vectors = [await state.between_steps(partial(embedder.encode, texts)) for texts in slices]
+            vectors = [await state.weigh(partial(embedder.encode, texts)) for texts in slices]
             own = Centroids.empty(embedder.id, embedder.dim).add(name, np.concatenate(vectors))
         await state.between_steps(partial(_attach, state, adapter, own))
     except TreadleError as error:
         raise Failure(400, str(error), param=new.path_field, code="adapter_refused") from error
+    except OSError as error:  # a folder that may not be read
+        message = f"{new.path_field}: got {shown(new.path)}, which cannot be read: {error.strerror}"
+        raise Failure(400, message, param=new.path_field) from error
 
 
 def _read(state: State, name: str, folder: Path) -> Adapter:

@@ -17,6 +17,7 @@ from treadle.generate import Engine
 from treadle.server import adapters, generating, page
 from treadle.server.failures import Failure
 from treadle.server.gate import Gate, Visit
+from treadle.server.keys import Keyring
 from treadle.server.openapi import document
 from treadle.server.params import ServeParams
 from treadle.server.state import State
@@ -34,7 +35,9 @@ async def health(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """GET /metrics: Prometheus' text format."""
+    """GET /metrics: Prometheus' text format; it names all adapters, which a key that is limited to some may not see."""
+    if Visit.of(request).caller.adapters is not None:
+        raise Failure(403, "the figures name all adapters: send a key that is not limited to some", code="limited_key")
     return Response(State.of(request).metrics.text(), media_type="text/plain; version=0.0.4")
 
 
@@ -61,7 +64,7 @@ ROUTES = [
 ]
 
 
-def make_app(bundle: Bundle, engine: Engine, params: ServeParams) -> Starlette:
+def make_app(bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring) -> Starlette:
     """Return the application that serves an engine; the engine's thread lives as long as it is served."""
     state = State.make(bundle, engine, params)
 
@@ -70,13 +73,18 @@ def make_app(bundle: Bundle, engine: Engine, params: ServeParams) -> Starlette:
         state.start()
         yield
         await state.prepare(state.scheduler.stop)
-        state.pool.shutdown()
+        state.shut_down()
 
     routes = [*ROUTES, *page.routes()] if params.page else ROUTES
     paths: dict[Any, str] = {route.endpoint: route.path for route in routes}
     cors = Middleware(CORSMiddleware, allow_origins=params.cors_origin, allow_methods=["*"], allow_headers=["*"])
     gate = Middleware(
-        Gate, params=params, metrics=state.metrics, is_ready=lambda: state.scheduler.is_ready, paths=paths
+        Gate,
+        params=params,
+        keys=keys,
+        metrics=state.metrics,
+        is_ready=lambda: state.scheduler.is_ready,
+        paths=paths,
     )
     app = Starlette(
         routes=routes,

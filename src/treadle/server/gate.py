@@ -56,6 +56,7 @@ class Gate:
         self,
         app: ASGIApp,
         params: ServeParams,
+        keys: Keyring,
         metrics: Metrics,
         is_ready: Callable[[], bool],
         paths: Mapping[Any, str],
@@ -64,7 +65,7 @@ class Gate:
         self._app = app
         self._paths = paths
         self._params = params
-        self._keys = Keyring(params)
+        self._keys = keys
         self._metrics = metrics
         self._is_ready = is_ready
 

@@ -17,6 +17,7 @@ from treadle.server.failures import Failure, Problems, failure_of
 from treadle.server.gate import Visit
 from treadle.server.jobs import Job, News, Started, Tokens
 from treadle.server.requests import Asked
+from treadle.server.scheduler import TooMany
 from treadle.server.state import State
 
 PING_SECONDS = 15.0
@@ -92,6 +93,8 @@ class Run:
         """Queue the job and wait until the engine has accepted it; raise a Failure where it does not."""
         try:
             self._state.scheduler.submit(self._job)
+        except TooMany as error:
+            raise Failure(400, str(error), param="n") from error
         except TreadleError as error:
             raise failure_of(error) from error
         while not isinstance(await self._next(), Started):

@@ -8,6 +8,7 @@ from treadle.options import option
 
 SECRETS = ("api_key", "admin_key")
 """Fields that are never printed."""
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class ServeParams:
 
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""
-        if problems := [*self._number_problems(), *self._key_problems()]:
+        problems = [*self._number_problems(), *self._key_problems()]
+        if self.model_name == BASE:
+            problems.append(f"model_name {BASE!r} is what requests call the base model; give another one")
+        if problems:
             raise OptionError(problem_list("server options:", problems))
 
     def _number_problems(self) -> list[str]:

@@ -3,7 +3,9 @@
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from treadle.server.failures import Failure
 
 HEADER_BYTES = 32 << 10
 """Of a request's line and all its headers."""
@@ -47,6 +49,14 @@ class Protocol(HttpToolsProtocol):
         """Expect another head, which may come later: until then uvicorn's keep-alive counts."""
         self._is_in_head = True
         super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say what does not parse, in the shape of all other errors, and close the connection."""
+        text = f"this is not an HTTP/1.1 request: {msg} Check the request line, the headers and Content-Length."
+        response = Failure(400, text, code="invalid_http").response()
+        head = [STATUS_LINE[400], *(name + b": " + value + b"\r\n" for name, value in response.raw_headers)]
+        self.transport.write(b"".join([*head, b"connection: close\r\n\r\n", response.body]))
+        self.transport.close()
 
     def _wait(self) -> None:
         if self._timer is None:

@@ -20,11 +20,23 @@ LONGEST_WAIT = 60
 
 
 class Busy(TreadleError):
-    """The queue is full; `seconds` is when it is worth trying again."""
+    """The queue has no room for a job now; `seconds` is when it is worth trying again."""
 
-    def __init__(self, waiting: int, seconds: int) -> None:
-        super().__init__(f"the queue is full: {waiting} sequences are waiting. Try again in {seconds} s.")
+    def __init__(self, job: Job, waiting: int, seconds: int) -> None:
+        more = job.num_sequences
+        wanted = "" if more == 1 else f", and the request brings {more} more"
+        super().__init__(f"the queue is full: {waiting} sequences are waiting{wanted}. Try again in {seconds} s.")
         self.seconds = seconds
+
+
+class TooMany(TreadleError):
+    """A job has more sequences than run and wait together; it would never fit."""
+
+    def __init__(self, job: Job, most: int) -> None:
+        super().__init__(
+            f"n: got {job.num_sequences} sequences (prompts times n); allowed: at most {most} at once. Send several "
+            "requests."
+        )
 
 
 class Stopping(TreadleError):
@@ -68,16 +80,20 @@ class Scheduler:
         """Queue a job.
 
         Raises:
-            Busy: as many sequences wait already as may.
+            Busy: more sequences than may would wait.
+            TooMany: it has more sequences than the batch and the queue hold.
             Stopping: the server is shutting down.
         """
+        most = self._params.max_batch + self._params.max_queue
+        if job.num_sequences > most:
+            raise TooMany(job, most)
         with self._changed:
             if self._is_draining:
                 raise Stopping
-            waiting = self.num_unfinished - self._params.max_batch
-            if waiting >= self._params.max_queue:
+            if self.num_unfinished + job.num_sequences > most:
+                waiting = max(self.num_unfinished - self._params.max_batch, 0)
                 seconds = 1 + int(max(waiting, 1) / self._params.max_batch * self._loop.sequence_seconds)
-                raise Busy(max(waiting, 0), min(LONGEST_WAIT, seconds))
+                raise Busy(job, waiting, min(LONGEST_WAIT, seconds))
             self._num_accepted += job.num_sequences
             self._inbox.append(job)
             self._changed.notify()

@@ -13,8 +13,10 @@ import uvicorn
 from treadle.bundle import Bundle, read_bundle
 from treadle.generate import Engine
 from treadle.server.app import make_app
+from treadle.server.keys import Keyring
 from treadle.server.params import ServeParams
 from treadle.server.protocol import Protocol
+from treadle.server.start import bound, check_start
 from treadle.server.state import State
 
 logger = logging.getLogger("treadle.server")
@@ -27,16 +29,18 @@ POLL_SECONDS = 0.05
 class Server(uvicorn.Server):
     """Ends in order: asked to, it is not ready, finishes what runs within the shutdown timeout, and exits with 0."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, params: ServeParams) -> None:
-        self.app = make_app(bundle, engine, params)
+    def __init__(self, bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring) -> None:
+        self.app = make_app(bundle, engine, params, keys)
         self._state: State = self.app.state.treadle
         self._shutdown_timeout = params.shutdown_timeout
         self._drain: threading.Thread | None = None
+        self._is_urgent = threading.Event()
         config = uvicorn.Config(
             self.app,
             host=params.host,
             port=params.port,
             http=Protocol,
+            lifespan="on",  # an application that cannot start is an error, not one without a start
             ws="none",
             log_config=None,
             access_log=False,
@@ -55,10 +59,10 @@ class Server(uvicorn.Server):
         return int(sockets[0].getsockname()[1]) if sockets else 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end; a second signal ends at once."""
+        """Begin to end; after a second signal, what runs is told so and waited for no longer."""
         del sig, frame
         if self._drain is not None:
-            self.should_exit = self.force_exit = True
+            self._is_urgent.set()
             return
         self._drain = threading.Thread(target=self._finish, name="treadle-drain", daemon=True)
         self._drain.start()
@@ -69,10 +73,11 @@ class Server(uvicorn.Server):
         scheduler.drain()
         logger.info("shutting down: %d sequences are left", scheduler.num_unfinished)
         until = time.monotonic() + self._shutdown_timeout
-        while scheduler.num_unfinished and time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
+        while scheduler.num_unfinished and time.monotonic() < until and not self._is_urgent.wait(POLL_SECONDS):
+            pass
         if scheduler.num_unfinished:
-            logger.warning("%d sequences did not finish in %g s", scheduler.num_unfinished, self._shutdown_timeout)
+            why = "a second signal came" if self._is_urgent.is_set() else f"{self._shutdown_timeout:g} s are over"
+            logger.warning("%s: %d sequences do not finish", why, scheduler.num_unfinished)
             scheduler.stop()
         time.sleep(POLL_SECONDS)  # the last answers are on their way
         self.should_exit = True
@@ -91,20 +96,20 @@ class JsonLines(logging.Formatter):
 
 
 def serve(folder: str, params: ServeParams) -> None:
-    """Load a bundle and serve it until SIGTERM or SIGINT."""
+    """Load a bundle and serve it until SIGTERM or SIGINT; a TreadleError says why that cannot be."""
     bundle = read_bundle(folder)
     _set_up_log(params)
-    # in a thread that ends: OpenMP keeps workers for every thread that ever computed, and where these are more than the
-    # cores, it lets all of them sleep between operations, which makes a step a third slower
-    with ThreadPoolExecutor(1) as pool:
-        engine = pool.submit(bundle.engine, device=params.device, dtype=params.dtype).result()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    if params.host not in ("127.0.0.1", "localhost", "::1") and not (params.api_key or params.api_key_file):
-        logger.warning("listening on %s without an API key: everybody who can reach it may use it", params.host)
-    server = Server(bundle, engine, params)
-    announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
-    announce.start()
-    server.run()
+    keys = check_start(bundle, params)
+    with bound(params.host, params.port) as sockets:
+        # in a thread that ends: OpenMP keeps workers for every thread that ever computed, and where these are more than
+        # the cores, it lets all of them sleep between operations, which makes a step a third slower
+        with ThreadPoolExecutor(1) as pool:
+            engine = pool.submit(bundle.engine, device=params.device, dtype=params.dtype).result()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        server = Server(bundle, engine, params, keys)
+        announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
+        announce.start()
+        server.run(sockets)
 
 
 def _announce(server: Server, params: ServeParams) -> None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from treadle.bundle import Bundle
+from treadle.embed import StaticEmbedder
 from treadle.generate import Engine
 from treadle.server.jobs import Mail
 from treadle.server.loop import Loop, deliver
@@ -17,6 +18,7 @@ from treadle.server.params import ServeParams
 from treadle.server.requests import Reader
 from treadle.server.routers import Routers
 from treadle.server.scheduler import Scheduler
+from treadle.server.start import model_name
 from treadle.server.targets import AUTO, Targets
 from treadle.server.tokens import TokenTexts
 
@@ -38,14 +40,15 @@ class State:
     tokens: TokenTexts
     # one thread: tokenizers are not made for several at once
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "treadle-prepare"))
+    # and one for whole texts, so that nobody's prompt waits for them
+    weighers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "treadle-weigh"))
 
     @classmethod
     def make(cls, bundle: Bundle, engine: Engine, params: ServeParams) -> "State":
         """Return the state of a new server; its scheduler has not been started."""
         metrics, routers = Metrics(), Routers(engine)
         metrics.set_adapters(engine.adapter_names)
-        name = params.model_name or bundle.folder.resolve().name
-        targets = Targets(engine, routers, tuple(dict.fromkeys((AUTO, name))))
+        targets = Targets(engine, routers, tuple(dict.fromkeys((AUTO, model_name(bundle, params)))))
         return cls(
             bundle=bundle,
             engine=engine,
@@ -70,6 +73,21 @@ class State:
     async def between_steps(self, function: Callable[[], Result]) -> Result:
         """Run a function in the engine's thread, between two steps."""
         return await asyncio.wrap_future(self.scheduler.call(function))
+
+    async def weigh(self, function: Callable[[], Result]) -> Result:
+        """Run a function that embeds whole texts beside the steps.
+
+        Between two steps where the embedder is a neural network: that reads few words, and OpenMP would keep workers
+        for one more thread (`treadle.server.serve`).
+        """
+        if not isinstance(self.engine.router.embedder, StaticEmbedder):
+            return await self.between_steps(function)
+        return await asyncio.get_running_loop().run_in_executor(self.weighers, function)
+
+    def shut_down(self) -> None:
+        """End the threads that prepare and weigh."""
+        self.pool.shutdown()
+        self.weighers.shutdown(cancel_futures=True)
 
     def start(self) -> None:
         """Start the engine's thread; its news arrive in the event loop that runs now."""

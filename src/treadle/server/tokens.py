@@ -2,7 +2,7 @@
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,8 +20,13 @@ class TokenTexts:
         self._has_byte_letters = "ByteLevel" in decoder
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes that a token stands for, which may be a part of a character."""
-        symbol = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        """Return the UTF-8 bytes that a token stands for, which may be a part of a character.
+
+        Models have more rows in their vocabulary than the tokenizer has tokens: such an id stands for no bytes.
+        """
+        symbol = cast(str | None, self._tokenizer.convert_ids_to_tokens(token_id))
+        if symbol is None:
+            return b""
         if found := BYTE.fullmatch(symbol):
             return bytes([int(found[1], 16)])
         letters = byte_letters()

@@ -1,0 +1,93 @@
+"""POST /v1/route holds nobody up, and is held up by nobody."""
+
+import threading
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.embed import StaticEmbedder
+from treadle.explain import MOST_WORDS, explain
+from treadle.routing import Router
+from treadle.server import adapters, state
+from treadle.server.requests import LONGEST_TOKEN
+
+from conftest import SAMPLES
+from serving import Serving, serving
+
+ROUTE = "/v1/route"
+
+
+@pytest.fixture(scope="module")
+def served(bundle_folder: Path) -> Generator[Serving]:
+    with serving(bundle_folder, max_prompt_tokens=10, request_timeout=2.0) as each:
+        yield each
+
+
+def test_a_text_is_weighed_while_the_engine_is_busy(served: Serving) -> None:
+    with served.paused():
+        assert served.post(ROUTE, {"text": "def loop"}).json()["names"] == ["math", "science", "code"]
+
+
+def test_a_neural_embedder_stays_in_the_engines_thread(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    explained = explain
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return explained(*args)
+
+    monkeypatch.setattr(adapters, "explain", noted)
+    assert served.post(ROUTE, {"text": "loop"}).status_code == 200
+    monkeypatch.setattr(state, "StaticEmbedder", type(None))
+    assert served.post(ROUTE, {"text": "loop"}).status_code == 200
+    assert [name.partition("_")[0] for name in threads] == ["treadle-weigh", "treadle-engine"]
+
+
+def test_a_text_has_as_many_characters_as_a_prompt_may_have(served: Serving) -> None:
+    most = 10 * LONGEST_TOKEN
+    assert served.post(ROUTE, {"text": "x" * most}).status_code == 200
+    refused = served.post(ROUTE, {"text": "x" * (most + 1), "model": "math"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
+    assert f"text: got {most + 1} characters; allowed: at most {most}" in refused.json()["error"]["message"]
+
+
+def test_a_text_that_takes_too_long_is_given_up(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(adapters, "explain", lambda *_: go.wait(30))
+    try:
+        answer = served.post(ROUTE, {"text": "loop"})
+    finally:
+        go.set()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+
+
+def test_only_the_most_frequent_words_are_looked_at_one_by_one(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    finish = StaticEmbedder.finish
+    monkeypatch.setattr(StaticEmbedder, "finish", lambda e, sums: (looked_at.append(len(sums)), finish(e, sums))[1])
+    text = " ".join(f"x{number}" for number in range(MOST_WORDS + 500)) + " loop" * 9
+    assert explain(router, text).words
+    assert max(looked_at) == MOST_WORDS + 1
+
+
+def test_an_embedder_whose_words_another_thread_drops_meanwhile_knows_its_own(
+    monkeypatch: pytest.MonkeyPatch, embedder: StaticEmbedder
+) -> None:
+    monkeypatch.setattr("treadle.embed.MAX_CACHED_WORDS", 3)
+    texts = [" ".join(samples) for samples in SAMPLES.values()]
+    expected = embedder.encode(texts)
+    sum_tokens, calls = StaticEmbedder._sum_tokens, []
+
+    def interrupted(self: StaticEmbedder, ids: Sequence[int]) -> Any:
+        calls.append(ids)
+        if len(calls) == 3:  # some of the first text's words are there
+            other = threading.Thread(target=self.encode, args=[["atom heat cell"]])
+            other.start()
+            other.join()
+        return sum_tokens(self, ids)
+
+    monkeypatch.setattr(StaticEmbedder, "_sum_tokens", interrupted)
+    np.testing.assert_allclose(embedder.encode(texts), expected, atol=1e-6)
