@@ -196,10 +196,14 @@ def bundle_folder(
     tmp_path_factory: pytest.TempPathFactory, adapter_folders: dict[str, Path], embedder: StaticEmbedder
 ) -> Path:
     """A bundle on disk that no test changes, without samples."""
-    root = tmp_path_factory.mktemp("served")
+    return bundle_without_samples(tmp_path_factory.mktemp("served"), adapter_folders, embedder)
+
+
+def bundle_without_samples(root: Path, adapters: dict[str, Path], embedder: StaticEmbedder) -> Path:
+    """Write a tiny base and a bundle of these adapters below `root`; return the bundle's folder."""
     tiny_llama().save_pretrained(root / BASE)
     byte_tokenizer().save_pretrained(root / BASE)
-    return save_bundle(root / "bundle", base=str(root / BASE), adapters=adapter_folders, router=fit(SAMPLES, embedder))
+    return save_bundle(root / "bundle", base=str(root / BASE), adapters=adapters, router=fit(SAMPLES, embedder))
 
 
 @pytest.fixture

@@ -18,13 +18,11 @@ import httpx
 import openai
 import pytest
 
-from treadle.bundle import save_bundle
 from treadle.embed import StaticEmbedder
-from treadle.routing import fit
 from treadle.server import protocol
 from treadle.server.metrics import Metrics
 
-from conftest import BASE, SAMPLES, byte_tokenizer, tiny_llama
+from conftest import bundle_without_samples
 from serving import CHAT, Serving, serving
 
 TEXTS = "/v1/completions"
@@ -240,10 +238,7 @@ def equal_bundle(
     tmp_path_factory: pytest.TempPathFactory, equal_folders: dict[str, Path], embedder: StaticEmbedder
 ) -> Path:
     """Adapters of equal ranks, which any combine takes."""
-    root = tmp_path_factory.mktemp("equal-served")
-    tiny_llama().save_pretrained(root / BASE)
-    byte_tokenizer().save_pretrained(root / BASE)
-    return save_bundle(root / "bundle", base=str(root / BASE), adapters=equal_folders, router=fit(SAMPLES, embedder))
+    return bundle_without_samples(tmp_path_factory.mktemp("equal-served"), equal_folders, embedder)
 
 
 SCORED: dict[str, Any] = {**LONG, "max_tokens": 0, "echo": True, "logprobs": 0}

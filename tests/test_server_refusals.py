@@ -14,8 +14,8 @@ from jsonschema_rs import Draft202012Validator  # schemathesis brings it
 
 from treadle.params import RoutingParams
 from treadle.server import generating
-from treadle.server.bodies import read_body, read_object
 from treadle.server.failures import Failure
+from treadle.server.reading import read_body, read_object
 
 from serving import CHAT, Serving, serving
 

@@ -118,6 +118,8 @@ class Blend:
 
     def _check_combines(self, combines: Sequence[Combine], among: Among) -> None:
         """Raise an OptionError if the adapters of a row cannot be combined in its way; each kind is checked once."""
+        if set(combines) == {"sum"}:
+            return  # takes any, and this is the path of every token
         is_each = len(combines) == len(among)  # else one of them is for all
         pairs = zip(combines, among, strict=True) if is_each else product(combines, among)
         for combine, names in {(combine, tuple(names)) for combine, names in pairs} - self._combinable:

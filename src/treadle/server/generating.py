@@ -12,10 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from treadle.errors import TreadleError
 from treadle.server.answers import Answer, event_line
-from treadle.server.bodies import BodyKind, ChatBody, CompletionBody, Json, read_body, read_object
+from treadle.server.bodies import BodyKind, ChatBody, CompletionBody, Json
 from treadle.server.failures import Failure, Problems, failure_of
 from treadle.server.gate import Visit
 from treadle.server.jobs import Job, News, Started, Tokens
+from treadle.server.reading import read_body, read_object
 from treadle.server.requests import Asked
 from treadle.server.scheduler import TooMany
 from treadle.server.state import State

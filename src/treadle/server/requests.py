@@ -8,11 +8,12 @@ from treadle.errors import TreadleError
 from treadle.generate import Engine
 from treadle.params import SamplingParams
 from treadle.rows import Report
-from treadle.server.bodies import ChatBody, CompletionBody, Generating, Message, with_limits
+from treadle.server.bodies import ChatBody, CompletionBody, Generating, Message
 from treadle.server.failures import Problem, Problems, refusal
 from treadle.server.jobs import Work
 from treadle.server.keys import Caller
 from treadle.server.params import ServeParams
+from treadle.server.reading import with_limits
 from treadle.server.targets import Targets
 from treadle.text import prompt_ids
 
