@@ -17,6 +17,7 @@ from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
 from treadle.fast_step import FastStep
+from treadle.graph_step import GraphStep
 from treadle.prefixes import PrefixCache, Text
 from treadle.rows import Row, TokenEvent, TokenScore, route
 from treadle.sampling import likeliest, new_generator, sample, score_tokens
@@ -70,7 +71,7 @@ class Batch:
         model: "PreTrainedModel",
         blend: Blend,
         end_ids: frozenset[int],
-        fast_step: FastStep | None,
+        fast_step: FastStep | GraphStep | None,
         prefixes: PrefixCache | None = None,
     ) -> None:
         self.rows: list[Row] = []
@@ -205,13 +206,17 @@ class Batch:
         """
         device = self._model.device
         start, new = cache.length, ids.shape[1]
+        stacked, combines = self._stacked(rows, weights, new), [row.routing.combine for row in rows]
+        step = self._fast_step if start and new == 1 else None
+        if isinstance(step, GraphStep) and step.knows(stacked, combines):
+            return step(ids[:, 0], pads, stacked, cache)[:, None]
         left = torch.tensor(pads)[:, None]  # (B, 1)
         positions = (torch.arange(start, start + new) - left).clamp(min=0)  # (B, T)
         mask = (torch.arange(start + new) >= left).long().to(device) if any(pads) else None  # (B, L)
         among = [row.router.names for row in rows]
-        with self._blend.using(self._stacked(rows, weights, new), [row.routing.combine for row in rows], among):
-            if self._fast_step and start and new == 1:
-                return self._fast_step(ids, positions, mask, cache)[:, None]
+        with self._blend.using(stacked, combines, among):
+            if isinstance(step, FastStep):
+                return step(ids, positions, mask, cache)[:, None]
             output = self._model(
                 input_ids=ids.to(device),
                 attention_mask=mask,

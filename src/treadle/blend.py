@@ -86,7 +86,7 @@ class Blend:
         gates: dict[int, Gates] = {}
         if weights is not None and self._layouts:
             combines = _one_or_each(combine or self.combine)
-            w = self._checked(weights)  # (B|1, T|1, N)
+            w = self.checked(weights)  # (B|1, T|1, N)
             self._check_combines(combines, among or [self.names])
             has_paper = "paper" in combines  # adds up the B of all adapters of a row
             self._choose(None if has_paper else self._needed(w))
@@ -107,7 +107,16 @@ class Blend:
         """Return the stacked factors that a pass reads, each once."""
         return [*(shrink.a for shrink, _ in self._shrinks), *(layer.b for layer in self._layers.values())]
 
-    def _checked(self, weights: Weights) -> Tensor:
+    def spread(self, slot: int) -> Tensor:
+        """Return the (N, R) matrix from weights to the gates of a layout, by its slot, where the combine is `sum`."""
+        return self._spread(slot, 1.0)
+
+    def renew(self) -> None:
+        """See again where the stacked factors lie, after somebody moved them."""
+        self.adapters = self._views(self.adapters)
+
+    def checked(self, weights: Weights) -> Tensor:
+        """Return weights as (B|1, T|1, N), or raise an OptionError that says what is wrong with them."""
         w = torch.as_tensor(weights, dtype=torch.float32)
         if w.dim() not in (1, 2, 3) or w.shape[-1] != len(self.adapters):
             expected = f"(N,), (B, N) or (B, T, N) with N = {len(self.adapters)}: {', '.join(self.names)}"
@@ -136,7 +145,8 @@ class Blend:
         Where all of them are few rows, that is cheaper than to choose; and those that are laid out stay while they
         are not many more than what is needed, because neighbouring steps need almost the same.
         """
-        if w.device.type != "cpu" or sum(self._ranks) <= FEW_ROWS:  # a GPU would have to wait
+        device = next(self.model.parameters()).device
+        if device.type != "cpu" or w.device.type != "cpu" or sum(self._ranks) <= FEW_ROWS:  # a GPU would have to wait
             return None
         used = frozenset(w.flatten(0, 1).any(0).nonzero()[:, 0].tolist())
         rank = sum(self._ranks[index] for index in used)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 GROWTH = 256
-"""Tokens by which a full buffer grows; in a CPU's memory, where room that nobody writes to is free, it doubles."""
+"""Tokens by which a full buffer grows, or by a quarter; in a CPU's memory, where untouched room is free, it doubles."""
 ROW_GROWTH = 8
 """Rows by which a full buffer grows when a row joins, and four times as many in a CPU's memory."""
 
@@ -46,6 +46,25 @@ class RowLayer(DynamicLayer):
         self.keys, self.values = keys[:rows, :, self._start : end], values[:rows, :, self._start : end]
         return self.keys, self.values
 
+    def extend(self) -> None:
+        """Make one more column part of the window, for somebody else to write; `keys` and `values` lag behind."""
+        keys, _ = self.buffers
+        if self._end == keys.shape[-2]:
+            self._reserve(keys, len(keys), 0, self.get_seq_length() + 1)
+            self.show()  # what it showed would keep the old buffers
+        self._end += 1
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Of keys and of values, (rows, H, columns, head)."""
+        assert self._buffers is not None
+        return self._buffers
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The first column in use, and the one behind the last."""
+        return self._start, self._end
+
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Hold just these keys and values (B, H, L, head)."""
         self._buffers, self._start, self._end = None, 0, 0
@@ -69,7 +88,7 @@ class RowLayer(DynamicLayer):
             buffer[self._num_rows : num_rows, :, self._start : self._end - length] = 0
             buffer[self._num_rows : num_rows, :, self._end - length : self._end] = states
         self._num_rows = num_rows
-        self._show()
+        self.show()
 
     def keep(self, rows: list[int], drop: int) -> None:
         """Keep the rows of these places, in this order, without the first `drop` columns, which none of them needs.
@@ -82,7 +101,7 @@ class RowLayer(DynamicLayer):
                     buffer[place] = buffer[source]
         self._num_rows = len(rows)
         self._start += drop
-        self._show()
+        self.show()
 
     def _reserve(self, like: Tensor, num_rows: int, left: int, columns: int) -> None:
         """Move to new buffers (num_rows, H, columns and more, head), the columns in use behind `left` free ones.
@@ -90,7 +109,7 @@ class RowLayer(DynamicLayer):
         They are not filled: what becomes visible later is written first.
         """
         before, length = self._buffers, self.get_seq_length()
-        spare = max(GROWTH, columns) if like.device.type == "cpu" else GROWTH
+        spare = max(GROWTH, columns if like.device.type == "cpu" else columns // 4)
         shape = (num_rows, like.shape[1], columns + spare, like.shape[-1])
         self._buffers = like.new_empty(shape), like.new_empty(shape)
         if before is not None:
@@ -98,7 +117,8 @@ class RowLayer(DynamicLayer):
                 new[: self._num_rows, :, left : left + length] = old[: self._num_rows, :, self._start : self._end]
         self._start, self._end = left, left + length
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Let `keys` and `values` be those of the window."""
         keys, values = cast(tuple[Tensor, Tensor], self._buffers)
         window = (slice(self._num_rows), slice(None), slice(self._start, self._end))
         self.keys, self.values = keys[window], values[window]
@@ -123,6 +143,7 @@ class RowCache(Cache):
 
     def merge(self, other: "RowCache") -> None:
         """Append the rows of another cache; whichever is shorter is padded on the left."""
+        other.show()
         for mine, theirs in zip(self._filled(), other._filled(), strict=True):
             mine.append_rows(cast(Tensor, theirs.keys), cast(Tensor, theirs.values))
 
@@ -130,6 +151,23 @@ class RowCache(Cache):
         """Keep the rows of these places, in this order, and cut the first `drop` columns; see `RowLayer.keep`."""
         for layer in self._filled():
             layer.keep(rows, drop)
+
+    def extend(self, num_layers: int) -> tuple[int, int, int]:
+        """Make room for a column that somebody else writes; return the columns there are, it, and the first in use."""
+        layers = self.rows(num_layers)
+        for layer in layers:
+            layer.extend()
+        start, end = layers[0].window
+        return layers[0].buffers[0].shape[-2], end - 1, start
+
+    def show(self) -> None:
+        """Let each layer's `keys` and `values` be those of its window."""
+        for layer in self._filled():
+            layer.show()
+
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the buffers of keys and values of each layer, (rows, H, columns, head)."""
+        return [layer.buffers for layer in self._filled()]
 
     def _filled(self) -> list[RowLayer]:
         return [layer for layer in self.layers if isinstance(layer, RowLayer) and layer.is_initialized]

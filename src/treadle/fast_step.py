@@ -30,8 +30,8 @@ VECTOR_DTYPES = (torch.bfloat16,)
 """For one row of these, a matrix times a vector is faster than a product of matrices."""
 
 
-def fits(model: "PreTrainedModel") -> bool:
-    """Whether the pass knows the model: architecture, full attention, plain layers, on a CPU."""
+def fits(model: "PreTrainedModel", device: str = "cpu") -> bool:
+    """Whether the pass knows the model: architecture, full attention, plain layers, on one kind of device."""
     kind, config = type(model), model.config
     if kind.__name__ not in ARCHITECTURES or not kind.__module__.startswith("transformers."):
         return False
@@ -45,7 +45,7 @@ def fits(model: "PreTrainedModel") -> bool:
     linear = [module for module in model.modules() if hasattr(module, "in_features")]
     is_plain = all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in linear)
     places = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
-    return is_plain and len(places) == 1 and next(iter(places))[0] == "cpu"
+    return is_plain and len(places) == 1 and next(iter(places))[0] == device
 
 
 def is_hooked(model: nn.Module) -> bool:
@@ -104,8 +104,8 @@ class Stack:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         plain = [cast(nn.Linear, layer.base if isinstance(layer, BlendedLinear) else layer) for layer in layers]
         sizes = [layer.out_features for layer in plain]
-        self.weight = _in_one_piece([layer.weight for layer in plain])  # (sum of out, in)
-        self.bias = _joined_bias(plain)  # (sum of out,)
+        self.weight = in_one_piece([layer.weight for layer in plain])  # (sum of out, in)
+        self.bias = joined_bias(plain)  # (sum of out,)
         ends = accumulate(sizes)
         blended = [
             (layer, slice(end - size, end))
@@ -232,7 +232,7 @@ def _block(layer: Any) -> Block:
     )
 
 
-def _joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
+def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
     """Return the biases side by side, zero where a layer has none; None where no layer has one."""
     given: list[Tensor | None] = [layer.bias for layer in layers]
     if all(bias is None for bias in given):
@@ -241,7 +241,7 @@ def _joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
     return torch.cat([layer.weight.new_zeros(layer.out_features) if bias is None else bias for bias, layer in pairs])
 
 
-def _in_one_piece(weights: Sequence[Tensor]) -> Tensor:
+def in_one_piece(weights: Sequence[Tensor]) -> Tensor:
     """Return the weights stacked (sum of out, in); they keep their values and become views of it, held once."""
     first = weights[0].data
     sizes = [len(weight) for weight in weights]

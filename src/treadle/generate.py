@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
+from treadle import graph_step
 from treadle.adapters import Adapter, read_adapter
 from treadle.batch import Batch
-from treadle.blend import attach
+from treadle.blend import Blend, attach
 from treadle.centroids import Centroids, Floats
 from treadle.completion import Completion
 from treadle.errors import AdapterError, ModelError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.fast_step import FastStep, fits, is_hooked
+from treadle.graph_step import GraphStep
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import Router
@@ -41,7 +43,7 @@ class Engine:
         *,
         is_fast: bool = True,
     ) -> None:
-        """Attach the adapters; `is_fast=False` keeps `treadle.fast_step` out and always calls the model's `forward`."""
+        """Attach the adapters; `is_fast=False` keeps our own steps out and always calls the model's `forward`."""
         if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
             raise ModelError(
                 f"{type(model).__name__} keeps a recurrent state or has an encoder; the engine needs a decoder with "
@@ -54,16 +56,15 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.router = router
-        is_fast = is_fast and fits(model)
         self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
-        self._fast_step = FastStep(model, self.blend) if is_fast else None
+        self._fast_step = _own_step(model, self.blend) if is_fast else None
         self._running: list[Row] = []
         self._retired: set[str] = set()  # removed adapters that running rows still use
         self.check_routing([router.params])
 
     @property
     def is_fast(self) -> bool:
-        """Whether steps run through `treadle.fast_step` rather than the model's own `forward`."""
+        """Whether steps run through our own steps rather than the model's own `forward`."""
         return self._fast_step is not None
 
     @property
@@ -301,6 +302,13 @@ class Engine:
         given: list[Any] = [getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id]
         ids: list[Any] = [each for entry in given for each in (entry if isinstance(entry, list) else [entry])]
         return frozenset(int(each) for each in ids if each is not None)
+
+
+def _own_step(model: "PreTrainedModel", blend: Blend) -> FastStep | GraphStep | None:
+    """Return our own forward pass of one token a row, if there is one for the model and its device."""
+    if fits(model):
+        return FastStep(model, blend)
+    return GraphStep(model, blend) if graph_step.fits(model) else None
 
 
 def load(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> Engine:

@@ -111,6 +111,12 @@ class Shrink(nn.Module):
         starts = [0, *accumulate(self.sizes)]
         self.rows = [slice(start, end) for start, end in pairwise(starts)]
 
+    def share(self, a: Tensor) -> None:
+        """Hold the acting A in this tensor, which has the values; as stored on disk too, where these are the same."""
+        if self.every_a is self.a:
+            self.register_buffer("every_a", a, persistent=False)
+        self.register_buffer("a", a, persistent=False)
+
     def product(self, x: Tensor, index: int) -> Tensor:
         """Return A x (B, T, R) of the layer `index`; an input is known again by being the same object."""
         if len(self.sizes) == 1:

@@ -119,6 +119,7 @@ class PrefixCache:
     def store(self, text: Text, cache: RowCache, index: int) -> None:
         """Keep the keys and values of the row at `index` of a cache whose last columns are this text's."""
         length = len(text.ids)
+        cache.show()
         states = [cast(Tensor, each) for layer in cache.rows(len(cache.layers)) for each in (layer.keys, layer.values)]
         own = [each[index, :, -length:] for each in states]  # keys and values in turn
         num_bytes = sum(each.nbytes for each in own)

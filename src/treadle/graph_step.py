@@ -1,0 +1,339 @@
+"""The forward pass of one new token a row on a GPU: captured once as a CUDA graph, replayed at every step.
+
+What changes between steps is data: tokens, positions, where each row's columns begin, where the cache's buffers lie,
+and the weights of the adapters, from which the graph computes the gates once for all layers. A graph is captured anew
+only for another number of rows (in buckets), and when adapters come or go. The first products of the adapters, A x, are
+rows below W, so that they are part of the base's product; the second ones ride on the stages in between.
+
+It is for models that `fits` and for the combine `sum`; anything else is left to the model's own `forward`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from treadle import fast_step
+from treadle.blend import Blend
+from treadle.cache import RowCache
+from treadle.fast_step import in_one_piece, joined_bias
+from treadle.layers import BlendedLinear
+from treadle.step_parts import Factor, HeadNorms, Heads, Kernels, Norm, Unfinished, Update, Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Run = Callable[[], Tensor]
+DTYPES = (torch.bfloat16, torch.float32)
+"""The norm is multiplied in behind a product: float16 could overflow before it."""
+SEQUENCE_ROTATIONS = ("dynamic", "longrope")
+"""Kinds of rotary positions that depend on the longest row, which a graph does not look at."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How the adapters are computed; the defaults are what won (benchmarks/gpu.py).
+
+    Attributes:
+        shrink: `stacked` = A x is part of the base's product; `separate` = a product of its own.
+        expand: `fused` = on the stages behind a product; `addmm` = a product of its own for each layer.
+        product: x W^T for x (B, in), W (out, in); None = the kernels' own choice.
+    """
+
+    shrink: Literal["stacked", "separate"] = "stacked"
+    expand: Literal["fused", "addmm"] = "fused"
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def fits(model: "PreTrainedModel") -> bool:
+    """Whether the pass knows the model: what `fast_step` knows, on a GPU."""
+    if not fast_step.fits(model, "cuda") or next(model.parameters()).dtype not in DTYPES:
+        return False
+    rotary: Any = cast(Any, model).model.rotary_emb
+    return rotary.rope_type not in SEQUENCE_ROTATIONS
+
+
+def best_kernels() -> Kernels:
+    """Return Triton's kernels, or the plain ones where there is no Triton."""
+    if find_spec("triton"):
+        from treadle.kernels import TritonKernels
+
+        return TritonKernels()
+    from treadle.kernels_plain import PlainKernels
+
+    return PlainKernels()
+
+
+class CudaGraphs:
+    """Captures what runs on a GPU; the graphs share their memory, since one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Run) -> Run:
+        """Return a function that replays `run` and returns the same tensor each time, with what it now holds."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # compiles kernels and makes workspaces, which a capture cannot
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+class Group:
+    """Linear layers that read the same input, and the adapters of all of them: W above A, in one piece."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        plain = [cast(nn.Linear, layer.base if isinstance(layer, BlendedLinear) else layer) for layer in layers]
+        blended = [layer for layer in layers if isinstance(layer, BlendedLinear)]
+        shrink = blended[0].shrink if blended else None
+        self.bias = joined_bias(plain)  # (sum of out,)
+        self.num_out = sum(layer.out_features for layer in plain)
+        self.whole = in_one_piece([*(layer.weight for layer in plain), *([shrink.a] if shrink else [])])
+        if shrink:
+            shrink.share(self.whole[self.num_out :])
+        self.slots = tuple(layer.slot for layer in sorted(blended, key=lambda layer: layer.index))
+        self.factors = tuple(
+            Factor(layer.b, layer.shrink.rows[layer.index].start) if isinstance(layer, BlendedLinear) else None
+            for layer in layers
+        )
+        self.columns = [sum(each.out_features for each in plain[:index]) for index in range(len(plain) + 1)]
+
+    @property
+    def weight(self) -> Tensor:
+        """W of all layers, (sum of out, in)."""
+        return self.whole[: self.num_out]
+
+
+class Block(NamedTuple):
+    """What one decoder layer computes with."""
+
+    qkv: Group
+    head_norms: HeadNorms | None
+    scaling: float
+    output: Group
+    second_norm: Any
+    gate_up: Group
+    down: Group
+    next_norm: Any
+    """What reads the layer's result: the first norm of the next one, or the last norm."""
+
+
+class Inputs:
+    """What changes between the steps of a number of rows: on the device, and the memory on the host it is copied from.
+
+    Attributes:
+        ids: (B,) tokens.
+        positions: (B, 1).
+        first: (B,) the first column of each row.
+        place: (3,) columns of a buffer, the column to write to, and how many rows are real.
+        weights: (B, N) of the adapters.
+        pointers: (layers, 2) addresses of the cache's buffers.
+    """
+
+    def __init__(self, rows: int, num_adapters: int, num_layers: int, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        sizes = [rows, rows, rows, 3, 2 * num_layers]
+        self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=is_cuda)
+        self._host_weights = torch.zeros(rows, num_adapters, pin_memory=is_cuda)
+        self._numbers = self._host.to(device)
+        self.weights = self._host_weights.to(device)
+        self.ids, positions, self.first, self.place, pointers = self._numbers.split(sizes)
+        self.positions, self.pointers = positions[:, None], pointers.view(num_layers, 2)
+        self._parts = self._host.split(sizes)
+        self._copied = torch.cuda.Event() if is_cuda else None
+
+    def set(
+        self, ids: Tensor, pads: Sequence[int], weights: Tensor | None, place: tuple[int, int, int], pointers: list[int]
+    ) -> None:
+        """Copy what a step of `ids` (B,) needs; rows with `pads` columns before them; (columns, column, start)."""
+        if self._copied:
+            self._copied.synchronize()  # the last step's copies still read the host's memory
+        rows, (columns, column, start) = len(ids), place
+        left = torch.tensor(pads)  # (B,)
+        host_ids, positions, first, where, addresses = self._parts
+        host_ids[:rows], positions[:rows], first[:rows] = ids, column - start - left, start + left
+        where[0], where[1], where[2] = columns, column, rows
+        addresses.copy_(torch.tensor(pointers))
+        self._numbers.copy_(self._host, non_blocking=True)
+        if weights is not None:
+            self._host_weights[:rows] = weights
+            self.weights.copy_(self._host_weights, non_blocking=True)
+        if self._copied:
+            self._copied.record()
+
+
+class GraphStep:
+    """Reads one new token of every row of a batch."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        blend: Blend,
+        kernels: Kernels | None = None,
+        capture: Callable[[Run], Run] | None = None,
+        options: StepOptions | None = None,
+    ) -> None:
+        """Take a model that `fits`; its weights come to lie in one piece with the adapters', with the values they have.
+
+        Args:
+            model: the base.
+            blend: of its adapters.
+            kernels: the stages; None = the best that are there.
+            capture: makes a run repeatable; tests on a CPU give one that just calls it.
+            options: how the adapters are computed.
+        """
+        self._model: Any = model
+        self._blend = blend
+        self._kernels = kernels or best_kernels()
+        self._capture = capture or CudaGraphs()
+        self._options = options or StepOptions()
+        self._product = self._options.product or self._kernels.product
+        self.num_captures = 0  # so far
+        config = model.config
+        size: int = self._model.model.layers[0].self_attn.head_dim
+        self._heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
+        self._gather()
+
+    def knows(self, weights: Any | None, combines: Sequence[str]) -> bool:
+        """Whether rows with weights (B, T, N) are combined in the way of the pass: a row without any is."""
+        if weights is None or set(combines) == {"sum"}:
+            return True
+        return all(combine == "sum" or not each.any() for combine, each in zip(combines, weights, strict=True))
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, pads: Sequence[int], weights: Any | None, cache: RowCache) -> Tensor:
+        """Return the logits (B, V) of the tokens `ids` (B,), and append to the cache; valid until the next step.
+
+        `pads` are the columns of padding before each row; `weights` (B, N) of the adapters, None where none acts.
+        """
+        if self._adapters is not self._blend.adapters:
+            self._gather()
+        w = None if weights is None else self._blend.checked(weights)[:, 0]  # (B, N)
+        rows = self._kernels.bucket(len(ids))
+        if rows not in self._inputs:
+            device = self._model.device
+            self._inputs[rows] = Inputs(rows, len(self._adapters), len(self._blocks), device)
+        inputs = self._inputs[rows]
+        place = cache.extend(len(self._blocks))
+        buffers = cache.buffers()
+        inputs.set(ids, pads, w, place, [buffer.data_ptr() for pair in buffers for buffer in pair])
+        key = (rows, w is not None, *self._kernels.binds(buffers[0]))
+        if key not in self._runs:
+            self._runs[key] = self._capture(lambda: self._run(inputs, w is not None, buffers))
+            self.num_captures += 1
+        return self._runs[key]()[: len(ids)]
+
+    def _gather(self) -> None:
+        """Collect what each layer computes with; once more when adapters come or go."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._runs: dict[tuple[int, ...], Run] = {}
+            self._inputs: dict[int, Inputs] = {}
+            inner = self._model.model
+            layers = list(inner.layers)
+            norms = [*(layer.input_layernorm for layer in layers[1:]), inner.norm]
+            self._blocks = [_block(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
+            self._head = Group([self._model.lm_head])
+            self._blend.renew()
+            self._adapters = self._blend.adapters
+            groups = [group for block in self._blocks for group in (block.qkv, block.output, block.gate_up, block.down)]
+            self._spread, self._gate_columns = self._gates([*groups, self._head])
+
+    def _gates(self, groups: Sequence[Group]) -> tuple[Tensor | None, dict[tuple[int, ...], slice]]:
+        """Return the matrix (N, sum of R) from weights to the gates of each kind of group, and the columns of each."""
+        parts: list[Tensor] = []
+        columns: dict[tuple[int, ...], slice] = {}
+        end = 0
+        for slots in {group.slots: None for group in groups if group.slots}:
+            parts.append(torch.cat([self._blend.spread(slot) for slot in slots], 1))
+            columns[slots] = slice(end, end := end + parts[-1].shape[1])
+        return (torch.cat(parts, 1) if parts else None), columns
+
+    def _run(self, inputs: Inputs, is_blended: bool, buffers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Compute a step: all of it is captured."""
+        inner, kernels = self._model.model, self._kernels
+        gates = inputs.weights @ self._spread if is_blended and self._spread is not None else None  # (B, sum of R)
+        x = inner.embed_tokens(inputs.ids)  # (B, H)
+        cos, sin = (each[:, 0].contiguous() for each in inner.rotary_emb(x, inputs.positions))  # (B, head)
+        first = inner.layers[0].input_layernorm
+        x, weighted, squares = kernels.add(x, Unfinished(torch.zeros_like(x)), first.weight)
+        epsilon = first.variance_epsilon
+        for block, pair, pointers in zip(self._blocks, buffers, inputs.pointers, strict=True):
+            window = Window(pair, pointers, inputs.first, inputs.place)
+            norm = Norm(squares, x.shape[1], epsilon)
+            heads = self._products(block.qkv, weighted, gates, norm)
+            q = kernels.store(heads, self._heads, (cos, sin), block.head_norms, window)  # (B, q, head)
+            read = kernels.attend(q, self._heads.kv, block.scaling, window)
+            product = self._products(block.output, read, gates)
+            x, weighted, squares = kernels.add(x, product, block.second_norm.weight)
+            norm = Norm(squares, x.shape[1], block.second_norm.variance_epsilon)
+            gate_up = self._products(block.gate_up, weighted, gates, norm)
+            active = kernels.activate(gate_up, block.gate_up.num_out // 2)
+            product = self._products(block.down, active, gates)
+            x, weighted, squares = kernels.add(x, product, block.next_norm.weight)
+            epsilon = block.next_norm.variance_epsilon
+        return self._logits(functional.rms_norm(x, x.shape[1:], inner.norm.weight, epsilon), gates)
+
+    def _products(self, group: Group, x: Tensor, gates: Tensor | None, norm: Norm | None = None) -> Unfinished:
+        """Return W x (B, sum of out and more) of a group and what is still to come; `norm` is that of x."""
+        if gates is None or not group.slots:
+            return Unfinished(self._product(x, group.weight), None, group.bias, norm)
+        own = gates[:, self._gate_columns[group.slots]]
+        if self._options.shrink == "stacked":
+            y = self._product(x, group.whole)
+            h = y[:, group.num_out :]
+        else:
+            y, h = self._product(x, group.weight), self._product(x, group.whole[group.num_out :])
+        update = Update(h, own, group.factors)
+        if self._options.expand == "fused":
+            return Unfinished(y, update, group.bias, norm)
+        _add_now(y, update, group.columns)
+        return Unfinished(y, None, group.bias, norm)
+
+    def _logits(self, x: Tensor, gates: Tensor | None) -> Tensor:
+        """Return the logits (B, V) of x (B, H)."""
+        y, update, bias, _ = self._products(self._head, x, gates)
+        if update is not None:
+            _add_now(y, update, self._head.columns)
+        y = y[:, : self._head.num_out]
+        return y if bias is None else y + bias
+
+
+def _add_now(y: Tensor, update: Update, columns: Sequence[int]) -> None:
+    """Add an update to y (B, sum of out and more), in place; layer i has the columns from `columns[i]` on."""
+    gated = (update.h * update.gates).to(y.dtype)  # (B, sum of R)
+    for index, factor in enumerate(update.factors):
+        if factor is not None:
+            part = gated[:, factor.start : factor.start + factor.b.shape[1]]
+            y[:, columns[index] : columns[index + 1]].addmm_(part, factor.b.t())
+
+
+def _block(layer: Any, next_norm: Any) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    head_norms = None
+    if hasattr(attention, "q_norm"):
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        head_norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+    return Block(
+        qkv=Group([attention.q_proj, attention.k_proj, attention.v_proj]),
+        head_norms=head_norms,
+        scaling=attention.scaling,
+        output=Group([attention.o_proj]),
+        second_norm=layer.post_attention_layernorm,
+        gate_up=Group([mlp.gate_proj, mlp.up_proj]),
+        down=Group([mlp.down_proj]),
+        next_norm=next_norm,
+    )
