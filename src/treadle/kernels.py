@@ -226,8 +226,9 @@ def _attend(
     end = tl.minimum(start + chunk, end)
 
     shift = (row.to(tl.int64) * KV + kv_head) * tl.load(place) * HEAD
-    keys = tl.load(pointers).to(tl.pointer_type(dtype)) + shift
-    values = tl.load(pointers + 1).to(tl.pointer_type(dtype)) + shift
+    # what is known of an address as a number is forgotten of the pointer: only behind the addition does a hint reach it
+    keys = tl.multiple_of(tl.load(pointers).to(tl.pointer_type(dtype)) + shift, 16)
+    values = tl.multiple_of(tl.load(pointers + 1).to(tl.pointer_type(dtype)) + shift, 16)
     largest = tl.full([G], float("-inf"), tl.float32)
     weight = tl.zeros([G], tl.float32)
     total = tl.zeros([G, D], tl.float32)
@@ -270,7 +271,7 @@ def _attend(
                 each = (group * SPLITS + splits) * GROUP + head
                 tops = tl.load(sums + each * 2, mask=is_split, other=float("-inf"), cache_modifier=".cg")
                 weights = tl.load(sums + each * 2 + 1, mask=is_split, other=0.0, cache_modifier=".cg")
-                top = tl.max(tops, 0)
+                top = tl.maximum(tl.max(tops, 0), -1e30)  # finite, where there is nothing to see too
                 fades = tl.where(weights > 0, tl.exp(tops - top), 0.0)
                 parts = tl.load(
                     partial + each[:, None] * HEAD + dims[None, :],

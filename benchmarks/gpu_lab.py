@@ -1,0 +1,172 @@
+"""What benchmarks/gpu.py measures with: random models of known shapes, random adapters, a router of random words.
+
+Nothing is fetched. Weights are drawn where they stay, on the device.
+"""
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from treadle.adapters import Adapter, LoraPair
+from treadle.blend import linear_shapes
+from treadle.centroids import Centroids
+from treadle.generate import Engine
+from treadle.routing import Router
+
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA_3_8B = LLAMA_2_7B | {
+    "vocab_size": 128256,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+SMALL = LLAMA_2_7B | {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+SHAPES = {"Llama-2-7B": LLAMA_2_7B, "Llama-3-8B": LLAMA_3_8B, "small": SMALL}
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS = {"r 64, q v": (64, ("q_proj", "v_proj")), "r 16, all linear": (16, ALL_LINEAR)}
+"""Rank and targets of the four adapters."""
+DIM = 256
+"""Of the router's embeddings."""
+
+
+def build_model(shape: dict[str, Any], device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return a model with random weights; biases and norms are random too."""
+    options = {key: value for key, value in shape.items() if key != "model_type"}
+    config = AutoConfig.for_model(shape["model_type"], **options, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.normal_(float("norm" in name), 0.1)
+        else:
+            parameter.normal_(0, 0.6 * config.hidden_size**-0.5)
+    return model
+
+
+def draw_adapters(model: Any, count: int, rank: int, targets: Sequence[str], *, seed: int = 0) -> list[Adapter]:
+    """Return adapters a0, a1 ... in the dtype and on the device of the model."""
+    draw = torch.Generator(model.device).manual_seed(seed)
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(size, generator=draw, device=model.device, dtype=torch.float32).mul_(0.02).to(model.dtype)
+
+    shapes = {path: size for path, size in linear_shapes(model).items() if path.rpartition(".")[2] in targets}
+    return [
+        Adapter(
+            f"a{index}",
+            "base",
+            {path: LoraPair(noise(rank, inner), noise(outer, rank), 2.0) for path, (inner, outer) in shapes.items()},
+            Path(),
+        )
+        for index in range(count)
+    ]
+
+
+def save_adapters(adapters: Sequence[Adapter], rank: int, targets: Sequence[str], root: Path) -> dict[str, Path]:
+    """Write adapters as PEFT does; return the folder of each."""
+    folders: dict[str, Path] = {}
+    for adapter in adapters:
+        folder = folders[adapter.name] = root / adapter.name
+        folder.mkdir(parents=True)
+        tensors = {
+            f"base_model.model.{path}.lora_{side}.weight": factor.contiguous().cpu()
+            for path, pair in adapter.pairs.items()
+            for side, factor in (("A", pair.a), ("B", pair.b))
+        }
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "bias": "none"}
+        config |= {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": list(targets)}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folders
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose token i is the word `wi`."""
+    core = Tokenizer(models.WordLevel({f"w{index} ": index for index in range(size)}, unk_token="w0 "))
+    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False)
+
+
+class WordTrack:
+    """A running text as the sum of its pieces' vectors."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        self._table, self._sum = table, np.zeros(table.shape[1], np.float32)
+
+    def extend(self, pieces: Sequence[str]) -> None:
+        """Append the text of some tokens."""
+        for piece in pieces:
+            self._sum = self._sum * 0.5 + self._table[zlib.crc32(piece.encode()) % len(self._table)]
+
+    def snapshot(self) -> np.ndarray:
+        """Return the sum (D,)."""
+        return self._sum
+
+    whole = snapshot
+
+
+class WordEmbedder:
+    """Random vectors of words, of which the newest weigh most, so that every token moves the weights."""
+
+    id, dim = "words", DIM
+
+    def __init__(self) -> None:
+        self._table = np.random.default_rng(0).standard_normal((4096, DIM)).astype(np.float32)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors (B, D) of whole texts."""
+        tracks = [self.track(None) for _ in texts]
+        for track, text in zip(tracks, texts, strict=True):
+            track.extend(text.split())
+        return self.finish([track.snapshot() for track in tracks])
+
+    def track(self, window: int | None) -> WordTrack:
+        """Return an empty running text; there is no window."""
+        return WordTrack(self._table)
+
+    def finish(self, snapshots: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the vectors (B, D) of snapshots."""
+        stacked = np.stack(snapshots)
+        return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-9)
+
+    def save(self, folder: Path) -> str:
+        """Refuse."""
+        raise NotImplementedError
+
+
+def build_engine(model: Any, adapters: Sequence[Adapter], *, is_fast: bool = True) -> Engine:
+    """Return an engine whose weights change with every token."""
+    embedder = WordEmbedder()
+    centroids = Centroids.empty(embedder.id, embedder.dim)
+    draw = np.random.default_rng(1)
+    for adapter in adapters:
+        centroids = centroids.add(adapter.name, draw.standard_normal((4, DIM)).astype(np.float32))
+    tokenizer = word_tokenizer(model.config.vocab_size)
+    return Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast)

@@ -1,0 +1,128 @@
+"""Triton's kernels compute what the plain ones do, on random shapes; in Triton's interpreter where there is no GPU."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from treadle.kernels_plain import PlainKernels
+from treadle.step_parts import Factor, HeadNorms, Heads, Norm, Unfinished, Update, Window
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+kernels = pytest.importorskip("treadle.kernels") if find_spec("triton") else None
+pytestmark = pytest.mark.skipif(kernels is None, reason="Triton is not installed")
+PLAIN = PlainKernels()
+
+
+@pytest.fixture
+def draw() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(0)
+
+
+def noise(draw: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw, device=DEVICE)
+
+
+def product(
+    draw: torch.Generator, rows: int, outs: list[int], ranks: list[int], *, has_norm: bool = True, has_bias: bool = True
+) -> Unfinished:
+    """Return a product of layers with these outputs, whose adapters have these ranks; 0 = none."""
+    out, rank = sum(outs), sum(ranks)
+    y = noise(draw, rows, out + rank)
+    starts = [sum(ranks[:index]) for index in range(len(ranks))]
+    factors = [
+        Factor(noise(draw, size, each), start) if each else None
+        for size, each, start in zip(outs, ranks, starts, strict=True)
+    ]
+    update = Update(y[:, out:], noise(draw, rows, rank), factors) if rank else None
+    norm = Norm(noise(draw, rows, 3).square() * 20, 48, 1e-5) if has_norm else None
+    return Unfinished(y, update, noise(draw, out) if has_bias else None, norm)
+
+
+def assert_same(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 19])
+@pytest.mark.parametrize("rank", [0, 3, 70])
+def test_add(draw: torch.Generator, rows: int, rank: int) -> None:
+    given = product(draw, rows, [48], [rank], has_norm=False, has_bias=rank == 3)
+    x, weight = noise(draw, rows, 48), noise(draw, 48)
+    total, weighted, squares = kernels.TritonKernels().add(x, given, weight)
+    expected, expected_weighted, expected_squares = PLAIN.add(x, given, weight)
+    assert_same(total, expected)
+    assert_same(weighted, expected_weighted)
+    assert_same(squares.sum(-1, keepdim=True), expected_squares)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 19])
+@pytest.mark.parametrize("ranks", [[0, 0], [5, 0], [2, 70]])
+def test_activate(draw: torch.Generator, rows: int, ranks: list[int]) -> None:
+    given = product(draw, rows, [72, 72], ranks, has_bias=ranks[0] == 5)
+    assert_same(kernels.TritonKernels().activate(given, 72), PLAIN.activate(given, 72))
+
+
+def window(draw: torch.Generator, rows: int, room: int, heads: Heads, first: list[int], column: int) -> Window:
+    """Return a cache of 40 columns with room for more rows, NaN wherever no row may look."""
+    buffers = tuple(noise(draw, room, heads.kv, 40, heads.size) for _ in range(2))
+    for buffer in buffers:
+        buffer[:, :, column + 1 :] = torch.nan
+        for row, begin in enumerate(first[:room]):
+            buffer[row, :, :begin] = torch.nan
+    pointers = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
+    place = torch.tensor([40, column, rows], device=DEVICE)
+    return Window(buffers, pointers, torch.tensor(first, device=DEVICE), place)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 18])
+@pytest.mark.parametrize("ranks", [[0, 0, 0], [2, 0, 3], [4, 70, 1]])
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_store(draw: torch.Generator, rows: int, ranks: list[int], *, has_norms: bool) -> None:
+    heads = Heads(4, 2, 8)
+    given = product(draw, rows, [32, 16, 16], ranks, has_bias=ranks[1] == 70)
+    rotation = noise(draw, rows, 8), noise(draw, rows, 8)
+    norms = HeadNorms(noise(draw, 8), noise(draw, 8), 1e-6) if has_norms else None
+    caches = [window(draw.manual_seed(1), rows, rows, heads, [0] * rows, 7) for _ in range(2)]
+    q = kernels.TritonKernels().store(given, heads, rotation, norms, caches[0])
+    assert_same(q, PLAIN.store(given, heads, rotation, norms, caches[1]))
+    for one, other in zip(caches[0].buffers, caches[1].buffers, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_rows_that_are_not_real_write_and_read_nothing(draw: torch.Generator) -> None:
+    heads = Heads(4, 2, 8)
+    given = product(draw, 4, [32, 16, 16], [2, 0, 3])
+    rotation = noise(draw, 4, 8), noise(draw, 4, 8)
+    cache = window(draw, 2, 2, heads, [0, 3, 0, 0], 7)  # room for two rows alone
+    own = kernels.TritonKernels()
+    q = own.store(given, heads, rotation, None, cache)
+    read = own.attend(q, 2, 0.3, cache)
+    assert torch.isfinite(read).all()
+    assert not read[2:].any()
+    real = Window(cache.buffers, cache.pointers, cache.first[:2], cache.place)
+    assert_same(read[:2], PLAIN.attend(q[:2], 2, 0.3, real))
+
+
+@pytest.mark.parametrize("num_kv", [1, 2, 4])
+@pytest.mark.parametrize("splits", [1, 5, 32])
+def test_attend(draw: torch.Generator, num_kv: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PROGRAMS", splits * 3 * num_kv)
+    cache = window(draw, 3, 5, Heads(4, num_kv, 16), [0, 5, 33], 35)
+    q, own = noise(draw, 3, 4, 16), kernels.TritonKernels()
+    for _ in range(2):  # the tickets are zeros again
+        assert_same(own.attend(q, num_kv, 0.25, cache), PLAIN.attend(q, num_kv, 0.25, cache))
+
+
+@pytest.mark.parametrize(("outs", "size"), [(40, 70), (64, 128)])
+def test_products(draw: torch.Generator, outs: int, size: int) -> None:
+    weight = noise(draw, outs, size)
+    for rows in (1, 5, 33):
+        x = noise(draw, rows, size)
+        torch.testing.assert_close(kernels.thin_product(x, weight, 32, 64, 4, 3), x @ weight.t(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        kernels.vector_product(x[:1], weight, 4, 64, 4), x[:1] @ weight.t(), atol=1e-4, rtol=1e-4
+    )
