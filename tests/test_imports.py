@@ -25,6 +25,7 @@ CORE = {
         "sampling",
     ),
     *("text", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
+    *("graph_step", "step_parts", "kernels", "kernels_plain"),
     "centroid_files",
     "requested",
 }

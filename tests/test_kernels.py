@@ -1,7 +1,7 @@
 """Triton's kernels compute what the plain ones do, on random shapes; in Triton's interpreter where there is no GPU."""
 
 import os
-from importlib.util import find_spec
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from treadle.step_parts import Factor, HeadNorms, Heads, Norm, Unfinished, Updat
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-kernels = pytest.importorskip("treadle.kernels") if find_spec("triton") else None
-pytestmark = pytest.mark.skipif(kernels is None, reason="Triton is not installed")
+pytest.importorskip("triton")
+kernels = import_module("treadle.kernels")
 PLAIN = PlainKernels()
 
 
@@ -47,7 +47,7 @@ def assert_same(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 19])
+@pytest.mark.parametrize("rows", [1, 19])
 @pytest.mark.parametrize("rank", [0, 3, 70])
 def test_add(draw: torch.Generator, rows: int, rank: int) -> None:
     given = product(draw, rows, [48], [rank], has_norm=False, has_bias=rank == 3)
@@ -59,7 +59,7 @@ def test_add(draw: torch.Generator, rows: int, rank: int) -> None:
     assert_same(squares.sum(-1, keepdim=True), expected_squares)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 19])
+@pytest.mark.parametrize("rows", [1, 19])
 @pytest.mark.parametrize("ranks", [[0, 0], [5, 0], [2, 70]])
 def test_activate(draw: torch.Generator, rows: int, ranks: list[int]) -> None:
     given = product(draw, rows, [72, 72], ranks, has_bias=ranks[0] == 5)
@@ -79,11 +79,10 @@ def window(draw: torch.Generator, rows: int, room: int, heads: Heads, first: lis
 
 
 @pytest.mark.parametrize("rows", [1, 3, 18])
-@pytest.mark.parametrize("ranks", [[0, 0, 0], [2, 0, 3], [4, 70, 1]])
-@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize(("ranks", "has_norms"), [([0, 0, 0], True), ([2, 0, 3], False), ([4, 300, 1], True)])
 def test_store(draw: torch.Generator, rows: int, ranks: list[int], *, has_norms: bool) -> None:
     heads = Heads(4, 2, 8)
-    given = product(draw, rows, [32, 16, 16], ranks, has_bias=ranks[1] == 70)
+    given = product(draw, rows, [32, 16, 16], ranks, has_bias=ranks[1] == 300)
     rotation = noise(draw, rows, 8), noise(draw, rows, 8)
     norms = HeadNorms(noise(draw, 8), noise(draw, 8), 1e-6) if has_norms else None
     caches = [window(draw.manual_seed(1), rows, rows, heads, [0] * rows, 7) for _ in range(2)]
@@ -107,8 +106,7 @@ def test_rows_that_are_not_real_write_and_read_nothing(draw: torch.Generator) ->
     assert_same(read[:2], PLAIN.attend(q[:2], 2, 0.3, real))
 
 
-@pytest.mark.parametrize("num_kv", [1, 2, 4])
-@pytest.mark.parametrize("splits", [1, 5, 32])
+@pytest.mark.parametrize(("num_kv", "splits"), [(1, 1), (2, 5), (4, 1), (4, 32)])
 def test_attend(draw: torch.Generator, num_kv: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", splits * 3 * num_kv)
     cache = window(draw, 3, 5, Heads(4, num_kv, 16), [0, 5, 33], 35)

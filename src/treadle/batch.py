@@ -18,6 +18,7 @@ from treadle.cache import RowCache
 from treadle.centroids import Floats
 from treadle.fast_step import FastStep
 from treadle.graph_step import GraphStep
+from treadle.params import Combine
 from treadle.prefixes import PrefixCache, Text
 from treadle.rows import Row, TokenEvent, TokenScore, route
 from treadle.sampling import likeliest, new_generator, sample, score_tokens
@@ -206,7 +207,8 @@ class Batch:
         """
         device = self._model.device
         start, new = cache.length, ids.shape[1]
-        stacked, combines = self._stacked(rows, weights, new), [row.routing.combine for row in rows]
+        stacked = self._stacked(rows, weights, new)
+        combines: list[Combine] = [row.routing.combine for row in rows]
         step = self._fast_step if start and new == 1 else None
         if isinstance(step, GraphStep) and step.knows(stacked, combines):
             return step(ids[:, 0], pads, stacked, cache)[:, None]

@@ -53,8 +53,9 @@ def fits(model: "PreTrainedModel") -> bool:
     """Whether the pass knows the model: what `fast_step` knows, on a GPU."""
     if not fast_step.fits(model, "cuda") or next(model.parameters()).dtype not in DTYPES:
         return False
-    rotary: Any = cast(Any, model).model.rotary_emb
-    return rotary.rope_type not in SEQUENCE_ROTATIONS
+    inner: Any = cast(Any, model).model
+    is_aligned = inner.layers[0].self_attn.head_dim % 8 == 0  # the kernels read 16 bytes at once
+    return is_aligned and inner.rotary_emb.rope_type not in SEQUENCE_ROTATIONS
 
 
 def best_kernels() -> Kernels:

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false, reportPossiblyUnbound=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # Triton has no types, is absent on a CPU, and what `jit` decorates is not Python.
 """The stages of a decode step as Triton kernels: what adapters add rides on the kernels that the base has anyway.
 
@@ -18,27 +18,47 @@ from treadle.step_parts import Factor, HeadNorms, Heads, Norm, Unfinished, Updat
 PROGRAMS = 8 * 132
 """Programs that attention is split into if there are fewer heads and rows: eight on each multiprocessor of an H100."""
 MAX_SPLITS = 32
-RANK_BLOCK = 64
-"""Columns of B that are read at once."""
+RANK_BLOCK, ROW_RANK_BLOCK = 64, 256
+"""Columns of B that are read at once for several rows, and for one."""
+LOOSE = ["num_rows", "parts"]
+"""Arguments for whose values nothing is compiled anew."""
+
+
+@triton.jit
+def _block_of_update(
+    h, h_stride, gates, gates_stride, b, rank, first, rows, is_row, outs, is_out, M: tl.constexpr, R: tl.constexpr
+):
+    """Return gates * h (M, R) and B (N, R) of the ranks from `first` on."""
+    ranks = first + tl.arange(0, R)
+    is_rank = ranks < rank
+    inside = is_row[:, None] & is_rank[None, :]
+    factor = tl.load(b + outs[:, None] * rank + ranks[None, :], mask=is_out[:, None] & is_rank[None, :], other=0.0)
+    gate = tl.load(gates + rows[:, None] * gates_stride + ranks[None, :], mask=inside, other=0.0)
+    gated = gate * tl.load(h + rows[:, None] * h_stride + ranks[None, :], mask=inside, other=0.0).to(tl.float32)
+    return gated, factor
 
 
 @triton.jit
 def _updated(
     h, h_stride, gates, gates_stride, b, rank, rows, is_row, outs, is_out,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return B (gates * h), (M, N), of some rows and some outputs."""
+    """Return B (gates * h), (M, N), of some rows and some outputs.
+
+    For one row the blocks of ranks are written out, so that all of B is asked for at once.
+    """
     total = tl.zeros([M, N], tl.float32)
-    for first in range(0, rank, R):
-        ranks = first + tl.arange(0, R)
-        is_rank = ranks < rank
-        inside = is_row[:, None] & is_rank[None, :]
-        gate = tl.load(gates + rows[:, None] * gates_stride + ranks[None, :], mask=inside, other=0.0)
-        gated = gate * tl.load(h + rows[:, None] * h_stride + ranks[None, :], mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(b + outs[:, None] * rank + ranks[None, :], mask=is_out[:, None] & is_rank[None, :], other=0.0)
-        if M == 1:
+    if M == 1:
+        for block in tl.static_range(BLOCKS):
+            gated, factor = _block_of_update(
+                h, h_stride, gates, gates_stride, b, rank, block * R, rows, is_row, outs, is_out, M, R
+            )
             total += tl.sum(factor.to(tl.float32) * gated, 1)[None, :]
-        else:
+    else:
+        for first in range(0, rank, R):
+            gated, factor = _block_of_update(
+                h, h_stride, gates, gates_stride, b, rank, first, rows, is_row, outs, is_out, M, R
+            )
             total = tl.dot(gated.to(factor.dtype), tl.trans(factor), total, input_precision="ieee")
     return total
 
@@ -52,11 +72,12 @@ def _scale(squares, parts, size, epsilon, rows, is_row, P: tl.constexpr):
     return tl.rsqrt(total / size + epsilon)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _add(
     x, y, y_stride, bias, weight, total_out, weighted_out, squares, num_rows, size,
     h, h_stride, gates, gates_stride, b, rank,
-    HAS_BIAS: tl.constexpr, HAS_UPDATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_UPDATE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * M + tl.arange(0, M)
     block = tl.program_id(1)
@@ -66,7 +87,7 @@ def _add(
     places = rows[:, None] * size + columns[None, :]
     total = tl.load(y + rows[:, None] * y_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_UPDATE:
-        total += _updated(h, h_stride, gates, gates_stride, b, rank, rows, is_row, columns, is_column, M, N, R)
+        total += _updated(h, h_stride, gates, gates_stride, b, rank, rows, is_row, columns, is_column, M, N, R, BLOCKS)
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
     total += tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
@@ -78,12 +99,12 @@ def _add(
     tl.store(squares + rows * tl.num_programs(1) + block, tl.sum(exact * exact, 1), mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _activate(
     y, y_stride, bias, squares, parts, norm_size, epsilon, out, num_rows, size,
     h, h_stride, gates, gates_stride, gate_b, gate_rank, gate_start, up_b, up_rank, up_start,
     HAS_BIAS: tl.constexpr, HAS_UPDATE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * M + tl.arange(0, M)
     columns = tl.program_id(1) * N + tl.arange(0, N)
@@ -95,11 +116,11 @@ def _activate(
     if HAS_UPDATE:
         gate += _updated(
             h + gate_start, h_stride, gates + gate_start, gates_stride, gate_b, gate_rank,
-            rows, is_row, columns, is_column, M, N, R,
+            rows, is_row, columns, is_column, M, N, R, BLOCKS,
         )  # fmt: skip
         up += _updated(
             h + up_start, h_stride, gates + up_start, gates_stride, up_b, up_rank,
-            rows, is_row, columns, is_column, M, N, R,
+            rows, is_row, columns, is_column, M, N, R, BLOCKS,
         )  # fmt: skip
     scale = _scale(squares, parts, norm_size, epsilon, rows, is_row, P)[:, None]
     gate *= scale
@@ -111,14 +132,14 @@ def _activate(
     tl.store(out + rows[:, None] * size + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _store(
     y, y_stride, bias, squares, parts, norm_size, epsilon, cos, sin, q_norm, k_norm, head_epsilon,
     queries, pointers, first, place, num_rows,
     h, h_stride, gates, gates_stride, q_b, q_rank, q_start, k_b, k_rank, k_start, v_b, v_rank, v_start,
     Q: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_NORMS: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """One head of some rows: its two halves are turned against each other."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
@@ -136,31 +157,31 @@ def _store(
             shift, outs = q_start, head * HEAD
             one += _updated(
                 h + shift, h_stride, gates + shift, gates_stride, q_b, q_rank,
-                rows, is_row, outs + low, is_column, M, N, R,
+                rows, is_row, outs + low, is_column, M, N, R, BLOCKS,
             )  # fmt: skip
             two += _updated(
                 h + shift, h_stride, gates + shift, gates_stride, q_b, q_rank,
-                rows, is_row, outs + high, is_column, M, N, R,
+                rows, is_row, outs + high, is_column, M, N, R, BLOCKS,
             )  # fmt: skip
         elif head < Q + KV:
             shift, outs = k_start, (head - Q) * HEAD
             one += _updated(
                 h + shift, h_stride, gates + shift, gates_stride, k_b, k_rank,
-                rows, is_row, outs + low, is_column, M, N, R,
+                rows, is_row, outs + low, is_column, M, N, R, BLOCKS,
             )  # fmt: skip
             two += _updated(
                 h + shift, h_stride, gates + shift, gates_stride, k_b, k_rank,
-                rows, is_row, outs + high, is_column, M, N, R,
+                rows, is_row, outs + high, is_column, M, N, R, BLOCKS,
             )  # fmt: skip
         else:
             shift, outs = v_start, (head - Q - KV) * HEAD
             one += _updated(
                 h + shift, h_stride, gates + shift, gates_stride, v_b, v_rank,
-                rows, is_row, outs + low, is_column, M, N, R,
+                rows, is_row, outs + low, is_column, M, N, R, BLOCKS,
             )  # fmt: skip
             two += _updated(
                 h + shift, h_stride, gates + shift, gates_stride, v_b, v_rank,
-                rows, is_row, outs + high, is_column, M, N, R,
+                rows, is_row, outs + high, is_column, M, N, R, BLOCKS,
             )  # fmt: skip
     scale = _scale(squares, parts, norm_size, epsilon, rows, is_row, P)[:, None]
     one *= scale
@@ -298,7 +319,7 @@ def _vector_product(x, weight, out, num_out, size, N: tl.constexpr, K: tl.conste
     tl.store(out + outs, tl.sum(total, 1).to(out.dtype.element_ty), mask=is_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _thin_product(
     x, weight, out, num_rows, num_out, size, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr
 ):
@@ -378,7 +399,7 @@ class TritonKernels:
             x, y, y.stride(0), _or(bias, x), weight, total, weighted, squares, num_rows, size,
             *_sources(update, x), *_factor(factor, x)[:2],
             HAS_BIAS=bias is not None, HAS_UPDATE=factor is not None,
-            M=block, N=columns, R=_rank_block(update), num_warps=_warps(block),
+            M=block, N=columns, **_ranks(update, block), num_warps=_warps(block, update),
         )  # fmt: skip
         return total, weighted, squares
 
@@ -404,8 +425,8 @@ class TritonKernels:
             *_sources(update, heads), *(each for factor in factors for each in _factor(factor, heads)),
             Q=shape.q, KV=shape.kv, HEAD=shape.size,
             HAS_BIAS=bias is not None, HAS_UPDATE=update is not None, HAS_NORMS=head_norms is not None,
-            M=block, N=max(16, half), R=_rank_block(update), P=_parts_block(norm),
-            num_warps=_warps(block) if update else 1,
+            M=block, N=max(16, half), **_ranks(update, block), P=_parts_block(norm),
+            num_warps=_warps(block, update) if update else 1,
         )  # fmt: skip
         return queries
 
@@ -437,8 +458,8 @@ class TritonKernels:
             gate_up, gate_up.stride(0), _or(bias, gate_up), *_norm(norm), out, num_rows, size,
             *_sources(update, gate_up), *(each for factor in factors for each in _factor(factor, gate_up)),
             HAS_BIAS=bias is not None, HAS_UPDATE=update is not None,
-            M=block, N=columns, R=_rank_block(update), P=_parts_block(norm),
-            num_warps=_warps(block),
+            M=block, N=columns, **_ranks(update, block), P=_parts_block(norm),
+            num_warps=_warps(block, update),
         )  # fmt: skip
         return out
 
@@ -454,14 +475,20 @@ def _row_block(num_rows: int) -> int:
     return 1 if num_rows == 1 else min(64, max(16, triton.next_power_of_2(num_rows)))
 
 
-def _warps(block: int) -> int:
-    return 8 if block >= 64 else 4
+def _widest(update: Update | None) -> int:
+    """Return the rank of the widest layer."""
+    return max((factor.b.shape[1] for factor in update.factors if factor), default=1) if update else 1
 
 
-def _rank_block(update: Update | None) -> int:
-    """Return how many ranks are read at once: of the widest layer, 16 at least."""
-    widest = max((factor.b.shape[1] for factor in update.factors if factor), default=16) if update else 16
-    return min(RANK_BLOCK, max(16, triton.next_power_of_2(widest)))
+def _ranks(update: Update | None, block: int) -> dict[str, int]:
+    """Return how many ranks are read at once, 16 at least, and in how many turns."""
+    most = ROW_RANK_BLOCK if block == 1 else RANK_BLOCK
+    ranks = min(most, max(16, triton.next_power_of_2(_widest(update))))
+    return {"R": ranks, "BLOCKS": triton.cdiv(_widest(update), ranks) if block == 1 else 0}
+
+
+def _warps(block: int, update: Update | None) -> int:
+    return 8 if block >= 64 or (block == 1 and _widest(update) > RANK_BLOCK) else 4
 
 
 def _parts_block(norm: Norm | None) -> int:
