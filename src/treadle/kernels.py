@@ -18,8 +18,8 @@ from treadle.step_parts import Factor, HeadNorms, Heads, Norm, Unfinished, Updat
 PROGRAMS = 8 * 132
 """Programs that attention is split into if there are fewer heads and rows: eight on each multiprocessor of an H100."""
 MAX_SPLITS = 32
-RANK_BLOCK, ROW_RANK_BLOCK = 64, 256
-"""Columns of B that are read at once for several rows, and for one."""
+RANK_BYTES, ROW_RANK_BYTES = 128, 512
+"""Of each row of B, what is read at once for several rows of x, and for one."""
 LOOSE = ["num_rows", "parts"]
 """Arguments for whose values nothing is compiled anew."""
 
@@ -443,7 +443,7 @@ class TritonKernels:
             self._tickets_of(queries.device, num_rows * num_kv),
             KV=num_kv, GROUP=group, HEAD=size, SPLITS=splits,
             G=1 if group == 1 else max(16, triton.next_power_of_2(group)), D=max(16, triton.next_power_of_2(size)),
-            N=32 if group == 1 else 64, S=triton.next_power_of_2(splits), num_warps=4,
+            N=32 if group == 1 or queries.dtype == torch.float32 else 64, S=triton.next_power_of_2(splits), num_warps=4,
         )  # fmt: skip
         return out
 
@@ -482,13 +482,14 @@ def _widest(update: Update | None) -> int:
 
 def _ranks(update: Update | None, block: int) -> dict[str, int]:
     """Return how many ranks are read at once, 16 at least, and in how many turns."""
-    most = ROW_RANK_BLOCK if block == 1 else RANK_BLOCK
+    size = update.h.element_size() if update else 1
+    most = (ROW_RANK_BYTES if block == 1 else RANK_BYTES) // size
     ranks = min(most, max(16, triton.next_power_of_2(_widest(update))))
-    return {"R": ranks, "BLOCKS": triton.cdiv(_widest(update), ranks) if block == 1 else 0}
+    return {"R": ranks, "BLOCKS": triton.cdiv(_widest(update), ranks) if block == 1 else 0, "num_stages": 2}
 
 
 def _warps(block: int, update: Update | None) -> int:
-    return 8 if block >= 64 or (block == 1 and _widest(update) > RANK_BLOCK) else 4
+    return 8 if block >= 64 or (block == 1 and _widest(update) > 64) else 4
 
 
 def _parts_block(norm: Norm | None) -> int:
