@@ -16,7 +16,6 @@ from treadle.embed import Embedder, load_embedder
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
 from treadle.params import DEFAULT_TEMPERATURE, RoutingParams, Score
 
-
 RECENT_SHARE = 0.75
 """Of the score of running text, what its recent tokens give; chosen on mixed streams of validation rows."""
 
