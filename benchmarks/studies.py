@@ -19,6 +19,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
+
+from recipe import SAMPLES, write_samples
+
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "demo" / "bundle"
 FILES = {
@@ -30,6 +34,8 @@ FILES = {
 TREADLE = (sys.executable, "-m", "treadle")
 SEEDS = (1, 2)
 """Of training, beside the demo's own 0."""
+SOME, FEW = 600, 24
+"""Rows a task of the studies that need many passes a row, or are run for each seed."""
 EXAMPLES = {100: 37, 300: 112, 1000: 375}
 """Examples a task of the low-resource study, and the optimiser steps of about three passes over them."""
 SENTENCE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -59,28 +65,30 @@ class Plan:
     def jobs(self) -> Iterator[Job]:
         """Yield all jobs, the most wanted first."""
         yield from self._trainings()
-        for seed, bundle in [(0, BUNDLE), *((seed, self.work / f"seed-{seed}" / "bundle") for seed in SEEDS)]:
-            needs = (f"train-{seed}",) if seed else ()
-            yield from self._evals(f"main-{seed}", bundle, CLAIMED, self.limit, needs=needs)
-        yield self._streams("streams-0", BUNDLE, (*CLAIMED, *FILES))
+        yield from self._evals("main-0", BUNDLE, CLAIMED, self.limit)
         for arm in CLAIMED:
             yield from self._evals(f"answers-0/{arm}", BUNDLE, (arm,), self.limit, "--generate")
-        for arm in ("routed", "recompute", "boost-4", "paper"):
-            yield from self._evals(f"past/{arm}", BUNDLE, (arm,), 60)
-        yield self._streams("past-streams", BUNDLE, ("routed", "recompute"), limit=60)
+        yield self._streams("streams-0", BUNDLE, (*CLAIMED, *FILES))
+        yield from self._evals("seeds/0", BUNDLE, CLAIMED, SOME)
+        for seed in SEEDS:
+            home, needs = self.work / f"seed-{seed}" / "bundle", (f"train-{seed}",)
+            yield from self._evals(f"seeds/{seed}", home, CLAIMED, SOME, needs=needs)
+            yield self._streams(f"streams-{seed}", home, (*CLAIMED, *FILES), needs)
         yield from self._baselines()
-        yield self._streams("frequency", BUNDLE, ("routed", *FREQUENCIES, *OPTIONS, "window-32", "window-64"))
-        yield from self._evals("sensitivity", BUNDLE, ("oracle", "routed", "boost-4", *FREQUENCIES, *OPTIONS), 300)
+        for one, other in (("routed", "recompute"), ("boost-4", "paper")):
+            yield self._four(f"past/{other}", BUNDLE, (one, other), FEW)
+        yield self._streams("past-streams", BUNDLE, ("routed", "recompute"), limit=FEW)
         for pool in ("six", "eight"):
             yield from self._pool(pool)
         for examples in EXAMPLES:
             home = self.work / f"examples-{examples}" / "bundle"
-            yield from self._evals(f"examples-{examples}", home, CLAIMED[:5], 300, needs=(f"train-few-{examples}",))
+            yield self._four(f"few-{examples}", home, CLAIMED[:5], 300, needs=(f"train-few-{examples}",))
         yield from self._embedders()
+        yield self._streams("frequency", BUNDLE, ("routed", *FREQUENCIES, *OPTIONS, "window-32", "window-64"))
+        yield from self._evals("sensitivity", BUNDLE, ("oracle", "routed", "boost-4", *FREQUENCIES, *OPTIONS), 300)
         for seed in SEEDS:
             home, needs = self.work / f"seed-{seed}" / "bundle", (f"train-{seed}",)
-            yield self._streams(f"streams-{seed}", home, (*CLAIMED, *FILES), needs)
-            yield from self._evals(f"answers-{seed}", home, ("oracle", "routed"), 300, "--generate", needs=needs)
+            yield self._four(f"answers-{seed}", home, ("oracle", "routed"), 300, "--generate", needs=needs)
         yield self._conversations()
         yield self._eval("shots/math", BUNDLE, ["math"], ("base", "oracle", "routed"), 300, "--generate", "--shots=4")
         mbpp = ["--tasks", f"mbpp={self.data / 'mbpp-validation.jsonl.gz'}"]
@@ -106,32 +114,30 @@ class Plan:
     def _baselines(self) -> Iterator[Job]:
         for peer in ("arrow", "xlora"):
             yield Job(peer, [sys.executable, "benchmarks/baselines.py", peer, "--data", self.data, "--limit",
-                             self.limit, "-o", self.work / peer])  # fmt: skip
+                             min(SOME, self.limit), "-o", self.work / peer])  # fmt: skip
         multitask = self.work / "multitask" / "bundle"
-        yield from self._evals("multitask", multitask, ("multitask",), self.limit, needs=("train-multitask",))
-        yield from self._evals("weights", BUNDLE, (str(self.work / "weights.toml"),), self.limit, needs=("weights",))
+        yield self._four("multitask", multitask, ("multitask",), SOME, needs=("train-multitask",))
+        yield self._four("weights", BUNDLE, (str(self.work / "weights.toml"),), SOME, needs=("weights",))
 
     def _pool(self, pool: str) -> Iterator[Job]:
         folder, needs = self.work / "pools", ("train-pools",)
         more = ("commonsense", "translation", "yes-no", "dialogue")[: 2 if pool == "six" else 4]
         arms = ("oracle", "routed", "prompt", "uniform", "boost-4")
-        yield from self._evals(f"pool-{pool}", folder / pool, arms, 300, needs=needs)
-        for name in more:
-            task = ["--tasks", f"{folder / name}.json={folder / name}-test.jsonl"]
-            yield self._eval(f"pool-{pool}/{name}", folder / pool, [], arms, 300, "--no-generate", *task, needs=needs)
+        also = [entry for name in more for entry in ("--tasks", f"{folder / name}.json={folder / name}-test.jsonl")]
+        yield self._four(f"pool-{pool}", folder / pool, arms, 300, "--no-generate", *also, needs=needs)
 
     def _embedders(self) -> Iterator[Job]:
         home = self.work / "sentence"
         adapters = [f"--adapter={name}={BUNDLE / 'adapters' / name}" for name in FILES]
-        samples = [f"--samples={name}={self.work / 'seed-1' / 'samples' / name}.jsonl" for name in FILES]
+        samples = [f"--samples={name}={self.work / 'samples' / name}.jsonl" for name in FILES]
         fit = [*TREADLE, "fit", "--base", "HuggingFaceTB/SmolLM2-135M-Instruct", *adapters, *samples, "--embedder",
                SENTENCE, "--keep-samples", 0, "--overwrite", "-o", home]  # fmt: skip
-        yield Job("fit-sentence", fit, ("train-1",))
+        yield Job("fit-sentence", fit)
         arms = ("routed", "prompt", "boost-4", *SCORES)
-        yield from self._evals("sentence", home, arms, 300, needs=("fit-sentence",))
-        yield from self._evals("sentence-paper", home, ("paper",), 60, needs=("fit-sentence",))
+        yield self._four("sentence", home, arms, 300, needs=("fit-sentence",))
+        yield self._four("sentence-paper", home, ("paper",), FEW, needs=("fit-sentence",))
         yield self._streams("sentence-streams", home, arms, ("fit-sentence",))
-        yield from self._evals("static", BUNDLE, arms, 300)
+        yield self._four("static", BUNDLE, arms, 300)
         for name, bundle in {"static": BUNDLE, "sentence": home}.items():
             command = [*TREADLE, "route", bundle, "--eval", "--limit", min(1000, self.limit), "-o",
                        self.work / f"route-{name}", *self._tasks(FILES)]  # fmt: skip
@@ -160,6 +166,18 @@ class Plan:
         """Yield a job for each of the four tasks, the longest first."""
         for task in reversed(FILES):
             yield self._eval(f"{name}/{task}", bundle, [task], arms, limit, generate, needs=needs)
+
+    def _four(
+        self,
+        name: str,
+        bundle: Path,
+        arms: Sequence[str],
+        limit: int,
+        *flags: str,
+        needs: tuple[str, ...] = (),
+    ) -> Job:
+        """Return one job for all four tasks."""
+        return self._eval(name, bundle, list(FILES), arms, limit, *(flags or ("--no-generate",)), needs=needs)
 
     def _eval(
         self,
@@ -193,6 +211,7 @@ def main() -> None:
     plan.work.mkdir(parents=True, exist_ok=True)
     for home in [f"seed-{seed}" for seed in SEEDS] + [f"examples-{examples}" for examples in EXAMPLES]:
         shutil.copytree(BUNDLE / "embedder", plan.work / home / "embedder", dirs_exist_ok=True)
+    write_samples(plan.data, plan.work, SAMPLES)
     sys.exit(run([jobs[name] for name in jobs if name in chosen], plan.work, options.jobs, options.seconds))
 
 
