@@ -91,13 +91,13 @@ def score(model: torch.nn.Module, tokenizer: object, examples: Sequence[Example]
         chosen = order[start : start + BATCH]
         rows = [pairs[index][0] + pairs[index][1][:-1] for index in chosen]
         length = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
+        mask = (torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]).long().to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         for place, index in enumerate(chosen):
             prompt, answer = pairs[index]
             found = torch.log_softmax(logits[place, len(prompt) - 1 : len(prompt) - 1 + len(answer)].float(), -1)
-            scores[index] = found[torch.arange(len(answer)), torch.tensor(answer)].numpy()
+            scores[index] = found[torch.arange(len(answer)), torch.tensor(answer)].cpu().numpy()
     return [scores[index] for index in range(len(pairs))]
 
 

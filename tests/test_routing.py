@@ -362,7 +362,8 @@ def test_recent_tokens_share_the_score_with_the_text_but_not_in_the_prompt(route
     params = RoutingParams(score=score, rule=rule, recent=3, every=1)
     pieces = ["add ", "three ", "plus ", "four ", "def ", "loop ", "return ", "list "]
     trace = routed.trace(pieces, 4, params)
-    mean = routed.scores(["".join(pieces), "".join(pieces[-3:])], params).mean(0)
+    whole, recent = routed.scores(["".join(pieces), "".join(pieces[-3:])], params)
+    mean = 0.25 * whole + 0.75 * recent
     np.testing.assert_allclose(trace[-1], apply_rule(log_softmax(mean) if score == "lda" else mean, params), atol=1e-5)
     slow = routed.trace(pieces, 4, replace(params, recent=None))
     code = NAMES.index("code")

@@ -1,13 +1,13 @@
 """Centroids in files: of a bundle's adapters, and of one adapter beside its factors, where training left it.
 
-centroids.safetensors    in a bundle: means (N, D), counts (N,), scatter (N, D, D) and the embedder's id
+centroids.safetensors    in a bundle: means (N, D), counts (N,), scatter (N, D, D), groups (P) and the embedder's id
 centroid.safetensors     in a PEFT folder: the same for its one adapter
 treadle.json             in a PEFT folder: which embedder made the centroid, and how the adapter was trained
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from treadle import __version__
-from treadle.centroids import Centroids
+from treadle.centroids import Centroids, Groups
 from treadle.embed import Embedder
 from treadle.errors import AdapterError, BundleError
 
 CENTROID_FILE, RECORD_FILE = "centroid.safetensors", "treadle.json"
+ARRAYS = ("counts", "means", "scatter")
+GROUP_ARRAYS = ("group_means", "group_owners", "group_sizes")
+"""Of files written since adapters have groups; without them each adapter is one."""
 
 
 def save_centroid(folder: Path, embeddings: Any, embedder: Embedder, name: str, training: Mapping[str, Any]) -> None:
@@ -47,7 +50,7 @@ def read_centroid(folder: Path, name: str) -> Centroids:
     centroids = read_centroids(file)
     if len(centroids.names) != 1:
         raise AdapterError(f"{file} holds {len(centroids.names)} centroids, not one")
-    return Centroids((name,), centroids.means, centroids.counts, centroids.scatter, centroids.embedder_id)
+    return replace(centroids, names=(name,), given_groups=centroids.groups)
 
 
 def read_centroids(file: Path) -> Centroids:
@@ -60,21 +63,28 @@ def read_centroids(file: Path) -> Centroids:
             arrays = {key: opened.get_tensor(key) for key in opened.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise BundleError(f"{file.name} cannot be read: {error}") from error
-    expected = {entry.name for entry in fields(Centroids)} - {"names", "embedder_id"}
-    if set(arrays) != expected or not {"names", "embedder_id"} <= set(metadata):
+    has_groups = set(arrays) == {*ARRAYS, *GROUP_ARRAYS}
+    if (set(arrays) != {*ARRAYS} and not has_groups) or not {"names", "embedder_id"} <= set(metadata):
         raise BundleError(
-            f"{file.name} must hold {', '.join(sorted(expected))} and, as metadata, names and embedder_id"
+            f"{file.name} must hold {', '.join(ARRAYS)} and, as metadata, names and embedder_id; "
+            f"{', '.join(GROUP_ARRAYS)} together or not at all"
         )
     if not all(np.issubdtype(arrays[key].dtype, np.floating) for key in ("means", "scatter")):
         raise BundleError(f"{file.name}: means and scatter must be floating-point")
     if arrays["means"].ndim != 2:
         raise BundleError(f"{file.name}: means has shape {arrays['means'].shape}, expected (adapters, dimensions)")
-    return Centroids(_read_names(metadata["names"], file), **arrays, embedder_id=metadata["embedder_id"])
+    groups = Groups(*(arrays.pop(key) for key in GROUP_ARRAYS)) if has_groups else None
+    names, embedder_id = _read_names(metadata["names"], file), metadata["embedder_id"]
+    return Centroids(names, arrays["means"], arrays["counts"], arrays["scatter"], embedder_id, groups)
 
 
 def write_centroids(file: Path, centroids: Centroids) -> None:
-    """Write means, counts and scatter, with names and the embedder's id as metadata."""
-    arrays: dict[str, Any] = {"means": centroids.means, "counts": centroids.counts, "scatter": centroids.scatter}
+    """Write means, counts, scatter and groups, with names and the embedder's id as metadata."""
+    groups = centroids.groups
+    arrays: dict[str, Any] = {
+        **{key: getattr(centroids, key) for key in ARRAYS},
+        **dict(zip(GROUP_ARRAYS, (groups.means, groups.owners, groups.sizes), strict=True)),
+    }
     metadata = {"names": json.dumps(centroids.names), "embedder_id": centroids.embedder_id}
     save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, file, metadata)
 

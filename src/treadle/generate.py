@@ -26,8 +26,8 @@ from treadle.text import Prompt, prompt_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_BATCH = 32
-"""Rows of one call to `generate` that share a forward pass; more wait until one ends."""
+MAX_BATCH, GPU_BATCH = 32, 128
+"""Rows of one call to `generate` that share a forward pass, on a CPU and on a GPU; more wait until one ends."""
 Options = TypeVar("Options")
 
 
@@ -271,13 +271,14 @@ class Engine:
         return rows
 
     def _run(self, rows: Sequence[Row]) -> Generator[tuple[Row, TokenEvent]]:
-        """Run rows to their end, at most MAX_BATCH at a time, the longest-waiting first."""
+        """Run rows to their end, a limited number at a time, the longest-waiting first."""
         batch = self.new_batch()
+        most = MAX_BATCH if self.model.device.type == "cpu" else GPU_BATCH
         waiting = list(rows)
         self.hold(rows)
         try:
             while waiting or batch.rows:
-                free = MAX_BATCH - len(batch.rows)
+                free = most - len(batch.rows)
                 joining, waiting = waiting[:free], waiting[free:]
                 if batch.rows:
                     yield from batch.step()

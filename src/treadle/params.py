@@ -49,7 +49,7 @@ class RoutingParams:
     window: int | None = option(None, "the embedder sees the last so many tokens; none = all", f"{COUNT}, or none")
     recent: int | None = option(
         32,
-        "running text: the score is the mean of the text's and that of its last so many tokens; none = off",
+        "running text: three quarters of the score are that of its last so many tokens; none = off",
         f"{COUNT}, or none",
     )
     prefill: Literal["prompt", "causal"] = option(

@@ -17,8 +17,8 @@ from treadle.text import Detokenizer, Prompt, completion_ids, prompt_ids
 if TYPE_CHECKING:
     from treadle.generate import Engine
 
-BATCH = 8
-"""Rows of one forward pass."""
+BATCH, GPU_BATCH = 8, 32
+"""Rows of one forward pass, on a CPU and on a GPU."""
 Pair = tuple[list[int], list[int]]
 """Ids of a prompt and of the completion after it."""
 Reader = Callable[[torch.Tensor, Sequence[int]], Floats]
@@ -45,8 +45,9 @@ def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) ->
     """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair."""
     by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
     results: dict[int, Floats] = {}
-    for start in range(0, len(pairs), BATCH):
-        chosen = by_length[start : start + BATCH]
+    size = BATCH if engine.model.device.type == "cpu" else GPU_BATCH
+    for start in range(0, len(pairs), size):
+        chosen = by_length[start : start + size]
         results |= zip(chosen, _score(engine, [pairs[index] for index in chosen], params, _chosen), strict=True)
     return [results[index] for index in range(len(pairs))]
 
