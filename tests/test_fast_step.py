@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from treadle.adapters import read_adapter
 from treadle.blend import Blend, attach
 from treadle.cache import RowCache
-from treadle.fast_step import ARCHITECTURES, FastStep, fits
+from treadle.fast_step import FastStep
 from treadle.generate import Completion, Engine
 from treadle.params import Combine, RoutingParams, SamplingParams
 from treadle.pools import random_adapters
 from treadle.routing import Router
+from treadle.step_parts import ARCHITECTURES, fits
 
 from conftest import SAMPLES, TINY, save_adapter
 

@@ -15,15 +15,16 @@ from test_fast_step import ALL_LINEAR, PROMPTS, ROUTINGS, assert_same, build
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from treadle import graph_step
 from treadle.adapters import read_adapter
-from treadle.fast_step import ARCHITECTURES
 from treadle.generate import Engine
-from treadle.graph_step import CudaGraphs, GraphStep, StepOptions
+from treadle.graph_step import CudaGraphs, GraphStep
 from treadle.kernels_plain import PlainKernels
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Router
 from treadle.rows import Row
-from treadle.step_parts import Kernels
+from treadle.stages import Kernels
+from treadle.step_parts import ARCHITECTURES
 
 from conftest import SAMPLES, TARGETS, save_adapter
 
@@ -60,14 +61,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def make_engine(folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, router: Router) -> MakeEngine:
-    def make(
-        kernels: Kernels | None, model: PreTrainedModel | None = None, options: StepOptions | None = None
-    ) -> Engine:
+    def make(kernels: Kernels | None, model: PreTrainedModel | None = None) -> Engine:
         adapters = [read_adapter(folder, name) for name, folder in folders.items()]
         model = (model or build("LlamaForCausalLM")).to(DEVICE)
         engine = Engine(model, tokenizer, adapters, router, is_fast=False)
         if kernels:
-            engine._fast_step = GraphStep(model, engine.blend, kernels, capture(), options)
+            engine.fast_step = GraphStep(model, engine.blend, kernels, capture())
         return engine
 
     return make
@@ -78,7 +77,7 @@ def capture() -> CudaGraphs | None:
 
 
 def captures(engine: Engine) -> int:
-    return engine._fast_step.num_captures
+    return engine.fast_step.num_captures
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -97,6 +96,30 @@ def test_graph_is_forward_for_mixed_rows(make_engine: MakeEngine, kernels: Kerne
     assert captures(engines[0]) > 0
 
 
+def test_only_what_the_pass_knows_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where each of these alone leaves the model to its own forward."""
+    model = build("LlamaForCausalLM")
+    assert not graph_step.fits(model) or DEVICE == "cuda"
+    monkeypatch.setattr("treadle.step_parts.fits", lambda model, device: device == "cuda")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("treadle.graph_step.find_spec", lambda name: name == "triton")
+    assert graph_step.fits(model)
+    assert graph_step.fits(build("LlamaForCausalLM", torch.bfloat16))
+    assert not graph_step.fits(build("LlamaForCausalLM", torch.float16))
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not graph_step.fits(build("LlamaForCausalLM", rope_parameters=scaling))
+    for name, other in {
+        "torch.version.cuda": None,
+        "torch.cuda.get_device_capability": lambda device: (7, 5),
+        "treadle.graph_step.find_spec": lambda name: None,
+        "treadle.step_parts.fits": lambda model, device: False,
+    }.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(name, other)
+            assert not graph_step.fits(model), name
+
+
 def test_other_combines_are_left_to_forward(
     make_engine: MakeEngine, tokenizer: PreTrainedTokenizerFast, router: Router, tmp_path: Path
 ) -> None:
@@ -105,7 +128,7 @@ def test_other_combines_are_left_to_forward(
         alike = {name: save_adapter(tmp_path / name, build("LlamaForCausalLM"), 1) for name in SAMPLES}
         adapters = [read_adapter(folder, name) for name, folder in alike.items()]
         engine = Engine(model, tokenizer, adapters, router, is_fast=False)
-        engine._fast_step = GraphStep(model, engine.blend, PlainKernels(), capture()) if is_graph else None
+        engine.fast_step = GraphStep(model, engine.blend, PlainKernels(), capture()) if is_graph else None
         return engine
 
     graph, plain = (
@@ -171,16 +194,6 @@ def test_adapters_that_come_and_go(make_engine: MakeEngine, kernels: Kernels, fo
     for engine in engines:
         engine.remove_adapter("math")
     assert_same(*(engine.generate(PROMPTS[:2], sampling=sampling) for engine in engines))
-
-
-@pytest.mark.parametrize(
-    "options", [StepOptions(shrink="separate"), StepOptions(expand="addmm"), StepOptions("separate", "addmm")]
-)
-def test_all_ways_to_compute_the_adapters_agree(make_engine: MakeEngine, options: StepOptions) -> None:
-    engines = [make_engine(PlainKernels(), options=options), make_engine(None)]
-    assert_same(
-        *(engine.generate(PROMPTS[:4], sampling=SamplingParams(max_tokens=4), routing=SUMS[:4]) for engine in engines)
-    )
 
 
 def test_weights_keep_their_values_and_are_held_once(make_engine: MakeEngine) -> None:

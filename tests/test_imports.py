@@ -25,7 +25,7 @@ CORE = {
         "sampling",
     ),
     *("text", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
-    *("graph_step", "step_parts", "kernels", "kernels_plain"),
+    *("step_parts", "stages", "graph_step", "kernels", "kernel_code", "products", "kernels_plain"),
     "centroid_files",
     "requested",
 }

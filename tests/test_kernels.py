@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from treadle.kernels_plain import PlainKernels
-from treadle.step_parts import Factor, HeadNorms, Heads, Norm, Unfinished, Update, Window
+from treadle.stages import Factor, HeadNorms, Heads, Norm, Unfinished, Update, Window
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is first imported
     pytest.skip("there is no GPU: set TRITON_INTERPRET=1 to use Triton's interpreter", allow_module_level=True)
-kernels = import_module("treadle.kernels")
+kernels, products = import_module("treadle.kernels"), import_module("treadle.products")
 PLAIN = PlainKernels()
 
 
@@ -123,7 +123,13 @@ def test_products(draw: torch.Generator, outs: int, size: int) -> None:
     weight = noise(draw, outs, size)
     for rows in (1, 5, 33):
         x = noise(draw, rows, size)
-        torch.testing.assert_close(kernels.thin_product(x, weight, 32, 64, 4, 3), x @ weight.t(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        kernels.vector_product(x[:1], weight, 4, 64, 4), x[:1] @ weight.t(), atol=1e-4, rtol=1e-4
-    )
+        torch.testing.assert_close(products.thin_product(x, weight, 32, 64, 4, 3), x @ weight.t(), atol=1e-4, rtol=1e-4)
+    vector = products.vector_product(x[:1], weight, 4, 64, 4)
+    torch.testing.assert_close(vector, x[:1] @ weight.t(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "outs"), [(1, 50), (1, 5000), (8, 50), (8, 5000), (9, 5000), (32, 16400)])
+def test_the_fastest_products(draw: torch.Generator, rows: int, outs: int) -> None:
+    x, weight = noise(draw, rows, 70).bfloat16(), noise(draw, outs, 70).bfloat16()
+    expected = x.float() @ weight.float().t()
+    torch.testing.assert_close(products.fastest_product(x, weight).float(), expected, atol=2e-2, rtol=1e-2)

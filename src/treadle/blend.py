@@ -145,8 +145,9 @@ class Blend:
         Where all of them are few rows, that is cheaper than to choose; and those that are laid out stay while they
         are not many more than what is needed, because neighbouring steps need almost the same.
         """
-        device = next(self.model.parameters()).device
-        if device.type != "cpu" or w.device.type != "cpu" or sum(self._ranks) <= FEW_ROWS:  # a GPU would have to wait
+        if w.device.type != "cpu" or sum(self._ranks) <= FEW_ROWS:
+            return None
+        if next(self.model.parameters()).device.type != "cpu":  # it would have to wait, and a captured step has all
             return None
         used = frozenset(w.flatten(0, 1).any(0).nonzero()[:, 0].tolist())
         rank = sum(self._ranks[index] for index in used)

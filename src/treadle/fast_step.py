@@ -8,7 +8,7 @@ is left to the model's own `forward`, which stays the reference that the tests c
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +17,16 @@ from torch.nn import functional
 from treadle.blend import Blend
 from treadle.cache import RowCache, RowLayer
 from treadle.layers import BlendedLinear, Gates, Shrink
+from treadle.step_parts import DecoderLayer, bases, decoder_layers, in_one_piece, joined_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""The classes of transformers whose blocks are: norm, attention with rotary positions, norm, gated SiLU."""
 HAS_MKL = torch.backends.mkl.is_available()
 TRANSPOSED_ROWS = {torch.float32: range(4, 33), torch.bfloat16: range(2, 17)}
 """Numbers of rows for which (W x^T)^T is faster than x W^T with MKL and oneDNN (benchmarks/products.py)."""
 VECTOR_DTYPES = (torch.bfloat16,)
 """For one row of these, a matrix times a vector is faster than a product of matrices."""
-
-
-def fits(model: "PreTrainedModel", device: str = "cpu") -> bool:
-    """Whether the pass knows the model: architecture, full attention, plain layers, on one kind of device."""
-    kind, config = type(model), model.config
-    if kind.__name__ not in ARCHITECTURES or not kind.__module__.startswith("transformers."):
-        return False
-    types = getattr(config, "layer_types", None)
-    is_windowed = (
-        any(each != "full_attention" for each in types) if types else bool(getattr(config, "sliding_window", 0))
-    )
-    attention = config._attn_implementation  # pyright: ignore[reportPrivateUsage] - transformers has no public name
-    if is_windowed or config.hidden_act != "silu" or attention != "sdpa":
-        return False
-    linear = [module for module in model.modules() if hasattr(module, "in_features")]
-    is_plain = all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in linear)
-    places = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
-    return is_plain and len(places) == 1 and next(iter(places))[0] == device
-
-
-def is_hooked(model: nn.Module) -> bool:
-    """Whether somebody listens to a module of the model, which only its own `forward` would call."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks")  # PyTorch has no public name
-    return any(getattr(module, kind) for module in model.modules() for kind in kinds)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -102,7 +77,7 @@ class Stack:
     """Linear layers that read the same input, as one product, and what the adapters add to it."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        plain = [cast(nn.Linear, layer.base if isinstance(layer, BlendedLinear) else layer) for layer in layers]
+        plain = bases(layers)
         sizes = [layer.out_features for layer in plain]
         self.weight = in_one_piece([layer.weight for layer in plain])  # (sum of out, in)
         self.bias = joined_bias(plain)  # (sum of out,)
@@ -175,7 +150,7 @@ class FastStep:
         """Collect what each layer computes with; once more when adapters come or go."""
         self._adapters = self._blend.adapters
         self._head = Stack([self._model.lm_head])
-        self._blocks = [_block(layer) for layer in self._model.model.layers]
+        self._blocks = [_block(layer) for layer in decoder_layers(self._model)]
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: RowCache) -> Tensor:
@@ -218,50 +193,17 @@ class FastStep:
         return read.reshape(len(heads), -1)
 
 
-def _block(layer: Any) -> Block:
-    attention, mlp = layer.self_attn, layer.mlp
+def _block(layer: DecoderLayer) -> Block:
     return Block(
-        first_norm=layer.input_layernorm,
-        qkv=Stack([attention.q_proj, attention.k_proj, attention.v_proj]),
-        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
-        scaling=attention.scaling,
-        output=Stack([attention.o_proj]),
-        second_norm=layer.post_attention_layernorm,
-        gate_up=Stack([mlp.gate_proj, mlp.up_proj]),
-        down=Stack([mlp.down_proj]),
+        first_norm=layer.first_norm,
+        qkv=Stack(layer.qkv),
+        head_norms=layer.head_norms,
+        scaling=layer.scaling,
+        output=Stack(layer.output),
+        second_norm=layer.second_norm,
+        gate_up=Stack(layer.gate_up),
+        down=Stack(layer.down),
     )
-
-
-def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
-    """Return the biases side by side, zero where a layer has none; None where no layer has one."""
-    given: list[Tensor | None] = [layer.bias for layer in layers]
-    if all(bias is None for bias in given):
-        return None
-    pairs = zip(given, layers, strict=True)
-    return torch.cat([layer.weight.new_zeros(layer.out_features) if bias is None else bias for bias, layer in pairs])
-
-
-def in_one_piece(weights: Sequence[Tensor]) -> Tensor:
-    """Return the weights stacked (sum of out, in); they keep their values and become views of it, held once."""
-    first = weights[0].data
-    sizes = [len(weight) for weight in weights]
-    if _is_stacked(weights):
-        return first.as_strided((sum(sizes), first.shape[1]), first.stride())
-    whole = torch.cat([weight.data for weight in weights])
-    for weight, part in zip(weights, whole.split(sizes), strict=True):
-        weight.data = part
-    return whole
-
-
-def _is_stacked(weights: Sequence[Tensor]) -> bool:
-    """Whether the weights already lie behind one another in one storage."""
-    end = weights[0].data_ptr()
-    for weight in weights:
-        same = weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr()
-        if not same or weight.data_ptr() != end or not weight.is_contiguous():
-            return False
-        end += weight.numel() * weight.element_size()
-    return True
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from treadle import graph_step
+from treadle import graph_step, step_parts
 from treadle.adapters import Adapter, read_adapter
 from treadle.batch import Batch
 from treadle.blend import Blend, attach
 from treadle.centroids import Centroids, Floats
 from treadle.completion import Completion
 from treadle.errors import AdapterError, ModelError, OptionError, TreadleError, problem_list, unknown_name
-from treadle.fast_step import FastStep, fits, is_hooked
+from treadle.fast_step import FastStep
 from treadle.graph_step import GraphStep
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import Router
 from treadle.rows import Report, Row, TokenEvent
+from treadle.step_parts import is_hooked
 from treadle.text import Prompt, prompt_ids
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.router = router
         self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
-        self._fast_step = _own_step(model, self.blend) if is_fast else None
+        self.fast_step = _own_step(model, self.blend) if is_fast else None
         self._running: list[Row] = []
         self._retired: set[str] = set()  # removed adapters that running rows still use
         self.check_routing([router.params])
@@ -65,7 +66,7 @@ class Engine:
     @property
     def is_fast(self) -> bool:
         """Whether steps run through our own steps rather than the model's own `forward`."""
-        return self._fast_step is not None
+        return self.fast_step is not None
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -191,7 +192,7 @@ class Engine:
 
         Batches that are given the same `prefixes` read a beginning that their rows share only once.
         """
-        fast_step = None if is_hooked(self.model) else self._fast_step
+        fast_step = None if is_hooked(self.model) else self.fast_step
         return Batch(self.model, self.blend, self._end_ids() if end_ids is None else end_ids, fast_step, prefixes)
 
     def new_rows(
@@ -307,7 +308,7 @@ class Engine:
 
 def _own_step(model: "PreTrainedModel", blend: Blend) -> FastStep | GraphStep | None:
     """Return our own forward pass of one token a row, if there is one for the model and its device."""
-    if fits(model):
+    if step_parts.fits(model):
         return FastStep(model, blend)
     return GraphStep(model, blend) if graph_step.fits(model) else None
 

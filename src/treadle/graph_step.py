@@ -9,20 +9,20 @@ It is for models that `fits` and for the combine `sum`; anything else is left to
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from treadle import fast_step
+from treadle import step_parts
 from treadle.blend import Blend
 from treadle.cache import RowCache
-from treadle.fast_step import in_one_piece, joined_bias
 from treadle.layers import BlendedLinear
-from treadle.step_parts import Factor, HeadNorms, Heads, Kernels, Norm, Unfinished, Update, Window
+from treadle.stages import Factor, HeadNorms, Heads, Kernels, Norm, Unfinished, Update, Window
+from treadle.step_parts import DecoderLayer, bases, decoder_layers, in_one_piece, joined_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,41 +32,18 @@ DTYPES = (torch.bfloat16, torch.float32)
 """The norm is multiplied in behind a product: float16 could overflow before it."""
 SEQUENCE_ROTATIONS = ("dynamic", "longrope")
 """Kinds of rotary positions that depend on the longest row, which a graph does not look at."""
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """How the adapters are computed; the defaults are what won (benchmarks/gpu.py).
-
-    Attributes:
-        shrink: `stacked` = A x is part of the base's product; `separate` = a product of its own.
-        expand: `fused` = on the stages behind a product; `addmm` = a product of its own for each layer.
-        product: x W^T for x (B, in), W (out, in); None = the kernels' own choice.
-    """
-
-    shrink: Literal["stacked", "separate"] = "stacked"
-    expand: Literal["fused", "addmm"] = "fused"
-    product: Callable[[Tensor, Tensor], Tensor] | None = None
+CAPABILITY = (8, 0)
+"""Of the oldest GPU whose tensor cores know bfloat16."""
 
 
 def fits(model: "PreTrainedModel") -> bool:
-    """Whether the pass knows the model: what `fast_step` knows, on a GPU."""
-    if not fast_step.fits(model, "cuda") or next(model.parameters()).dtype not in DTYPES:
+    """Whether the pass knows the model: what `step_parts` knows, on a GPU by NVIDIA for which Triton is there."""
+    if not step_parts.fits(model, "cuda") or not (torch.version.cuda and find_spec("triton")):
         return False
     inner: Any = cast(Any, model).model
     is_aligned = inner.layers[0].self_attn.head_dim % 8 == 0  # the kernels read 16 bytes at once
-    return is_aligned and inner.rotary_emb.rope_type not in SEQUENCE_ROTATIONS
-
-
-def best_kernels() -> Kernels:
-    """Return Triton's kernels, or the plain ones where there is no Triton."""
-    if find_spec("triton"):
-        from treadle.kernels import TritonKernels
-
-        return TritonKernels()
-    from treadle.kernels_plain import PlainKernels
-
-    return PlainKernels()
+    is_known = model.dtype in DTYPES and torch.cuda.get_device_capability(model.device) >= CAPABILITY
+    return is_aligned and is_known and inner.rotary_emb.rope_type not in SEQUENCE_ROTATIONS
 
 
 class CudaGraphs:
@@ -98,7 +75,7 @@ class Group:
     """Linear layers that read the same input, and the adapters of all of them: W above A, in one piece."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        plain = [cast(nn.Linear, layer.base if isinstance(layer, BlendedLinear) else layer) for layer in layers]
+        plain = bases(layers)
         blended = [layer for layer in layers if isinstance(layer, BlendedLinear)]
         shrink = blended[0].shrink if blended else None
         self.bias = joined_bias(plain)  # (sum of out,)
@@ -111,7 +88,6 @@ class Group:
             Factor(layer.b, layer.shrink.rows[layer.index].start) if isinstance(layer, BlendedLinear) else None
             for layer in layers
         )
-        self.columns = [sum(each.out_features for each in plain[:index]) for index in range(len(plain) + 1)]
 
     @property
     def weight(self) -> Tensor:
@@ -186,23 +162,19 @@ class GraphStep:
         blend: Blend,
         kernels: Kernels | None = None,
         capture: Callable[[Run], Run] | None = None,
-        options: StepOptions | None = None,
     ) -> None:
         """Take a model that `fits`; its weights come to lie in one piece with the adapters', with the values they have.
 
         Args:
             model: the base.
             blend: of its adapters.
-            kernels: the stages; None = the best that are there.
-            capture: makes a run repeatable; tests on a CPU give one that just calls it.
-            options: how the adapters are computed.
+            kernels: the stages; None = Triton's.
+            capture: makes a run repeatable, None = as a CUDA graph; tests on a CPU give one that just calls it.
         """
         self._model: Any = model
         self._blend = blend
-        self._kernels = kernels or best_kernels()
+        self._kernels = kernels or _triton_kernels()
         self._capture = capture or CudaGraphs()
-        self._options = options or StepOptions()
-        self._product = self._options.product or self._kernels.product
         self.num_captures = 0  # so far
         config = model.config
         size: int = self._model.model.layers[0].self_attn.head_dim
@@ -238,20 +210,34 @@ class GraphStep:
             self.num_captures += 1
         return self._runs[key]()[: len(ids)]
 
+    def weights(self) -> dict[str, list[Tensor]]:
+        """Return the matrices (out, in) of the step's products, of all layers, by name; those with A below W too."""
+        found: dict[str, list[Tensor]] = {}
+        for name, groups in self._groups.items():
+            found[name] = [group.weight for group in groups]
+            if any(group.slots for group in groups):
+                found[f"{name} + A"] = [group.whole for group in groups if group.slots]
+        return found
+
     def _gather(self) -> None:
         """Collect what each layer computes with; once more when adapters come or go."""
         with torch.inference_mode(False), torch.no_grad():
             self._runs: dict[tuple[int, ...], Run] = {}
             self._inputs: dict[int, Inputs] = {}
-            inner = self._model.model
-            layers = list(inner.layers)
-            norms = [*(layer.input_layernorm for layer in layers[1:]), inner.norm]
+            layers = decoder_layers(self._model)
+            norms = [*(layer.first_norm for layer in layers[1:]), self._model.model.norm]
             self._blocks = [_block(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
             self._head = Group([self._model.lm_head])
+            self._groups = {
+                "qkv": [block.qkv for block in self._blocks],
+                "o": [block.output for block in self._blocks],
+                "gate up": [block.gate_up for block in self._blocks],
+                "down": [block.down for block in self._blocks],
+                "head": [self._head],
+            }
             self._blend.renew()
             self._adapters = self._blend.adapters
-            groups = [group for block in self._blocks for group in (block.qkv, block.output, block.gate_up, block.down)]
-            self._spread, self._gate_columns = self._gates([*groups, self._head])
+            self._spread, self._gate_columns = self._gates(list(chain(*self._groups.values())))
 
     def _gates(self, groups: Sequence[Group]) -> tuple[Tensor | None, dict[tuple[int, ...], slice]]:
         """Return the matrix (N, sum of R) from weights to the gates of each kind of group, and the columns of each."""
@@ -291,50 +277,40 @@ class GraphStep:
     def _products(self, group: Group, x: Tensor, gates: Tensor | None, norm: Norm | None = None) -> Unfinished:
         """Return W x (B, sum of out and more) of a group and what is still to come; `norm` is that of x."""
         if gates is None or not group.slots:
-            return Unfinished(self._product(x, group.weight), None, group.bias, norm)
-        own = gates[:, self._gate_columns[group.slots]]
-        if self._options.shrink == "stacked":
-            y = self._product(x, group.whole)
-            h = y[:, group.num_out :]
-        else:
-            y, h = self._product(x, group.weight), self._product(x, group.whole[group.num_out :])
-        update = Update(h, own, group.factors)
-        if self._options.expand == "fused":
-            return Unfinished(y, update, group.bias, norm)
-        _add_now(y, update, group.columns)
-        return Unfinished(y, None, group.bias, norm)
+            return Unfinished(self._kernels.product(x, group.weight), None, group.bias, norm)
+        y = self._kernels.product(x, group.whole)
+        update = Update(y[:, group.num_out :], gates[:, self._gate_columns[group.slots]], group.factors)
+        return Unfinished(y, update, group.bias, norm)
 
     def _logits(self, x: Tensor, gates: Tensor | None) -> Tensor:
-        """Return the logits (B, V) of x (B, H)."""
+        """Return the logits (B, V) of x (B, H); no stage is behind the head, for its adapters to ride on."""
         y, update, bias, _ = self._products(self._head, x, gates)
-        if update is not None:
-            _add_now(y, update, self._head.columns)
         y = y[:, : self._head.num_out]
+        if update is not None:
+            [factor] = update.factors
+            if factor is not None:
+                y.addmm_((update.h * update.gates).to(y.dtype), factor.b.t())
         return y if bias is None else y + bias
 
 
-def _add_now(y: Tensor, update: Update, columns: Sequence[int]) -> None:
-    """Add an update to y (B, sum of out and more), in place; layer i has the columns from `columns[i]` on."""
-    gated = (update.h * update.gates).to(y.dtype)  # (B, sum of R)
-    for index, factor in enumerate(update.factors):
-        if factor is not None:
-            part = gated[:, factor.start : factor.start + factor.b.shape[1]]
-            y[:, columns[index] : columns[index + 1]].addmm_(part, factor.b.t())
+def _triton_kernels() -> Kernels:
+    from treadle.kernels import TritonKernels
+
+    return TritonKernels()
 
 
-def _block(layer: Any, next_norm: Any) -> Block:
-    attention, mlp = layer.self_attn, layer.mlp
+def _block(layer: DecoderLayer, next_norm: Any) -> Block:
     head_norms = None
-    if hasattr(attention, "q_norm"):
-        q_norm, k_norm = attention.q_norm, attention.k_norm
+    if layer.head_norms:
+        q_norm, k_norm = layer.head_norms
         head_norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
     return Block(
-        qkv=Group([attention.q_proj, attention.k_proj, attention.v_proj]),
+        qkv=Group(layer.qkv),
         head_norms=head_norms,
-        scaling=attention.scaling,
-        output=Group([attention.o_proj]),
-        second_norm=layer.post_attention_layernorm,
-        gate_up=Group([mlp.gate_proj, mlp.up_proj]),
-        down=Group([mlp.down_proj]),
+        scaling=layer.scaling,
+        output=Group(layer.output),
+        second_norm=layer.second_norm,
+        gate_up=Group(layer.gate_up),
+        down=Group(layer.down),
         next_norm=next_norm,
     )

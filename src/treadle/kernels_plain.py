@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from treadle.step_parts import Factor, HeadNorms, Heads, Unfinished, Window
+from treadle.stages import Factor, HeadNorms, Heads, Unfinished, Window
 
 
 class PlainKernels:
-    """See `treadle.step_parts.Kernels`."""
+    """See `treadle.stages.Kernels`."""
 
     def bucket(self, num_rows: int) -> int:
         """Return the number itself: rows that are not real would have no place in the cache."""

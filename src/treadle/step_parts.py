@@ -1,137 +1,107 @@
-"""What the stages of a decode step on a GPU take and give: `kernels` and `kernels_plain` compute the same from them.
-
-A step's products leave the norm's scale for later: they read x * w instead of norm(x), and the stage behind a product
-multiplies its result by 1 / rms(x), which is one number a row. So there is no stage between an addition and a product.
-"""
+"""What our own forward passes of one token a row share: which models they know, and how these are built."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from treadle.layers import BlendedLinear
 
-class Factor(NamedTuple):
-    """The second product of one layer's adapters: b (out, R), and the column of h where its R begin."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-    b: Tensor
-    start: int
-
-
-class Update(NamedTuple):
-    """What adapters add to layers that read the same input.
-
-    Attributes:
-        h: A x (B, sum of R).
-        gates: (B, sum of R) float32.
-        factors: of each layer, in the order of its columns; None where no adapter targets it.
-    """
-
-    h: Tensor
-    gates: Tensor
-    factors: Sequence[Factor | None]
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""The classes of transformers whose blocks are: norm, attention with rotary positions, norm, gated SiLU."""
 
 
-class Norm(NamedTuple):
-    """A norm that is still to be multiplied in: sums of squares (B, parts) of rows of `size`, and its epsilon."""
-
-    squares: Tensor
-    size: int
-    epsilon: float
-
-
-class Unfinished(NamedTuple):
-    """A product y (B, out and more) and what is still to come: (y + update) / rms + bias.
-
-    Attributes:
-        y: the product; columns behind `out` are not part of it.
-        update: of the adapters; None where none acts.
-        bias: (out,).
-        norm: of the product's input.
-    """
-
-    y: Tensor
-    update: Update | None = None
-    bias: Tensor | None = None
-    norm: Norm | None = None
+def fits(model: "PreTrainedModel", device: str = "cpu") -> bool:
+    """Whether the pass knows the model: architecture, full attention, plain layers, on one kind of device."""
+    kind, config = type(model), model.config
+    if kind.__name__ not in ARCHITECTURES or not kind.__module__.startswith("transformers."):
+        return False
+    types = getattr(config, "layer_types", None)
+    is_windowed = (
+        any(each != "full_attention" for each in types) if types else bool(getattr(config, "sliding_window", 0))
+    )
+    attention = config._attn_implementation  # pyright: ignore[reportPrivateUsage] - transformers has no public name
+    if is_windowed or config.hidden_act != "silu" or attention != "sdpa":
+        return False
+    linear = [module for module in model.modules() if hasattr(module, "in_features")]
+    is_plain = all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in linear)
+    places = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
+    return is_plain and len(places) == 1 and next(iter(places))[0] == device
 
 
-class HeadNorms(NamedTuple):
-    """Weights (head,) of the norms of each head's queries and keys, and their epsilon."""
-
-    q: Tensor
-    k: Tensor
-    epsilon: float
+def is_hooked(model: nn.Module) -> bool:
+    """Whether somebody listens to a module of the model, which only its own `forward` would call."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")  # PyTorch has no public name
+    return any(getattr(module, kind) for module in model.modules() for kind in kinds)
 
 
-class Heads(NamedTuple):
-    """How many heads there are, and the size of each."""
+class DecoderLayer(NamedTuple):
+    """One layer of a decoder: linear layers that read the same input are together."""
 
-    q: int
-    kv: int
-    size: int
-
-
-class Window(NamedTuple):
-    """Where a layer's keys and values lie, all of it data on the device: nothing here is part of a captured graph.
-
-    Attributes:
-        buffers: keys and values (rows, kv, columns, head), for the plain kernels alone.
-        pointers: (2,) addresses of the two buffers.
-        first: (B,) the first column of each row.
-        place: (3,) columns of a buffer, the column to write to, and how many rows there are; rows behind are not real.
-    """
-
-    buffers: tuple[Tensor, Tensor]
-    pointers: Tensor
-    first: Tensor
-    place: Tensor
+    first_norm: Any
+    qkv: tuple[nn.Module, ...]
+    head_norms: tuple[Any, Any] | None
+    scaling: float
+    output: tuple[nn.Module, ...]
+    second_norm: Any
+    gate_up: tuple[nn.Module, ...]
+    down: tuple[nn.Module, ...]
 
 
-class Kernels(Protocol):
-    """The stages of a step; what they return is new."""
+def decoder_layers(model: Any) -> list[DecoderLayer]:
+    """Return the layers of a model that `fits`."""
+    return [_decoder_layer(layer, layer.self_attn, layer.mlp) for layer in model.model.layers]
 
-    def bucket(self, num_rows: int) -> int:
-        """Return for how many rows a step is captured that has `num_rows`."""
-        ...
 
-    def binds(self, buffers: tuple[Tensor, Tensor]) -> tuple[int, ...]:
-        """Return what of a cache's buffers becomes part of a captured graph."""
-        ...
+def _decoder_layer(layer: Any, attention: Any, mlp: Any) -> DecoderLayer:
+    return DecoderLayer(
+        first_norm=layer.input_layernorm,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+        scaling=attention.scaling,
+        output=(attention.o_proj,),
+        second_norm=layer.post_attention_layernorm,
+        gate_up=(mlp.gate_proj, mlp.up_proj),
+        down=(mlp.down_proj,),
+    )
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return x W^T (B, out) for x (B, in)."""
-        ...
 
-    def add(self, x: Tensor, product: Unfinished, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x + product (B, H), the same times `weight` (H,), and its sums of squares (B, parts)."""
-        ...
+def bases(layers: Sequence[nn.Module]) -> list[nn.Linear]:
+    """Return the base's own layers."""
+    return [cast(nn.Linear, layer.base if isinstance(layer, BlendedLinear) else layer) for layer in layers]
 
-    def store(
-        self,
-        product: Unfinished,
-        shape: Heads,
-        rotation: tuple[Tensor, Tensor],
-        head_norms: HeadNorms | None,
-        window: Window,
-    ) -> Tensor:
-        """Finish q, k, v side by side (B, (q + kv + kv) * head), rotate q and k and write k and v to the cache.
 
-        Args:
-            product: has q, k and v.
-            shape: of the heads.
-            rotation: cosines and sines (B, head).
-            head_norms: of q and k.
-            window: to write to.
+def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """Return the biases side by side, zero where a layer has none; None where no layer has one."""
+    given: list[Tensor | None] = [layer.bias for layer in layers]
+    if all(bias is None for bias in given):
+        return None
+    pairs = zip(given, layers, strict=True)
+    return torch.cat([layer.weight.new_zeros(layer.out_features) if bias is None else bias for bias, layer in pairs])
 
-        Returns:
-            the queries (B, q, head).
-        """
-        ...
 
-    def attend(self, queries: Tensor, num_kv: int, scaling: float, window: Window) -> Tensor:
-        """Return what queries (B, q, head) read from the cache: (B, q * head)."""
-        ...
+def in_one_piece(weights: Sequence[Tensor]) -> Tensor:
+    """Return the weights stacked (sum of out, in); they keep their values and become views of it, held once."""
+    first = weights[0].data
+    sizes = [len(weight) for weight in weights]
+    if _is_stacked(weights):
+        return first.as_strided((sum(sizes), first.shape[1]), first.stride())
+    whole = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, whole.split(sizes), strict=True):
+        weight.data = part
+    return whole
 
-    def activate(self, product: Unfinished, size: int) -> Tensor:
-        """Return silu(gate) * up (B, size) of gate and up side by side (B, 2 * size)."""
-        ...
+
+def _is_stacked(weights: Sequence[Tensor]) -> bool:
+    """Whether the weights already lie behind one another in one storage."""
+    end = weights[0].data_ptr()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr()
+        if not same or weight.data_ptr() != end or not weight.is_contiguous():
+            return False
+        end += weight.numel() * weight.element_size()
+    return True
