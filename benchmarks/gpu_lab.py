@@ -21,6 +21,7 @@ from treadle.blend import linear_shapes
 from treadle.centroids import Centroids
 from treadle.generate import Engine
 from treadle.graph_step import GraphStep
+from treadle.kernels_plain import PlainKernels
 from treadle.routing import Router
 
 LLAMA_2_7B = {
@@ -53,6 +54,7 @@ SHAPES = {"Llama-2-7B": LLAMA_2_7B, "Llama-3-8B": LLAMA_3_8B, "small": SMALL}
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = {"r 64, q v": (64, ("q_proj", "v_proj")), "r 16, all linear": (16, ALL_LINEAR)}
 """Rank and targets of the four adapters."""
+NUM_ADAPTERS = 4
 DIM = 256
 """Of the router's embeddings."""
 
@@ -173,5 +175,23 @@ def build_engine(model: Any, adapters: Sequence[Adapter], *, is_fast: bool = Tru
     tokenizer = word_tokenizer(model.config.vocab_size)
     engine = Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast)
     if is_fast and model.device.type != "cuda":  # only to see that the scripts run
-        engine._fast_step = GraphStep(model, engine.blend, capture=lambda run: run)
+        engine.fast_step = GraphStep(model, engine.blend, PlainKernels(), capture=lambda run: run)
     return engine
+
+
+def draw_weights(rows: int, seed: int) -> np.ndarray:
+    """Return weights (B, N) whose rows sum to 1."""
+    weights = np.random.default_rng(seed).random((rows, NUM_ADAPTERS), np.float32) + 0.05
+    return weights / weights.sum(1, keepdims=True)
+
+
+def draw_prompts(engine: Engine, batch: int, length: int) -> list[list[int]]:
+    """Return ids (batch, length)."""
+    return np.random.default_rng(0).integers(0, engine.model.config.vocab_size, (batch, length)).tolist()
+
+
+def cache_bytes(model: Any) -> int:
+    """Return the bytes of one token's keys and values."""
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize

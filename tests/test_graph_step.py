@@ -103,7 +103,7 @@ def test_only_what_the_pass_knows_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("treadle.step_parts.fits", lambda model, device: device == "cuda")
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("treadle.graph_step.find_spec", lambda name: name == "triton")
+    monkeypatch.setattr("treadle.graph_step.has_triton", lambda: True)
     assert graph_step.fits(model)
     assert graph_step.fits(build("LlamaForCausalLM", torch.bfloat16))
     assert not graph_step.fits(build("LlamaForCausalLM", torch.float16))
@@ -112,12 +112,25 @@ def test_only_what_the_pass_knows_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, other in {
         "torch.version.cuda": None,
         "torch.cuda.get_device_capability": lambda device: (7, 5),
-        "treadle.graph_step.find_spec": lambda name: None,
+        "treadle.graph_step.has_triton": lambda: False,
         "treadle.step_parts.fits": lambda model, device: False,
     }.items():
         with monkeypatch.context() as patched:
             patched.setattr(name, other)
             assert not graph_step.fits(model), name
+
+
+def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("treadle.graph_step.find_spec", lambda name: name == "triton")
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert not graph_step.has_triton()
+    monkeypatch.setenv("CC", "cc")
+    assert graph_step.has_triton()
+    (tmp_path / "Python.h").unlink()
+    assert not graph_step.has_triton()
 
 
 def test_other_combines_are_left_to_forward(

@@ -8,9 +8,13 @@ rows below W, so that they are part of the base's product; the second ones ride 
 It is for models that `fits` and for the combine `sum`; anything else is left to the model's own `forward`.
 """
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -38,12 +42,19 @@ CAPABILITY = (8, 0)
 
 def fits(model: "PreTrainedModel") -> bool:
     """Whether the pass knows the model: what `step_parts` knows, on a GPU by NVIDIA for which Triton is there."""
-    if not step_parts.fits(model, "cuda") or not (torch.version.cuda and find_spec("triton")):
+    if not step_parts.fits(model, "cuda") or torch.version.cuda is None or not has_triton():
         return False
     inner: Any = cast(Any, model).model
     is_aligned = inner.layers[0].self_attn.head_dim % 8 == 0  # the kernels read 16 bytes at once
     is_known = model.dtype in DTYPES and torch.cuda.get_device_capability(model.device) >= CAPABILITY
     return is_aligned and is_known and inner.rotary_emb.rope_type not in SEQUENCE_ROTATIONS
+
+
+def has_triton() -> bool:
+    """Whether Triton is there, and what it builds its launcher with: a C compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    return bool(find_spec("triton") and compiler) and header.exists()
 
 
 class CudaGraphs:

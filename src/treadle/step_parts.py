@@ -16,7 +16,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 
 
 def fits(model: "PreTrainedModel", device: str = "cpu") -> bool:
-    """Whether the pass knows the model: architecture, full attention, plain layers, on one kind of device."""
+    """Whether a pass knows the model: architecture, full attention, plain layers, on one device of this kind."""
     kind, config = type(model), model.config
     if kind.__name__ not in ARCHITECTURES or not kind.__module__.startswith("transformers."):
         return False
@@ -29,8 +29,8 @@ def fits(model: "PreTrainedModel", device: str = "cpu") -> bool:
         return False
     linear = [module for module in model.modules() if hasattr(module, "in_features")]
     is_plain = all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in linear)
-    places = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
-    return is_plain and len(places) == 1 and next(iter(places))[0] == device
+    places = {(parameter.device, parameter.dtype) for parameter in model.parameters()}
+    return is_plain and len(places) == 1 and next(iter(places))[0].type == device
 
 
 def is_hooked(model: nn.Module) -> bool:
