@@ -217,18 +217,18 @@ class Router:
         """
         if params.rule == "fixed":
             return np.tile(self.fixed_weights(params), (len(pieces), 1))
-        embeddings, decisions = self._decisions(pieces, prompt_tokens, params)
+        embeddings, decisions = self.decisions(pieces, prompt_tokens, params)
         return self.weigh(embeddings, params)[decisions]
 
     def trace_comparison(self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams) -> Comparison | None:
         """Return what `trace` makes the weights from, each (T, N); None where they are fixed."""
         if params.rule == "fixed":
             return None
-        embeddings, decisions = self._decisions(pieces, prompt_tokens, params)
+        embeddings, decisions = self.decisions(pieces, prompt_tokens, params)
         compared = self.compare(embeddings, params)
         return Comparison(compared.cosines[decisions], compared.scores[decisions])
 
-    def _decisions(
+    def decisions(
         self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams
     ) -> tuple[Floats, NDArray[np.int64]]:
         """Return the embeddings (decisions, K, D) that decide over T tokens, and which of them each token has (T,)."""
