@@ -25,7 +25,8 @@ def decision_length(position: int, prompt_tokens: int, params: RoutingParams) ->
 
     With `prefill="prompt"` all prompt positions use the whole prompt, and after `every` generated tokens the text up
     to and including the newest decides. With `prefill="causal"` position p uses the text up to the first token of its
-    block of `every`, so that the weights of a prefix never depend on what follows.
+    block of `every`, so that the weights of a prefix never depend on what follows. With `lag` a decision takes effect
+    when the next one is due.
     """
     if params.rule == "fixed":
         return 0
@@ -33,7 +34,8 @@ def decision_length(position: int, prompt_tokens: int, params: RoutingParams) ->
         return position // params.every * params.every + 1
     if params.every is None or position < prompt_tokens:
         return prompt_tokens
-    return prompt_tokens + (position - prompt_tokens + 1) // params.every * params.every
+    decisions = (position - prompt_tokens + 1) // params.every
+    return prompt_tokens + max(decisions - params.lag, 0) * params.every
 
 
 def is_prompt_decision(length: int, prompt_tokens: int, params: RoutingParams) -> bool:
