@@ -117,7 +117,7 @@ class Plan:
                              min(SOME, self.limit), "-o", self.work / peer])  # fmt: skip
         multitask = self.work / "multitask" / "bundle"
         yield self._four("multitask", multitask, ("multitask",), SOME, needs=("train-multitask",))
-        yield self._four("weights", BUNDLE, (str(self.work / "weights.toml"),), SOME, needs=("weights",))
+        yield self._four("fixed-weights", BUNDLE, (str(self.work / "weights.toml"),), SOME, needs=("weights",))
 
     def _pool(self, pool: str) -> Iterator[Job]:
         folder, needs = self.work / "pools", ("train-pools",)

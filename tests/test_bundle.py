@@ -56,6 +56,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 # Round trips
 
 
+def test_a_bundle_of_before_there_were_groups_is_read_as_one_group_each(bundle):
+    file, before = bundle / "centroids.safetensors", read_bundle(bundle).router
+    centroids(lambda arrays: {key: arrays[key] for key in ("means", "counts", "scatter")})(bundle)
+    assert set(load_file(file)) == {"means", "counts", "scatter"}
+    np.testing.assert_allclose(read_bundle(bundle).router.weights(TEXTS), before.weights(TEXTS), atol=1e-6)
+
+
 def test_a_bundle_holds_what_was_fitted(saved, adapter_folders, embedder):
     router, read = fit(SAMPLES, embedder), read_bundle(saved)
     assert read.base_model == BASE
@@ -314,7 +321,30 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "means has shape (2, 8), expected",
     ),
     "means of no dimension": (centroids(lambda a: a | {"means": a["means"].sum()}), "means has shape (), expected"),
-    "whole-number means": (centroids(lambda a: a | {"means": a["counts"]}), "means and scatter must be floating-point"),
+    "whole-number means": (
+        centroids(lambda a: a | {"means": a["counts"]}),
+        "means, scatter, group_means must be floating-point",
+    ),
+    "groups without sizes": (
+        centroids(lambda a: {key: array for key, array in a.items() if key != "group_sizes"}),
+        "group_means, group_owners, group_sizes together or not at all",
+    ),
+    "groups of other sizes": (
+        centroids(lambda a: a | {"group_sizes": a["group_sizes"] + 1}),
+        "the groups are not those of the adapters",
+    ),
+    "groups of nobody": (
+        centroids(lambda a: a | {"group_owners": a["group_owners"] + 1}),
+        "the groups are not those of the adapters",
+    ),
+    "groups of other shape": (
+        centroids(lambda a: a | {"group_means": a["group_means"][:, :2]}),
+        "group_means has shape (3, 2), expected (groups, 8)",
+    ),
+    "groups of broken owners": (
+        centroids(lambda a: a | {"group_owners": a["group_owners"].astype(np.float32)}),
+        "group_owners and group_sizes must be whole numbers",
+    ),
     "centroids of other names": (
         centroids(names='["math", "physics", "code"]'),
         "centroids.safetensors is for math, physics, code; bundle.json names math, science, code",

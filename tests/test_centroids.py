@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treadle.centroids import SHRINKAGE, Centroids, log_softmax
+from treadle.centroids import SHRINKAGE, Centroids, group, log_softmax
 from treadle.errors import AdapterError, OptionError
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -111,6 +111,77 @@ def test_lda_is_the_log_posterior_of_gaussians_with_one_shrunk_covariance(clouds
     scores, expected = centroids.score(x, "lda"), log_posteriors(clouds, x)
     np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=1e-3)
     np.testing.assert_allclose(np.exp(scores).sum(-1), 1, atol=1e-5)
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """One group for each four samples."""
+    monkeypatch.setattr("treadle.centroids.GROUP", 4)
+
+
+@given(clouds_of, st.integers(1, 9))
+@quick
+def test_groups_part_the_samples(clouds, number):
+    cloud = next(iter(clouds.values()))
+    groups = group(cloud, number)
+    assert 1 <= len(groups.sizes) <= number
+    assert groups.sizes.sum() == len(cloud)
+    assert (groups.sizes > 0).all()
+    np.testing.assert_allclose(groups.sizes @ groups.means / len(cloud), cloud.mean(0), atol=1e-5)
+    again = group(cloud, number)
+    np.testing.assert_array_equal(groups.means, again.means)
+
+
+def test_groups_are_clusters():
+    random = np.random.default_rng(0)
+    corners = np.float32([[0, 9], [9, 0], [9, 9]])
+    cloud = np.concatenate([corner + random.normal(size=(5, 2)) for corner in corners]).astype(np.float32)
+    groups = group(random.permutation(cloud), 3)
+    assert sorted(groups.sizes) == [5, 5, 5]
+    found = groups.means[np.lexsort(groups.means.T)]
+    np.testing.assert_allclose(found, corners[np.lexsort(corners.T)], atol=1.5)
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_lda_of_groups_is_the_log_posterior_of_their_mixtures():
+    clouds = samples(5, (13, 4, 8))
+    centroids = fitted(clouds)
+    assert np.bincount(centroids.groups.owners).tolist() == [3, 1, 2]
+    x = np.random.default_rng(6).normal(size=(4, 6)).astype(np.float32)
+    parts = [group(cloud, len(cloud) // 4) for cloud in clouds.values()]
+    residuals = []
+    for cloud, each in zip(clouds.values(), parts, strict=True):
+        nearest = ((cloud[:, None] - each.means) ** 2).sum(-1).argmin(-1)
+        assert np.bincount(nearest).tolist() == each.sizes.tolist()
+        residuals.append(cloud - each.means[nearest])
+    stacked = np.concatenate(residuals).astype(np.float64)
+    pooled = stacked.T @ stacked / (len(stacked) - 6)
+    covariance = (1 - SHRINKAGE) * pooled + SHRINKAGE * np.diag(np.full(6, np.diag(pooled).mean()))
+    inverse = np.linalg.inv(covariance)
+    densities = np.stack(
+        [
+            sum(
+                size / each.sizes.sum() * np.exp(-0.5 * np.einsum("bd,de,be->b", x - mean, inverse, x - mean))
+                for mean, size in zip(each.means, each.sizes, strict=True)
+            )
+            for each in parts
+        ],
+        -1,
+    )
+    expected = np.log(densities / densities.sum(-1, keepdims=True))
+    np.testing.assert_allclose(centroids.score(x, "lda"), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_groups_come_and_go_with_their_adapter():
+    clouds = samples(7, (13, 4, 8))
+    whole, without = fitted(clouds), fitted({name: clouds[name] for name in "ac"})
+    for field in ("means", "owners", "sizes"):
+        np.testing.assert_array_equal(
+            getattr(whole.remove("b").groups, field), getattr(without.groups, field), err_msg=field
+        )
+    x = np.random.default_rng(8).normal(size=(2, 3, 6)).astype(np.float32)
+    np.testing.assert_array_equal(whole.remove("b").score(x, "lda"), without.score(x, "lda"))
 
 
 def test_lda_is_scikit_learns():

@@ -1,5 +1,8 @@
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +26,8 @@ ROUTINGS = {
     "causal": RoutingParams(every=3, prefill="causal", temperature=5.0),
     "causal window": RoutingParams(every=4, prefill="causal", window=5, temperature=5.0),
     "recent": RoutingParams(every=2, recent=4, temperature=5.0),
+    "late": RoutingParams(every=2, lag=1, temperature=5.0),
+    "late, every token": RoutingParams(every=1, lag=1, recent=4, temperature=5.0),
     "recompute": RoutingParams(every=3, past="recompute", window=8, temperature=5.0),
     "boosted": RoutingParams(score="cosine", rule="boosted", every=1),
     "top_k": RoutingParams(rule="top_k", top_k=2, every=2, unit_scale=True),
@@ -59,6 +64,32 @@ def test_cached_decoding_is_one_forward_with_weights_per_token(engine: Engine, n
         weights = trace_weights(engine, ids[:-1], done.prompt_tokens, ROUTINGS[name])[None]  # (1, T, N)
         np.testing.assert_allclose(uncached(engine, prompt, done, weights), done.logprobs, atol=1e-4)
         np.testing.assert_allclose(weights[0, done.prompt_tokens - 1 :], done.weights, atol=1e-6)
+
+
+def test_late_weights_are_those_of_the_decision_before(engine: Engine) -> None:
+    late = engine.generate(PROMPTS[0], sampling=GREEDY, routing=ROUTINGS["late"])
+    ids = [*prompt_ids(engine.tokenizer, PROMPTS[0]), *late.token_ids]
+    at_once = trace_weights(engine, ids[:-1], late.prompt_tokens, replace(ROUTINGS["late"], lag=0))
+    at_once = at_once[late.prompt_tokens - 1 :]  # (made, N)
+    np.testing.assert_allclose(late.weights[2:], at_once[:-2], atol=1e-6)
+    np.testing.assert_allclose(late.weights[:3], at_once[[0, 0, 0]], atol=1e-6)
+    assert np.abs(late.weights - at_once).max() > 1e-3
+
+
+def test_an_error_beside_the_model_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, calls = engine.router.embedder.finish, []
+
+    def once(snapshots: Any) -> Any:
+        calls.append(threading.current_thread().name)
+        if len(calls) > 1:
+            raise RuntimeError("the embedder broke")
+        return finish(snapshots)
+
+    monkeypatch.setattr(engine.router.embedder, "finish", once)
+    with pytest.raises(RuntimeError, match="the embedder broke"):
+        engine.generate(PROMPTS[0], sampling=GREEDY, routing=ROUTINGS["late"])
+    assert calls[0] == "MainThread"
+    assert calls[1].startswith("treadle-embedder")
 
 
 def test_weights_do_change_while_text_runs(engine: Engine) -> None:

@@ -185,6 +185,8 @@ def test_the_default_temperature_depends_on_the_score(score, temperature):
         ({"fixed": {"math": 1.0}}, "rule fixed and fixed weights go together"),
         ({"prefill": "causal", "every": None}, "prefill causal decides in blocks of `every` tokens"),
         ({"prefill": "causal", "past": "recompute"}, "it cannot be causal"),
+        ({"prefill": "causal", "lag": 1}, "weights that come late (lag) cannot"),
+        ({"lag": 2}, "lag must be 0 or 1, not 2"),
     ],
 )
 def test_params_refuse(options, message):
@@ -229,6 +231,9 @@ def test_fixed_weights_are_copied():
         (RoutingParams(every=3), [4, 4, 4, 4, 4, 4, 7, 7, 7, 10]),
         (RoutingParams(every=2, window=1), [4, 4, 4, 4, 4, 6, 6, 8, 8, 10]),  # a window moves the start, not the end
         (RoutingParams(every=2, past="recompute"), [4, 4, 4, 4, 4, 6, 6, 8, 8, 10]),
+        (RoutingParams(every=2, lag=1), [4, 4, 4, 4, 4, 4, 4, 6, 6, 8]),
+        (RoutingParams(every=1, lag=1), [4, 4, 4, 4, 4, 5, 6, 7, 8, 9]),
+        (RoutingParams(every=None, lag=1), [4] * 10),
         (RoutingParams(every=None), [4] * 10),
         (RoutingParams(every=1, prefill="causal"), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
         (RoutingParams(every=3, prefill="causal"), [1, 1, 1, 4, 4, 4, 7, 7, 7, 10]),
@@ -332,6 +337,7 @@ running = st.lists(
 routing = st.one_of(
     st.builds(RoutingParams, every=st.none() | every, window=st.none() | st.integers(1, 4), recent=st.none() | every),
     st.builds(RoutingParams, every=every, prefill=st.just("causal"), window=st.none() | st.integers(1, 4)),
+    st.builds(RoutingParams, every=every, lag=st.just(1), window=st.none() | st.integers(1, 4)),
     st.just(RoutingParams.paper()),
 )
 

@@ -24,6 +24,7 @@ CENTROID_FILE, RECORD_FILE = "centroid.safetensors", "treadle.json"
 ARRAYS = ("counts", "means", "scatter")
 GROUP_ARRAYS = ("group_means", "group_owners", "group_sizes")
 """Of files written since adapters have groups; without them each adapter is one."""
+FLOATS = ("means", "scatter", "group_means")
 
 
 def save_centroid(folder: Path, embeddings: Any, embedder: Embedder, name: str, training: Mapping[str, Any]) -> None:
@@ -69,11 +70,15 @@ def read_centroids(file: Path) -> Centroids:
             f"{file.name} must hold {', '.join(ARRAYS)} and, as metadata, names and embedder_id; "
             f"{', '.join(GROUP_ARRAYS)} together or not at all"
         )
-    if not all(np.issubdtype(arrays[key].dtype, np.floating) for key in ("means", "scatter")):
-        raise BundleError(f"{file.name}: means and scatter must be floating-point")
+    if not all(np.issubdtype(arrays[key].dtype, np.floating) for key in arrays.keys() & FLOATS):
+        raise BundleError(f"{file.name}: {', '.join(FLOATS)} must be floating-point")
     if arrays["means"].ndim != 2:
         raise BundleError(f"{file.name}: means has shape {arrays['means'].shape}, expected (adapters, dimensions)")
-    groups = Groups(*(arrays.pop(key) for key in GROUP_ARRAYS)) if has_groups else None
+    groups = None
+    if has_groups:
+        groups = Groups(*(arrays[key] for key in GROUP_ARRAYS))
+        if not all(np.issubdtype(each.dtype, np.integer) for each in (groups.owners, groups.sizes)):
+            raise BundleError(f"{file.name}: group_owners and group_sizes must be whole numbers")
     names, embedder_id = _read_names(metadata["names"], file), metadata["embedder_id"]
     return Centroids(names, arrays["means"], arrays["counts"], arrays["scatter"], embedder_id, groups)
 

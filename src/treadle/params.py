@@ -46,6 +46,7 @@ class RoutingParams:
     every: int | None = option(
         2, "re-weigh every so many generated tokens; none = once, from the prompt", f"{COUNT}, or none"
     )
+    lag: int = option(0, "1 = weights come one decision late: a slow embedder then runs beside the model", "0 or 1")
     window: int | None = option(None, "the embedder sees the last so many tokens; none = all", f"{COUNT}, or none")
     recent: int | None = option(
         32,
@@ -90,6 +91,7 @@ class RoutingParams:
             for name in ("top_k", "every", "window", "recent")
             if name in given and not (isinstance(given[name], int) and given[name] >= 1)
         ]
+        wrong += [name for name in ("lag",) if given[name] not in {0, 1}]
         wrong += [name for name in ("floor",) if name in given and not isfinite(given[name])]
         allowed = allowed_values(RoutingParams)
         texts = {name: f"{name} must be {allowed[name]}, not {given[name]!r}" for name in wrong}
@@ -118,6 +120,9 @@ class RoutingParams:
         if self.prefill == "causal" and self.every is None:
             text = "prefill causal decides in blocks of `every` tokens; every none decides once, from the prompt"
             clashes["every", "prefill"] = text, f"{COUNT} with prefill 'causal', which decides in blocks of so many"
+        if self.prefill == "causal" and self.lag:
+            text = "prefill causal decides while it reads the prompt; weights that come late (lag) cannot"
+            clashes["lag", "prefill"] = text, "0 with prefill 'causal'"
         if self.prefill == "causal" and self.past == "recompute":
             text = "past recompute reads the prompt again under later weights; it cannot be causal"
             clashes["past", "prefill"] = text, "'keep' with prefill 'causal'"

@@ -25,7 +25,8 @@ def decision_length(position: int, prompt_tokens: int, params: RoutingParams) ->
 
     With `prefill="prompt"` all prompt positions use the whole prompt, and after `every` generated tokens the text up
     to and including the newest decides. With `prefill="causal"` position p uses the text up to the first token of its
-    block of `every`, so that the weights of a prefix never depend on what follows.
+    block of `every`, so that the weights of a prefix never depend on what follows. With `lag` a decision takes effect
+    when the next one is due.
     """
     if params.rule == "fixed":
         return 0
@@ -33,7 +34,8 @@ def decision_length(position: int, prompt_tokens: int, params: RoutingParams) ->
         return position // params.every * params.every + 1
     if params.every is None or position < prompt_tokens:
         return prompt_tokens
-    return prompt_tokens + (position - prompt_tokens + 1) // params.every * params.every
+    decisions = (position - prompt_tokens + 1) // params.every
+    return prompt_tokens + max(decisions - params.lag, 0) * params.every
 
 
 def is_prompt_decision(length: int, prompt_tokens: int, params: RoutingParams) -> bool:
@@ -217,18 +219,18 @@ class Router:
         """
         if params.rule == "fixed":
             return np.tile(self.fixed_weights(params), (len(pieces), 1))
-        embeddings, decisions = self._decisions(pieces, prompt_tokens, params)
+        embeddings, decisions = self.decisions(pieces, prompt_tokens, params)
         return self.weigh(embeddings, params)[decisions]
 
     def trace_comparison(self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams) -> Comparison | None:
         """Return what `trace` makes the weights from, each (T, N); None where they are fixed."""
         if params.rule == "fixed":
             return None
-        embeddings, decisions = self._decisions(pieces, prompt_tokens, params)
+        embeddings, decisions = self.decisions(pieces, prompt_tokens, params)
         compared = self.compare(embeddings, params)
         return Comparison(compared.cosines[decisions], compared.scores[decisions])
 
-    def _decisions(
+    def decisions(
         self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams
     ) -> tuple[Floats, NDArray[np.int64]]:
         """Return the embeddings (decisions, K, D) that decide over T tokens, and which of them each token has (T,)."""

@@ -4,7 +4,9 @@ Routing, sampling and adapters are data of the row and never state of the model;
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -102,6 +104,8 @@ class Row:
         self._stops = StopStrings(sampling.stop)
         self._pieces = [self._text.push(token_id) for token_id in ids]
         self._running = RunningText(router.embedder, routing)
+        self._without_lag = replace(routing, lag=0)
+        self.ahead: Ahead | None = None  # what decides next, if that takes effect a decision late
 
     @property
     def prompt_pieces(self) -> list[str]:
@@ -113,10 +117,15 @@ class Row:
         """Whether the row's last token has been generated."""
         return bool(self.events) and self.events[-1].finish_reason is not None
 
-    def due_snapshot(self) -> tuple[Any, ...] | None:
-        """Return what the embedder needs, if the pass that reads the newest token needs new weights; else None."""
-        length = decision_length(len(self.ids) - 1, self.prompt_tokens, self.routing)
+    def newest_snapshot(self) -> tuple[Any, ...] | None:
+        """Return what the embedder needs for the newest decision, in force at once or late; None = it is made."""
+        length = decision_length(len(self.ids) - 1, self.prompt_tokens, self._without_lag)
         return self._running.decide(self._pieces, length, self.prompt_tokens)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the newest decision takes effect when the next one is due."""
+        return self.routing.lag > 0 and len(self.ids) > self.prompt_tokens
 
     def prompt_weights(self) -> Floats:
         """Return the weights (T, N), or (1, N) for all T alike, of the pass that reads all tokens so far."""
@@ -151,32 +160,71 @@ class Row:
         return event
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """The embeddings (sum of K, D) of texts whose decisions are not in force yet, and which of them are a row's."""
+
+    embeddings: "Future[Floats]"
+    rows: slice
+
+    def get(self) -> Floats:
+        """Return the row's own (K, D), when they are there."""
+        return self.embeddings.result()[self.rows]
+
+
 def route(rows: Sequence[Row]) -> list[Row]:
     """Give new weights to the rows that are due, and return these.
 
-    Each embedder is called once for all its rows, and rows with the same router and options are weighed together.
+    Each embedder is called once for all its rows, and rows with the same router and options are weighed together. What
+    takes effect late is embedded by a thread of its own, while the model runs.
     """
     due: dict[int, list[tuple[Row, tuple[Any, ...]]]] = {}
+    late: dict[int, list[tuple[Row, tuple[Any, ...]]]] = {}
+    seen: list[tuple[Row, Floats]] = []
     changed: list[Row] = []
     for row in rows:
-        snapshot = row.due_snapshot()
+        snapshot = row.newest_snapshot()
         if snapshot is None:
             continue
-        changed.append(row)
         if row.routing.rule == "fixed":
             row.weights = row.router.fixed_weights(row.routing)
+            changed.append(row)
+        elif row.is_late:
+            seen += [(row, row.ahead.get())] if row.ahead else []
+            late.setdefault(id(row.router.embedder), []).append((row, snapshot))
         else:
             due.setdefault(id(row.router.embedder), []).append((row, snapshot))
+    for pairs in late.values():
+        views, places = _flat(pairs)
+        embeddings = _beside().submit(pairs[0][0].router.embedder.finish, views)
+        for (row, _), place in zip(pairs, places, strict=True):
+            row.ahead = Ahead(embeddings, place)
     for pairs in due.values():
-        embedder = pairs[0][0].router.embedder
-        embeddings = iter(embedder.finish([view for _, views in pairs for view in views]))  # (sum of K, D)
-        alike: dict[tuple[int, RoutingParams], list[tuple[Row, Floats]]] = {}
-        for row, views in pairs:
-            seen = np.stack([next(embeddings) for _ in views])  # (K, D)
-            alike.setdefault((id(row.router), row.routing), []).append((row, seen))
-        for group in alike.values():
-            _weigh(group)
-    return changed
+        views, places = _flat(pairs)
+        finished = pairs[0][0].router.embedder.finish(views)  # (sum of K, D)
+        seen += [(row, finished[place]) for (row, _), place in zip(pairs, places, strict=True)]
+    alike: dict[tuple[int, RoutingParams], list[tuple[Row, Floats]]] = {}
+    for row, own in seen:
+        alike.setdefault((id(row.router), row.routing), []).append((row, own))
+    for group in alike.values():
+        _weigh(group)
+    return [*changed, *(row for row, _ in seen)]
+
+
+def _flat(pairs: Sequence[tuple[Row, tuple[Any, ...]]]) -> tuple[list[Any], list[slice]]:
+    """Return the views of all rows in one list, and where each row's are."""
+    views: list[Any] = []
+    places: list[slice] = []
+    for _, own in pairs:
+        places.append(slice(len(views), len(views) + len(own)))
+        views += own
+    return views, places
+
+
+@cache
+def _beside() -> ThreadPoolExecutor:
+    """Return the thread that embeds texts beside the model; the decisions of one row are made in their order."""
+    return ThreadPoolExecutor(1, "treadle-embedder")
 
 
 def _weigh(rows: Sequence[tuple[Row, Floats]]) -> None:

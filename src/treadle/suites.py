@@ -12,6 +12,7 @@ from torch import nn
 
 from treadle.batch import Batch
 from treadle.bundle import Bundle
+from treadle.embed import SentenceEmbedder
 from treadle.errors import OptionError, problem_list, unknown_name
 from treadle.generate import Engine
 from treadle.models import load_model, load_tokenizer, locate
@@ -109,7 +110,7 @@ def steps(lab: Lab) -> Table:
 def _calls(lab: Lab, plain: nn.Module, batch: int) -> list[Line]:
     prompts, tokens = lab.prompts(batch, lab.params.prompt), lab.params.tokens
     arms: dict[str, Unit] = {"transformers generate, base": partial(transformers_generate, plain, prompts, tokens)}
-    arms |= {name: partial(run, lab.engine, prompts, tokens, each) for name, each in routings().items()}
+    arms |= {name: partial(run, lab.engine, prompts, tokens, each) for name, each in (routings() | late(lab)).items()}
     seconds = interleave(arms, lab.params.rounds)
     each = {name: [value / tokens for value in values] for name, values in seconds.items()}
     return lines(each, lab.setting(batch), tokens=batch)
@@ -142,6 +143,12 @@ def routings() -> dict[str, RoutingParams]:
         "treadle, every 2": RoutingParams(every=2),
         "treadle, every 1": RoutingParams(every=1),
     }
+
+
+def late(lab: Lab) -> dict[str, RoutingParams]:
+    """Return arms of weights that come a decision late, for an embedder that takes long."""
+    is_slow = isinstance(lab.engine.router.embedder, SentenceEmbedder)
+    return {"treadle, every 2, lag 1": RoutingParams(every=2, lag=1)} if is_slow else {}
 
 
 def started(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, routing: RoutingParams) -> Batch:
