@@ -24,7 +24,7 @@ CORE = {
         "routing",
         "sampling",
     ),
-    *("text", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
+    *("text", "pages", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
     "centroid_files",
     "requested",
 }
