@@ -1,7 +1,5 @@
 """Rows of a cache that join and leave, against a list of each row's own keys and values."""
 
-from collections.abc import Generator
-
 import numpy as np
 import pytest
 import torch
@@ -74,10 +72,8 @@ class Model:
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Generator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def uninitialised_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "new_pages", lambda shape, like: like.new_full(shape, torch.nan))
 
 
 ACTIONS = st.one_of(

@@ -24,7 +24,7 @@ CORE = {
         "routing",
         "sampling",
     ),
-    *("text", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
+    *("text", "pages", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
     *("step_parts", "stages", "graph_step", "kernels", "kernel_code", "products", "kernels_plain"),
     "centroid_files",
     "requested",

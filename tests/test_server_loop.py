@@ -124,6 +124,26 @@ def test_a_burst_is_read_together(engine: Engine) -> None:
     assert [len(row.events) for row in job.rows] == [1] * 6  # 240 tokens at once
 
 
+def test_the_last_of_a_burst_do_not_wait_for_steps_of_the_first(engine: Engine) -> None:
+    case = Case(engine, prompt_chunk=256)
+    case.submit(*[5] * 8)
+    case.loop.advance()
+    case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
+    job, _ = case.submit(*[40] * 3)
+    case.loop.advance()
+    assert [len(row.events) for row in job.rows] == [1, 1, 1]  # 120 tokens, though fewer rows wait than run
+
+
+def test_a_burst_has_at_most_the_tokens_of_two_chunks(engine: Engine) -> None:
+    case = Case(engine, prompt_chunk=64)
+    case.submit(5)
+    case.loop.advance()
+    case.loop._step_seconds, case.loop._token_seconds = 1.0, 0.001
+    job, _ = case.submit(*[30] * 6)
+    case.loop.advance()
+    assert [len(row.events) for row in job.rows] == [1, 1, 1, 1, 0, 0]
+
+
 def test_a_long_prompt_is_not_read_like_a_burst(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(engine, prompt_chunk=256)
     case.submit(5)
@@ -136,8 +156,8 @@ def test_a_long_prompt_is_not_read_like_a_burst(engine: Engine, monkeypatch: pyt
     assert case.loop._reading[1].done == 20
 
 
-def test_short_prompts_are_read_together_as_far_as_a_chunk_goes(engine: Engine) -> None:
-    case = Case(engine, prompt_chunk=64)
+def test_short_prompts_are_read_together_as_far_as_two_chunks_go(engine: Engine) -> None:
+    case = Case(engine, prompt_chunk=32)
     job, _ = case.submit(16, 16, 16, 16, 16, 40)
     case.loop.advance()
     assert [len(row.events) for row in job.rows] == [1, 1, 1, 1, 0, 0]

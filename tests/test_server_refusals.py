@@ -201,7 +201,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (TEXTS, {"treadle": {"fixed": {"math": 1e30}}}, "treadle", ["treadle.fixed.math: got 1e+30", "at most 100"]),
     (TEXTS, {"treadle": {"window": 10**30}}, "treadle", ["treadle.window: got 1000", "at most 1000000"]),
     (TEXTS, {"treadle": {"boost": 1e300}}, "treadle", ["treadle.boost: got 1e+300", "at most 1000"]),
-    (TEXTS, {"treadle": {"combine": "linear"}}, "treadle", ["equal ranks and target modules", "combine='sum'"]),
     (TEXTS, {"treadle": {"trace": "yes"}}, "treadle", ["treadle.trace: got 'yes'", "true or false"]),
     (TEXTS, {"treadle": {"score": None}}, "treadle", ["score: got null; allowed: 'cosine', 'centred' or 'lda'"]),
     (TEXTS, {"treadle": {"unit_scale": None}}, "treadle", ["treadle.unit_scale: got null; allowed: true or false"]),
@@ -316,6 +315,12 @@ NO_CAUSE_TWICE: list[tuple[str, dict[str, Any], str]] = [
         TEXTS,
         {"treadle": {"rule": "fixed"}},
         "treadle.fixed: got null with treadle.rule; allowed: an object like {\"math\": 0.7} with rule 'fixed'",
+    ),
+    (
+        TEXTS,
+        {"treadle": {"combine": "linear"}},
+        "treadle.combine: got 'linear'; allowed: 'sum'; 'linear' with adapters of equal ranks and target modules "
+        "(science, code differ from math)",
     ),
     (
         TEXTS,

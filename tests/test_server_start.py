@@ -2,6 +2,8 @@
 
 import logging
 import socket
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from treadle.bundle import Bundle, read_bundle
 from treadle.errors import OptionError
+from treadle.generate import Engine
 from treadle.models import load_model
 from treadle.server.params import ServeParams
 from treadle.server.start import bound, check_start
@@ -78,6 +81,48 @@ def test_a_port_in_use_is_refused() -> None:
             pass
     with pytest.raises(OptionError, match="give another --port"), bound("192.0.2.1", 0):  # an address of nobody
         pass
+
+
+@contextmanager
+def another_process_listens(port: int = 0) -> Generator[int]:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def assert_says_that_the_port_is_taken(err: str, port: int) -> None:
+    line = f"cannot listen on 127.0.0.1, port {port}: Address already in use; give another --port"
+    assert [each for each in err.splitlines() if each] == [f"treadle: {line} (0 = any free) or --host"]
+
+
+def test_a_port_that_is_taken_ends_the_command_before_the_model_is_loaded(
+    run: Run, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bundle, "engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    with another_process_listens() as port:
+        code, _, err = run("serve", bundle_folder, "--port", port)
+    assert code == 1
+    assert_says_that_the_port_is_taken(err, port)
+
+
+def test_a_port_that_another_server_takes_while_the_model_is_loaded_ends_the_command(
+    run: Run, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Bundle.engine
+    with bound("127.0.0.1", 0) as (free,), ExitStack() as stack:
+        port = free.getsockname()[1]
+        free.close()
+
+        def load_and_lose(self: Bundle, **options: Any) -> Engine:
+            stack.enter_context(another_process_listens(port))
+            return load(self, **options)
+
+        monkeypatch.setattr(Bundle, "engine", load_and_lose)
+        code, _, err = run("serve", bundle_folder, "--port", port)
+    assert code == 1
+    assert_says_that_the_port_is_taken(err, port)
 
 
 def test_every_address_of_a_host_gets_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.adapters import Adapter, LoraPair
-from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
+from treadle.errors import AdapterError, OptionError, OptionProblem, problem_list, unknown_name
 from treadle.layers import BlendedLinear, Gates, Layout, Shrink
 from treadle.params import COMBINES, Combine
 
@@ -334,10 +334,10 @@ def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
     ranks = {module: pair.rank for module, pair in first.pairs.items()}
     different = [other.name for other in rest if {m: p.rank for m, p in other.pairs.items()} != ranks]
     if different:
-        raise OptionError(
-            f"combine={combine!r} needs adapters of equal ranks and target modules; {', '.join(different)} differ "
-            f"from {first.name}. Use combine='sum', which takes any."
-        )
+        differ = f"{', '.join(different)} differ from {first.name}"
+        text = f"combine={combine!r} needs adapters of equal ranks and target modules; {differ}. Use combine='sum', "
+        allowed = f"'sum'; {combine!r} with adapters of equal ranks and target modules ({differ})"
+        raise OptionError(text + "which takes any.", [OptionProblem(("combine",), text, combine, allowed)])
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

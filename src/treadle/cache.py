@@ -1,7 +1,7 @@
 """The key-value cache of a batch whose rows join and leave: one buffer a layer, rows aligned at their right end.
 
 A buffer has room for more rows and more tokens, so that a row that joins or leaves is copied and the others stay:
-moving all of them would cost running rows more than a step.
+moving all of them would cost running rows more than a step. In a CPU's memory, room that nobody writes to is free.
 """
 
 from typing import Any, cast
@@ -9,8 +9,10 @@ from typing import Any, cast
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from treadle.pages import new_pages
+
 GROWTH = 256
-"""Tokens by which a full buffer grows, or by a quarter; in a CPU's memory, where untouched room is free, it doubles."""
+"""Tokens by which a full buffer grows, or by a quarter; in a CPU's memory it doubles."""
 ROW_GROWTH = 8
 """Rows by which a full buffer grows when a row joins, and four times as many in a CPU's memory."""
 
@@ -111,7 +113,7 @@ class RowLayer(DynamicLayer):
         before, length = self._buffers, self.get_seq_length()
         spare = max(GROWTH, columns if like.device.type == "cpu" else columns // 4)
         shape = (num_rows, like.shape[1], columns + spare, like.shape[-1])
-        self._buffers = like.new_empty(shape), like.new_empty(shape)
+        self._buffers = new_pages(shape, like), new_pages(shape, like)
         if before is not None:
             for old, new in zip(before, self._buffers, strict=True):
                 new[: self._num_rows, :, left : left + length] = old[: self._num_rows, :, self._start : self._end]

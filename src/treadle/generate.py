@@ -14,7 +14,15 @@ from treadle.batch import Batch
 from treadle.blend import Blend, attach
 from treadle.centroids import Centroids, Floats
 from treadle.completion import Completion
-from treadle.errors import AdapterError, ModelError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.errors import (
+    AdapterError,
+    ModelError,
+    OptionError,
+    OptionProblem,
+    TreadleError,
+    problem_list,
+    unknown_name,
+)
 from treadle.fast_step import FastStep
 from treadle.graph_step import GraphStep
 from treadle.params import RoutingParams, SamplingParams
@@ -174,18 +182,21 @@ class Engine:
     def check_routing(self, routing: Sequence[RoutingParams], router: Router | None = None) -> None:
         """Raise a TreadleError that lists every option that these adapters, or those of `router`, do not allow."""
         router = router or self.router
-        problems: list[str] = []
+        problems: dict[str, OptionProblem] = {}  # by text: many rows may have the same
         for params in routing:
             try:
                 router.fixed_weights(params)
                 self.blend.check_combine(params.combine, router.names)
                 if params.rule != "fixed":
                     router.weigh(np.zeros((1, 1, router.embedder.dim), np.float32), params)
+            except OptionError as error:
+                problems |= {problem.text: problem for problem in error.problems}
             except TreadleError as error:
-                problems.append(str(error))
+                problems[str(error)] = OptionProblem((), str(error))
         if problems:
-            unique = list(dict.fromkeys(problems))
-            raise OptionError(unique[0] if len(unique) == 1 else problem_list("routing options:", unique))
+            texts = list(problems)
+            message = texts[0] if len(texts) == 1 else problem_list("routing options:", texts)
+            raise OptionError(message, list(problems.values()))
 
     def new_batch(self, end_ids: frozenset[int] | None = None, prefixes: PrefixCache | None = None) -> Batch:
         """Return an empty batch whose rows end at `end_ids`, by default the model's; hooks rule out the fast step.

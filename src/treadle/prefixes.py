@@ -18,6 +18,7 @@ from treadle.adapters import Adapter
 from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
+from treadle.pages import new_pages
 from treadle.rows import Row
 
 SHORTEST = 16
@@ -144,8 +145,8 @@ class PrefixCache:
 
 
 def _copies(states: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return keys and values, in turn, as pairs in one piece of memory: small pieces leave holes when they go."""
+    """Return keys and values, in turn, as pairs in one piece of memory, which goes back to the system with them."""
     sizes = [each.numel() for each in states]
-    parts = states[0].new_empty(sum(sizes)).split(sizes)
+    parts = new_pages([sum(sizes)], states[0]).split(sizes)
     copies = [part.view(each.shape).copy_(each) for part, each in zip(parts, states, strict=True)]
     return list(zip(copies[::2], copies[1::2], strict=True))

@@ -29,7 +29,9 @@ Result = TypeVar("Result")
 STEPS_A_CHUNK = 2.0
 """A chunk of a prompt may take this many step times while rows run."""
 BURST = 8
-"""Prompts that are read together may take this many times as long, times the rows that wait for each that runs."""
+"""Prompts that are read together may take this many times as long, and more where more rows wait than run."""
+GROUP = 2
+"""Prompts that are read together may have this many times the tokens of a chunk."""
 SMALLEST_CHUNK = 16
 """Tokens; a prompt gets on whatever a step costs. Passes over fewer say little about what a token costs."""
 FREE_PADDING = 1024
@@ -168,7 +170,9 @@ class Loop:
         longest = len(group[0].ids)
         while self._waiting and len(group) < free and not group[0].report.prompt:
             longest = max(longest, len(self._waiting[0].ids))
-            if longest * (len(group) + 1) > chunk or self._waiting[0].report.prompt:
+            if longest * (len(group) + 1) > chunk or longest > self._params.prompt_chunk // 2:
+                break  # a long one is read alone: its beginning may be known, and it would pad the others
+            if self._waiting[0].report.prompt:
                 break
             group.append(self._waiting.popleft())
         batch = self._batch_for(max(len(row.ids) for row in group))
@@ -188,14 +192,17 @@ class Loop:
         """Return how many tokens of prompts may be read before the next step; more where several rows wait for it.
 
         Short prompts that arrive together are read together: those that run wait once, and the others start at once.
+        Were they read by twos and threes, all of them would wait for the steps between.
         """
+        is_group = num_waiting > 1
+        most = self._params.prompt_chunk * (GROUP if is_group else 1)
         if not self._num_running:
-            return self._params.prompt_chunk
+            return most
         if not self._token_seconds:
             return min(self._params.prompt_chunk, SMALLEST_CHUNK)
-        burst = BURST * num_waiting / self._num_running if num_waiting > 1 else 1.0
-        tokens = int(STEPS_A_CHUNK * max(1.0, burst) * self._step_seconds / self._token_seconds)
-        return min(self._params.prompt_chunk, max(SMALLEST_CHUNK, tokens))
+        burst = BURST * max(1.0, num_waiting / self._num_running) if is_group else 1.0
+        tokens = int(STEPS_A_CHUNK * burst * self._step_seconds / self._token_seconds)
+        return min(most, max(SMALLEST_CHUNK, tokens))
 
     def _read_on(self, batch: Batch, reading: Reading) -> Events:
         """Read one chunk of prompts; with the last, their rows run."""

@@ -22,7 +22,9 @@ class ServeParams:
     dtype: str | None = option(None, "float32, bfloat16 or float16; none = float32 on a CPU")
     max_batch: int = option(32, "sequences that share a forward pass; more wait")
     max_queue: int = option(64, "sequences that may wait; beyond, requests get 429")
-    prompt_chunk: int = option(256, "prompt tokens read between two steps at most; fewer where streams would stall")
+    prompt_chunk: int = option(
+        256, "prompt tokens read between two steps at most, of several prompts twice; fewer where streams would stall"
+    )
     prefix_cache: int = option(256, "MiB of keys and values kept for prompts that begin alike; 0 = none")
     max_prompt_tokens: int | None = option(None, "tokens of a prompt at most; none = what the model reads")
     max_tokens: int = option(2048, "tokens that a choice may ask for at most")

@@ -16,7 +16,7 @@ from treadle.server.app import make_app
 from treadle.server.keys import Keyring
 from treadle.server.params import ServeParams
 from treadle.server.protocol import Protocol
-from treadle.server.start import bound, check_start
+from treadle.server.start import bound, check_start, listen
 from treadle.server.state import State
 
 logger = logging.getLogger("treadle.server")
@@ -107,6 +107,7 @@ def serve(folder: str, params: ServeParams) -> None:
             engine = pool.submit(bundle.engine, device=params.device, dtype=params.dtype).result()
         sys.setswitchinterval(SWITCH_SECONDS)
         server = Server(bundle, engine, params, keys)
+        listen(sockets, params)
         announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
         announce.start()
         server.run(sockets)

@@ -4,7 +4,7 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -18,6 +18,8 @@ logger = logging.getLogger("treadle.server")
 MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Of an address that this machine does not have, such as localhost's second."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
+BACKLOG = 2048
+"""Connections that the system holds until they are accepted; uvicorn's default."""
 
 
 def check_start(bundle: Bundle, params: ServeParams) -> Keyring:
@@ -50,18 +52,34 @@ def model_name(bundle: Bundle, params: ServeParams) -> str:
 
 @contextmanager
 def bound(host: str, port: int) -> Generator[list[socket.socket]]:
-    """Hold a port on every address of a host; nobody can connect before the server listens.
+    """Bind a port on every address of a host; nobody can connect before the server listens.
+
+    Until then another process that starts may bind it too: the first to `listen` has it.
 
     Raises:
-        OptionError: another process has the port, or this machine has no such address.
+        OptionError: another process listens there, or this machine has no such address.
     """
     with ExitStack() as stack:
-        try:
+        with _worded(host, port):
             sockets = [stack.enter_context(each) for each in _bind(host, port)]
-        except OSError as error:
-            what = f"cannot listen on {host}, port {port}: {error.strerror or error}"
-            raise OptionError(f"{what}; give another --port (0 = any free) or --host") from error
         yield sockets
+
+
+def listen(sockets: Sequence[socket.socket], params: ServeParams) -> None:
+    """Let clients connect to sockets that are `bound`; an OptionError where another process was faster."""
+    with _worded(params.host, params.port):
+        for each in sockets:
+            each.listen(BACKLOG)
+
+
+@contextmanager
+def _worded(host: str, port: int) -> Generator[None]:
+    """Say what to do where the system refuses a port."""
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot listen on {host}, port {port}: {error.strerror or error}"
+        raise OptionError(f"{what}; give another --port (0 = any free) or --host") from error
 
 
 def _bind(host: str, port: int) -> Generator[socket.socket]:

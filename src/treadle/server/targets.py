@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from treadle.errors import OptionError, OptionProblem, TreadleError, shown, unknown_name
+from treadle.errors import OptionError, OptionProblem, shown, unknown_name
 from treadle.generate import Engine
 from treadle.options import meanings
 from treadle.params import RoutingParams
@@ -83,8 +83,8 @@ class Targets:
         if not problems:
             try:
                 self.engine.check_routing([params], self.routers.among(adapters))
-            except TreadleError as error:
-                problems.append(Problem("treadle", f"treadle: {error}"))
+            except OptionError as error:
+                problems += [_worded(problem, options) for problem in error.problems]
         return Target(params, adapters, bool(has_trace))
 
     def _chosen(self, chosen: Any, problems: Problems, caller: Caller) -> frozenset[str] | None:

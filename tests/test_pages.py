@@ -1,0 +1,50 @@
+"""Memory of caches goes back to the system when they go."""
+
+import sys
+import warnings
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from treadle import pages
+from treadle.cache import RowCache
+from treadle.pages import new_pages
+from treadle.prefixes import PrefixCache, Text
+
+MIB = 1 << 20
+LAYERS = 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is resident is asked of Linux")
+def test_what_batches_leave_behind_is_the_prefixes_that_are_kept() -> None:
+    torch.empty(30 * MIB, dtype=torch.uint8)  # once freed, glibc takes what is smaller from its heap, and keeps it
+    process = psutil.Process()
+    prefixes = PrefixCache(8 * MIB)
+    sizes: list[int] = []
+    for number in range(40):
+        length = 40 + 17 * number % 100
+        cache = RowCache()
+        for layer in cache.rows(LAYERS):
+            layer.update(torch.ones(16, 4, length, 64), torch.ones(16, 4, length, 64))
+        prefixes.store(Text(np.arange(length) + 1000 * number, {}, (), ("sum", "")), cache, 0)
+        before = process.memory_info().rss
+        del cache, layer
+        sizes.append(process.memory_info().rss)
+        assert before - sizes[-1] > 2 * LAYERS * 16 * length * 4 * 64 * 4 * 0.9  # rows, tokens, heads, head, bytes
+    assert prefixes.num_bytes > 7 * MIB
+    assert max(sizes[20:]) - min(sizes[20:]) < 4 * MIB
+
+
+@pytest.mark.parametrize("has_pages", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_are_tensors_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, *, has_pages: bool
+) -> None:
+    monkeypatch.setattr(pages, "HAS_PAGES", has_pages and pages.HAS_PAGES)
+    with warnings.catch_warnings(action="error"):
+        made = new_pages((3, 1, 5), torch.zeros(2, dtype=dtype))
+    assert (made.shape, made.dtype, made.device.type) == ((3, 1, 5), dtype, "cpu")
+    made[:] = 2
+    assert made.sum() == 30
