@@ -217,11 +217,12 @@ def group(embeddings: Floats, number: int) -> Groups:
             break  # all samples are centres
         centres = np.concatenate([centres, x[random.choice(len(x), p=nearest / nearest.sum())][None]])
         nearest = np.minimum(nearest, ((x - centres[-1]) ** 2).sum(1))
-    for _ in range(ROUNDS if number > 1 else 1):
+    sizes = np.array([len(x)])
+    for _ in range(ROUNDS):
         owners = (x @ centres.T - 0.5 * (centres**2).sum(1)).argmax(1)  # (samples,)
-        sizes = np.bincount(owners, minlength=len(centres))
-        centres = np.stack([x[owners == place].mean(0) for place in np.flatnonzero(sizes)])
-    return Groups(centres.astype(np.float32), np.zeros(len(centres), np.int64), sizes[sizes > 0])
+        places, sizes = np.unique(owners, return_counts=True)
+        centres = np.stack([x[owners == place].mean(0) for place in places])
+    return Groups(centres.astype(np.float32), np.zeros(len(centres), np.int64), sizes)
 
 
 def check_words(name: str, embeddings: Floats) -> None:

@@ -197,10 +197,8 @@ class Router:
     def _scores_of(self, embeddings: Floats, score: Score) -> Floats:
         """Return the scores (..., N) of texts, each the weighted mean of its views (..., K, D)."""
         scores = self.centroids.score(embeddings, score)  # (..., K, N)
-        if embeddings.shape[-2] == 1:
-            scores = scores[..., 0, :]
-        else:
-            scores = (1 - RECENT_SHARE) * scores[..., 0, :] + RECENT_SHARE * scores[..., 1, :]
+        shares = [1.0] if embeddings.shape[-2] == 1 else [1 - RECENT_SHARE, RECENT_SHARE]
+        scores = np.einsum("k,...kn->...n", np.array(shares, np.float32), scores)
         return log_softmax(scores) if score == "lda" and scores.size else scores
 
     def fixed_weights(self, params: RoutingParams) -> Floats:
