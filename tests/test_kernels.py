@@ -51,7 +51,7 @@ def assert_same(one: Tensor, other: Tensor) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 19])
-@pytest.mark.parametrize("rank", [0, 3, 70])
+@pytest.mark.parametrize("rank", [0, 3, 70, 600])
 def test_add(draw: torch.Generator, rows: int, rank: int) -> None:
     given = product(draw, rows, [48], [rank], has_norm=False, has_bias=rank == 3)
     x, weight = noise(draw, rows, 48), noise(draw, 48)

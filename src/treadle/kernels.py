@@ -21,6 +21,9 @@ MAX_SPLITS = 32
 RANK_BYTES, ROW_RANK_BYTES = 128, 512
 """Of each row of B, what is read at once for several rows of x, and for one."""
 
+ROW_BLOCKS = 4
+"""Blocks of ranks at most that are written out for one row: a kernel with eight took minutes to compile."""
+
 
 class TritonKernels:
     """See `treadle.stages.Kernels`."""
@@ -48,7 +51,7 @@ class TritonKernels:
         y, update, bias, _ = product
         num_rows, size = x.shape
         [factor] = update.factors if update else [None]
-        block = _row_block(num_rows) if factor else 1
+        block = _row_block(num_rows, update) if factor else 1
         columns = 32 if factor else min(1024, triton.next_power_of_2(size))
         parts = triton.cdiv(size, columns)
         total, weighted = torch.empty_like(x), torch.empty_like(x)
@@ -73,7 +76,7 @@ class TritonKernels:
         heads, update, bias, norm = product
         num_rows = len(heads)
         queries = heads.new_empty(num_rows, shape.q, shape.size)
-        block = _row_block(num_rows) if update else 1 if num_rows <= 8 else 4
+        block = _row_block(num_rows, update) if update else 1 if num_rows <= 8 else 4
         factors = update.factors if update else (None, None, None)
         q_norm, k_norm, epsilon = head_norms or (heads, heads, 0.0)
         half = triton.next_power_of_2(shape.size // 2)
@@ -110,7 +113,7 @@ class TritonKernels:
         gate_up, update, bias, norm = product
         num_rows = len(gate_up)
         out = gate_up.new_empty(num_rows, size)
-        block, columns = (_row_block(num_rows), 64) if update else (1, 256)
+        block, columns = (_row_block(num_rows, update), 64) if update else (1, 256)
         factors = update.factors if update else (None, None)
         activate_kernel[(triton.cdiv(num_rows, block), triton.cdiv(size, columns))](
             gate_up, gate_up.stride(0), _or(bias, gate_up), *_norm(norm), out, num_rows, size,
@@ -128,9 +131,12 @@ class TritonKernels:
         return self._tickets[device]
 
 
-def _row_block(num_rows: int) -> int:
+def _row_block(num_rows: int, update: Update | None) -> int:
     """Return how many rows a program takes whose adapters' factors are read for all of them at once."""
-    return 1 if num_rows == 1 else min(64, max(16, triton.next_power_of_2(num_rows)))
+    size = update.h.element_size() if update else 1
+    if num_rows == 1 and _widest(update) * size <= ROW_BLOCKS * ROW_RANK_BYTES:
+        return 1
+    return min(64, max(16, triton.next_power_of_2(num_rows)))
 
 
 def _widest(update: Update | None) -> int:
