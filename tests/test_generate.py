@@ -369,7 +369,7 @@ def test_detach_gives_the_base_back(engine: Engine) -> None:
         (lambda e: e.generate([]), "give a text, a list of texts, or chat messages"),
         (lambda e: e.generate(7), "give a text, a list of texts, or chat messages"),
         (lambda e: e.generate("a", routing=RoutingParams.one("physics")), "unknown adapter 'physics'"),
-        (lambda e: e.generate("a", routing=RoutingParams(combine="linear")), "equal ranks and target modules"),
+        (lambda e: e.generate("a", routing=RoutingParams(combine="linear")), "combine=.sum., which takes any."),
         (lambda e: e.generate(["a", "b"], sampling=[GREEDY]), "a list of 2, one a prompt"),
         (lambda e: e.stream("a", routing=RoutingParams.one("physics")), "unknown adapter 'physics'"),
         (lambda e: e.score(["a"], ["b", "c"]), "1 prompts but 2 completions"),

@@ -335,9 +335,10 @@ def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
     different = [other.name for other in rest if {m: p.rank for m, p in other.pairs.items()} != ranks]
     if different:
         differ = f"{', '.join(different)} differ from {first.name}"
-        text = f"combine={combine!r} needs adapters of equal ranks and target modules; {differ}. Use combine='sum', "
-        allowed = f"'sum'; {combine!r} with adapters of equal ranks and target modules ({differ})"
-        raise OptionError(text + "which takes any.", [OptionProblem(("combine",), text, combine, allowed)])
+        needed = "adapters of equal ranks and target modules"
+        text = f"combine={combine!r} needs {needed}; {differ}. Use combine='sum', which takes any."
+        problem = OptionProblem(("combine",), text, combine, f"'sum'; {combine!r} with {needed} ({differ})")
+        raise OptionError(text, [problem])
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
