@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,9 +27,11 @@ import psutil
 import torch
 
 import treadle
+from treadle import suites
 from treadle.generate import Engine
 from treadle.models import quiet_libraries
 from treadle.params import SamplingParams
+from treadle.text import prompt_ids
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 PROMPT = "Question: A farmer has {} fields with 12 rows of corn each. How many rows are there?\n\nAnswer:"
@@ -124,6 +126,7 @@ def throughput(engine: Engine, url: str, options: argparse.Namespace) -> None:
     asyncio.run(streams(url, [COUNTING.format("many")], 8))
     engine.generate(COUNTING.format("many"), sampling=SamplingParams(max_tokens=8))
     rows: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
+    between: dict[tuple[str, int], list[float]] = {}  # two tokens of a sequence, seconds
     for number in range(options.rounds):
         for count in (options.streams, 1):
             prompts = [COUNTING.format(1 + index + 1000 * number + 100 * (count == 1)) for index in range(count)]
@@ -135,6 +138,8 @@ def throughput(engine: Engine, url: str, options: argparse.Namespace) -> None:
             started = time.perf_counter()
             answers = asyncio.run(streams(url, prompts, options.tokens))
             note(rows, ("server", count), time.perf_counter() - started, [each.tokens for each in answers])
+            between.setdefault(("server", count), []).extend(each for one in answers for each in one.gaps())
+            between.setdefault(("Engine.generate", count), []).extend(steps_of(engine, prompts, options.tokens))
     print("| sequences | arm | tokens | tokens/s | ms a token of a sequence | against the engine |")
     print("|---|---|---|---|---|---|")
     for count in (options.streams, 1):
@@ -144,6 +149,23 @@ def throughput(engine: Engine, url: str, options: argparse.Namespace) -> None:
             added = f"{rate / base_rate:.3f}, {1000 * (step - base_step):+.2f} ms a token"
             print(f"| {count} | {arm} | {made} | {rate:.1f} | {1000 * step:.2f} | {added} |")
     print()
+    for count in (options.streams, 1):
+        own, served = (1000 * median(between[arm, count]) for arm in ("Engine.generate", "server"))
+        print(f"{count} sequences, median time between two tokens: engine {own:.2f} ms, server {served:.2f} ms, "
+              f"{served - own:+.2f} ms")  # fmt: skip
+    print()
+
+
+def steps_of(engine: Engine, prompts: Sequence[str], tokens: int) -> list[float]:
+    """Return the seconds of each step of one batch of prompts, once they are read."""
+    ids = [prompt_ids(engine.tokenizer, prompt) for prompt in prompts]
+    batch = suites.started(engine, ids, tokens, engine.router.params)
+    seconds: list[float] = []
+    while batch.rows:
+        before = time.perf_counter()
+        batch.step()
+        seconds.append(time.perf_counter() - before)
+    return seconds
 
 
 def note(rows: dict, key: tuple[str, int], seconds: float, tokens: list[int]) -> None:
