@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -298,3 +300,23 @@ def test_a_sentence_embedder_that_is_a_pickle_is_refused(sentences, sentence_fol
     torch.save(sentences.model[0].auto_model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"cannot be loaded: .*no file named model\.safetensors"):
         load_embedder(tmp_path / "pickled")
+
+
+def test_threads_take_turns_with_the_sentence_model(sentences, monkeypatch):
+    """A decision that comes late is embedded beside the model, while another row's prompt is decided."""
+    encode, inside, most = sentences.model.encode, [], []
+
+    def slow(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        found = encode(*args, **kwargs)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(sentences.model, "encode", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(sentences.encode, [["add three"]] * 8))
+    assert max(most) == 1
+    for each in found[1:]:
+        np.testing.assert_array_equal(each, found[0])

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -218,13 +219,15 @@ class SentenceEmbedder:
         self.id = f"sentence:{_fingerprint(self.model.state_dict())}"
         self.dim: int = int(self.model.get_embedding_dimension() or 0)
         self._said = False
+        self._turn = threading.Lock()  # threads share the tokenizer, whose truncation each call sets
 
     def encode(self, texts: Sequence[str]) -> Floats:
-        """Return the vectors (B, D) of whole texts, of long ones of their last pieces."""
+        """Return the vectors (B, D) of whole texts, of long ones of their last pieces; any thread may call it."""
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        cut = [self._last_pieces(text) for text in texts]
-        return self.model.encode(cut, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
+        with self._turn:
+            cut = [self._last_pieces(text) for text in texts]
+            return self.model.encode(cut, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
 
     def track(self, window: int | None) -> "TextTrack":
         """Return an empty running text."""
