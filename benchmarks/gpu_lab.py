@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from treadle.adapters import Adapter, LoraPair
-from treadle.blend import linear_shapes
 from treadle.centroids import Centroids
+from treadle.compatible import linear_shapes
 from treadle.generate import Engine
 from treadle.graph_step import GraphStep
 from treadle.kernels_plain import PlainKernels

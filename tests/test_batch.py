@@ -157,6 +157,16 @@ def test_the_same_prompt_is_read_once_whatever_its_routing(engine: Engine) -> No
         assert second.reused == len(PROMPTS[2]) - 1, name
 
 
+def test_an_answer_is_kept_where_a_prompt_can_begin_with_it(engine: Engine) -> None:
+    """A prompt that is weighed whole is read under one weight; an answer whose weights changed begins none."""
+    for name, routing in ROUTINGS.items():
+        prefixes = PrefixCache(1 << 24)
+        row = run(engine, PROMPTS[2], routing, prefixes)
+        (entry,) = prefixes._entries
+        is_kept = name not in ("routed", "recompute")
+        assert len(entry.text.ids) == (len(row.ids) - 1 if is_kept else row.prompt_tokens), name
+
+
 def test_nothing_is_shared_between_adapters_weights_combines_or_owners(engine: Engine) -> None:
     prefixes = PrefixCache(1 << 24)
     run(engine, PROMPTS[2], RoutingParams.one("math"), prefixes, owner="a")

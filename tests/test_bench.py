@@ -9,8 +9,8 @@ import pytest
 
 from treadle import suites
 from treadle.adapters import read_adapter
-from treadle.blend import linear_shapes
 from treadle.bundle import read_bundle
+from treadle.compatible import linear_shapes
 from treadle.errors import OptionError, TreadleError
 from treadle.generate import Engine
 from treadle.params import BenchParams, RoutingParams

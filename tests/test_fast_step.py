@@ -1,6 +1,8 @@
 """The fast step computes what the model's own forward computes, for every architecture that it says it knows."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,9 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from treadle.adapters import read_adapter
+from treadle.adapters import LoraPair, read_adapter
 from treadle.blend import Blend, attach
 from treadle.cache import RowCache
 from treadle.fast_step import FastStep
@@ -21,6 +22,7 @@ from treadle.params import Combine, RoutingParams, SamplingParams
 from treadle.pools import random_adapters
 from treadle.routing import Router
 from treadle.step_parts import ARCHITECTURES, fits
+from treadle.timing import Counter
 
 from conftest import SAMPLES, TINY, save_adapter
 
@@ -113,6 +115,21 @@ def test_bfloat16_is_as_close_to_float32_as_forward_is(num_rows: int) -> None:
     assert (fast - wanted).abs().mean() < 1.5 * (plain - wanted).abs().mean()
 
 
+def test_layers_of_one_size_do_not_overwrite_what_they_read(router: Router, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build("LlamaForCausalLM", intermediate_size=16)  # gate and up together are as many as down
+    adapters = random_adapters(model, "base", len(router.names), rank=2, targets=["down_proj", "gate_proj"])
+    adapters = [replace(adapter, name=name) for adapter, name in zip(adapters, router.names, strict=True)]
+    sampling = SamplingParams(max_tokens=8)
+    assert_same(
+        *(
+            Engine(copy.deepcopy(model), tokenizer, adapters, router, is_fast=is_fast).generate(
+                PROMPTS, sampling=sampling
+            )
+            for is_fast in (True, False)
+        )
+    )
+
+
 def test_adapters_that_come_and_go(make_engine: Callable[..., Engine], folders: dict[str, Path]) -> None:
     engines = [make_engine(build("LlamaForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
     sampling = SamplingParams(max_tokens=8)
@@ -167,16 +184,20 @@ def test_other_linear_layers_are_left_to_forward() -> None:
     assert not fits(mixed)
 
 
-def test_weights_keep_their_values_and_are_held_once(make_engine: Callable[..., Engine]) -> None:
+def test_weights_keep_their_values_and_all_are_held_once(make_engine: Callable[..., Engine]) -> None:
     def held(model: nn.Module) -> int:
-        return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+        tensors = [*model.parameters(), *model.buffers()]
+        return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
     model = build("LlamaForCausalLM")
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
     size = held(model)
     for _ in range(2):
         engine = make_engine(model, is_fast=True)
-        assert held(model) == size
+        factors = engine.blend.factors()
+        assert held(model) == size + sum(each.nbytes for each in factors)
+        held_once = {each.untyped_storage().data_ptr() for each in factors}
+        assert {pair.a.untyped_storage().data_ptr() for pair in pairs_of(engine.blend)} <= held_once
         q, k, _ = (getattr(model.model.layers[0].self_attn, f"{name}_proj") for name in "qkv")
         assert q.base.weight.untyped_storage().data_ptr() == k.base.weight.untyped_storage().data_ptr()
         engine.detach()
@@ -185,17 +206,8 @@ def test_weights_keep_their_values_and_are_held_once(make_engine: Callable[..., 
         assert torch.equal(parameter, before[name][1])
 
 
-class Counter(TorchDispatchMode):
-    """Counts the operations inside it, and which of them are matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        self.products += func.__name__.split(".")[0] in {"linear", "mm", "mv", "addmv_", "addmm", "addmm_", "bmm"}
-        return func(*args, **(kwargs or {}))
+def pairs_of(blend: Blend) -> list[LoraPair]:
+    return [pair for adapter in blend.adapters for pair in adapter.pairs.values()]
 
 
 def counted(model: PreTrainedModel, blend: Blend, num_rows: int, weights: list[float] | None) -> Counter:
@@ -204,10 +216,14 @@ def counted(model: PreTrainedModel, blend: Blend, num_rows: int, weights: list[f
     ids = torch.zeros(num_rows, 4, dtype=torch.long)
     with torch.inference_mode():
         model(input_ids=ids, past_key_values=cache, use_cache=True)
-    with blend.using(weights):
-        pass  # the matrices that take weights to gates are made once
-    with Counter() as counter, blend.using(weights):
-        step(ids[:, :1], torch.full((num_rows, 1), cache.length), None, cache)
+
+    def one() -> None:
+        with blend.using(weights):
+            step(ids[:, :1], torch.full((num_rows, 1), cache.length), None, cache)
+
+    one()  # buffers, views and the matrices that take weights to gates are made once
+    with Counter() as counter:
+        one()
     return counter
 
 
@@ -219,7 +235,18 @@ def test_a_step_makes_no_more_products_than_it_must(folders: dict[str, Path], nu
     gates = 1  # the three adapters have one layout
     bare, blended = (counted(model, blend, num_rows, weights).products for weights in (None, [0.2, 0.3, 0.5]))
     assert bare == 1 + 4 * layers  # the head; q k v, o, gate up, down
-    assert blended == gates + 1 + (4 + 4 + 7) * layers  # one A for each of these, one B for each layer
+    shrinks = 0 if blend.has_few else 4  # A lies below the weights, or is a product of its own
+    assert blended == gates + 1 + (4 + shrinks + 7) * layers  # one B for each layer
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_adapters_add_their_products_and_the_gates_and_nothing_else(folders: dict[str, Path], num_rows: int) -> None:
+    model = build("LlamaForCausalLM")
+    blend = attach(model, [read_adapter(folder, name) for name, folder in folders.items()])
+    bare, blended = (counted(model, blend, num_rows, weights).operations for weights in (None, [0.2, 0.3, 0.5]))
+    shrinks, views = (0, 0) if blend.has_few else (4, 0)
+    each_step = 40  # the weights: checked, and made into gates
+    assert blended - bare <= each_step + len(model.model.layers) * (shrinks + views + 4 + 7)
 
 
 @pytest.mark.parametrize("combine", ["sum", "linear", "paper"])

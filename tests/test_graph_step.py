@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_fast_step import ALL_LINEAR, PROMPTS, ROUTINGS, assert_same, build
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -27,6 +26,7 @@ from treadle.stages import Kernels
 from treadle.step_parts import ARCHITECTURES
 
 from conftest import SAMPLES, TARGETS, save_adapter
+from test_fast_step import ALL_LINEAR, PROMPTS, ROUTINGS, assert_same, build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUMS = [each for each in ROUTINGS if each.combine == "sum"]

@@ -18,6 +18,8 @@ CORE = {
         "adapters",
         "layers",
         "blend",
+        "compatible",
+        "chunk_step",
         "fast_step",
         "centroids",
         "embed",
@@ -25,7 +27,7 @@ CORE = {
         "sampling",
     ),
     *("text", "pages", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
-    *("step_parts", "stages", "graph_step", "kernels", "kernel_code", "products", "kernels_plain"),
+    *("step_parts", "step_products", "stages", "graph_step", "kernels", "kernel_code", "products", "kernels_plain"),
     "centroid_files",
     "requested",
 }

@@ -19,6 +19,7 @@ from treadle.routing import (
     decision_length,
     finish_views,
     fit,
+    next_decision,
     softmax,
     top_k,
 )
@@ -390,3 +391,25 @@ def test_no_adapters_no_weights(routed):
     bare = replace(routed, centroids=routed.centroids.empty(routed.embedder.id, routed.embedder.dim))
     for score in ("cosine", "centred", "lda"):
         assert bare.weights(["any", "text"], RoutingParams(score=score)).shape == (2, 0)
+
+
+@given(
+    every=st.sampled_from([None, 1, 2, 3, 7]),
+    lag=st.sampled_from([0, 1]),
+    prefill=st.sampled_from(["prompt", "causal"]),
+    prompt_tokens=st.integers(1, 12),
+)
+@quick
+def test_between_two_decisions_the_length_stays(every, lag, prefill, prompt_tokens):
+    if prefill == "causal" and (every is None or lag):
+        return
+    params = RoutingParams(every=every, lag=lag, prefill=prefill)
+    lengths = [decision_length(position, prompt_tokens, params) for position in range(40)]
+    position = 0
+    while position < 40:
+        after = next_decision(position, prompt_tokens, params)
+        assert after > position
+        assert len(set(lengths[position:after])) == 1
+        if lag == 0 and after < 40:
+            assert lengths[after] != lengths[position]
+        position = after

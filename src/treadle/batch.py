@@ -16,6 +16,7 @@ from torch import Tensor
 from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
+from treadle.chunk_step import MOST_TOKENS, read_chunk
 from treadle.fast_step import FastStep
 from treadle.graph_step import GraphStep
 from treadle.params import Combine
@@ -210,6 +211,7 @@ class Batch:
         stacked = self._stacked(rows, weights, new)
         combines: list[Combine] = [row.routing.combine for row in rows]
         step = self._fast_step if start and new == 1 else None
+        is_chunk = start and 1 < new <= MOST_TOKENS and len(rows) == num_logits == 1
         if isinstance(step, GraphStep) and step.knows(stacked, combines):
             return step(ids[:, 0], pads, stacked, cache)[:, None]
         left = torch.tensor(pads)[:, None]  # (B, 1)
@@ -219,6 +221,8 @@ class Batch:
         with self._blend.using(stacked, combines, among):
             if isinstance(step, FastStep):
                 return step(ids, positions, mask, cache)[:, None]
+            if isinstance(self._fast_step, FastStep) and is_chunk:
+                return read_chunk(self._model, ids, cache)[:, None]
             output = self._model(
                 input_ids=ids.to(device),
                 attention_mask=mask,
@@ -259,7 +263,7 @@ class Batch:
 
     def _remember(self, row: Row, cache: RowCache, index: int) -> None:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""
-        if self._prefixes and (row.routing.past == "keep" or not row.events):
+        if self._prefixes and (not row.events or row.is_like_prompt):
             self._prefixes.store(self._text(row), cache, index)
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from treadle.adapters import Adapter, LoraPair
-from treadle.errors import AdapterError, OptionError, OptionProblem, problem_list, unknown_name
+from treadle.compatible import check_adapters, check_combine
+from treadle.errors import AdapterError, OptionError, unknown_name
 from treadle.layers import BlendedLinear, Gates, Layout, Shrink
-from treadle.params import COMBINES, Combine
+from treadle.params import Combine
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of the linear layers of a block that read one input; a layer given another input computes its own product."""
@@ -103,6 +104,16 @@ class Blend:
         """The gates in force, by layout; none = the base model alone."""
         return self._gates
 
+    @property
+    def has_few(self) -> bool:
+        """Whether the adapters are so few that all are laid out, used or not."""
+        return sum(self._ranks) <= FEW_ROWS
+
+    @property
+    def arrangement(self) -> object:
+        """Another object whenever factors have been laid out anew, for whoever keeps views of them."""
+        return self._acting_layouts
+
     def factors(self) -> list[Tensor]:
         """Return the stacked factors that a pass reads, each once."""
         return [*(shrink.a for shrink, _ in self._shrinks), *(layer.b for layer in self._layers.values())]
@@ -121,8 +132,10 @@ class Blend:
         if w.dim() not in (1, 2, 3) or w.shape[-1] != len(self.adapters):
             expected = f"(N,), (B, N) or (B, T, N) with N = {len(self.adapters)}: {', '.join(self.names)}"
             raise OptionError(f"weights have shape {tuple(w.shape)}; expected {expected}.")
-        if w.device.type == "cpu" and not (torch.isfinite(w).all() and (w >= 0).all()):  # on a GPU it would synchronise
-            raise OptionError("weights must be finite and not negative.")
+        if w.device.type == "cpu" and w.numel():  # on a GPU it would synchronise
+            lowest, highest = w.aminmax()  # a NaN is both
+            if not 0 <= lowest.item() <= highest.item() < float("inf"):
+                raise OptionError("weights must be finite and not negative.")
         return w.view(1, 1, -1) if w.dim() == 1 else w[:, None] if w.dim() == 2 else w
 
     def _check_combines(self, combines: Sequence[Combine], among: Among) -> None:
@@ -145,7 +158,7 @@ class Blend:
         Where all of them are few rows, that is cheaper than to choose; and those that are laid out stay while they
         are not many more than what is needed, because neighbouring steps need almost the same.
         """
-        if w.device.type != "cpu" or sum(self._ranks) <= FEW_ROWS:
+        if w.device.type != "cpu" or self.has_few:
             return None
         if next(self.model.parameters()).device.type != "cpu":  # it would have to wait, and a captured step has all
             return None
@@ -190,9 +203,9 @@ class Blend:
 
         num_blocks = len(self._acting_layouts[slot].parts)
         scaled = w @ self._spread(slot, 1.0) if kinds & {"sum", "paper"} else None  # (B|1, T|1, R)
+        if scaled is not None and kinds == {"sum"}:
+            return Gates(scaled.to(dtype), None, None, num_blocks)
         direct = (scaled * rows("sum")).to(dtype) if scaled is not None and "sum" in kinds else None
-        if kinds == {"sum"}:
-            return Gates(direct, None, None, num_blocks)
         inner: Tensor | float = 0.0
         outer: Tensor | float = 0.0
         if "linear" in kinds:
@@ -300,63 +313,6 @@ def attach(model: nn.Module, adapters: Sequence[Adapter], combine: Combine = "su
         OptionError: the adapters cannot be combined by `combine`.
     """
     return Blend(model, adapters, combine)
-
-
-def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
-    """Raise an AdapterError that lists every way in which the adapters do not fit the model or each other."""
-    check_fit(linear_shapes(model), adapters)
-
-
-def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]) -> None:
-    """Raise an AdapterError as `check_adapters` does, for a model whose linear layers have these (in, out)."""
-    names = [adapter.name for adapter in adapters]
-    problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-    for adapter in adapters:
-        for path, pair in adapter.pairs.items():
-            wanted = (pair.a.shape[1], pair.b.shape[0])
-            if path not in shapes:
-                problems.append(f"{adapter.name}: the model has no linear layer {path}")
-            elif shapes[path] != wanted:
-                problems.append(f"{adapter.name}: {path} is {shapes[path]} (in, out), its factors are {wanted}")
-        missing = [path for path in shapes if path not in adapter.pairs and adapter.declares(path)]
-        problems += [f"{adapter.name}: its config targets {path}, but it has no factors for it" for path in missing]
-    if problems:
-        raise AdapterError(problem_list("the adapters do not fit the model:", problems))
-
-
-def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
-    """Raise an OptionError if `adapters` cannot be combined in this way, naming those that differ."""
-    if combine not in COMBINES:
-        raise OptionError(unknown_name("combine", combine, COMBINES))
-    if combine == "sum" or len(adapters) < 2:
-        return
-    first, *rest = adapters
-    ranks = {module: pair.rank for module, pair in first.pairs.items()}
-    different = [other.name for other in rest if {m: p.rank for m, p in other.pairs.items()} != ranks]
-    if different:
-        differ = f"{', '.join(different)} differ from {first.name}"
-        needed = "adapters of equal ranks and target modules"
-        text = f"combine={combine!r} needs {needed}; {differ}. Use combine='sum', which takes any."
-        problem = OptionProblem(("combine",), text, combine, f"'sum'; {combine!r} with {needed} ({differ})")
-        raise OptionError(text, [problem])
-
-
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the path of each linear layer of the base and its (in, out); a blended one is one layer, not two."""
-    shapes = {path: shape for path, module in model.named_modules() if (shape := linear_shape(module))}
-    for path in [path for path, module in model.named_modules() if isinstance(module, BlendedLinear)]:
-        del shapes[f"{path}.base"]
-    return shapes
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a linear layer (Linear, its quantised kinds, GPT-2's Conv1D), None for other modules."""
-    if isinstance(module, BlendedLinear):
-        return linear_shape(module.base)
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        if all(isinstance(getattr(module, name, None), int) for name in names):
-            return getattr(module, names[0]), getattr(module, names[1])
-    return None
 
 
 def _same_input(layers: Mapping[str, BlendedLinear]) -> list[list[str]]:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from treadle import __version__
 from treadle.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
-from treadle.blend import check_combine
 from treadle.centroid_files import read_centroids, write_centroids
 from treadle.centroids import Centroids
+from treadle.compatible import check_combine
 from treadle.embed import load_embedder
 from treadle.errors import BundleError, collect, problem_list, unknown_name
 from treadle.options import read_options

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +119,10 @@ class StaticEmbedder:
         """Return sums of word vectors, normalised: (B, D)."""
         if not len(snapshots):
             return np.zeros((0, self.dim), np.float32)
-        sums = np.concatenate(snapshots).reshape(-1, self.dim)
+        return self.unit(np.concatenate(snapshots).reshape(-1, self.dim))
+
+    def unit(self, sums: NDArray[np.float64]) -> Floats:
+        """Return sums of word vectors (B, D), normalised."""
         norms = np.sqrt(np.einsum("bd,bd->b", sums, sums))[:, None]  # a quarter of the time of np.linalg.norm
         return (sums / np.maximum(norms, 1e-12)).astype(np.float32)
 
@@ -153,6 +156,22 @@ class StaticEmbedder:
         return vectors.sum(0, dtype=np.float32).astype(np.float64)
 
 
+class TrackState(NamedTuple):
+    """What a `StaticTrack` knows; the arrays are never written to.
+
+    Attributes:
+        closed: (D,) of all words that are complete.
+        open: the last word, which the next token may continue.
+        sum: (D,) with the open word.
+        before: the sums before each of the last `window` tokens, oldest first.
+    """
+
+    closed: NDArray[np.float64]
+    open: str
+    sum: NDArray[np.float64]
+    before: tuple[NDArray[np.float64], ...]
+
+
 class StaticTrack:
     """The running sum of a text's word vectors; its last word stays open, because the next token may continue it."""
 
@@ -182,6 +201,10 @@ class StaticTrack:
     def whole(self) -> NDArray[np.float64]:
         """Return the sum (D,) over the text."""
         return self._sum
+
+    def state(self) -> TrackState:
+        """Return what another can go on from."""
+        return TrackState(self._closed, self._open, self._sum, tuple(self._before or ()))
 
     def _append(self, piece: str) -> None:
         text = self._open + piece

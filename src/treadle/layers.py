@@ -168,15 +168,19 @@ class BlendedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) + the gated update: (B, T, in) -> (B, T, out)."""
         y = self.base(x, *args, **kwargs)
-        gates = self.gates.get(self.slot)
-        if gates is None:
+        h = self.gated(x)
+        if h is None:
             return y
-        h = gates.apply(self.shrink.product(x, self.index))  # (B, T, R)
         if y.dtype != self.dtype or not y.is_contiguous():
             return y.add_(functional.linear(h, self.b))
         # in place: y is ours, fresh from the base
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b.t())
         return y
+
+    def gated(self, x: Tensor) -> Tensor | None:
+        """Return the gated A x (B, T, R) of x (B, T, in), which B takes to the update; None where no adapter acts."""
+        gates = self.gates.get(self.slot)
+        return None if gates is None else gates.apply(self.shrink.product(x, self.index))
 
     @property
     def weight(self) -> Tensor:

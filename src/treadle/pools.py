@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from treadle.adapters import Adapter, LoraPair
-from treadle.blend import linear_shapes
 from treadle.centroids import Centroids
+from treadle.compatible import linear_shapes
 from treadle.embed import Embedder
 from treadle.errors import OptionError
 from treadle.routing import Router

@@ -4,6 +4,7 @@ Everything here is closed form on small numpy arrays: no gradient, no torch, no 
 the centroids, the params and the text, which is what lets a cached prefix, a resumed row and another process agree.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.centroids import Centroids, Floats, log_softmax
-from treadle.embed import Embedder, load_embedder
+from treadle.embed import Embedder, Track, load_embedder
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
 from treadle.params import DEFAULT_TEMPERATURE, RoutingParams, Score
 
 RECENT_SHARE = 0.75
 """Of the score of running text, what its recent tokens give; chosen on mixed streams of validation rows."""
+SHARES = {1: np.ones(1, np.float32), 2: np.array([1 - RECENT_SHARE, RECENT_SHARE], np.float32)}
+"""Of the score, what each view of a text gives, by their number K."""
 
 
 def decision_length(position: int, prompt_tokens: int, params: RoutingParams) -> int:
@@ -36,6 +39,16 @@ def decision_length(position: int, prompt_tokens: int, params: RoutingParams) ->
         return prompt_tokens
     decisions = (position - prompt_tokens + 1) // params.every
     return prompt_tokens + max(decisions - params.lag, 0) * params.every
+
+
+def next_decision(position: int, prompt_tokens: int, params: RoutingParams) -> int:
+    """Return the first position after `position` whose `decision_length` may differ; a huge number = there is none."""
+    if params.every is None or params.rule == "fixed":
+        return sys.maxsize
+    if params.prefill == "causal":
+        return (position // params.every + 1) * params.every
+    decisions = max(position - prompt_tokens + 1, 0) // params.every
+    return prompt_tokens - 1 + (decisions + 1) * params.every
 
 
 def is_prompt_decision(length: int, prompt_tokens: int, params: RoutingParams) -> bool:
@@ -105,6 +118,19 @@ class RunningText:
         self._tracks = [embedder.track(recent if self._has_whole else params.window)]
         if recent is not None and params.window is not None and recent < params.window:
             self._tracks.append(embedder.track(recent))
+
+    @property
+    def longest(self) -> Track:
+        """The track from which all views could be taken."""
+        return self._tracks[0]
+
+    @property
+    def spans(self) -> tuple[int | None, ...]:
+        """How many of the last tokens each of the K views of running text looks at; None = all."""
+        window, recent = self._params.window, self._params.recent
+        if window is None:
+            return (None,) if recent is None else (None, recent)
+        return (window,) if recent is None or recent >= window else (window, recent)
 
     def decide(self, pieces: Sequence[str], length: int, prompt_tokens: int) -> tuple[Any, ...] | None:
         """Read on to the first `length` tokens and return what `finish_views` needs, one entry for each of K views.
@@ -188,18 +214,21 @@ class Router:
             embeddings: (..., K, D) of the K views of each text (`RunningText`), the recent tokens last.
             params: score and rule.
         """
-        return apply_rule(self._scores_of(embeddings, params.score), params)
+        # no rule but `floor` asks how large scores are: what all adapters have in common may stay away
+        scores = self._scores_of(embeddings, params.score, is_relative=params.floor is None)
+        return apply_rule(scores, params)
 
     def compare(self, embeddings: Floats, params: RoutingParams) -> Comparison:
         """Return what `weigh` makes weights from, each (..., N), of embeddings (..., K, D)."""
         return Comparison(self._scores_of(embeddings, "cosine"), self._scores_of(embeddings, params.score))
 
-    def _scores_of(self, embeddings: Floats, score: Score) -> Floats:
+    def _scores_of(self, embeddings: Floats, score: Score, *, is_relative: bool = False) -> Floats:
         """Return the scores (..., N) of texts, each the weighted mean of its views (..., K, D)."""
-        scores = self.centroids.score(embeddings, score)  # (..., K, N)
-        shares = [1.0] if embeddings.shape[-2] == 1 else [1 - RECENT_SHARE, RECENT_SHARE]
-        scores = np.einsum("k,...kn->...n", np.array(shares, np.float32), scores)
-        return log_softmax(scores) if score == "lda" and scores.size else scores
+        shares = SHARES[embeddings.shape[-2]]
+        if score != "lda" or not self.names:
+            return shares @ self.centroids.score(embeddings, score)  # of (..., K, N)
+        evidence = shares @ self.centroids.evidence(embeddings)
+        return evidence if is_relative else log_softmax(evidence)
 
     def fixed_weights(self, params: RoutingParams) -> Floats:
         """Return the weights (N,) of params whose rule is `fixed`; a name that does not exist is an AdapterError."""

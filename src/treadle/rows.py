@@ -117,6 +117,14 @@ class Row:
         """Whether the row's last token has been generated."""
         return bool(self.events) and self.events[-1].finish_reason is not None
 
+    @property
+    def is_like_prompt(self) -> bool:
+        """Whether all tokens were read as a later prompt could read them; a prompt that is weighed whole is alike."""
+        if self.routing.past == "recompute":
+            return False
+        same = self.read_under[0]
+        return self.routing.prefill == "causal" or all((event.weights == same).all() for event in self.events)
+
     def newest_snapshot(self) -> tuple[Any, ...] | None:
         """Return what the embedder needs for the newest decision, in force at once or late; None = it is made."""
         length = decision_length(len(self.ids) - 1, self.prompt_tokens, self._without_lag)

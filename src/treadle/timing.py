@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median, quantiles
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Unit = Callable[[], object]
 """One unit of an arm's work: a step, a call, a decision."""
+PRODUCTS = frozenset({"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear", "bmm"})
+"""What PyTorch calls its matrix products."""
 COPY_BYTES = 1 << 28
 """Of the copy that measures bandwidth: far more than any cache holds."""
 
@@ -57,6 +60,19 @@ class Table:
     suite: str
     title: str
     lines: tuple[Line, ...]
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that PyTorch dispatches inside it, and which of them are matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        self.products += func.__name__.split(".")[0] in PRODUCTS
+        return func(*args, **(kwargs or {}))
 
 
 def interleave(arms: Mapping[str, Unit], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
