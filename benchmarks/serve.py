@@ -3,7 +3,9 @@
     python benchmarks/serve.py [--bundle demo/bundle] [--parts throughput gap memory]
 
 throughput: tokens per second of 32 concurrent streams, and of `Engine.generate` on one batch of the same 32 prompts, in
-turns; what the server adds to a token, with 32 streams and with one. gap: the longest time between two tokens of a
+turns; what the server adds to a token, with 32 streams and with one; and the same with clients that take whole answers,
+so that nothing is sent or read between two steps. Beside each arm stands what it could not help: the share of the cores
+that the host took (steal) and that other processes had. gap: the longest time between two tokens of a
 running stream while a prompt of 2,000 tokens arrives, in step times. memory: the server's resident set over 2,000
 requests.
 """
@@ -17,7 +19,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -68,7 +70,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {options.bundle}\n")
     with serving(options.bundle) as (url, process):
         if "throughput" in options.parts:
-            throughput(engine, url, options)
+            throughput(engine, url, process, options)
         if "gap" in options.parts:
             for running in (1, 8):
                 asyncio.run(gap(engine, url, running, options))
@@ -96,11 +98,13 @@ def serving(bundle: Path, *flags: object) -> Generator[tuple[str, psutil.Process
             drain.wait()
 
 
-async def stream(url: str, prompt: str | list[int], tokens: int, **more: int) -> Stream:
+async def stream(url: str, prompt: str | list[int], tokens: int, *, is_streamed: bool = True, **more: int) -> Stream:
     """Ask for one stream, over a bare socket: an HTTP client's work for 32 streams would slow the server."""
     address = urlsplit(url)
-    body = {"model": "auto", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, **more}
-    data = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
+    body = {"model": "auto", "prompt": prompt, "max_tokens": tokens, "temperature": 0, **more}
+    data = json.dumps(
+        body | ({"stream": True, "stream_options": {"include_usage": True}} if is_streamed else {})
+    ).encode()
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(data)}\r\n"
     writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + data)
@@ -112,45 +116,91 @@ async def stream(url: str, prompt: str | list[int], tokens: int, **more: int) ->
             times += [time.perf_counter()] * piece.count(b"data: {")  # the server sends an event in one piece
     finally:
         writer.close()
-    if not answer.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in answer:
+    if not answer.startswith(b"HTTP/1.1 200") or (is_streamed and b"data: [DONE]" not in answer):
         raise SystemExit(f"the server answered {answer[:500]!r}")
     return Stream(times[:-1], int(answer.rpartition(b'"completion_tokens":')[2].partition(b",")[0]))
 
 
-async def streams(url: str, prompts: list[str], tokens: int, **more: int) -> list[Stream]:
-    return await asyncio.gather(*(stream(url, prompt, tokens, **more) for prompt in prompts))
+async def streams(url: str, prompts: list[str], tokens: int, *, is_streamed: bool = True, **more: int) -> list[Stream]:
+    return await asyncio.gather(*(stream(url, prompt, tokens, is_streamed=is_streamed, **more) for prompt in prompts))
 
 
-def throughput(engine: Engine, url: str, options: argparse.Namespace) -> None:
-    """Print both rates; the prompts of a round are new, so that no cached prefix helps."""
+@dataclass
+class Arm:
+    """What one way to generate took, a number for each round.
+
+    Attributes:
+        rates: tokens per second of all sequences.
+        steps: seconds a token of the longest sequence.
+        between: seconds between two tokens of a sequence.
+        steal: share of the cores that the host took.
+        others: share of the cores that processes had which do not belong to this.
+    """
+
+    rates: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    steal: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, server: psutil.Process) -> Generator[list[int]]:
+        """Time a block, which puts in how many tokens each sequence had."""
+        tokens: list[int] = []
+        started, own, before = time.perf_counter(), seconds_of(server), psutil.cpu_times()
+        yield tokens
+        seconds, after = time.perf_counter() - started, psutil.cpu_times()
+        self.rates.append(sum(tokens) / seconds)
+        self.steps.append(seconds / max(tokens))
+        cores = seconds * psutil.cpu_count()
+        self.steal.append((after.steal - before.steal) / cores)
+        busy = sum(getattr(after, kind) - getattr(before, kind) for kind in ("user", "nice", "system", "softirq"))
+        self.others.append((busy - seconds_of(server) + own) / cores)
+
+
+def seconds_of(server: psutil.Process) -> float:
+    """Return the processor's seconds of this process and of the server's."""
+    return sum(times.user + times.system for times in (psutil.Process().cpu_times(), server.cpu_times()))
+
+
+def throughput(engine: Engine, url: str, server: psutil.Process, options: argparse.Namespace) -> None:
+    """Print all rates; the prompts of each arm of a round are new to the server, so that no cached prefix helps."""
     asyncio.run(streams(url, [COUNTING.format("many")], 8))
     engine.generate(COUNTING.format("many"), sampling=SamplingParams(max_tokens=8))
-    rows: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
-    between: dict[tuple[str, int], list[float]] = {}  # two tokens of a sequence, seconds
+    counts = options.streams, 1
+    arms = {(count, name): Arm() for count in counts for name in ("Engine.generate", "server", "server, whole answers")}
     for number in range(options.rounds):
-        for count in (options.streams, 1):
-            prompts = [COUNTING.format(1 + index + 1000 * number + 100 * (count == 1)) for index in range(count)]
-            started = time.perf_counter()
-            done = engine.generate(prompts, sampling=SamplingParams(max_tokens=options.tokens))
-            note(
-                rows, ("Engine.generate", count), time.perf_counter() - started, [len(each.token_ids) for each in done]
+        for count in counts:
+            prompts, others = (
+                [COUNTING.format(1 + index + 1000 * number + 100 * (count == 1) + more) for index in range(count)]
+                for more in (0, 500)
             )
-            started = time.perf_counter()
-            answers = asyncio.run(streams(url, prompts, options.tokens))
-            note(rows, ("server", count), time.perf_counter() - started, [each.tokens for each in answers])
-            between.setdefault(("server", count), []).extend(each for one in answers for each in one.gaps())
-            between.setdefault(("Engine.generate", count), []).extend(steps_of(engine, prompts, options.tokens))
-    print("| sequences | arm | tokens | tokens/s | ms a token of a sequence | against the engine |")
-    print("|---|---|---|---|---|---|")
-    for count in (options.streams, 1):
-        base_rate, base_step, _ = (median(values) for values in zip(*rows["Engine.generate", count], strict=True))
-        for arm in ("Engine.generate", "server"):
-            rate, step, made = (median(values) for values in zip(*rows[arm, count], strict=True))
-            added = f"{rate / base_rate:.3f}, {1000 * (step - base_step):+.2f} ms a token"
-            print(f"| {count} | {arm} | {made} | {rate:.1f} | {1000 * step:.2f} | {added} |")
+            own, served, whole = (arms[count, name] for name in ("Engine.generate", "server", "server, whole answers"))
+            with own.timed(server) as tokens:
+                done = engine.generate(prompts, sampling=SamplingParams(max_tokens=options.tokens))
+                tokens += [len(each.token_ids) for each in done]
+            with served.timed(server) as tokens:
+                answers = asyncio.run(streams(url, prompts, options.tokens))
+                tokens += [each.tokens for each in answers]
+            with whole.timed(server) as tokens:
+                tokens += [each.tokens for each in asyncio.run(streams(url, others, options.tokens, is_streamed=False))]
+            served.between += [each for one in answers for each in one.gaps()]
+            own.between += steps_of(engine, prompts, options.tokens)
+    print_arms(arms, counts)
+
+
+def print_arms(arms: dict[tuple[int, str], Arm], counts: Sequence[int]) -> None:
+    print("| sequences | arm | tokens/s | ms a token of a sequence | against the engine | steal | others |")
+    print("|---|---|---|---|---|---|---|")
+    for (count, name), arm in arms.items():
+        base = arms[count, "Engine.generate"]
+        rate, step = median(arm.rates), median(arm.steps)
+        added = f"{rate / median(base.rates):.3f}, {1000 * (step - median(base.steps)):+.2f} ms a token"
+        noise = " | ".join(f"{100 * median(share):.1f} %" for share in (arm.steal, arm.others))
+        print(f"| {count} | {name} | {rate:.1f} | {1000 * step:.2f} | {added} | {noise} |")
     print()
-    for count in (options.streams, 1):
-        own, served = (1000 * median(between[arm, count]) for arm in ("Engine.generate", "server"))
+    for count in counts:
+        own, served = (1000 * median(arms[count, arm].between) for arm in ("Engine.generate", "server"))
         print(f"{count} sequences, median time between two tokens: engine {own:.2f} ms, server {served:.2f} ms, "
               f"{served - own:+.2f} ms")  # fmt: skip
     print()
@@ -166,11 +216,6 @@ def steps_of(engine: Engine, prompts: Sequence[str], tokens: int) -> list[float]
         batch.step()
         seconds.append(time.perf_counter() - before)
     return seconds
-
-
-def note(rows: dict, key: tuple[str, int], seconds: float, tokens: list[int]) -> None:
-    """Keep tokens per second of all sequences, seconds a token of the longest, and how many tokens."""
-    rows.setdefault(key, []).append((sum(tokens) / seconds, seconds / max(tokens), sum(tokens)))
 
 
 async def gap(engine: Engine, url: str, running: int, options: argparse.Namespace) -> None:

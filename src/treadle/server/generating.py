@@ -11,11 +11,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from treadle.errors import TreadleError
-from treadle.server.answers import Answer, event_line
+from treadle.server.answers import DONE, Answer, event_line
 from treadle.server.bodies import BodyKind, ChatBody, CompletionBody, Json
 from treadle.server.failures import Failure, Problems, failure_of
 from treadle.server.gate import Visit
-from treadle.server.jobs import Job, News, Started, Tokens
+from treadle.server.jobs import Box, Job, News, Started, Tokens
 from treadle.server.reading import read_body, read_object
 from treadle.server.requests import Asked
 from treadle.server.scheduler import TooMany
@@ -79,14 +79,14 @@ class Run:
     def __init__(self, state: State, visit: Visit, asked: Asked) -> None:
         self._state = state
         self._visit = visit
-        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self._news = Box()
         self._answer = Answer(asked, state.tokens)
         loop = asyncio.get_running_loop()
-        self._job = Job(asked.work, self._news.put_nowait)
+        self._job = Job(asked.work, self._news.put)
         self._left = self._job.num_sequences
         self.deadline = loop.time() + state.params.request_timeout
         # timers rather than asyncio.timeout around each wait, which would cost more than a token's JSON
-        self._timer = loop.call_at(self.deadline, self._news.put_nowait, Late())
+        self._timer = loop.call_at(self.deadline, self._news.put, Late())
         self._ping = loop.call_later(PING_SECONDS, self._say_ping)
         self._last: dict[int, float] = {}  # when each sequence's last token came, seconds of the performance counter
 
@@ -129,30 +129,23 @@ class Run:
             for chunk in answer.opening():
                 yield event_line(chunk)
             while self._left:
-                if lines := await self._next_lines():
+                if lines := self._lines_of(await self._next_tokens()):
                     yield lines
             if answer.asked.has_usage:
                 yield event_line(answer.closing(rows))
-            yield event_line("[DONE]")
+            yield DONE
         except Failure as failure:
             self._visit.notes["error"] = failure.code
             yield event_line(failure.document())
 
-    async def _next_lines(self) -> bytes:
-        """Return the events of the next step, and of those that came meanwhile; a comment where there are none."""
-        tokens = await self._next_tokens()
-        while self._left and not self._news.empty():
-            news = self._news.get_nowait()
-            if not isinstance(news, list):
-                self._news.put_nowait(news)  # an error ends the stream, after what came before it
-                break
-            tokens = tokens + self._take(news)
+    def _lines_of(self, tokens: Tokens) -> bytes:
+        """Return the events of tokens; a comment where there are none."""
         chunks = [self._answer.chunk(index, self._job.rows[index], event) for index, event in tokens]
         lines = [event_line(chunk) for chunk in chunks if chunk is not None]
         return b"".join(lines) if tokens else b": still there\n\n"
 
     def _say_ping(self) -> None:
-        self._news.put_nowait([])
+        self._news.put([])
         self._ping = asyncio.get_running_loop().call_later(PING_SECONDS, self._say_ping)
 
     async def _finish(self) -> None:
@@ -160,21 +153,18 @@ class Run:
             await self._next_tokens()
 
     async def _next_tokens(self) -> Tokens:
-        news = await self._next()
-        assert isinstance(news, list)
-        return self._take(news)
-
-    def _take(self, news: Tokens) -> Tokens:
-        """Count tokens that have come."""
-        self._observe(news)
-        self._left -= sum(event.finish_reason is not None for _, event in news)
+        """Return the tokens of the next step, and of those that came meanwhile; none to say that the stream lives."""
+        tokens = await self._next()
+        assert isinstance(tokens, list)
+        self._observe(tokens)
+        self._left -= sum(event.finish_reason is not None for _, event in tokens)
         if not self._left:
             self._note()
-        return news
+        return tokens
 
     async def _next(self) -> News:
         """Return the job's next news; errors are raised as a Failure."""
-        news = await self._news.get()
+        news = await self._news.next()
         if isinstance(news, Late):
             seconds = self._state.params.request_timeout
             raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout")
