@@ -134,12 +134,12 @@ def router(llm: LLM, streams: int, steps: int) -> None:
         return made
 
     core.plan = timed
-    before = core.schedule.decisions
+    before = core.schedule.counts.decisions
     for _ in range(steps):
         started = perf_counter()
         llm.llm_engine.step()
         taken.append(perf_counter() - started)
-    decisions = core.schedule.decisions - before
+    decisions = core.schedule.counts.decisions - before
     core.plan = plan
     finish(llm)
     each = sum(spent) / decisions

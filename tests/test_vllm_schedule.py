@@ -11,6 +11,7 @@ from treadle.params import RoutingParams
 from treadle.vllm_plugin.mixture import AUTO, Mixture, open_bundle, without_adapter
 from treadle.vllm_plugin.params import PluginParams, read_plugin_params
 from treadle.vllm_plugin.schedule import Schedule, Stream
+from treadle.vllm_plugin.texts import FIRST_ROWS, MOST_ROOM
 
 TEXT = "add three plus four, the atom of a planet; def loop return list " * 3
 MODES = {
@@ -19,6 +20,10 @@ MODES = {
     "once": {"every": None},
     "causal": {"every": 4, "prefill": "causal"},
     "window": {"every": 2, "window": 7, "recent": None},
+    "windows": {"every": 1, "window": 9, "recent": 3},
+    "long window": {"every": 2, "window": MOST_ROOM + 1},
+    "all": {"every": 2, "recent": None},
+    "late": {"every": 3, "lag": 1},
     "cosine": {"every": 2, "score": "cosine", "rule": "boosted"},
     "fixed": {"fixed": {"math": 0.7, "code": 2.0}},
     "base": "base",
@@ -46,7 +51,18 @@ def test_weights_are_those_of_the_router(schedule: Schedule, tokenizer, mode: st
     ids = tokenizer(TEXT).input_ids
     stream = whole(schedule, MODES[mode], ids, 20)
     pieces = [tokenizer.decode([token]) for token in ids]  # each byte of this text is a character
-    expected = schedule.mixture.router.trace(pieces, 20, stream.params)
+    expected = schedule.mixture.router.trace(pieces, 20, stream.kind.params)
+    np.testing.assert_array_equal(stream.weights(0, len(ids)), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_token_by_token_are_those_of_the_router(schedule: Schedule, tokenizer, mode: str) -> None:
+    ids = tokenizer(TEXT).input_ids
+    stream = schedule.open(MODES[mode], 20)
+    for end in range(20, len(ids) + 1):
+        schedule.decide([(stream, ids[:end], end)])
+    pieces = [tokenizer.decode([token]) for token in ids]
+    expected = schedule.mixture.router.trace(pieces, 20, stream.kind.params)
     np.testing.assert_array_equal(stream.weights(0, len(ids)), expected)
 
 
@@ -115,6 +131,31 @@ def test_a_plan_follows_the_order_of_the_batch(schedule: Schedule, tokenizer) ->
     np.testing.assert_allclose(gates[1:6, 0], streams["a"].weights(18, 23) * scales)
     assert not gates[0].any()
     np.testing.assert_allclose(gates[6:, 0], [[0, 0, scales[2]]] * 16)
+
+
+def test_what_is_generated_is_counted(schedule: Schedule, tokenizer) -> None:
+    ids = tokenizer(TEXT).input_ids
+    streams = {"a": schedule.open({"every": 1}, 20), "b": schedule.open("code", 20), "c": schedule.open("base", 20)}
+    for end in range(20, 25):
+        schedule.plan([(name, stream, ids[:end], end - 1, end) for name, stream in streams.items()])
+    schedule.plan([("a", streams["a"], ids[:25], 0, 16)])  # computed again after a preemption: nothing is generated
+    counts = schedule.counts
+    expected = streams["a"].weights(19, 24).sum(0) + np.array([0, 0, 5])
+    assert (counts.tokens, counts.base_tokens, counts.decisions) == (15, 5, 5)
+    np.testing.assert_allclose([counts.weights[name] for name in schedule.mixture.names], expected, rtol=1e-6)
+    schedule.mixture = without_adapter(schedule.mixture, "code")
+    schedule.plan([("b", streams["b"], ids[:25], 24, 25)])
+    assert counts.tokens == 16
+    assert set(counts.weights) == {"math", "science"}
+
+
+def test_rows_are_given_back(schedule: Schedule, tokenizer) -> None:
+    ids = tokenizer(TEXT).input_ids
+    for _ in range(3 * FIRST_ROWS):
+        stream = schedule.open({"every": 1}, 20)
+        for end in (20, 21, 22):
+            schedule.decide([(stream, ids[:end], end)])
+        assert stream.row in range(FIRST_ROWS)
 
 
 @pytest.mark.parametrize(

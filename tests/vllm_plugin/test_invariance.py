@@ -110,10 +110,17 @@ def test_gates_of_the_newest_token_for_all_would_be_seen(
     """The control of the tests above: a preempted text read again under its newest weights differs."""
     from treadle.vllm_plugin.schedule import Stream
 
-    monkeypatch.setattr(Stream, "gates", lambda self, start, end: ([self._gates[-1]], (end - start,)))
+    monkeypatch.setattr(Stream, "gates", lambda self, start, end: ([self._newest], (end - start,)))
     with serving(small, num_gpu_blocks_override=10, enable_prefix_caching=False, max_model_len=192) as served:
         prompts, given, wanted = mixed(expected)
         assert agree(served.run(prompts, given), wanted) != []
+
+
+def test_compiled(small: Path, expected: dict[str, list[list[int]]]) -> None:
+    with serving(small, enforce_eager=False) as served:
+        assert served.llm.llm_engine.vllm_config.compilation_config.mode  # vLLM's default for a CPU; 0 = none
+        prompts, given, wanted = mixed(expected)
+        assert agree(served.run(prompts, given), wanted) == []
 
 
 def test_without_a_bundle_nothing_happens(small: Path, expected: dict[str, list[list[int]]]) -> None:

@@ -70,7 +70,8 @@ def test_same_tokens_as_the_embedded_engine(expected: dict[str, list[list[int]]]
             )
             assert agree(outputs, expected[mode]) == [], mode
     print("identical of 12:", same)
-    assert len({str(each) for each in expected.values()}) == len(MODES)
+    # the modes are not all one: how often weights change may leave a sure router's tokens as they are
+    assert len({str(expected[mode]) for mode in ("every 1", "fixed", "one-hot", "base")}) == 4
 
 
 def test_one_hot_is_vllms_own_lora_of_that_adapter(expected: dict[str, list[list[int]]]) -> None:

@@ -1,5 +1,6 @@
 """vLLM's own OpenAI server with the plugin beside it, over HTTP."""
 
+import asyncio
 import json
 import os
 import socket
@@ -9,14 +10,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from vllm.v1.engine.exceptions import EngineDeadError
 
 import treadle
 from treadle.params import RoutingParams
+from treadle.vllm_plugin import figures
 
 from conftest import save_adapter
 from vllm_plugin.engines import ALL, BASE, PROMPTS, reference, small_llama
@@ -42,6 +48,21 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or "null")
 
+    def figures(self) -> dict[str, float]:
+        """What Prometheus reads of the blending: series -> value."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=30) as response:
+            text = response.read().decode()
+        found = {
+            sample.name + "".join(sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name.startswith(("treadle_", "vllm:generation_tokens_total"))
+        }
+        assert all(
+            text.count(f"# TYPE {name} ") == 1 for name in ("treadle_adapter_weight_total", "process_cpu_seconds_total")
+        )
+        return found
+
     def complete(self, given: Any = None, model: str = "demo", prompt: str = PROMPTS[3]) -> tuple[int, Any]:
         body = {"model": model, "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True,
                 "return_token_ids": True, "vllm_xargs": None if given is None else {"treadle": given}}  # fmt: skip
@@ -58,24 +79,25 @@ def late(small: Path) -> Path:
     return save_adapter(small.parent / "served" / "late", small_llama(), 9, r=5, lora_alpha=5, target_modules=ALL)
 
 
-@pytest.fixture(scope="module")
-def server(small: Path, late: Path) -> Generator[Server]:
+@contextmanager
+def running(bundle: Path, *flags: str, **options: Any) -> Generator[Server]:
+    """Start a server, with more flags of vLLM's and more options of the plugin's, and end it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = {"bundle": str(small), "max_adapters": 4, "max_rank": 8, "adapter_dir": str(late.parent)}
+    config = json.dumps({"treadle": {"bundle": str(bundle), **options}})
     command = [
-        sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", str(small.parent / BASE),
-        "--served-model-name", *MODELS, "--port", str(port), "--enforce-eager", "--dtype", "float32",
-        "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16", "--api-key", KEY,
-        "--additional-config", json.dumps({"treadle": config}),
+        sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model",
+        str(bundle.parent / BASE), "--served-model-name", *MODELS, "--port", str(port), "--enforce-eager", "--dtype",
+        "float32", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16",
+        "--api-key", KEY, "--additional-config", config, *flags,
     ]  # fmt: skip
     environment = {**os.environ, "VLLM_PLUGINS": "treadle", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = (small.parent / "server.log").open("w")
+    log = (bundle.parent / f"server-{port}.log").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     served = Server(port)
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while True:
             try:
                 if served.call("/v1/models")[0] == 200:
@@ -90,6 +112,12 @@ def server(small: Path, late: Path) -> Generator[Server]:
         process.terminate()
         process.wait(60)
         log.close()
+
+
+@pytest.fixture(scope="module")
+def server(small: Path, late: Path) -> Generator[Server]:
+    with running(small, max_adapters=4, max_rank=8, adapter_dir=str(late.parent)) as served:
+        yield served
 
 
 def test_models_are_names_of_routings(server: Server, embedded: Any) -> None:
@@ -157,6 +185,50 @@ def test_the_route_is_the_weights_of_the_answer(server: Server, embedded: Any) -
     assert server.call("/v1/treadle/route", asked, key="wrong")[0] == 401
 
 
+def test_prometheus_reads_what_was_generated(server: Server) -> None:
+    before = server.figures()
+    _, body = server.complete('{"every": 1}')
+    choice = body["choices"][0]
+    asked = {"prompt": choice["prompt_token_ids"], "token_ids": choice["token_ids"], "treadle": {"every": 1}}
+    _, answer = server.call("/v1/treadle/route", asked)
+    server.ids("base")
+    after = server.figures()
+    more = {name: after[name] - before[name] for name in before}
+    weights = np.array(answer["weights"])[answer["prompt_tokens"] - 1 :][:24]  # those that the 24 tokens came from
+    for name, weight in zip(("math", "science", "code"), weights.sum(0), strict=True):
+        assert more["treadle_adapter_weight_total" + name] == pytest.approx(weight, rel=1e-5)
+        assert after["treadle_adapter_loaded" + name] == 1
+    assert more["treadle_generated_tokens_total"] == 48
+    assert more["treadle_base_tokens_total"] == 24
+    assert more["treadle_router_decisions_total"] == 24
+    assert more["treadle_router_seconds_total"] > 0
+    assert after["treadle_engines_answered"] == 1
+    assert [more[name] for name in more if name.startswith("vllm:generation_tokens_total")] == [48]
+
+
+def test_figures_of_engines_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"decisions": 2, "seconds": 0.5, "tokens": 3, "base_tokens": 1, "weights": {"math": 1.5}}
+
+    async def two(function: str) -> list[dict[str, Any]]:
+        assert function == "treadle_figures"
+        return [answer, answer]
+
+    async def dead(_: str) -> list[dict[str, Any]]:
+        raise EngineDeadError
+
+    async def slow(_: str) -> list[dict[str, Any]]:
+        await asyncio.sleep(60)
+        return []
+
+    monkeypatch.setattr(figures, "PATIENCE", 0.05)
+    texts = [bytes(asyncio.run(figures.response(ask)).body).decode() for ask in (two, dead, slow, None)]
+    assert all("process_cpu_seconds_total" in text for text in texts)  # vLLM's own are there whatever happens
+    assert 'treadle_adapter_weight_total{adapter="math"} 3.0' in texts[0]
+    assert "treadle_engines_answered 2.0" in texts[0]
+    assert [text.count("treadle_") for text in texts[1:]] == [3, 3, 0]  # the gauge with its help and type
+    assert all("treadle_engines_answered 0.0" in text for text in texts[1:3])
+
+
 def test_adapters_come_and_go_over_http(server: Server, late: Path) -> None:
     before = server.ids()
     new = {"name": "late", "path": "late", "samples": ["sum planet loop", "planet loop sum"]}
@@ -166,10 +238,35 @@ def test_adapters_come_and_go_over_http(server: Server, late: Path) -> None:
     assert (status, body["adapters"]) == (200, {"math": 0, "science": 1, "code": 2, "late": 3}), body
     assert server.ids() != before
     assert server.ids("late") != server.ids("base")
+    assert server.figures()["treadle_adapter_weight_totallate"] >= 24
     assert server.call("/v1/treadle/adapters/nobody", method="DELETE")[0] == 404
     status, body = server.call("/v1/treadle/adapters/late", method="DELETE")
     assert (status, list(body["adapters"])) == (200, ["math", "science", "code"])
     assert server.ids() == before
+    assert "treadle_adapter_weight_totallate" not in server.figures()
     assert server.complete("late")[0] == 400
     _, body = server.call("/v1/treadle/adapters")
     assert body["decisions"] > 0
+
+
+def test_two_data_parallel_engines_are_one(small: Path, embedded: Any) -> None:
+    models = {
+        "auto": None,
+        "base": RoutingParams.base(),
+        "math": RoutingParams.one("math"),
+        "code": RoutingParams.one("code"),
+    }
+    expected = [ids for routing in models.values() for ids in reference(embedded, PROMPTS, routing, 24)]
+    with running(small, "--data-parallel-size", "2") as served, ThreadPoolExecutor(16) as threads:
+        asked = [(None, model, prompt) for model in models for prompt in PROMPTS]
+        answers = list(threads.map(lambda each: served.complete(*each), asked))
+        assert [body["choices"][0]["token_ids"] for _, body in answers] == expected
+        after = served.figures()
+    assert after["treadle_engines_answered"] == 2
+    assert after["treadle_generated_tokens_total"] == 24 * len(expected)
+    assert after["treadle_base_tokens_total"] == 24 * len(PROMPTS)
+    assert after["treadle_adapter_weight_totalmath"] > 24 * len(PROMPTS)
+    each = [value for name, value in after.items() if name.startswith("vllm:generation_tokens_total")]
+    assert len(each) == 2
+    assert min(each) > 0  # both had work
+    assert sum(each) == 24 * len(expected)

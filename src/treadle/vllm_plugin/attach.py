@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from treadle.adapters import Adapter
-from treadle.blend import check_fit
 from treadle.bundle import Bundle
+from treadle.compatible import check_fit
 from treadle.errors import ModelError
 from treadle.vllm_plugin.mixture import Mixture, by_router
 from treadle.vllm_plugin.params import PluginParams

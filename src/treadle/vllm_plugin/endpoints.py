@@ -1,4 +1,4 @@
-"""Routes beside vLLM's own: what a text's weights are, and adapters that come and go.
+"""Routes beside vLLM's own: what a text's weights are, adapters that come and go, and figures for Prometheus.
 
 vLLM loads them where `VLLM_PLUGINS` names treadle. They lie below /v1, where vLLM's `--api-key` guards. A response of
 vLLM's has no place for weights; but they are a function of options and token ids, both of which the client has
@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.models import load_tokenizer
 from treadle.text import prompt_ids
+from treadle.vllm_plugin import figures
 from treadle.vllm_plugin.asked import Asked
 from treadle.vllm_plugin.mixture import read_newcomer, with_adapter, without_adapter
 from treadle.vllm_plugin.params import KEY
@@ -33,6 +34,7 @@ class Endpoints:
 
     def attach_router(self, app: Any) -> None:
         """Add the routes to vLLM's app."""
+        app.add_api_route("/metrics", metrics, methods=["GET"], include_in_schema=False)  # in the place of vLLM's own
         app.add_route("/v1/treadle/route", _answering(route), methods=["POST"])
         app.add_route("/v1/treadle/adapters", _answering(adapters), methods=["GET", "POST"])
         app.add_route("/v1/treadle/adapters/{name}", _answering(remove), methods=["DELETE"])
@@ -53,9 +55,13 @@ class State:
         self.tokenizer = load_tokenizer(engine_client.model_config.tokenizer)
         self.changing = asyncio.Lock()  # one adapter at a time
 
+    async def ask(self, function: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Call a function of every engine's core and return the answers."""
+        return await self.client.engine_core.call_utility_all_async(function, *arguments)
+
     async def call(self, function: str, *arguments: Any) -> dict[str, Any]:
         """Call a function of every engine's core and return the first answer; an error of any is raised."""
-        answers = await self.client.engine_core.call_utility_all_async(function, *arguments)
+        answers = await self.ask(function, *arguments)
         for answer in answers:
             if "error" in answer:
                 raise AdapterError(answer["error"])
@@ -85,6 +91,12 @@ def _answering(handler: Callable[[Request, State], Any]) -> Callable[[Request], 
             return JSONResponse({"error": {"message": str(error), "type": kind, "param": None, "code": status}}, status)
 
     return answer
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: vLLM's figures, and those of the blending after them."""
+    state: State | None = getattr(request.app.state, KEY, None)
+    return await figures.response(None if state is None else state.ask)
 
 
 async def route(request: Request, state: State) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def install() -> None:
     core = importlib.import_module("vllm.v1.engine.core").EngineCore
     from treadle.vllm_plugin import live
 
-    for function in (live.treadle_add_adapter, live.treadle_remove_adapter, live.treadle_adapters):
+    functions = (live.treadle_add_adapter, live.treadle_remove_adapter, live.treadle_adapters, live.treadle_figures)
+    for function in functions:
         setattr(core, function.__name__, function)  # vLLM's clients call functions of the core by name
 
 
@@ -279,21 +280,28 @@ def _is_cpu() -> bool:
 def _cpu_product(weight: Any) -> Any:
     """Return a product with a weight (out, in) by the kernels that vLLM's own linear layers take on a CPU.
 
-    Products as thin as these take torch two to three times as long in half precision (measured: 31 against 13 us).
+    Products as thin as these take torch several times as long in half precision. Where vLLM has a kernel for small
+    weights, it is called without vLLM's own function around it (`benchmarks/vllm_layer.py`, one token: 15 us; 22 us
+    with that function, 63 us by torch).
     """
-    from torch import nn
+    import torch
 
-    holder = nn.Module()
-    holder.weight = nn.Parameter(weight, requires_grad=False)
-    importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm(
-        holder, remove_weight=False
-    )
+    utils = importlib.import_module("vllm.model_executor.layers.utils")
+    if utils.check_cpu_sgl_kernel(*weight.shape, weight.dtype):
+        kernels: Any = torch.ops._C
+        return partial(_thin_product, kernels.weight_packed_linear, kernels.convert_weight_packed(weight), len(weight))
+    holder = torch.nn.Module()
+    holder.weight = torch.nn.Parameter(weight, requires_grad=False)
+    utils.dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
     product: Any = holder.cpu_linear
-    return partial(_multiply, product, weight)
+    return partial(product, weight=weight, bias=None)
 
 
-def _multiply(product: Any, weight: Any, x: Any) -> Any:
-    return product(x, weight, None)
+def _thin_product(kernel: Any, packed: Any, size_out: int, x: Any) -> Any:
+    """Return x (T, in) times a packed weight, (T, out)."""
+    made = x.new_empty(x.shape[0], size_out)
+    kernel(made, x, packed, None, True)
+    return made
 
 
 def _fill(runner: Any, scheduler_output: Any, request_ids: Sequence[str]) -> None:

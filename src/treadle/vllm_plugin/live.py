@@ -69,8 +69,7 @@ class Hashed:
 
     def block_key(self, token_ids: Sequence[int], start: int, end: int) -> bytes | None:
         """Return what the hash of the block of positions `start` to `end` must contain besides its tokens."""
-        if not self.stream.is_fixed:
-            self._schedule.decide([(self.stream, token_ids, end)])
+        self._schedule.decide([(self.stream, token_ids, end)])
         return self.stream.key(start, end)
 
 
@@ -85,8 +84,20 @@ def treadle_adapters(self: Any) -> dict[str, Any]:
         "adapters": dict(zip(mixture.names, mixture.slots, strict=True)),
         "slots": mixture.num_slots,
         "fingerprint": mixture.fingerprint,
-        "decisions": core.schedule.decisions,
-        "route_seconds": core.schedule.seconds,
+        "decisions": core.schedule.counts.decisions,
+        "route_seconds": core.schedule.counts.seconds,
+    }
+
+
+def treadle_figures(self: Any) -> dict[str, Any]:
+    """Return what one engine has decided and generated, for `treadle.vllm_plugin.figures`."""
+    counts = self.scheduler.treadle.schedule.counts
+    return {
+        "decisions": counts.decisions,
+        "seconds": counts.seconds,
+        "tokens": counts.tokens,
+        "base_tokens": counts.base_tokens,
+        "weights": dict(counts.weights),
     }
 
 

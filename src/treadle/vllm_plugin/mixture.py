@@ -15,10 +15,10 @@ from typing import Any, cast
 import numpy as np
 
 from treadle.adapters import Adapter, read_adapter
-from treadle.blend import check_combine
 from treadle.bundle import RESERVED, Bundle, foreign_base, read_bundle
 from treadle.centroid_files import read_centroid
 from treadle.centroids import Centroids, Floats
+from treadle.compatible import check_combine
 from treadle.embed import StaticEmbedder
 from treadle.errors import AdapterError, BundleError, OptionError, problem_list, unknown_name
 from treadle.params import Combine, RoutingParams

@@ -84,7 +84,9 @@ PLACES = {
         "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
         ("self", "default_max_tokens", "default_sampling_params"),
     ),
+    "figures": Place("vllm.v1.metrics.prometheus:get_prometheus_registry", ()),
     "cpu": Place("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
+    "cpu_thin": Place("vllm.model_executor.layers.utils:check_cpu_sgl_kernel", ("n", "k", "dtype")),
     "linear": Place("vllm.model_executor.layers.linear:LinearMethodBase.apply", ("self", "layer", "x", "bias")),
 }
 """What is wrapped or subclassed, by what it is for."""

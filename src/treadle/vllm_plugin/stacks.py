@@ -123,6 +123,7 @@ class Stack(nn.Module):
     """The factors of all adapters beside one linear layer of vLLM's."""
 
     a: Tensor
+    b_t_0: Tensor
     gates: Tensor
 
     def __init__(self, place: Place, board: GateBoard, ranks: Sequence[Mapping[int, int]]) -> None:
@@ -150,6 +151,9 @@ class Stack(nn.Module):
         self.register_buffer("gates", board.gates(board.layout(tuple(owners))), persistent=False)  # the board's own
         self.register_buffer("a", self._zeros(board, len(owners), place.size_in), persistent=False)  # (R, in)
         self._groups = self._grouped(board.dtype.itemsize)
+        whole = Group(slice(0, len(owners)), slice(0, place.size_out))
+        self._is_whole = self._groups == [whole]  # then nothing is cut out of the output
+        self._is_crossed = board.num_gates > 1
         for index, group in enumerate(self._groups):
             rows, columns = group.rows.stop - group.rows.start, group.columns.stop - group.columns.start
             self.register_buffer(f"b_t_{index}", self._zeros(board, rows, columns), persistent=False)
@@ -207,10 +211,14 @@ class Stack(nn.Module):
         """Return y (T, out) with the gated update of x (T, in) added in place."""
         if self._shrink is not None:
             h = self._gated(self._shrink(x))
+            if self._is_whole:
+                return y.add_(self._expand[0](h))
             for group, expand in zip(self._groups, self._expand, strict=True):
                 y[:, group.columns].add_(expand(h[:, group.rows].contiguous()))
             return y
         h = self._gated(functional.linear(x.to(self.a.dtype), self.a))
+        if self._is_whole and y.dtype == h.dtype:
+            return y.addmm_(h, self.b_t_0)
         for index, group in enumerate(self._groups):
             rows, b_t = h[:, group.rows], getattr(self, f"b_t_{index}")
             piece = y[:, group.columns]
@@ -218,9 +226,10 @@ class Stack(nn.Module):
         return y
 
     def _gated(self, h: Tensor) -> Tensor:
-        """Return h (T, R) times the gates of its tokens."""
-        gates = self.gates[:, : h.shape[0]]  # (G, T, R)
-        return h * gates[0] if gates.shape[0] == 1 else self._crossed(h, gates)
+        """Return h (T, R), which is overwritten, times the gates of its tokens."""
+        if self._is_crossed:
+            return self._crossed(h, self.gates[:, : h.shape[0]])
+        return h.mul_(self.gates[0, : h.shape[0]])
 
     def _crossed(self, h: Tensor, gates: Tensor) -> Tensor:
         """Return h (T, R) gated part by part: `linear` and `paper` mix the adapters of one part only."""
