@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import psutil
@@ -19,10 +21,25 @@ LAYERS = 4
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is resident is asked of Linux")
 def test_what_batches_leave_behind_is_the_prefixes_that_are_kept() -> None:
+    # in a process of its own: what tests before left in this one's heap is noise
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        sizes, freed, kept = alone.submit(run_batches).result()
+    assert min(freed) > 0.9
+    assert kept > 7 * MIB
+    assert max(sizes[20:]) - min(sizes[20:]) < 8 * MIB  # 18 MiB where caches lie in the allocator's memory
+
+
+def run_batches() -> tuple[list[int], list[float], int]:
+    """Run 40 batches that keep prefixes.
+
+    Returns:
+        The resident bytes after each; the share of its own bytes that each gave back at its end; the prefixes' bytes.
+    """
     torch.empty(30 * MIB, dtype=torch.uint8)  # once freed, glibc takes what is smaller from its heap, and keeps it
     process = psutil.Process()
     prefixes = PrefixCache(8 * MIB)
     sizes: list[int] = []
+    freed: list[float] = []
     for number in range(40):
         length = 40 + 17 * number % 100
         cache = RowCache()
@@ -32,9 +49,9 @@ def test_what_batches_leave_behind_is_the_prefixes_that_are_kept() -> None:
         before = process.memory_info().rss
         del cache, layer
         sizes.append(process.memory_info().rss)
-        assert before - sizes[-1] > 2 * LAYERS * 16 * length * 4 * 64 * 4 * 0.9  # rows, tokens, heads, head, bytes
-    assert prefixes.num_bytes > 7 * MIB
-    assert max(sizes[20:]) - min(sizes[20:]) < 4 * MIB
+        own = 2 * LAYERS * 16 * length * 4 * 64 * 4  # rows, tokens, heads, head, bytes
+        freed.append((before - sizes[-1]) / own)
+    return sizes, freed, prefixes.num_bytes
 
 
 @pytest.mark.parametrize("has_pages", [True, False])
