@@ -1,16 +1,19 @@
 """Prompts that are read in chunks, what a row reports, and what rows that begin alike share."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from treadle.batch import Batch
 from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
-from treadle.prefixes import PrefixCache
+from treadle.prefixes import Copy, PrefixCache
 from treadle.rows import Report, Row
 from treadle.text import prompt_ids
 
@@ -196,6 +199,34 @@ def test_the_texts_kept_are_so_many_and_each_is_one_piece_of_memory(
         pieces = {each.untyped_storage().data_ptr() for pair in entry.states for each in pair}
         assert len(pieces) == 1
         assert entry.states[0][0].untyped_storage().nbytes() == entry.num_bytes
+
+
+def test_a_text_that_is_read_in_chunks_is_copied_in_pieces(engine: Engine) -> None:
+    """What a pass leaves uncopied comes with the next ones, and the last takes what is left."""
+    batch = engine.new_batch()
+    reading = batch.begin([make_row(engine, "a" * 47, RoutingParams.one("math"))])
+    lagging, whole = Copy(47, 1 << 24), Copy(47, 1 << 24)
+    for done in (5, 10, 47):
+        batch.read(reading, 16)
+        lagging.extend(reading.cache, 5 if done < 47 else 47)
+        assert lagging.num_columns == done
+    whole.extend(reading.cache)
+    for copied, read_ in zip(chain(*lagging.states), chain(*whole.states), strict=True):
+        assert torch.equal(copied, read_)
+    for (copied, _), layer in zip(lagging.states, reading.cache.layers, strict=True):
+        assert torch.equal(copied, cast(Tensor, layer.keys)[0])
+
+
+@pytest.mark.parametrize(("max_bytes", "columns"), [(1 << 24, 16), (1 << 10, 0)])
+def test_a_text_is_copied_as_it_is_read_if_it_can_be_kept(engine: Engine, max_bytes: int, columns: int) -> None:
+    prefixes = PrefixCache(max_bytes)
+    batch = engine.new_batch(prefixes=prefixes)
+    reading = batch.begin([make_row(engine, "a" * 47, RoutingParams.one("math"))])
+    batch.read(reading, 16)
+    assert reading.copy is not None
+    assert reading.copy.num_columns == columns
+    batch.read(reading, 999)
+    assert bool(prefixes.num_bytes) == bool(columns)
 
 
 def test_an_adapter_replaced_under_its_name_is_another_one(engine: Engine, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Case:
 
     def __init__(self, engine: Engine, **params: int) -> None:
         self.engine = engine
-        self.loop = Loop(engine, Routers(engine), ServeParams(prefix_cache=0, **params), Metrics())
+        self.loop = Loop(engine, Routers(engine), ServeParams(**{"prefix_cache": 0, **params}), Metrics())
 
     def submit(
         self, *lengths: int, max_tokens: int = 400, routing: RoutingParams | None = None
@@ -81,6 +81,20 @@ def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_running_rows(
     assert rounds >= 2000 / 64
     assert not running.rows[0].is_finished
     assert late.rows[0].reused == 0
+
+
+def test_a_prefix_that_was_found_is_copied_in_a_pass_of_its_own(engine: Engine) -> None:
+    case = Case(engine, prefix_cache=64)
+    _, tokens = case.submit(5)
+    _, first = case.submit(600, max_tokens=1, routing=RoutingParams.one("math"))
+    while not first:
+        case.loop.advance()
+    _, second = case.submit(600, max_tokens=1, routing=RoutingParams.one("math"))
+    tokens.clear()
+    case.loop.advance()
+    assert (len(tokens), len(second)) == (1, 0)  # the running row got its token; the other one's keys were copied
+    case.loop.advance()
+    assert (len(tokens), len(second)) == (2, 1)
 
 
 def test_a_chunk_takes_as_long_as_some_steps(engine: Engine) -> None:

@@ -20,7 +20,7 @@ from treadle.chunk_step import MOST_TOKENS, read_chunk
 from treadle.fast_step import FastStep
 from treadle.graph_step import GraphStep
 from treadle.params import Combine
-from treadle.prefixes import PrefixCache, Text
+from treadle.prefixes import Copy, PrefixCache, Text
 from treadle.rows import Row, TokenEvent, TokenScore, route
 from treadle.sampling import likeliest, new_generator, sample, score_tokens
 
@@ -40,6 +40,7 @@ class Reading:
         self.pads = [self.length - len(row.ids) for row in rows]
         self.weights = [row.prompt_weights() for row in rows]  # (T, N) or (1, N) for all T alike
         self.cache = RowCache()
+        self.copy: Copy | None = None  # for the prefixes, of a single row
         for row, weights in zip(rows, self.weights, strict=True):
             row.read_under = weights
 
@@ -99,8 +100,10 @@ class Batch:
         for row in rows:
             row.read_after = row.prompt_comparison() if row.report.comparison else None
         reading = Reading(rows)
-        if self._prefixes and len(rows) == 1 and not rows[0].report.prompt:
-            rows[0].reused = self._prefixes.fill(reading.cache, self._text(rows[0]))
+        if self._prefixes and len(rows) == 1:
+            reading.copy = Copy(reading.length, self._prefixes.max_bytes)
+            if not rows[0].report.prompt:
+                rows[0].reused = self._prefixes.fill(reading.cache, self._text(rows[0]))
         return reading
 
     @torch.inference_mode()
@@ -108,9 +111,11 @@ class Batch:
         """Read on, at most `num_columns` of each row; with the last the rows join and get their first tokens."""
         logits = self._read_on(reading, num_columns or reading.length)
         if not reading.is_finished:
+            if reading.copy:
+                reading.copy.extend(reading.cache)
             return []
         for index, row in enumerate(reading.rows):
-            self._remember(row, reading.cache, index)
+            self._remember(row, reading.cache, index, reading.copy)
         self._append(reading)
         return self._advance(reading.rows, logits)
 
@@ -261,10 +266,10 @@ class Batch:
         """Return the tokens of a row that have been read, or are about to be, with their weights."""
         return Text.of(row, self._blend)
 
-    def _remember(self, row: Row, cache: RowCache, index: int) -> None:
+    def _remember(self, row: Row, cache: RowCache, index: int, copy: Copy | None = None) -> None:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""
         if self._prefixes and (not row.events or row.is_like_prompt):
-            self._prefixes.store(self._text(row), cache, index)
+            self._prefixes.store(self._text(row), cache, index, copy)
 
 
 def _score_prompts(reading: Reading, first: int, logits: Tensor) -> None:

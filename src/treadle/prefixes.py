@@ -8,6 +8,8 @@ count by what an adapter holds, not by its name alone: another one that takes a 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from math import prod
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -25,6 +27,8 @@ SHORTEST = 16
 """Tokens; a shorter prefix is read again."""
 MOST = 128
 """Entries; with more, on a small model, to compare would take longer than to read again."""
+MOST_COPIED = 256
+"""Columns; of what has been read, a pass copies so many."""
 Key: TypeAlias = tuple[str, str]
 """An adapter's name and identity."""
 
@@ -117,21 +121,23 @@ class PrefixCache:
             layer.replace(keys[None, :, :longest], values[None, :, :longest])
         return longest
 
-    def store(self, text: Text, cache: RowCache, index: int) -> None:
-        """Keep the keys and values of the row at `index` of a cache whose last columns are this text's."""
+    def store(self, text: Text, cache: RowCache, index: int, copy: "Copy | None" = None) -> None:
+        """Keep the keys and values of the row at `index` of a cache whose last columns are this text's.
+
+        `copy` has the first of them already, where the text was read in chunks.
+        """
         length = len(text.ids)
-        cache.show()
-        states = [cast(Tensor, each) for layer in cache.rows(len(cache.layers)) for each in (layer.keys, layer.values)]
-        own = [each[index, :, -length:] for each in states]  # keys and values in turn
-        num_bytes = sum(each.nbytes for each in own)
+        copy = copy or Copy(length, self.max_bytes)
+        num_bytes = copy.size(cache)
         if length < SHORTEST or num_bytes > self.max_bytes:
             return
         shared = [entry.text.shared(text) for entry in self._entries]
         if length in shared:
             return  # it is the beginning of a text that is there
+        copy.extend(cache, length, index)
         # a text that the new one continues is in it
         kept = [e for e, same in zip(self._entries, shared, strict=True) if same < len(e.text.ids)]
-        self._entries = [*kept[1 - MOST :], Entry(text, _copies(own), num_bytes)]
+        self._entries = [*kept[1 - MOST :], Entry(text, copy.states, num_bytes)]
         while self.num_bytes > self.max_bytes:
             del self._entries[0]
 
@@ -144,9 +150,44 @@ class PrefixCache:
         self._entries = [entry for entry in self._entries if {*entry.text.weights, *entry.text.present} <= keys]
 
 
-def _copies(states: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return keys and values, in turn, as pairs in one piece of memory, which goes back to the system with them."""
-    sizes = [each.numel() for each in states]
-    parts = new_pages([sum(sizes)], states[0]).split(sizes)
-    copies = [part.view(each.shape).copy_(each) for part, each in zip(parts, states, strict=True)]
-    return list(zip(copies[::2], copies[1::2], strict=True))
+class Copy:
+    """Keys and values of one row's first `length` tokens, copied a few columns at a time while the row is read.
+
+    All at once, a long text would hold up the rows that run: the copy goes into memory that the system has yet to give.
+    The layers lie in one piece, which goes back to the system with them.
+    """
+
+    def __init__(self, length: int, max_bytes: int) -> None:
+        """Copy nothing yet, and never more than `max_bytes`."""
+        self._length = length
+        self._max_bytes = max_bytes
+        self.num_columns = 0  # that have been copied
+        self.states: list[tuple[Tensor, Tensor]] = []  # of each layer (H, length, head)
+
+    def size(self, cache: RowCache) -> int:
+        """Return how many bytes the whole copy of a row of this cache has."""
+        buffers = [each for pair in cache.buffers() for each in pair]  # (rows, H, columns, head)
+        return sum(each.itemsize * each.shape[1] * self._length * each.shape[3] for each in buffers)
+
+    def extend(self, cache: RowCache, most: int = MOST_COPIED, index: int = 0) -> None:
+        """Copy the next columns, at most so many, of the row at `index`; its text ends where the cache does."""
+        if self.size(cache) > self._max_bytes:
+            return
+        cache.show()
+        layers = cache.rows(len(cache.layers))
+        shown = [cast(tuple[Tensor, Tensor], (layer.keys, layer.values)) for layer in layers]
+        self.states = self.states or _new_states(shown, self._length)
+        before = max(0, cache.length - self._length)  # columns of padding, once all of the text is there
+        done = min(self.num_columns + most, cache.length - before)
+        for new, old in zip(chain(*self.states), chain(*shown), strict=True):
+            new[:, self.num_columns : done] = old[index, :, before + self.num_columns : before + done]
+        self.num_columns = done
+
+
+def _new_states(like: Sequence[tuple[Tensor, Tensor]], length: int) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values (H, length, head) of each layer, with any values, in one piece of memory."""
+    shapes = [(each.shape[1], length, each.shape[3]) for each in chain(*like)]
+    sizes = [prod(shape) for shape in shapes]
+    parts = new_pages([sum(sizes)], like[0][0]).split(sizes)
+    states = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return list(zip(states[::2], states[1::2], strict=True))

@@ -137,9 +137,10 @@ class Loop:
             seconds = time.perf_counter() - started
             self._step_seconds = _smoothed(self._step_seconds, seconds)
             self._metrics.observe_step(seconds, num_running)
-        if self._reading is None:
+        is_new = self._reading is None
+        if is_new:
             self._begin()
-        if self._reading is not None:
+        if self._reading is not None and not (is_new and self._reading[1].done):  # to copy a prefix took its time
             events += self._read_on(*self._reading)
         self._deliver(events)
         self._batches = [batch for batch in self._batches if batch.rows]

@@ -1,5 +1,6 @@
 """Runs the web application until it is asked to end."""
 
+import gc
 import json
 import logging
 import sys
@@ -107,6 +108,9 @@ def serve(folder: str, params: ServeParams) -> None:
             engine = pool.submit(bundle.engine, device=params.device, dtype=params.dtype).result()
         sys.setswitchinterval(SWITCH_SECONDS)
         server = Server(bundle, engine, params, keys)
+        # what is there now stays: to look through it for garbage would take several steps' time, whenever Python does
+        gc.collect()
+        gc.freeze()
         listen(sockets, params)
         announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
         announce.start()
