@@ -16,7 +16,7 @@ FIXED = [RoutingParams.base(), RoutingParams(rule="fixed", fixed={"math": 2}, ev
 ONCE_OR_NOT = [RoutingParams(past=past, every=every) for past in ("keep", "recompute") for every in (2, None)]
 OTHERS = [RoutingParams(prefill="causal"), RoutingParams(combine="linear"), RoutingParams(score="cosine", rule="top_k")]
 DEFAULTS = [DEFAULT, RoutingParams.paper(), *FIXED, *ONCE_OR_NOT, *OTHERS]
-BOOSTED = {"score": "cosine", "rule": "boosted", "temperature": None, "window": None, "recent": None}  # all of the text
+BOOSTED = {"score": "cosine", "rule": "boosted", "temperature": None} | dict.fromkeys(("window", "recent", "change"))
 CHANGES = {  # what each arm varies of DEFAULT
     "routed": {},
     "nearest": {"rule": "top_k", "top_k": 1},

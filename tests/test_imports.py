@@ -22,6 +22,7 @@ CORE = {
         "chunk_step",
         "fast_step",
         "centroids",
+        "change",
         "embed",
         "routing",
         "sampling",

@@ -352,7 +352,7 @@ def test_a_trace_is_routing_step_by_step(routed, tokenizer, words, params, data)
     trace = routed.trace(pieces, prompt_tokens, params)
     assert trace.shape == (len(pieces), 3)
 
-    seen = RunningText(routed.embedder, params)
+    seen = RunningText(routed, params)
     for position, weights in enumerate(trace):
         length = decision_length(position, prompt_tokens, params)
         views = seen.decide(pieces[: max(position + 1, length)], length, prompt_tokens)  # what follows is not known yet
@@ -360,7 +360,7 @@ def test_a_trace_is_routing_step_by_step(routed, tokenizer, words, params, data)
             stepwise = routed.weigh(finish_views(routed.embedder, [views]), params)[0]
         assert seen.decide(pieces, length, prompt_tokens) is None
         np.testing.assert_allclose(weights, stepwise, atol=1e-5)
-        if params.window is None and params.recent is None:
+        if params.window is None and params.recent is None and params.change is None:
             np.testing.assert_allclose(weights, routed.weights(["".join(pieces[:length])], params)[0], atol=1e-4)
 
 

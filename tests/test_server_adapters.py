@@ -91,7 +91,7 @@ def test_a_centroid_that_training_left_needs_no_samples(
 
 
 def test_running_requests_finish_untouched(served: Serving) -> None:
-    body = {**BODY, "max_tokens": 300}
+    body = {**BODY, "max_tokens": 450}
     expected = {
         model: served.client().completions.create(model=model, **body).choices[0].text for model in ("auto", "math")
     }

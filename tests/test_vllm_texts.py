@@ -7,7 +7,7 @@ import pytest
 
 from treadle.embed import StaticEmbedder
 from treadle.params import RoutingParams
-from treadle.routing import RunningText
+from treadle.routing import Router, RunningText
 from treadle.vllm_plugin.texts import FIRST_ROWS, Texts, Words
 
 PIECES = [
@@ -37,10 +37,10 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("views", VIEWS)
-def test_together_is_one_by_one(embedder: StaticEmbedder, views: str) -> None:
+def test_together_is_one_by_one(embedder: StaticEmbedder, router: Router, views: str) -> None:
     chance = random.Random(0)
     params = VIEWS[views]
-    running = [RunningText(embedder, params) for _ in range(FIRST_ROWS + 3)]
+    running = [RunningText(router, params) for _ in range(FIRST_ROWS + 3)]
     read: list[list[str]] = [[chance.choice(PIECES) for _ in range(1 + index)] for index in range(len(running))]
     prompts = [len(each) for each in read]
     for text, pieces in zip(running, read, strict=True):

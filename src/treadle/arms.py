@@ -52,7 +52,9 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
     """
     routed = replace(default, rule="softmax", score="lda", fixed=None) if default.rule == "fixed" else default
     cosine = replace(routed, score="cosine", rule="softmax", temperature=None)
-    boosted = replace(cosine, rule="boosted", window=None, recent=None)  # the paper looks at all of the text
+    boosted = replace(
+        cosine, rule="boosted", window=None, recent=None, change=None
+    )  # the paper looks at all of the text
     given: dict[str, RoutingParams | None] = {
         **{name: RoutingParams.one(name) for name in names},
         **{f"adapter:{name}": RoutingParams.one(name) for name in names},

@@ -1,7 +1,7 @@
 """Why the router weighs a text as it does: scores, cosines, weights, and the words that spoke for the nearest."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class Explanation:
         cosines: (N) of the text with each centroid.
         scores: (N) by the params' score; empty under fixed weights.
         weights: (N).
+        begin: where what counts of the text begins, as an index of characters (`RoutingParams.change`).
         words: the words that raised the nearest adapter's score most over the second's, with how much: in the score's
             units for `lda`, relative to each other for cosines. Static embedder only.
     """
@@ -31,12 +32,15 @@ class Explanation:
     cosines: tuple[float, ...]
     scores: tuple[float, ...]
     weights: tuple[float, ...]
+    begin: int = 0
     words: tuple[tuple[str, float], ...] = ()
 
 
 def explain(router: Router, text: str, params: RoutingParams | None = None) -> Explanation:
     """Explain the weights of one text."""
     params = params or router.params
+    begin = router.last_change(text, params)
+    text = text[begin:]
     embedding = router.embedder.encode([text])[0]  # (D,)
     is_fixed = params.rule == "fixed"
     scores = router.centroids.score(embedding, params.score)  # (N,)
@@ -44,7 +48,8 @@ def explain(router: Router, text: str, params: RoutingParams | None = None) -> E
         names=router.names,
         cosines=tuple(router.centroids.score(embedding, "cosine").tolist()),
         scores=() if is_fixed else tuple(scores.tolist()),
-        weights=tuple(router.weights([text], params)[0].tolist()),
+        weights=tuple(router.weights([text], replace(params, change=None))[0].tolist()),
+        begin=begin,
         words=() if is_fixed or len(router.names) < 2 else _words(router, text, params),
     )
 

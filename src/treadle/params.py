@@ -53,6 +53,12 @@ class RoutingParams:
         "running text: three quarters of the score are that of its last so many tokens; none = off",
         f"{COUNT}, or none",
     )
+    change: float | None = option(
+        4.0,
+        "lda: a prompt whose domain changes counts from the last change on, where that explains it by so many nats "
+        "better; none = all of it",
+        f"{FACTOR}, or none",
+    )
     prefill: Literal["prompt", "causal"] = option(
         "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
     )
@@ -77,13 +83,13 @@ class RoutingParams:
         ]
 
     def _number_problems(self) -> list[OptionProblem]:
-        may_be_none = ("temperature", "every", "window", "recent", "floor")
+        may_be_none = ("temperature", "every", "window", "recent", "change", "floor")
         given: dict[str, Any] = {
             name: value for name, value in vars(self).items() if value is not None or name not in may_be_none
         }
         wrong = [
             name
-            for name in ("boost", "temperature")
+            for name in ("boost", "temperature", "change")
             if name in given and not (isinstance(given[name], int | float) and SMALLEST <= given[name] < float("inf"))
         ]
         wrong += [
@@ -134,7 +140,16 @@ class RoutingParams:
     @classmethod
     def paper(cls) -> "RoutingParams":
         """Return what the paper's code computes; use a bundle whose embedder is the sentence embedder."""
-        return cls(score="cosine", rule="boosted", boost=4.0, every=2, recent=None, past="recompute", combine="paper")
+        return cls(
+            score="cosine",
+            rule="boosted",
+            boost=4.0,
+            every=2,
+            recent=None,
+            change=None,
+            past="recompute",
+            combine="paper",
+        )
 
     @classmethod
     def base(cls) -> "RoutingParams":

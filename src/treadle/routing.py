@@ -5,14 +5,17 @@ the centroids, the params and the text, which is what lets a cached prefix, a re
 """
 
 import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treadle.centroids import Centroids, Floats, log_softmax
+from treadle.change import last_change
 from treadle.embed import Embedder, Track, load_embedder
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
 from treadle.params import DEFAULT_TEMPERATURE, RoutingParams, Score
@@ -107,11 +110,15 @@ def apply_rule(scores: Floats, params: RoutingParams) -> Floats:
 class RunningText:
     """One running text, as routing params look at it: all of it or a window, and its recent tokens if they ask.
 
-    A prompt that is decided as a whole has no recent tokens: there the first view counts alone.
+    A prompt that is decided as a whole has no recent tokens: there the first view counts alone. Where its domain
+    changes, the text begins at the last change, also for what is decided later.
     """
 
-    def __init__(self, embedder: Embedder, params: RoutingParams) -> None:
+    def __init__(self, router: "Router", params: RoutingParams) -> None:
+        embedder = router.embedder
+        self._router = router
         self._params = params
+        self._begin = 0  # the token that the text is read from
         self._decided_at = -1  # tokens that the newest decision was made from; -1 = there was none
         recent = params.recent
         self._has_whole = recent is not None and params.window is None  # then one track gives both views
@@ -144,16 +151,24 @@ class RunningText:
         """
         if length == self._decided_at:
             return None
-        for track in self._tracks:
-            track.extend(pieces[max(self._decided_at, 0) : length])
-        self._decided_at = length
         is_prompt = is_prompt_decision(length, prompt_tokens, self._params)
+        if is_prompt:
+            self._begin = self._last_change(pieces[:length])
+        for track in self._tracks:
+            track.extend(pieces[max(self._decided_at, self._begin) : length])
+        self._decided_at = length
         if self._has_whole:
             whole = self._tracks[0].whole()
             return whole, whole if is_prompt else self._tracks[0].snapshot()
         if is_prompt:
             return (self._tracks[0].snapshot(),) * len(self._tracks)
         return tuple(track.snapshot() for track in self._tracks)
+
+    def _last_change(self, pieces: Sequence[str]) -> int:
+        """Return the token that the last domain of a prompt begins with."""
+        at = self._router.last_change("".join(pieces), self._params)
+        ends = list(accumulate(map(len, pieces)))
+        return bisect_right(ends, at) if at else 0
 
 
 def finish_views(embedder: Embedder, snapshots: Sequence[tuple[Any, ...]]) -> Floats:
@@ -201,7 +216,17 @@ class Router:
         params = params or self.params
         if params.rule == "fixed":
             return np.tile(self.fixed_weights(params), (len(texts), 1))
-        return self.weigh(self.embedder.encode(texts)[:, None], params)
+        counted = [text[self.last_change(text, params) :] for text in texts]
+        return self.weigh(self.embedder.encode(counted)[:, None], params)
+
+    def last_change(self, text: str, params: RoutingParams) -> int:
+        """Return where what counts of a prompt begins, as an index of characters; see `RoutingParams.change`."""
+        if params.change is None or params.score != "lda" or params.window is not None or params.rule == "fixed":
+            return 0
+        return last_change(text, self._log_posteriors, params.change) if len(self.names) > 1 else 0
+
+    def _log_posteriors(self, texts: Sequence[str]) -> Floats:
+        return self.centroids.score(self.embedder.encode(texts), "lda")
 
     def scores(self, texts: Sequence[str], params: RoutingParams | None = None) -> Floats:
         """Return the scores (B, N) float32 of B whole texts, before any rule."""
@@ -263,7 +288,7 @@ class Router:
         """Return the embeddings (decisions, K, D) that decide over T tokens, and which of them each token has (T,)."""
         lengths = [decision_length(position, prompt_tokens, params) for position in range(len(pieces))]
         wanted = sorted(set(lengths))
-        text = RunningText(self.embedder, params)
+        text = RunningText(self, params)
         snapshots = [views for length in wanted if (views := text.decide(pieces, length, prompt_tokens)) is not None]
         return finish_views(self.embedder, snapshots), np.searchsorted(wanted, lengths)
 

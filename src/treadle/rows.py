@@ -103,7 +103,7 @@ class Row:
         self._text = Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
         self._pieces = [self._text.push(token_id) for token_id in ids]
-        self._running = RunningText(router.embedder, routing)
+        self._running = RunningText(router, routing)
         self._without_lag = replace(routing, lag=0)
         self.ahead: Ahead | None = None  # what decides next, if that takes effect a decision late
 

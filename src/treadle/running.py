@@ -22,7 +22,7 @@ class RunningRow:
         self._source = router, params, tokenizer
         self._params = params
         self._text = Detokenizer(tokenizer)
-        self._running = RunningText(router.embedder, params)
+        self._running = RunningText(router, params)
         self._ids: list[int] = []
         self._pieces: list[str] = []
 

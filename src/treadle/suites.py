@@ -202,7 +202,7 @@ class _Decisions:
         self._params = RoutingParams(every=1)
         piece = [" the", " sum", " of", " cells", " returns", "\n"]
         self._pieces = (piece * (length // len(piece) + 1))[:length]
-        self._texts = [RunningText(engine.router.embedder, self._params) for _ in range(streams)]
+        self._texts = [RunningText(engine.router, self._params) for _ in range(streams)]
         self()
 
     def __call__(self) -> None:

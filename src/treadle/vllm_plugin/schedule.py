@@ -104,7 +104,7 @@ class Stream:
             self.settle(0, keys_of(weights)[0], kind.mixture.gates(weights, kind.params.combine)[0])
             self.decided = next_decision(0, prompt_tokens, kind.params)
         else:
-            self._running = RunningText(kind.mixture.router.embedder, kind.params)
+            self._running = RunningText(kind.mixture.router, kind.params)
 
     @property
     def mixture(self) -> Mixture:

@@ -1,0 +1,81 @@
+"""Where a prompt's domain changes for the last time, and that only what follows counts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from treadle.explain import explain
+from treadle.params import RoutingParams
+from treadle.routing import Router, RunningText, finish_views
+
+MATH = "add three plus four the sum plus three four plus four add " * 5
+SCIENCE = "the atom heat planet heat cell cell atom planet heat the planet " * 5
+CODE = "def loop return list return the list loop def list list return " * 5
+PARAMS = RoutingParams(change=1.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "last", "nearest"),
+    [
+        ("", MATH, 0),
+        (SCIENCE, MATH, 0),
+        (SCIENCE + CODE, MATH, 0),
+        (MATH + SCIENCE, CODE, 2),
+        (CODE + MATH, SCIENCE, 1),
+    ],
+)
+def test_what_counts_is_of_the_last_domain(router: Router, before: str, last: str, nearest: int) -> None:
+    begin = router.last_change(before + last, PARAMS)
+    assert bool(begin) == bool(before)
+    assert router.weights([before + last], PARAMS)[0].argmax() == nearest
+    assert begin >= len(before) - 80  # cuts are tried a dozen words apart
+    counted = (before + last)[begin:]
+    np.testing.assert_array_equal(
+        router.weights([before + last], PARAMS), router.weights([counted], replace(PARAMS, change=None))
+    )
+    explanation = explain(router, before + last, PARAMS)
+    assert explanation.begin == begin
+    assert explanation.weights == pytest.approx(router.weights([counted], replace(PARAMS, change=None))[0])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        replace(PARAMS, change=None),
+        replace(PARAMS, change=1e6),
+        replace(PARAMS, score="cosine"),
+        replace(PARAMS, window=20),
+        RoutingParams.one("math"),
+        RoutingParams.paper(),
+    ],
+)
+def test_all_of_the_prompt_counts_where_it_is_asked_for(router: Router, params: RoutingParams) -> None:
+    assert router.last_change(SCIENCE + MATH, params) == 0
+
+
+def test_a_few_words_of_another_domain_are_no_change(router: Router) -> None:
+    assert router.last_change(SCIENCE + "add three plus four", PARAMS) == 0
+    assert router.last_change("atom planet heat " + "add three " * 20, PARAMS) == 0
+    assert router.last_change("", PARAMS) == 0
+
+
+def test_running_text_goes_on_from_the_change(router: Router) -> None:
+    """Decided token by token, whole or at once; what was said before the change stays out for good."""
+    pieces = [word + " " for word in (SCIENCE + MATH).split()]
+    begin = len("".join(pieces)[: router.last_change("".join(pieces), PARAMS)].split())
+    assert begin
+    text = RunningText(router, PARAMS)
+    views = text.decide(pieces, len(pieces), len(pieces))
+    assert views is not None
+    (weights,) = router.weigh(finish_views(router.embedder, [views]), PARAMS)
+    np.testing.assert_allclose(weights, router.weights([SCIENCE + MATH], PARAMS)[0], atol=1e-6)
+
+    later = [*pieces, "star ", "atom "]
+    views = text.decide(later, len(later), len(pieces))
+    assert views is not None
+    seen = finish_views(router.embedder, [views])[0]
+    np.testing.assert_allclose(seen, router.embedder.encode(["".join(later[begin:]), "".join(later[-32:])]), atol=1e-6)
+    trace = router.trace(later, len(pieces), PARAMS)
+    np.testing.assert_allclose(trace[0], weights, atol=1e-6)
+    np.testing.assert_allclose(trace[-1], router.weigh(seen[None], PARAMS)[0], atol=1e-6)
