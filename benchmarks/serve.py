@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--different", type=int, default=10**9, help="numbers that prompts of the memory part hold")
     options = parser.parse_args()
     quiet_libraries()
     engine = treadle.load(options.bundle)
@@ -254,7 +255,7 @@ async def memory(url: str, process: psutil.Process, options: argparse.Namespace)
 
     async def one(number: int) -> None:
         async with limit:
-            await stream(url, PROMPT.format(number) * (1 + number % 4), 4 + number % 13)
+            await stream(url, PROMPT.format(number % options.different) * (1 + number % 4), 4 + number % 13)
 
     for first, end in pairwise(marks):
         await asyncio.gather(*(one(number) for number in range(first, end)))
