@@ -26,7 +26,7 @@ def test_what_batches_leave_behind_is_the_prefixes_that_are_kept() -> None:
         sizes, freed, kept = alone.submit(run_batches).result()
     assert min(freed) > 0.9
     assert kept > 7 * MIB
-    assert max(sizes[20:]) - min(sizes[20:]) < 8 * MIB  # 18 MiB where caches lie in the allocator's memory
+    assert max(sizes[20:]) - min(sizes[20:]) < 4 * MIB  # 31 MiB where caches lie in the allocator's memory
 
 
 def run_batches() -> tuple[list[int], list[float], int]:
@@ -36,6 +36,7 @@ def run_batches() -> tuple[list[int], list[float], int]:
         The resident bytes after each; the share of its own bytes that each gave back at its end; the prefixes' bytes.
     """
     torch.empty(30 * MIB, dtype=torch.uint8)  # once freed, glibc takes what is smaller from its heap, and keeps it
+    read = torch.ones(16, 4, 140, 64)  # once for all: what the allocator keeps of these is not what is measured
     process = psutil.Process()
     prefixes = PrefixCache(8 * MIB)
     sizes: list[int] = []
@@ -44,7 +45,7 @@ def run_batches() -> tuple[list[int], list[float], int]:
         length = 40 + 17 * number % 100
         cache = RowCache()
         for layer in cache.rows(LAYERS):
-            layer.update(torch.ones(16, 4, length, 64), torch.ones(16, 4, length, 64))
+            layer.update(read[:, :, :length], read[:, :, :length])
         prefixes.store(Text(np.arange(length) + 1000 * number, {}, (), ("sum", "")), cache, 0)
         before = process.memory_info().rss
         del cache, layer

@@ -167,8 +167,7 @@ class RunningText:
     def _last_change(self, pieces: Sequence[str]) -> int:
         """Return the token that the last domain of a prompt begins with."""
         at = self._router.last_change("".join(pieces), self._params)
-        ends = list(accumulate(map(len, pieces)))
-        return bisect_right(ends, at) if at else 0
+        return bisect_right(list(accumulate(map(len, pieces))), at) if at else 0
 
 
 def finish_views(embedder: Embedder, snapshots: Sequence[tuple[Any, ...]]) -> Floats:
