@@ -36,8 +36,8 @@ SEEDS = (1, 2)
 """Of training, beside the demo's own 0."""
 SOME, FEW = 600, 24
 """Rows a task of the studies that need many passes a row, or are run for each seed."""
-EXAMPLES = {100: 37, 300: 112, 1000: 375}
-"""Examples a task of the low-resource study, and the optimiser steps of about three passes over them."""
+EXAMPLES = {100: 37, 300: 112, 1000: 125}
+"""Examples a task of the low-resource study, and the optimiser steps: three passes over few, one over many."""
 SENTENCE = "sentence-transformers/all-MiniLM-L6-v2"
 CLAIMED = ("base", "oracle", "routed", "prompt", "uniform", "boost-4")
 FREQUENCIES = ("every-1", "every-3", "every-4", "every-6", "every-8", "every-16")

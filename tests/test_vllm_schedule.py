@@ -10,7 +10,8 @@ from treadle.errors import OptionError, TreadleError
 from treadle.params import RoutingParams
 from treadle.vllm_plugin.mixture import AUTO, Mixture, open_bundle, without_adapter
 from treadle.vllm_plugin.params import PluginParams, read_plugin_params
-from treadle.vllm_plugin.schedule import Schedule, Stream
+from treadle.vllm_plugin.schedule import Schedule
+from treadle.vllm_plugin.stream import Stream
 from treadle.vllm_plugin.texts import FIRST_ROWS, MOST_ROOM
 
 TEXT = "add three plus four, the atom of a planet; def loop return list " * 3

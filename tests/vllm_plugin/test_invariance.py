@@ -108,7 +108,7 @@ def test_gates_of_the_newest_token_for_all_would_be_seen(
     small: Path, expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the tests above: a preempted text read again under its newest weights differs."""
-    from treadle.vllm_plugin.schedule import Stream
+    from treadle.vllm_plugin.stream import Stream
 
     monkeypatch.setattr(Stream, "gates", lambda self, start, end: ([self._newest], (end - start,)))
     with serving(small, num_gpu_blocks_override=10, enable_prefix_caching=False, max_model_len=192) as served:

@@ -7,7 +7,8 @@ from treadle.errors import AdapterError, TreadleError
 from treadle.models import load_tokenizer
 from treadle.vllm_plugin.mixture import Mixture, open_bundle, read_newcomer, with_adapter, without_adapter
 from treadle.vllm_plugin.params import KEY, PluginParams
-from treadle.vllm_plugin.schedule import Plan, Schedule, Stream
+from treadle.vllm_plugin.schedule import Plan, Schedule
+from treadle.vllm_plugin.stream import Stream
 
 
 class Core:
