@@ -20,6 +20,7 @@ import numpy as np
 import treadle
 from treadle import centroids, routing
 from treadle.data import load_examples, sample_texts
+from treadle.embed import num_words
 from treadle.evaluate import load_sets
 from treadle.models import load_tokenizer
 from treadle.params import EvalParams
@@ -71,7 +72,7 @@ def print_groups(router: Router, data: Path, rows: dict[str, Sequence[Example]])
         centroids.MOST_GROUPS = most
         found = centroids.Centroids.empty(router.embedder.id, router.embedder.dim)
         for task, each in vectors.items():
-            found = found.add(task, each)
+            found = found.add(task, each, num_words(texts[task]))
         cells = [
             np.mean([(found.score(each, "lda").argmax(-1) == index).mean() for index, each in enumerate(every)])
             for every in seen.values()

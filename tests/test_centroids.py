@@ -62,6 +62,31 @@ def test_adding_then_removing_is_as_before(clouds, data):
             np.testing.assert_array_equal(getattr(result, field), getattr(without, field))
 
 
+@given(clouds_of)
+@quick
+def test_words_count_within_groups_alone(clouds):
+    name, cloud = next(iter(clouds.items()))
+    empty = Centroids.empty("test", cloud.shape[1])
+    plain, alike = empty.add(name, cloud), empty.add(name, cloud, np.full(len(cloud), 7))
+    for field in ("means", "counts", "scatter"):
+        np.testing.assert_allclose(getattr(alike, field), getattr(plain, field), atol=1e-5)
+    words = np.arange(1, len(cloud) + 1)
+    weighed = empty.add(name, cloud, words)
+    np.testing.assert_array_equal(weighed.means, plain.means)
+    spread = cloud - cloud.mean(0)
+    np.testing.assert_allclose(weighed.scatter[0], (spread.T * words / words.mean()) @ spread, atol=1e-4)
+
+
+def test_texts_of_any_length_say_the_same_of_a_word():
+    """The mean of n words has 1/n of their covariance: weighed, short texts do not outvote the long ones."""
+    random = np.random.default_rng(0)
+    lengths = random.choice([1, 100], 400)
+    word = np.float64([3, 1, 0.1])  # standard deviations of a word's vector
+    means = (random.normal(size=(400, 3)) * word / np.sqrt(lengths)[:, None]).astype(np.float32)
+    found = Centroids.empty("test", 3).add("a", means, lengths)
+    np.testing.assert_allclose(np.diag(found.scatter[0]) * lengths.mean() / 400, word**2, rtol=0.25)
+
+
 def test_a_centroid_is_not_normalised_again():
     centroids = fitted({"a": np.float32([[1, 0], [0, 1]])})
     np.testing.assert_array_equal(centroids.means, [[0.5, 0.5]])
@@ -123,12 +148,13 @@ def small_groups(monkeypatch):
 @quick
 def test_groups_part_the_samples(clouds, number):
     cloud = next(iter(clouds.values()))
-    groups = group(cloud, number)
+    groups, owners = group(cloud, number)
     assert 1 <= len(groups.sizes) <= number
     assert groups.sizes.sum() == len(cloud)
     assert (groups.sizes > 0).all()
     np.testing.assert_allclose(groups.sizes @ groups.means / len(cloud), cloud.mean(0), atol=1e-5)
-    again = group(cloud, number)
+    np.testing.assert_array_equal(np.bincount(owners), groups.sizes)
+    again, _ = group(cloud, number)
     np.testing.assert_array_equal(groups.means, again.means)
 
 
@@ -136,7 +162,7 @@ def test_groups_are_clusters():
     random = np.random.default_rng(0)
     corners = np.float32([[0, 9], [9, 0], [9, 9]])
     cloud = np.concatenate([corner + random.normal(size=(5, 2)) for corner in corners]).astype(np.float32)
-    groups = group(random.permutation(cloud), 3)
+    groups, _ = group(random.permutation(cloud), 3)
     assert sorted(groups.sizes) == [5, 5, 5]
     found = groups.means[np.lexsort(groups.means.T)]
     np.testing.assert_allclose(found, corners[np.lexsort(corners.T)], atol=1.5)
@@ -148,7 +174,7 @@ def test_lda_of_groups_is_the_log_posterior_of_their_mixtures():
     centroids = fitted(clouds)
     assert np.bincount(centroids.groups.owners).tolist() == [3, 1, 2]
     x = np.random.default_rng(6).normal(size=(4, 6)).astype(np.float32)
-    parts = [group(cloud, len(cloud) // 4) for cloud in clouds.values()]
+    parts = [group(cloud, len(cloud) // 4)[0] for cloud in clouds.values()]
     residuals = []
     for cloud, each in zip(clouds.values(), parts, strict=True):
         nearest = ((cloud[:, None] - each.means) ** 2).sum(-1).argmin(-1)

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from treadle.centroid_files import save_centroid
+from treadle.centroids import Centroids
 from treadle.embed import StaticEmbedder
 
 from conftest import SAMPLES, edit_config, save_adapter
@@ -86,7 +87,8 @@ def test_a_centroid_that_training_left_needs_no_samples(
     served: Serving, folder: Path, embedder: StaticEmbedder
 ) -> None:
     assert "holds no centroid.safetensors: give sample texts" in add(served, samples=None).json()["error"]["message"]
-    save_centroid(folder / "poetry", embedder.encode(SAMPLES["math"]), embedder, "embedder", {})
+    own = Centroids.empty(embedder.id, embedder.dim).add("poetry", embedder.encode(SAMPLES["math"]))
+    save_centroid(folder / "poetry", own, "embedder", {})
     assert add(served, samples=None).json()["data"][-1]["samples"] == len(SAMPLES["math"])
 
 

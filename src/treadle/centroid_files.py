@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from treadle import __version__
 from treadle.centroids import Centroids, Groups
-from treadle.embed import Embedder
 from treadle.errors import AdapterError, BundleError
 
 CENTROID_FILE, RECORD_FILE = "centroid.safetensors", "treadle.json"
@@ -27,19 +26,18 @@ GROUP_ARRAYS = ("group_means", "group_owners", "group_sizes")
 FLOATS = ("means", "scatter", "group_means")
 
 
-def save_centroid(folder: Path, embeddings: Any, embedder: Embedder, name: str, training: Mapping[str, Any]) -> None:
-    """Write the centroid of an adapter's texts into its PEFT folder, so that `treadle fit` needs no samples of it.
+def save_centroid(folder: Path, own: Centroids, embedder: str, training: Mapping[str, Any]) -> None:
+    """Write an adapter's centroid into its PEFT folder, so that `treadle fit` needs no samples of it.
 
     Args:
         folder: the PEFT folder.
-        embeddings: (samples, D) of the texts.
-        embedder: what made them.
-        name: of the embedder, as it can be loaded again.
+        own: the centroid of this adapter alone.
+        embedder: the name by which what made it can be loaded again.
         training: what is recorded about the training.
     """
-    centroids = Centroids.empty(embedder.id, embedder.dim).add(folder.name, embeddings)
-    write_centroids(folder / CENTROID_FILE, centroids)
-    record = {"treadle": __version__, "embedder": name, "embedder_id": embedder.id, "samples": len(embeddings)}
+    write_centroids(folder / CENTROID_FILE, own)
+    samples = int(own.counts.sum())
+    record = {"treadle": __version__, "embedder": embedder, "embedder_id": own.embedder_id, "samples": samples}
     (folder / RECORD_FILE).write_text(json.dumps({**record, "training": training}, indent=2) + "\n", "utf-8")
 
 

@@ -77,7 +77,8 @@ class Centroids:
         names: (N), the order of every N axis.
         means: (N, D) float32; not normalised again, as in the paper.
         counts: (N,) samples of each adapter.
-        scatter: (N, D, D) float32, sum over samples of (x - mean)(x - mean)^T.
+        scatter: (N, D, D) float32, sum over samples of (x - mean)(x - mean)^T; the part of it within groups counts a
+            sample by its words.
         embedder_id: which embedder made them; another one's embeddings mean something else.
         given_groups: the samples of each adapter in groups; None = one each.
         groups: the same, as it was read.
@@ -111,23 +112,37 @@ class Centroids:
             raise OptionError(problem_list("centroids:", problems))
         object.__setattr__(self, "groups", given_groups or Groups(self.means, np.arange(n), self.counts))
 
-    def add(self, name: str, embeddings: Floats) -> "Centroids":
-        """Return centroids with one more adapter, from its samples' embeddings (samples, D)."""
+    def add(self, name: str, embeddings: Floats, num_words: NDArray[np.int64] | None = None) -> "Centroids":
+        """Return centroids with one more adapter, from its samples.
+
+        A text's vector is the mean of its words' vectors, so its noise falls with their number. The covariance that
+        `lda` divides by is of the texts that it will meet, which are longer than most parts of samples: with samples
+        counted by their words, half as many prompts of unseen subjects are mistaken (`benchmarks/scatter.py`).
+
+        Args:
+            name: of the adapter.
+            embeddings: (samples, D).
+            num_words: (samples,) at least 1 (`treadle.embed.num_words`); None counts every sample alike.
+        """
         if name in self.names:
             raise AdapterError(f"adapter {name!r} has a centroid already.")
         if len(embeddings) == 0:
             raise OptionError(f"adapter {name!r} has no sample texts.")
         check_words(name, embeddings)
+        groups, owners = group(embeddings, min(len(embeddings) // GROUP, MOST_GROUPS))
         mean = embeddings.mean(0, dtype=np.float64)
-        spread = embeddings - mean
+        weights = np.ones(len(embeddings)) if num_words is None else num_words / num_words.mean()
+        within = embeddings - groups.means[owners].astype(np.float64)  # (samples, D)
+        between = groups.means - mean  # (P, D)
+        scatter = (within.T * weights) @ within + (between.T * groups.sizes) @ between
         return self.join(
             Centroids(
                 names=(name,),
                 means=mean[None].astype(np.float32),
                 counts=np.array([len(embeddings)]),
-                scatter=(spread.T @ spread)[None].astype(np.float32),
+                scatter=scatter[None].astype(np.float32),
                 embedder_id=self.embedder_id,
-                given_groups=group(embeddings, min(len(embeddings) // GROUP, MOST_GROUPS)),
+                given_groups=groups,
             )
         )
 
@@ -216,23 +231,27 @@ class Centroids:
         return slopes.astype(np.float32), offsets.astype(np.float32)
 
 
-def group(embeddings: Floats, number: int) -> Groups:
-    """Return (samples, D) of one adapter in at most `number` groups, by k-means from a fixed seed (k-means++)."""
+def group(embeddings: Floats, number: int) -> tuple[Groups, NDArray[np.int64]]:
+    """Put (samples, D) of one adapter in at most `number` groups, by k-means from a fixed seed (k-means++).
+
+    Returns:
+        the groups, and which of them each sample is in (samples,).
+    """
     x = embeddings.astype(np.float64)
     random = np.random.default_rng(0)
     centres = x[random.integers(len(x))][None]  # (1, D), then more
-    nearest = ((x - centres[0]) ** 2).sum(1)  # (samples,) squared distance to the nearest centre
+    far = ((x - centres[0]) ** 2).sum(1)  # (samples,) squared distance to the nearest centre
     for _ in range(number - 1):
-        if not nearest.any():
+        if not far.any():
             break  # all samples are centres
-        centres = np.concatenate([centres, x[random.choice(len(x), p=nearest / nearest.sum())][None]])
-        nearest = np.minimum(nearest, ((x - centres[-1]) ** 2).sum(1))
-    sizes = np.array([len(x)])
+        centres = np.concatenate([centres, x[random.choice(len(x), p=far / far.sum())][None]])
+        far = np.minimum(far, ((x - centres[-1]) ** 2).sum(1))
+    owners, sizes = np.zeros(len(x), np.int64), np.array([len(x)])
     for _ in range(ROUNDS):
-        owners = (x @ centres.T - 0.5 * (centres**2).sum(1)).argmax(1)  # (samples,)
-        places, sizes = np.unique(owners, return_counts=True)
-        centres = np.stack([x[owners == place].mean(0) for place in places])
-    return Groups(centres.astype(np.float32), np.zeros(len(centres), np.int64), sizes)
+        nearest = (x @ centres.T - 0.5 * (centres**2).sum(1)).argmax(1)
+        places, owners, sizes = np.unique(nearest, return_inverse=True, return_counts=True)
+        centres = np.stack([x[owners == place].mean(0) for place in range(len(places))])
+    return Groups(centres.astype(np.float32), np.zeros(len(centres), np.int64), sizes), owners
 
 
 def check_words(name: str, embeddings: Floats) -> None:

@@ -309,6 +309,11 @@ class TextTrack:
         return "".join(self._pieces)
 
 
+def num_words(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Return how many words (`WORD`) each text has, (B,); at least 1."""
+    return np.array([max(1, len(WORD.findall(text))) for text in texts], np.int64)
+
+
 def load_embedder(name: str | Path) -> Embedder:
     """Load an embedder: a model2vec folder, a sentence-transformers folder, or the hub id of one of these.
 

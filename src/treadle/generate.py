@@ -14,6 +14,7 @@ from treadle.batch import Batch
 from treadle.blend import Blend, attach
 from treadle.centroids import Centroids, Floats
 from treadle.completion import Completion
+from treadle.embed import num_words
 from treadle.errors import (
     AdapterError,
     ModelError,
@@ -154,7 +155,7 @@ class Engine:
         self._check_new(name)
         adapter = read_adapter(path, name)
         embedder = self.router.embedder
-        own = Centroids.empty(embedder.id, embedder.dim).add(name, embedder.encode(samples))
+        own = Centroids.empty(embedder.id, embedder.dim).add(name, embedder.encode(samples), num_words(samples))
         self.join_adapter(adapter, own)
 
     def join_adapter(self, adapter: Adapter, centroids: Centroids) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from treadle.centroids import Centroids, Floats, log_softmax
 from treadle.change import last_change
-from treadle.embed import Embedder, Track, load_embedder
+from treadle.embed import Embedder, Track, load_embedder, num_words
 from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
 from treadle.params import DEFAULT_TEMPERATURE, RoutingParams, Score
 
@@ -314,7 +314,8 @@ def fit(
     for name, texts in samples.items():
         if isinstance(texts, str):
             raise OptionError(f"samples of {name!r} are one text; give a list of texts.")
-        centroids = centroids.add(name, loaded.encode(texts) if len(texts) else np.zeros((0, loaded.dim), np.float32))
+        embeddings = loaded.encode(texts) if len(texts) else np.zeros((0, loaded.dim), np.float32)
+        centroids = centroids.add(name, embeddings, num_words(texts))
     for each in fitted:
         centroids = centroids.join(each)
     return Router(centroids, loaded, params or RoutingParams())

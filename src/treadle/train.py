@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.centroid_files import save_centroid
-from treadle.centroids import check_words
+from treadle.centroids import Centroids
 from treadle.data import sample_texts
-from treadle.embed import load_embedder
+from treadle.embed import load_embedder, num_words
 from treadle.errors import DataError, OptionError, TreadleError
 from treadle.models import load_model, load_tokenizer
 from treadle.params import TrainParams
@@ -65,11 +65,7 @@ def train_adapter(
     params = params or TrainParams()
     if (output / "adapter_config.json").exists():
         raise OptionError(f"{output} holds an adapter already; name another folder or remove it.")
-    loaded = load_embedder(embedder) if embedder else None  # before the hours of training, not after
-    embeddings = loaded.encode(sample_texts(examples)) if loaded is not None else None
-    if embeddings is not None:
-        check_words(output.name, embeddings)
-
+    own = _centroid(output.name, examples, embedder) if embedder else None  # before the hours of training, not after
     tokenizer = load_tokenizer(base)
     trainer = SFTTrainer(
         model=load_model(base, device="cpu", dtype=params.dtype),  # the trainer knows this process's GPU
@@ -84,11 +80,17 @@ def train_adapter(
     if trainer.is_world_process_zero():
         _save(trainer.model, base, output)
         _save_losses(trainer.state.log_history, output)
-        if loaded is not None and embeddings is not None:
+        if own is not None:
             training = {"base": base, "examples": len(examples), **asdict(params)}
-            save_centroid(output, embeddings, loaded, str(embedder), training)
+            save_centroid(output, own, str(embedder), training)
         _clean(output)
     return output
+
+
+def _centroid(name: str, examples: Sequence[Example], embedder: str) -> Centroids:
+    """Return the centroid of an adapter's own examples."""
+    loaded, texts = load_embedder(embedder), sample_texts(examples)
+    return Centroids.empty(loaded.id, loaded.dim).add(name, loaded.encode(texts), num_words(texts))
 
 
 def _save_losses(history: Sequence[dict[str, Any]], output: Path) -> None:

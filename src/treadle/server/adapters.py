@@ -14,6 +14,7 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.bundle import NAME, RESERVED, foreign_base
 from treadle.centroid_files import read_centroid
 from treadle.centroids import Centroids
+from treadle.embed import num_words
 from treadle.errors import LONGEST_NAME, AdapterError, TreadleError, listed, shown
 from treadle.explain import explain
 from treadle.routing import Router
@@ -181,7 +182,7 @@ async def _add(state: State, new: New, problems: Problems) -> None:
             embedder = state.engine.router.embedder
             slices = [samples[start : start + SLICE] for start in range(0, len(samples), SLICE)]
             vectors = [await state.weigh(partial(embedder.encode, texts)) for texts in slices]
-            own = Centroids.empty(embedder.id, embedder.dim).add(name, np.concatenate(vectors))
+            own = Centroids.empty(embedder.id, embedder.dim).add(name, np.concatenate(vectors), num_words(samples))
         await state.between_steps(partial(_attach, state, adapter, own))
     except TreadleError as error:
         raise Failure(400, str(error), param=new.path_field, code="adapter_refused") from error

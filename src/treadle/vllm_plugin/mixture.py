@@ -19,7 +19,7 @@ from treadle.bundle import RESERVED, Bundle, foreign_base, read_bundle
 from treadle.centroid_files import read_centroid
 from treadle.centroids import Centroids, Floats
 from treadle.compatible import check_combine
-from treadle.embed import StaticEmbedder
+from treadle.embed import StaticEmbedder, num_words
 from treadle.errors import AdapterError, BundleError, OptionError, problem_list, unknown_name
 from treadle.params import Combine, RoutingParams
 from treadle.requested import requested, too_large
@@ -240,7 +240,7 @@ def read_newcomer(
         raise AdapterError(problem_list("the adapter cannot join:", [problem for problem in problems if problem]))
     embedder = mixture.router.embedder
     if samples:
-        own = Centroids.empty(embedder.id, embedder.dim).add(name, embedder.encode(samples))
+        own = Centroids.empty(embedder.id, embedder.dim).add(name, embedder.encode(samples), num_words(samples))
     else:
         own = read_centroid(Path(path), name)
     mixture.router.centroids.join(own)
