@@ -316,7 +316,11 @@ def test_sample_files_hold_texts_or_pairs(tmp_path, name, content, expected):
         ("a.txt", "\n \n", "no sample texts in it"),
         ("a.jsonl", "", "no sample texts in it"),
         ("a.txt", "\udcff", "cannot be read"),
-        ("a.jsonl", '{"body": "x"}\n', "rows need a field 'text', 'messages', or 'prompt' and 'completion'; got body"),
+        (
+            "a.jsonl",
+            '{"body": "x"}\n',
+            "rows need a field 'text', 'messages', or 'prompt' and 'completion':\n  - row 1: 'messages'; fields: body",
+        ),
     ],
 )
 def test_sample_files_without_texts_are_refused(tmp_path, name, content, message):

@@ -213,6 +213,12 @@ def test_results_of_other_settings_rows_or_arms_are_not_added_to(
         evaluate(engine, sets, other, output, params)
     with pytest.raises(OptionError, match="task math had the rows of"):
         evaluate(engine, [replace(sets[0], source="elsewhere")], arms(engine, "routed"), output, params)
+    edited = tuple(replace(each, prompt=each.prompt + "!") for each in sets[0].examples)
+    with pytest.raises(OptionError, match=r"task math had other rows of .*, or another form of them"):
+        evaluate(engine, [replace(sets[0], examples=edited)], arms(engine, "routed"), output, params)
+    engine.blend.adapters[0].pairs.popitem()
+    with pytest.raises(OptionError, match=r"fingerprint was '.*', is '"):
+        evaluate(engine, sets, arms(engine, "routed"), output, params)
     assert len(read_results(output)) == 1
 
 
@@ -224,6 +230,77 @@ def test_an_arm_that_the_adapters_do_not_allow_is_refused_before_anything_is_mea
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_settings_that_cannot_be_read_are_named(engine: Engine, specs: list[str], tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(DataError, match=r"settings\.json"):
+        evaluate(engine, load_sets(specs, QUICK), arms(engine, "base"), tmp_path, QUICK)
+
+
+def test_results_go_into_a_folder(engine: Engine, specs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="file cannot be a folder"):
+        evaluate(engine, load_sets(specs, QUICK), arms(engine, "base"), tmp_path / "file", QUICK)
+
+
+def test_a_metric_that_applies_to_no_example_has_no_result(engine: Engine, specs: list[str], tmp_path: Path) -> None:
+    (task,) = load_sets(specs[:1], QUICK)
+    assert task.task is not None
+    odd = replace(task, task=replace(task.task, metrics=("pass_at_1", "exact_number")))
+    for _ in range(2):  # the second time, what is there is whole
+        found = evaluate(engine, [odd], arms(engine, "base"), tmp_path, QUICK)
+        assert [result.metric for result in found] == ["nll", "exact_number"]
+        assert "NaN" not in (tmp_path / "results.jsonl").read_text()
+
+
+def test_an_answer_ends_where_a_next_example_would_begin(engine: Engine, specs: list[str], tmp_path: Path) -> None:
+    (task,) = load_sets(specs[:1], QUICK)
+    assert task.task is not None
+    evaluate(engine, [task], arms(engine, "base"), tmp_path / "all", QUICK)
+    whole = [row["text"] for row in read_cell(tmp_path / "all", "base", "math")]
+    stop = whole[0][2:4]
+    stopped = replace(task, task=replace(task.task, stop=(stop,)))
+    evaluate(engine, [stopped], arms(engine, "base"), tmp_path / "stopped", QUICK)
+    texts = [row["text"] for row in read_cell(tmp_path / "stopped", "base", "math")]
+    assert texts == [text.partition(stop)[0] for text in whole]
+    assert texts != whole
+
+
+def test_a_text_beyond_the_models_context_is_refused(engine: Engine) -> None:
+    context = engine.context
+    assert context is not None
+    with pytest.raises(OptionError, match=f"reads at most {context} tokens.*\n  - row 1 has"):
+        engine.score(["add", "add " * context], [" sum", " sum"])
+
+
+def test_streams_join_examples_without_their_shots_and_of_all_tasks(specs: list[str], tmp_path: Path) -> None:
+    plain, shown = (load_sets([*specs, "stream"], replace(QUICK, shots=shots))[-1] for shots in (0, 2))
+    for each in (plain, shown):
+        prompts = [part.example.prompt for stream in each.streams for part in stream]
+        assert prompts
+        assert all(prompt.count("Question:") == 1 for prompt in prompts)
+    task = {"name": "more", "adapter": "math", "prompt": "Question: {question}", "completion": " {answer}"}
+    (tmp_path / "more.json").write_text(json.dumps(task))
+    more = load_sets([*specs, f"{tmp_path / 'more.json'}={tmp_path / 'math.jsonl'}", "stream"], EvalParams(limit=8))
+    used = {part.example.prompt for stream in more[-1].streams for part in stream if part.adapter == "math"}
+    assert {prompt.endswith("Answer:") for prompt in used} == {True, False}, "of both tasks of the adapter"
+
+
+def test_streams_without_an_adapter_for_the_oracle_and_without_short_examples_are_refused(
+    engine: Engine, specs: list[str], tmp_path: Path
+) -> None:
+    task = {"name": "own", "prompt": "Question: {question}", "completion": " {answer}"}
+    (tmp_path / "own.json").write_text(json.dumps(task))
+    own = f"{tmp_path / 'own.json'}={tmp_path / 'math.jsonl'}"
+    sets = load_sets([specs[1], own, "stream"], QUICK, ["stream"])
+    with pytest.raises(OptionError, match="unknown adapter 'own'"):
+        evaluate(engine, sets, arms(engine, "oracle"), tmp_path / "out", QUICK)
+    rows = [{"question": "x" * 3000, "answer": "y"}] * 3
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="no two examples are short enough"):
+        load_sets([f"math={tmp_path / 'long.jsonl'}", specs[1], "stream"], QUICK)
+
+
 def test_everything_wrong_with_tasks_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_sets(["maths=x.jsonl", f"math={tmp_path}/no.jsonl", f"{tmp_path}/no.json"], QUICK)
@@ -231,6 +308,8 @@ def test_everything_wrong_with_tasks_is_one_message(tmp_path: Path) -> None:
         assert part in str(caught.value)
     with pytest.raises(DataError, match="two at least"):
         load_sets(["stream"], QUICK)
+    with pytest.raises(DataError, match="math= names no file"):
+        load_sets(["math="], QUICK)
 
 
 def test_tasks_may_only_lend_their_examples(specs: list[str]) -> None:

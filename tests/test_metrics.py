@@ -60,6 +60,12 @@ def test_any_text_is_worth_something_from_zero_to_one_or_does_not_count(name, te
         ("#### -$1,234.50.", -1234.5),
         ("It costs $18.", 18),
         ("-2", -2),
+        ("from 5-10", 10),  # a dash between numbers is no sign
+        ("(4)-2", 2),
+        ("x = -$7", -7),
+        ("1,2,3", 3),
+        ("1,000,000", 1_000_000),
+        ("about .5", 0.5),
         ("1, 2, 3,", 3),
         ("no number", None),
         ("####", None),
@@ -93,6 +99,9 @@ def test_two_texts_without_numbers_do_not_agree():
         ("Both", 0),
         ("b", 0),
         ("F", 0),
+        ("A plant makes B", 1),  # the article is no choice
+        ("A or B", 0),
+        ("A is right, not B", 0),
     ],
 )
 def test_the_first_lone_letter_counts(text, points):
@@ -112,7 +121,7 @@ def test_the_first_lone_letter_counts(text, points):
         ("dog", ("cat", "red dog house"), 0, 0.5),
         ("anthem", ("them",), 0, 0),  # articles go as whole words only
         ("U.S.", ("us",), 1, 1),
-        ("the", ("a",), 1, 1),
+        ("the", ("a",), 1, 0),  # no word of either is left: so SQuAD's script has it
         ("", ("cat",), 0, 0),
     ],
 )

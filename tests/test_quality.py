@@ -37,6 +37,35 @@ def test_confusion_counts_the_nearest_adapter_of_each_kind_of_text(router: Route
     assert quality.separation > 1
 
 
+def test_a_domain_without_texts_of_a_kind_does_not_count_there(router: Router) -> None:
+    given = {**HELD_OUT, "science": [Example("atom cell", " heat")]}
+    params = RoutingParams(score="cosine")
+    assert route_quality(router, given, params).accuracy["bare"] == 1.0  # of math alone: no other has bare texts
+
+
+def test_route_eval_counts_all_tasks_of_an_adapter_and_takes_no_routing_flags(
+    tmp_path: Path, bundle: Path, run: Run
+) -> None:
+    rows = [{"question": f"add {i}", "answer": "sum"} for i in range(3)]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "more", "adapter": "math", "prompt": "{question} plus", "completion": " {answer}"}
+    (tmp_path / "more.json").write_text(json.dumps(task))
+    tasks = ["--tasks", f"math={tmp_path / 'math.jsonl'}", "--tasks", f"{tmp_path}/more.json={tmp_path}/math.jsonl"]
+    code, out, err = run("route", bundle, "--eval", *tasks, "--json")
+    assert code == 0, err
+    assert len(json.loads(out)[0]["distributions"]["math"]) == 6
+    code, _, err = run("route", bundle, "--eval", *tasks, "--score", "cosine", "--window", "8")
+    assert code == 1
+    assert "leave out score, window" in err
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '[{"names": []}]'])
+def test_a_damaged_file_of_routing_quality_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / QUALITY_FILE).write_text(text)
+    with pytest.raises(DataError, match=QUALITY_FILE):
+        draw_all([tmp_path], tmp_path / "figures")
+
+
 def test_unknown_domains_and_no_examples_are_refused(router: Router) -> None:
     with pytest.raises(OptionError, match="Did you mean 'math'"):
         route_quality(router, {"maths": HELD_OUT["math"]}, RoutingParams())

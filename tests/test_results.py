@@ -163,7 +163,7 @@ def test_every_name_has_a_cell_of_its_own_below_the_folder(tmp_path):
     names = ["base", "frequency/every=1 window=none", "frequency", "../up", "a b", "a%20b", "é", ".."]
     output = tmp_path / "inside" / "output"
     rows: dict[Any, list[dict[str, Any]]] = {
-        key: [{"index": place}] for place, key in enumerate(product(names, names[:4]))
+        key: [{"index": place, "values": {}}] for place, key in enumerate(product(names, names[:4]))
     }
     for (arm, task), content in rows.items():
         write_cell(output, arm, task, content)

@@ -110,6 +110,7 @@ def test_a_task_file_may_say_everything(tmp_path):
         ("{a}", {"a": "{b} {"}, "{b} {"),  # what a row says is no template
         ("{a} {a:.1f} {b!r}", {"a": 2, "b": "y"}, "2 2.0 'y'"),
         ("{a}", {"a": "é漢"}, "é漢"),
+        ("{a[text][1]} {a[b]}", {"a": {"text": ["x", "y"], "b": 3}, "a[b]": "z"}, "y z"),
     ],
 )
 def test_a_template_is_filled_from_the_row(tmp_path, template, row, text):
@@ -117,7 +118,7 @@ def test_a_template_is_filled_from_the_row(tmp_path, template, row, text):
     assert task.read(row).prompt == text
 
 
-@pytest.mark.parametrize("template", ["{city}", "{a.__class__}", "{a[0]}", "{}", "{0}", "{a:{city}}"])
+@pytest.mark.parametrize("template", ["{city}", "{a.__class__}", "{a[0]}", "{0}", "{a:{city}}"])
 def test_a_template_reads_fields_of_the_row_and_nothing_else(tmp_path, template):
     task = read_task(write(tmp_path / "task.json", {**TASK, "prompt": template, "completion": "c"}))
     rows = write(tmp_path / "rows.jsonl", {"a": "x"})
@@ -132,6 +133,8 @@ BAD = {
     "bare": ["x"],
     "metrics": ["chr", ["f1"], {"f1": 1}, "chrf"],
     "max_tokens": 0,
+    "stop": "end",
+    "answers": 3,
 }
 
 
@@ -150,10 +153,12 @@ def test_all_problems_of_a_task_file_are_in_one_message(tmp_path):
         "unknown metric 'chr'. Did you mean 'chrf'?",
         "unknown metric \"['f1']\"",
         "unknown metric \"{'f1': 1}\"",
+        "stop must be a list of texts",
+        "answers must be a text",
         "max_tokens must be a whole number of at least 1, not 0",
     ):
         assert message.count(problem) == 1, problem
-    assert message.count("\n") == 9  # and nothing else
+    assert message.count("\n") == 11  # and nothing else
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_what_is_too_long_is_left_out_and_counted(capsys: pytest.CaptureFixture[
     long = Example("x" * 400, " y")
     rows = list(training_rows(TOKENIZER, [*OWN[:2], long], OTHERS, TrainParams(join=1.0, max_tokens=40)))
     assert len(rows) == 2  # the two fall back to their single examples
-    assert "left out 1 of 3 examples" in capsys.readouterr().out
+    assert "left out 1 of 3 examples" in capsys.readouterr().err
     with pytest.raises(DataError, match="every example is longer than max_tokens=40"):
         list(training_rows(TOKENIZER, [long], (), TrainParams(max_tokens=40)))
     with pytest.raises(DataError, match="no example"):
@@ -149,6 +149,8 @@ def test_a_stopped_run_goes_on_and_leaves_losses_and_a_centroid(
             train_adapter(str(base), OWN, tmp_path / "again", params=params, embedder=name)
     with pytest.raises(OptionError, match="holds a run of another recipe"):
         train_adapter(str(base), OWN, tmp_path / "again", params=TrainParams(steps=30), embedder=name)
+    with pytest.raises(OptionError, match="holds a run of another recipe"):
+        train_adapter(str(base), OWN[1:], tmp_path / "again", params=params, embedder=name)
     folder = train_adapter(str(base), OWN, tmp_path / "again", params=params, embedder=name)
     files = {"adapter_config.json", "adapter_model.safetensors", "losses.jsonl", "treadle.json", "centroid.safetensors"}
     assert {file.name for file in folder.iterdir()} == files
@@ -168,6 +170,18 @@ def test_a_stopped_run_goes_on_and_leaves_losses_and_a_centroid(
         Centroids.empty("another embedder", 8).join(router.centroids)
     with pytest.raises(AdapterError, match="adapter 'own' has a centroid already"):
         router.centroids.join(router.centroids)
+
+
+def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> None:
+    base = tmp_path / BASE
+    tiny_llama().save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    with pytest.raises(OptionError, match=r"unknown target 'q_pro'\. Did you mean 'q_proj'"):
+        train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(targets=("q_pro",)))
+    assert not (tmp_path / "own").exists()
+    for rate in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(OptionError, match="learning_rate must be positive"):
+            TrainParams(learning_rate=rate)
 
 
 def test_an_adapter_without_a_centroid_asks_for_samples(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
     An adapter that is called like one of these is `adapter:NAME`, which every adapter may be called.
     """
     routed = replace(default, rule="softmax", score="lda", fixed=None) if default.rule == "fixed" else default
-    cosine = replace(routed, score="cosine", rule="softmax", temperature=None)
+    cosine = replace(routed, score="cosine", rule="softmax", temperature=None, floor=None)  # both are the score's own
     boosted = replace(
         cosine, rule="boosted", window=None, recent=None, change=None
     )  # the paper looks at all of the text
@@ -71,7 +71,7 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
         "cosine": cosine,
         "centred": replace(cosine, score="centred"),
         "lda": replace(cosine, score="lda"),
-        "causal": replace(routed, every=routed.every or 2, prefill="causal", past="keep"),
+        "causal": replace(routed, every=routed.every or 2, prefill="causal", past="keep", lag=0),
         "recompute": replace(routed, every=routed.every or 2, prefill="prompt", past="recompute"),
         "unit-scale": replace(routed, unit_scale=True),
         **{f"boost-{boost}": replace(boosted, boost=float(boost)) for boost in BOOSTS},

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from treadle.generate import Engine
     from treadle.routing import Router
 
+OTHERS = 2000
+"""Examples of each other task, from which joined sequences choose."""
 app = typer.Typer(
     name="treadle",
     help="Blend LoRA adapters token by token, with a router that is computed, not trained.",
@@ -87,6 +89,8 @@ def route(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     router = read_bundle(bundle).router
     params = _routing(router, routing)
     if evaluate:
+        if routing:
+            raise OptionError(f"--eval measures every score by itself; leave out {', '.join(sorted(routing))}")
         lab.route_eval(router, tasks or [], limit, output, as_json)
         return
     explanation = explain(router, text or "", params)
@@ -252,8 +256,8 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     examples = load(task, data, limit)
     others: list[Any] = []
     for entry in also or []:
-        other_task, _, file = entry.rpartition("=")
-        others += load(other_task, file, 2000)
+        other_task, _, file = entry.partition("=") if not Path(entry).exists() else ("", "", entry)
+        others += load(other_task if file else None, file or entry, OTHERS)
     train_adapter(base, examples, output, others=others, params=params, embedder=embedder)
     print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
 

@@ -8,13 +8,13 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.errors import DataError, OptionError, problem_list
-from treadle.tasks import Example, Row, Task, find_task
+from treadle.tasks import Example, Row, Task, as_text, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,10 +54,8 @@ def load_examples(
             continue
         if example.completion.strip():  # six rows of CodeAlpaca have no output: there is nothing to learn from them
             examples.append(example)
-    if problems:
-        more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        kind = f"a row of task {task.name!r}" if task else "{'prompt': ..., 'completion': ...} (or name a --task)"
-        raise DataError(problem_list(f"{source}: rows are not {kind}:", problems[:MAX_REPORTED] + more))
+    kind = f"a row of task {task.name!r}" if task else "{'prompt': ..., 'completion': ...} (or name a --task)"
+    _refuse(problems, f"{source}: rows are not {kind}:")
     if not examples:
         raise DataError(f"{source}: no examples in it")
     if limit is not None and limit < len(examples):
@@ -77,9 +75,10 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", row: Row) -> Example:
     *before, last = row["messages"]
     if last["role"] != "assistant" or not before:
         raise ValueError("the last message must be the assistant's, with a message before it")
+    answer, asked = as_text(last["content"], "content"), as_text(before[-1]["content"], "content")
     prompt = chat_text(tokenizer, before)
     start = str(tokenizer.decode(tokenizer("").input_ids))  # what the tokenizer itself puts before every text
-    return Example(prompt.removeprefix(start), last["content"], bare=before[-1]["content"])
+    return Example(prompt.removeprefix(start), answer, bare=asked)
 
 
 def load_texts(source: str | Path) -> list[str]:
@@ -91,7 +90,7 @@ def load_texts(source: str | Path) -> list[str]:
     if str(source).endswith(".txt"):
         examples = [Example(line.strip(), "") for line in _lines(_existing(source)) if line.strip()]
     else:
-        examples = [_example_of(row, source) for row in read_rows(source)]
+        examples = _examples_of(read_rows(source), source)
     if not examples:
         raise DataError(f"{source}: no sample texts in it")
     return sample_texts(examples)
@@ -174,17 +173,39 @@ def _existing(source: str | Path) -> Path:
 
 
 def _prompt_and_completion(row: dict[str, Any]) -> Example:
-    return Example(str(row["prompt"]), str(row["completion"]), bare=str(row.get("bare", "")))
+    return Example(as_text(row["prompt"], "prompt"), as_text(row["completion"], "completion"), bare=_bare(row))
 
 
-def _example_of(row: dict[str, Any], source: str | Path) -> Example:
+def _bare(row: dict[str, Any]) -> str:
+    return as_text(row.get("bare", ""), "bare")
+
+
+def _examples_of(rows: Iterable[dict[str, Any]], source: str | Path) -> list[Example]:
+    """Return rows of samples as examples; a DataError lists the first bad ones."""
+    examples: list[Example] = []
+    problems: list[str] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            examples.append(_example_of(row))
+        except (KeyError, ValueError, TypeError) as error:
+            problems.append(f"row {number}: {error}; fields: {', '.join(row)}")
+    _refuse(problems, f"{source}: rows need a field 'text', 'messages', or 'prompt' and 'completion':")
+    return examples
+
+
+def _example_of(row: dict[str, Any]) -> Example:
     if "text" in row:
-        return Example(str(row["text"]), "", bare=str(row.get("bare", "")))
+        return Example(as_text(row["text"], "text"), "", bare=_bare(row))
     if "prompt" in row:
-        return Example(str(row["prompt"]), str(row.get("completion", "")), bare=str(row.get("bare", "")))
-    if row.get("messages"):
-        *before, last = [str(message["content"]) for message in row["messages"]]
-        return Example("\n\n".join([*before, ""]), last) if before else Example(last, "")
-    raise DataError(
-        f"{source}: rows need a field 'text', 'messages', or 'prompt' and 'completion'; got {', '.join(row)}"
-    )
+        return Example(
+            as_text(row["prompt"], "prompt"), as_text(row.get("completion", ""), "completion"), bare=_bare(row)
+        )
+    *before, last = [as_text(message["content"], "content") for message in row["messages"]]
+    return Example("\n\n".join([*before, ""]), last) if before else Example(last, "")
+
+
+def _refuse(problems: Sequence[str], title: str) -> None:
+    """Raise a DataError that lists the first problems, if there are any."""
+    if problems:
+        more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
+        raise DataError(problem_list(title, [*problems[:MAX_REPORTED], *more]))

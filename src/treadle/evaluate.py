@@ -4,6 +4,7 @@ A cell is an arm on a task. Finished cells are on disk (`treadle.results`) and a
 `settings.json` says what was asked, and a folder is only added to with the same settings.
 """
 
+import hashlib
 import json
 import platform
 import time
@@ -21,14 +22,25 @@ from treadle.data import load_examples
 from treadle.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.metrics import METRICS
 from treadle.params import EvalParams, RoutingParams, SamplingParams
-from treadle.results import EvalResult, Fraction, interval, read_results, write_cell, write_results
+from treadle.results import (
+    SETTINGS_FILE,
+    EvalResult,
+    Fraction,
+    interval,
+    make_folder,
+    read_results,
+    read_settings,
+    write_cell,
+    write_results,
+)
 from treadle.streams import STREAMS, Stream, join_streams, score_streams
 from treadle.tasks import SEPARATOR, Example, Task, find_task
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
 
-SETTINGS_FILE = "settings.json"
+SAME = ("base", "embedder", "fingerprint", "dtype", "device")
+"""Of the versions, what all results of a folder have in common."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class EvalSet:
         task: how texts are judged; None for streams.
         examples: with their shots, if any.
         streams: where `task` is None.
+        plain: the examples without shots, which streams join.
     """
 
     name: str
@@ -48,6 +61,14 @@ class EvalSet:
     task: Task | None
     examples: tuple[Example, ...] = ()
     streams: tuple[Stream, ...] = ()
+    plain: tuple[Example, ...] = field(default=(), repr=False)
+
+    @property
+    def rows(self) -> str:
+        """What tells these rows, as they are asked, from others: a digest of all their texts."""
+        joined = [[(part.adapter, asdict(part.example)) for part in stream] for stream in self.streams]
+        asked = [asdict(example) for example in self.examples]
+        return hashlib.sha256(json.dumps([asked, joined]).encode()).hexdigest()[:16]
 
     @property
     def adapter(self) -> str:
@@ -89,19 +110,21 @@ def load_sets(specs: Sequence[str], params: EvalParams, only: Sequence[str] = ()
     for spec in [spec for spec in specs if spec not in STREAMS]:
         try:
             each = _load_set(spec, params)
-            if each.name in sets:
+            if each.name in sets or each.name in STREAMS:
                 problems.append(f"task {each.name!r} is given twice")
             sets[each.name] = each
         except TreadleError as error:
             problems.append(str(error))
     pools: dict[str, tuple[Example, ...]] = {}
     for each in sets.values():
-        pools.setdefault(each.adapter, each.examples)
+        pools[each.adapter] = pools.get(each.adapter, ()) + each.plain
     if mixed and len(pools) < 2 and not problems:
         problems.append(f"{', '.join(mixed)}: name the tasks whose examples are joined, two at least")
     if problems:
         raise DataError(problem_list("tasks:", problems))
     streams = tuple(join_streams(pools, params.limit, params.seed)) if mixed else ()
+    if mixed and not streams:
+        raise DataError(f"{', '.join(mixed)}: no two examples are short enough to be joined")
     joined = " + ".join(each.source for each in sets.values())
     loaded = [*sets.values(), *(EvalSet(name, joined, None, streams=streams) for name in dict.fromkeys(mixed))]
     names = [each.name for each in loaded]
@@ -111,8 +134,10 @@ def load_sets(specs: Sequence[str], params: EvalParams, only: Sequence[str] = ()
 
 
 def _load_set(spec: str, params: EvalParams) -> EvalSet:
-    name, _, file = spec.partition("=")
+    name, given, file = spec.partition("=")
     task = find_task(name, also=STREAMS)
+    if given and not file:
+        raise DataError(f"{spec} names no file; without = the rows come from the hub")
     source = file or task.dataset
     if not source:
         raise DataError(f"{name}: it names no source; write {name}=FILE")
@@ -122,7 +147,7 @@ def _load_set(spec: str, params: EvalParams) -> EvalSet:
         raise DataError(f"{source}: {len(rows)} examples are not more than the {params.shots} shots")
     before = "".join(f"{shot.prompt}{shot.completion}{SEPARATOR}" for shot in shots)
     shown = [replace(each, prompt=before + each.prompt) for each in examples]
-    return EvalSet(task.name, source, task, tuple(shown))
+    return EvalSet(task.name, source, task, tuple(shown), plain=tuple(examples))
 
 
 def evaluate(
@@ -138,7 +163,7 @@ def evaluate(
     Raises:
         TreadleError: an arm is not possible with these adapters, or `output` was made with other settings.
     """
-    engine.check_routing([arm.params_for(each.adapter) for arm, each in _cells(arms, sets) if _has_params(arm, each)])
+    engine.check_routing([params for arm, each in _cells(arms, sets) for params in _params_of(arm, each)])
     _check_settings(output, params, engine)
     before = read_results(output)
     write_results(output, before, append=False)  # without what a kill left of a cell
@@ -159,8 +184,10 @@ def _cells(arms: Sequence[Arm], sets: Sequence[EvalSet]) -> Iterator[tuple[Arm, 
     return ((arm, each) for each in sets for arm in arms)
 
 
-def _has_params(arm: Arm, each: EvalSet) -> bool:
-    return arm.params is not None or each.task is not None
+def _params_of(arm: Arm, each: EvalSet) -> list[RoutingParams]:
+    """Return all params that an arm has on a task; those of the oracle on streams are each part's own."""
+    owners = {part.adapter for stream in each.streams for part in stream} if each.task is None else {each.adapter}
+    return [arm.params_for(owner) for owner in sorted(owners)]
 
 
 def measure(engine: "Engine", arm: Arm, each: EvalSet, params: EvalParams) -> Cell:
@@ -201,7 +228,7 @@ def _measure_texts(
     engine: "Engine", task: Task, examples: Sequence[Example], routing: RoutingParams, params: EvalParams, cell: Cell
 ) -> None:
     """Generate an answer to every example, greedily, and judge it."""
-    sampling = SamplingParams(max_tokens=params.max_tokens or task.max_tokens)
+    sampling = SamplingParams(max_tokens=params.max_tokens or task.max_tokens, stop=task.stop)
     started = time.perf_counter()
     done = engine.generate([example.prompt for example in examples], sampling=sampling, routing=routing)
     cell.generation_seconds = time.perf_counter() - started
@@ -210,9 +237,12 @@ def _measure_texts(
         points = [METRICS[name](each.text, example) for each, example in zip(done, examples, strict=True)]
         cell.values[name] = [(point or 0.0, float(point is not None)) for point in points]
     cell.texts = [
-        {"text": each.text, "finish_reason": each.finish_reason, "weights": each.weights.round(3).tolist()}
-        for each in done
+        {"text": each.text, "finish_reason": each.finish_reason, "weights": _rounded(each.weights)} for each in done
     ]
+
+
+def _rounded(weights: Floats) -> list[list[float]]:
+    return weights.astype(np.float64).round(3).tolist()  # of float32, 0.047 would be written with 17 digits
 
 
 def _measure_streams(engine: "Engine", arm: Arm, each: EvalSet) -> Cell:
@@ -228,6 +258,9 @@ def _results(engine: "Engine", arm: Arm, each: EvalSet, cell: Cell, seconds: flo
     speed = cell.tokens / cell.generation_seconds if cell.generation_seconds else 0.0
     results: list[EvalResult] = []
     for metric, fractions in cell.values.items():
+        count = sum(denominator > 0 for _, denominator in fractions)
+        if not count:
+            continue  # it applies to none of these examples
         value, low, high = interval(fractions, seed)
         results.append(
             EvalResult(
@@ -237,7 +270,7 @@ def _results(engine: "Engine", arm: Arm, each: EvalSet, cell: Cell, seconds: flo
                 value=value,
                 low=low,
                 high=high,
-                n=sum(denominator > 0 for _, denominator in fractions),
+                n=count,
                 routing=None if arm.params is None else asdict(arm.params),
                 source=each.source,
                 seconds=seconds,
@@ -245,6 +278,7 @@ def _results(engine: "Engine", arm: Arm, each: EvalSet, cell: Cell, seconds: flo
                 tokens_per_second=speed,
                 seed=seed,
                 versions=_versions(engine),
+                rows=each.rows,
             )
         )
     return results
@@ -272,18 +306,38 @@ def _versions(engine: "Engine") -> dict[str, str]:
         "python": platform.python_version(),
         "base": Path(base).name,
         "embedder": engine.router.embedder.id,
+        "fingerprint": fingerprint(engine),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "device": engine.model.device.type,
     }
+
+
+def fingerprint(engine: "Engine") -> str:
+    """Return what tells an engine's adapters and centroids from others."""
+    digest = hashlib.sha256()
+    for adapter in engine.blend.adapters:
+        for path, pair in sorted(adapter.pairs.items()):
+            digest.update(f"{adapter.name} {path} {pair.scale}".encode())
+            for factor in (pair.a, pair.b):
+                digest.update(factor.float().cpu().contiguous().numpy().tobytes())
+    centroids = engine.router.centroids
+    for array in (centroids.means, centroids.scatter, centroids.groups.means, centroids.groups.sizes):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_settings(output: Path, params: EvalParams, engine: "Engine") -> None:
     """Write the settings into a new folder, or refuse a folder that was made with others."""
-    settings = {**asdict(params), "adapters": list(engine.adapter_names), "embedder": engine.router.embedder.id}
+    what = {key: value for key, value in _versions(engine).items() if key in SAME}
+    settings = {**asdict(params), "adapters": list(engine.adapter_names), **what}
     file = output / SETTINGS_FILE
     if not file.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        make_folder(output)
+        half = file.with_suffix(".part")
+        half.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        half.rename(file)
         return
-    before = json.loads(file.read_text("utf-8"))
+    before = read_settings(output)
     changed = [
         f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value
     ]
@@ -301,6 +355,8 @@ def _check_same(done: Mapping[tuple[str, str], EvalResult], arms: Sequence[Arm],
             problems.append(f"arm {arm.name} had other options on {each.name}")
         if before and before.source != each.source:
             problems.append(f"task {each.name} had the rows of {before.source}, not {each.source}")
+        elif before and before.rows != each.rows:
+            problems.append(f"task {each.name} had other rows of {each.source}, or another form of them")
     if problems:
         raise OptionError(
             problem_list("results are there already, but of something else:", list(dict.fromkeys(problems)))

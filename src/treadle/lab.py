@@ -15,12 +15,16 @@ from treadle.params import BenchParams, EvalParams
 
 if TYPE_CHECKING:
     from treadle.arms import Arm
+    from treadle.bundle import Bundle
     from treadle.evaluate import EvalSet
     from treadle.generate import Engine
     from treadle.routing import Router
+    from treadle.tasks import Example
     from treadle.timing import Table
 
 app = typer.Typer()
+SPEED_SECONDS = 3600.0
+"""Of progress from which the time left is estimated: a cell may take minutes."""
 Output = Annotated[Path, typer.Option("-o", "--output", help="folder of results; finished cells are not repeated")]
 
 
@@ -39,7 +43,8 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
                           ".toml file of arms; repeatable, or with commas"),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="measure only these tasks: the others lend examples to streams; repeatable")
+        list[str] | None,
+        typer.Option(help="measure only these: the others lend examples to streams; repeatable, or with commas"),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -49,17 +54,18 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 ) -> None:  # fmt: skip
     """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept."""
     from treadle.arms import choose_arms
+    from treadle.bundle import read_bundle
     from treadle.evaluate import load_sets
 
     params = read_options(EvalParams, evaluation)
-    engine = load_engine(bundle, device, dtype)
-    wanted = [name for entry in arms or ["base,oracle,uniform,routed"] for name in entry.split(",")]
+    found = read_bundle(bundle)
+    router, wanted = found.router, _split(arms or ["base,oracle,uniform,routed"])
     problems: list[str] = []
-    chosen = collect(problems, [lambda: choose_arms(wanted, engine.adapter_names, engine.router.params)])
-    sets = collect(problems, [lambda: load_sets(tasks, params, only or [])])
+    chosen = collect(problems, [lambda: choose_arms(wanted, router.names, router.params)])
+    sets = collect(problems, [lambda: load_sets(tasks, params, _split(only or []))])
     if problems:
         raise OptionError("\n".join(problems))
-    _run(engine, sets[0], chosen[0], output, params, as_json)
+    _run(open_engine(found, device, dtype), sets[0], chosen[0], output, params, as_json)
 
 
 @app.command()
@@ -72,12 +78,14 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Measure every combination of a grid of routing options on tasks; resumable."""
+    from treadle.bundle import read_bundle
     from treadle.evaluate import load_sets
     from treadle.sweep import read_sweep
 
-    engine = load_engine(bundle, device, dtype)
-    asked = read_sweep(file, engine.adapter_names, engine.router.params)
-    _run(engine, load_sets(asked.tasks, asked.params, asked.only), asked.arms, output, asked.params, as_json)
+    found = read_bundle(bundle)
+    asked = read_sweep(file, found.router.names, found.router.params)
+    sets = load_sets(asked.tasks, asked.params, asked.only)
+    _run(open_engine(found, device, dtype), sets, asked.arms, output, asked.params, as_json)
 
 
 @app.command()
@@ -114,7 +122,7 @@ def bench(
     from treadle.timing import markdown
 
     quiet_libraries()
-    names = [name for entry in suite or ["decode"] for name in entry.split(",")]
+    names = _split(suite or ["decode"])
     problems: list[str] = []
     collect(problems, [lambda: check_suites(names)])
     params = collect(problems, [lambda: read_options(BenchParams, options)])
@@ -143,15 +151,19 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
     from treadle.params import RoutingParams, Score
     from treadle.plots import QUALITY_FILE
     from treadle.quality import route_quality
+    from treadle.results import make_folder
     from treadle.show import quality_tables
 
-    examples = {each.adapter: each.examples for each in load_sets(tasks, EvalParams(limit=limit))}
+    examples: dict[str, tuple[Example, ...]] = {}
+    for each in load_sets(tasks, EvalParams(limit=limit)):
+        if each.task is None:
+            raise OptionError(f"{each.name} joins domains; a router is asked for the domain of single examples")
+        examples[each.adapter] = examples.get(each.adapter, ()) + each.examples
     params = [replace(RoutingParams(), score=score) for score in get_args(Score)]
     qualities = [route_quality(router, examples, each) for each in params]
     document = json.dumps([asdict(quality) for quality in qualities])
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / QUALITY_FILE).write_text(document + "\n", "utf-8")
+        (make_folder(output) / QUALITY_FILE).write_text(document + "\n", "utf-8")
     if as_json:
         print(document)
         return
@@ -179,11 +191,22 @@ def doctor_vllm(as_json: bool) -> None:
 
 def load_engine(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
     """Load a bundle for a command: what other libraries print stays away from its output."""
-    from treadle.generate import load
+    from treadle.bundle import read_bundle
+
+    return open_engine(read_bundle(bundle), device, dtype)
+
+
+def open_engine(bundle: "Bundle", device: str | None, dtype: str | None) -> "Engine":
+    """Load the base of a bundle that has been read."""
     from treadle.models import quiet_libraries
 
     quiet_libraries()
-    return load(bundle, device=device, dtype=dtype)
+    return bundle.engine(device=device, dtype=dtype)
+
+
+def _split(entries: Sequence[str]) -> list[str]:
+    """Return the names of a flag that may be repeated or hold commas."""
+    return [name for entry in entries for name in entry.split(",")]
 
 
 def _run(
@@ -204,7 +227,7 @@ def _run(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=SPEED_SECONDS) as bar:
         shown = bar.add_task("", total=sum(map(len, sets)) * len(arms))
 
         def advance(name: str, count: int) -> None:

@@ -19,8 +19,9 @@ from treadle.sandbox import passes
 if TYPE_CHECKING:
     from treadle.tasks import Example
 
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
-FENCE = re.compile(r"```(?:[\w+-]*)\n(.*?)(?:```|\Z)", re.DOTALL)
+NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
+FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+LETTER = re.compile(r"\b(?!A (?!(?:is|was|or|and|because)\b)[a-z])([A-E])\b")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 CODE_NODES = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.For, ast.While, ast.Call)
 """A text that parses but holds none of these ("yes" is an expression) is not taken for a program."""
@@ -41,8 +42,8 @@ def final_number(text: str) -> float | None:
 
 
 def letter(text: str, example: "Example") -> float:
-    """Whether the first lone capital A-E of the text is the reference's."""
-    found = re.search(r"\b([A-E])\b", text)
+    """Whether the first lone capital A-E of the text, but for the article before a word, is the reference's."""
+    found = LETTER.search(text)
     return float(found is not None and found.group(1) == example.completion.strip())
 
 
@@ -65,7 +66,7 @@ def f1(text: str, example: "Example") -> float:
 def _f1(found: list[str], wanted: list[str]) -> float:
     common = sum((Counter(found) & Counter(wanted)).values())
     if not common:
-        return float(found == wanted)
+        return 0.0  # of two empty texts too, as SQuAD's script has it
     return 2 * common / (len(found) + len(wanted))
 
 

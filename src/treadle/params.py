@@ -271,7 +271,7 @@ class TrainParams:
         problems = [
             f"{name} must be positive, not {getattr(self, name)}"
             for name in ("rank", "alpha", "learning_rate", "steps", "batch_size", "max_tokens")
-            if getattr(self, name) <= 0
+            if not 0 < getattr(self, name) < float("inf")
         ]
         if not 0 <= self.join <= 1:
             problems.append(f"join is a share from 0 to 1, not {self.join}")

@@ -5,14 +5,15 @@ Each figure is a function of results that returns a matplotlib figure, or None w
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from treadle.errors import DataError, TreadleError
-from treadle.results import EvalResult, read_cell, read_results
+from treadle.quality import Quality
+from treadle.results import EvalResult, make_folder, read_cell, read_results, read_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +42,7 @@ class Study:
             for result in read_results(folder):
                 cells[result.arm, result.task, result.metric] = result
                 places[result.arm, result.task] = folder
-            if (folder / QUALITY_FILE).exists():
-                qualities += json.loads((folder / QUALITY_FILE).read_text("utf-8"))
+            qualities += _read_qualities(folder / QUALITY_FILE)
         if not cells and not qualities:
             raise DataError(f"no results in {', '.join(map(str, folders))}; `treadle eval` writes them")
         return cls(tuple(cells.values()), places, tuple(qualities))
@@ -57,6 +57,20 @@ class Study:
         return [result for result in self.results if (result.task, result.metric) == (task, metric)]
 
 
+def _read_qualities(file: Path) -> list[dict[str, Any]]:
+    """Return what a file of `treadle route --eval` holds, one a score; nothing where it is not there."""
+    if not file.exists():
+        return []
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    keys = {each.name for each in fields(Quality)}
+    if not isinstance(found, list) or not all(isinstance(each, dict) and keys <= set(each) for each in found):
+        raise DataError(f"{file} is not what treadle route --eval writes")
+    return cast(list[dict[str, Any]], found)
+
+
 def draw_all(folders: Sequence[Path], output: Path) -> list[Path]:
     """Draw every figure that the results allow as SVG files in `output`; return their paths."""
     try:
@@ -66,7 +80,7 @@ def draw_all(folders: Sequence[Path], output: Path) -> list[Path]:
     mpl.use("agg")  # no display
     mpl.rcParams["svg.hashsalt"] = "treadle"  # the same results give the same file
     study = Study.read(folders)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     drawn: list[Path] = []
     for name, draw in FIGURES.items():
         figure = draw(study)
@@ -161,24 +175,22 @@ def weights_figure(study: Study) -> "Figure | None":
     if not found:
         return None
     figure, axes = _panels(len(found))
-    names = _adapter_names(study)
+    shown: list[str] = []
     for axis, (task, (arm, weights)) in zip(axes, found.items(), strict=True):
+        names = read_settings(study.folders[arm, task])["adapters"]
         colors = [PALETTE[index % len(PALETTE)] for index in range(weights.shape[1])]
         axis.stackplot(range(len(weights)), weights.T, labels=names, colors=colors)
         axis.set_title(f"{task}: {arm}")
         axis.set_xlabel("generated token")
         axis.set_ylabel("weight")
-    axes[0].legend(fontsize=6, loc="lower left")
+        if names != shown:
+            axis.legend(fontsize=6, loc="lower left")
+            shown = names
     return figure
 
 
 def _movement(weights: Any) -> float:
     return float(np.abs(np.diff(weights, axis=0)).sum())
-
-
-def _adapter_names(study: Study) -> list[str]:
-    folder = next(iter(study.folders.values()))
-    return json.loads((folder / "settings.json").read_text("utf-8"))["adapters"]
 
 
 def confusion_figure(study: Study) -> "Figure | None":

@@ -62,8 +62,11 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
                 nearest = router.scores(texts, params).argmax(-1)
                 shares = np.bincount(nearest, minlength=len(router.names)) / len(texts)
                 confusion[kind][router.names.index(name)] = shares
-    own = [router.names.index(name) for name in examples]
-    accuracy = {kind: float(np.mean([table[i, i] for i in own])) for kind, table in confusion.items() if table.any()}
+    accuracy = {
+        kind: float(np.mean([table[i, i] for i in np.flatnonzero(table.any(1))]))  # over domains with such texts
+        for kind, table in confusion.items()
+        if table.any()
+    }
     means = router.centroids.means
     return Quality(
         names=router.names,

@@ -1,12 +1,14 @@
 """Results of an evaluation: values with bootstrap intervals, and the files that hold them.
 
     results.jsonl            one EvalResult a line, appended as each cell (an arm on a task) is finished
+    settings.json            what was asked, and what all of them are results of
     cells/TASK/ARM.jsonl     every example of a cell: its values, its generated text and the weights of each token
 
 A metric of an example is a fraction (numerator, denominator); a cell's value is the sum of the first over the sum of
 the second: nats over tokens for `nll`, points over examples for the others.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +22,10 @@ from treadle.errors import DataError, OptionError
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
+LONGEST_NAME = 200
+"""Characters of a file's name, but for its ending."""
 Fraction = tuple[float, float]
-RESULTS_FILE, CELLS = "results.jsonl", "cells"
+RESULTS_FILE, SETTINGS_FILE, CELLS = "results.jsonl", "settings.json", "cells"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class EvalResult:
         tokens: generated in the cell.
         tokens_per_second: of its generation; 0 where nothing was generated.
         seed: of the rows, the shots and the bootstrap.
-        versions: of treadle, torch and transformers, of the bundle's base and of its embedder.
+        versions: of treadle, torch, transformers and Python; the bundle's base, its embedder, a fingerprint of its
+            adapters and centroids; dtype and device of the model.
+        rows: a digest of the rows as they were asked; each of them is in the cell's file.
     """
 
     arm: str
@@ -60,6 +66,7 @@ class EvalResult:
     tokens_per_second: float
     seed: int
     versions: Mapping[str, str]
+    rows: str = ""
 
 
 # Values with intervals
@@ -94,6 +101,27 @@ def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) 
 
 
 # Files
+
+
+def make_folder(path: Path) -> Path:
+    """Return a folder, made with those above it where it is not there; an OptionError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file has its name, or a folder above may not be written to
+        raise OptionError(f"{path} cannot be a folder: {error.strerror}; name another.") from error
+    return path
+
+
+def read_settings(output: Path) -> dict[str, Any]:
+    """Return what a folder of results says of itself; a DataError where it does not."""
+    file = output / SETTINGS_FILE
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}; results without settings are of no use") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{file} does not hold an object")
+    return cast(dict[str, Any], settings)
 
 
 def read_results(output: Path) -> list[EvalResult]:
@@ -147,7 +175,13 @@ def read_cell(output: Path, arm: str, task: str) -> list[dict[str, Any]]:
     file = _cell_file(output, arm, task)
     if not file.exists():
         raise DataError(f"{file}: no such cell")
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    try:
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{file} is damaged: {error}; remove it, and its cell is measured again") from error
+    if not rows or not all(isinstance(row, dict) and "values" in row for row in rows):
+        raise DataError(f"{file} holds no examples; remove it, and its cell is measured again")
+    return rows
 
 
 def fractions_of(output: Path, arm: str, task: str, metric: str) -> list[Fraction]:
@@ -159,9 +193,19 @@ def fractions_of(output: Path, arm: str, task: str, metric: str) -> list[Fractio
 
 
 def _metrics_of(output: Path, arm: str, task: str) -> set[str]:
-    file = _cell_file(output, arm, task)
-    return set(read_cell(output, arm, task)[0]["values"]) if file.exists() else set()
+    """Return the metrics that apply to some example of a cell; none where there is no cell."""
+    if not _cell_file(output, arm, task).exists():
+        return set()
+    rows = read_cell(output, arm, task)
+    return {name for name in rows[0]["values"] if any(row["values"][name][1] > 0 for row in rows)}
 
 
 def _cell_file(output: Path, arm: str, task: str) -> Path:
-    return output / CELLS / quote(task, safe="") / f"{quote(arm, safe=' =')}.jsonl"
+    return output / CELLS / _file_name(quote(task, safe="")) / f"{_file_name(quote(arm, safe=' ='))}.jsonl"
+
+
+def _file_name(name: str) -> str:
+    """Return a name that file systems take: a long one keeps its beginning and a digest."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"

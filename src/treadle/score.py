@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from treadle.centroids import Floats
-from treadle.errors import OptionError
+from treadle.errors import OptionError, problem_list
 from treadle.params import RoutingParams
 from treadle.routing import decision_length
 from treadle.text import Detokenizer, Prompt, completion_ids, prompt_ids
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BATCH, GPU_BATCH = 8, 32
 """Rows of one forward pass, on a CPU and on a GPU."""
+LISTED = 10
+"""Rows that a message names at most."""
 Pair = tuple[list[int], list[int]]
 """Ids of a prompt and of the completion after it."""
 Reader = Callable[[torch.Tensor, Sequence[int]], Floats]
@@ -43,6 +45,7 @@ def score(
 @torch.inference_mode()
 def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
     """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair."""
+    _check_context(engine, pairs)
     by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
     results: dict[int, Floats] = {}
     size = BATCH if engine.model.device.type == "cpu" else GPU_BATCH
@@ -50,6 +53,17 @@ def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) ->
         chosen = by_length[start : start + size]
         results |= zip(chosen, _score(engine, [pairs[index] for index in chosen], params, _chosen), strict=True)
     return [results[index] for index in range(len(pairs))]
+
+
+def _check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
+    """Refuse texts that are longer than the model reads; it would give numbers all the same."""
+    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+    context = engine.context or max(lengths, default=0)
+    problems = [f"row {index} has {length} tokens" for index, length in enumerate(lengths) if length > context]
+    if problems:
+        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        title = f"the model reads at most {context} tokens, prompt and completion together:"
+        raise OptionError(problem_list(title, [*problems[:LISTED], *more]))
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ import numpy as np
 from treadle.centroids import Floats
 from treadle.errors import OptionError
 from treadle.params import RoutingParams
-from treadle.score import Pair, score_ids, score_under, trace_weights
+from treadle.score import Pair, score_ids, score_under
 from treadle.tasks import SEPARATOR, Example
 from treadle.text import completion_ids, prompt_ids
 
@@ -156,14 +156,3 @@ def _own_weights(engine: "Engine", stream: Stream, ids: _Ids) -> Floats:
         weights[start:end, engine.router.names.index(part.adapter)] = 1.0
         start = end
     return weights
-
-
-def leading_in_answers(engine: "Engine", stream: Stream, params: RoutingParams) -> list[float]:
-    """Return, for each part, the share of its answer's tokens that were read with its own adapter leading."""
-    ids = _Ids.of(engine, stream)
-    weights = trace_weights(engine, ids.all, ids.starts[0], params)
-    leading = weights.argmax(-1)
-    return [
-        float((leading[start - 1 : end - 1] == engine.router.names.index(part.adapter)).mean())
-        for part, start, end in zip(stream, ids.starts, ids.ends, strict=True)
-    ]

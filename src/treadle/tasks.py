@@ -6,7 +6,7 @@ and MBPP are built in; any other is a few lines of JSON. This module knows rows 
 
 import json
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +54,7 @@ class Task:
         metrics: names of `treadle.metrics` that judge generated texts.
         max_tokens: tokens to generate at most.
         adapter: the adapter of its own, which the arm `oracle` uses; "" = the one called like the task.
+        stop: strings that end a generated answer: a base that has not learned to end would go on to another question.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Task:
     metrics: tuple[str, ...] = ()
     max_tokens: int = 128
     adapter: str = ""
+    stop: tuple[str, ...] = ()
 
 
 def _math(row: Row) -> Example:
@@ -109,21 +111,26 @@ def _mbpp(row: Row) -> Example:
     )
 
 
+CODE = "code"
+NEXT = ("\n\nQuestion:", "\n\nContext:")
+"""How a next example would begin."""
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("math", "openai/gsm8k:main:test", _math, ("exact_number",), 192),
-        Task("science", "allenai/ai2_arc:ARC-Challenge:validation", _science, ("letter",), 8),
-        Task("code", "sahil2801/CodeAlpaca-20k:train", _code, ("rouge_l", "chrf", "parses")),
-        Task("reading", "rajpurkar/squad:validation", _reading, ("exact_match", "f1"), 24),
-        Task("mbpp", "google-research-datasets/mbpp:full:validation", _mbpp, ("pass_at_1", "parses"), 192, "code"),
+        Task("math", "openai/gsm8k:main:test", _math, ("exact_number",), 192, stop=NEXT),
+        Task("science", "allenai/ai2_arc:ARC-Challenge:validation", _science, ("letter",), 8, stop=NEXT),
+        Task("code", "sahil2801/CodeAlpaca-20k:train", _code, ("rouge_l", "chrf", "parses"), stop=NEXT),
+        Task("reading", "rajpurkar/squad:validation", _reading, ("exact_match", "f1"), 24, stop=("\n",)),
+        Task("mbpp", "google-research-datasets/mbpp:full:validation", _mbpp, ("pass_at_1", "parses"), 192, CODE, NEXT),
     )
 }
 SEPARATOR = "\n\n"
 """Between the examples of a joined text: of a training sequence, a mixed stream, or shots before a prompt."""
 PAPER = ("math", "science", "code", "reading")
 """The tasks of the paper."""
-FILE_KEYS = ("name", "source", "prompt", "completion", "bare", "metrics", "max_tokens", "adapter")
+FILE_KEYS = ("name", "source", "prompt", "completion", "bare", "answers", "metrics", "max_tokens", "adapter", "stop")
+TEXT_METRICS = ("exact_number", "letter", "exact_match", "f1", "rouge_l", "chrf", "parses")
+"""Metrics that a task file may name; `pass_at_1` needs tests, which its rows cannot give."""
 
 
 def find_task(name: str, also: Iterable[str] = ()) -> Task:
@@ -138,11 +145,10 @@ def find_task(name: str, also: Iterable[str] = ()) -> Task:
 def read_task(file: str | Path) -> Task:
     """Return the task that a JSON file describes.
 
-    Its keys: `name`; `prompt` and `completion`, texts in which `{field}` stands for a field of the row; optional
-    `source` (file or hub id of the rows), `bare`, `metrics` (names of `treadle.metrics`), `max_tokens`, `adapter`.
+    Its keys: `name`; `prompt` and `completion`, texts in which `{field}` (or `{field[inner]}`) stands for a field of
+    the row; optional `source` (file or hub id of the rows), `bare`, `answers` (the field of all accepted answers),
+    `metrics` (names of `treadle.metrics`), `max_tokens`, `stop` (strings that end an answer), `adapter`.
     """
-    from treadle.metrics import METRICS
-
     try:
         given = json.loads(Path(file).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -152,23 +158,28 @@ def read_task(file: str | Path) -> Task:
     given = cast(dict[str, Any], given)
     problems = [unknown_name("key", key, FILE_KEYS) for key in given if key not in FILE_KEYS]
     problems += [f"{key} is missing or empty" for key in ("name", "prompt", "completion") if not given.get(key)]
-    texts = {key: given.get(key, "") for key in ("name", "source", "prompt", "completion", "bare", "adapter")}
+    texts = {key: given.get(key, "") for key in FILE_KEYS if key not in {"metrics", "max_tokens", "stop"}}
     problems += [f"{key} must be a text" for key, text in texts.items() if not isinstance(text, str)]
     templates = {key: _template(texts[key], problems) for key in ("prompt", "completion", "bare")}
-    metrics, tokens = given.get("metrics", []), given.get("max_tokens", 128)
+    metrics, stop, tokens = given.get("metrics", []), given.get("stop", []), given.get("max_tokens", 128)
     if not isinstance(metrics, list):
         problems.append("metrics must be a list of names")
     else:
-        problems += [unknown_name("metric", str(name), METRICS) for name in metrics if str(name) not in METRICS]
+        problems += [unknown_name("metric", str(name), TEXT_METRICS) for name in metrics if name not in TEXT_METRICS]
+    if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
+        problems.append("stop must be a list of texts")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         problems.append(f"max_tokens must be a whole number of at least 1, not {tokens!r}")
     if problems:
         raise DataError(problem_list(f"task file {file}:", problems))
 
     def read(row: Row) -> Example:
-        return Example(templates["prompt"](row), templates["completion"](row), bare=templates["bare"](row))
+        answers = _answers(texts["answers"], row) if texts["answers"] else ()
+        return Example(
+            templates["prompt"](row), templates["completion"](row), bare=templates["bare"](row), answers=answers
+        )
 
-    return Task(texts["name"], texts["source"], read, tuple(metrics), tokens, texts["adapter"])
+    return Task(texts["name"], texts["source"], read, tuple(metrics), tokens, texts["adapter"], tuple(stop))
 
 
 def _template(text: Any, problems: list[str]) -> Callable[[Row], str]:
@@ -178,8 +189,43 @@ def _template(text: Any, problems: list[str]) -> Callable[[Row], str]:
         names = [name for _, name, _, _ in string.Formatter().parse(str(text)) if name is not None]
     except ValueError as error:  # a lone brace
         problems.append(f"{text!r} is not a template: {error}; write {{{{ and }}}} for braces")
+    if "" in names:
+        problems.append(f"{text!r}: braces need the name of a field; write {{{{ and }}}} for braces themselves")
 
-    def fill(row: Row) -> str:
-        return str(text).format_map({name: row[name] for name in names})
+    return lambda row: _Fields().vformat(str(text), (), row)
 
-    return fill
+
+class _Fields(string.Formatter):
+    """Fills templates from the fields of a row, and from nothing else."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        value = _field(kwargs, field_name)
+        as_text(value, field_name)
+        return value, field_name
+
+
+def _field(row: Row, name: str) -> Any:
+    """Return a field of a row, `name`, or what is in it, `name[inner]`; a KeyError where it is not there."""
+    head, *inner = [name] if name in row else name.removesuffix("]").replace("][", "[").split("[")
+    value = row[head]
+    for key in inner:
+        if isinstance(value, Mapping):
+            value = cast(Row, value)[key]
+        elif isinstance(value, list) and key.isdigit():
+            value = cast(list[Any], value)[int(key)]
+        else:
+            raise KeyError(name)
+    return value
+
+
+def _answers(name: str, row: Row) -> tuple[str, ...]:
+    """Return the accepted answers that a field of a row holds: a text, or a list of texts."""
+    value = _field(row, name)
+    return tuple(as_text(each, name) for each in (value if isinstance(value, list) else [value]))
+
+
+def as_text(value: Any, name: str) -> str:
+    """Return a field's value as text; a ValueError where it is none (null, a list, an object)."""
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{name} is {json.dumps(value, default=repr)[:40]}, not a text")
+    return str(value)

@@ -4,10 +4,12 @@ The loss is on this adapter's own answers only. A share of the sequences joins t
 other tasks, because an adapter that has only ever seen one example a sequence hurts in a second turn.
 """
 
+import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +18,15 @@ from treadle.centroid_files import save_centroid
 from treadle.centroids import Centroids
 from treadle.data import sample_texts
 from treadle.embed import load_embedder, num_words
-from treadle.errors import DataError, OptionError, TreadleError
+from treadle.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.models import load_model, load_tokenizer
 from treadle.params import TrainParams
+from treadle.results import make_folder
 from treadle.tasks import SEPARATOR, Example
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl.trainer.sft_config import SFTConfig
 
 IGNORED = -100
@@ -67,21 +70,24 @@ def train_adapter(
         raise OptionError(f"{output} holds an adapter already; name another folder or remove it.")
     own = _centroid(output.name, examples, embedder) if embedder else None  # before the hours of training, not after
     tokenizer = load_tokenizer(base)
+    rows = list(training_rows(tokenizer, examples, others, params))
+    model = load_model(base, device="cpu", dtype=params.dtype)  # the trainer knows this process's GPU
+    _check_targets(model, params)
+    _check_recipe(output, {"base": base, **asdict(params), "rows": _digest(rows)})
     trainer = SFTTrainer(
-        model=load_model(base, device="cpu", dtype=params.dtype),  # the trainer knows this process's GPU
+        model=model,
         args=_trainer_config(output, params),
-        train_dataset=Dataset.from_list(list(training_rows(tokenizer, examples, others, params))),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=_lora(params),
     )
-    _check_recipe(output, params)
     checkpoints = output / CHECKPOINTS
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     if trainer.is_world_process_zero():
         _save(trainer.model, base, output)
         _save_losses(trainer.state.log_history, output)
         if own is not None:
-            training = {"base": base, "examples": len(examples), **asdict(params)}
+            training = {"base": base, "examples": len(rows), **asdict(params)}
             save_centroid(output, own, str(embedder), training)
         _clean(output)
     return output
@@ -116,14 +122,34 @@ def _lora(params: TrainParams) -> "LoraConfig":
     )
 
 
-def _check_recipe(output: Path, params: TrainParams) -> None:
+def _check_targets(model: "PreTrainedModel", params: TrainParams) -> None:
+    """Refuse targets that the model has no linear layer of, naming those that it has."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    paths = [f".{path}" for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    wrong = [
+        unknown_name("target", name, names)
+        for name in params.targets
+        if name != "all-linear" and not any(path.endswith(f".{name}") for path in paths)
+    ]
+    if wrong:
+        raise OptionError(problem_list("targets:", wrong))
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what tells the sequences of a run from others."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _check_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
     """Remember the recipe of a run, or refuse to go on with a run of another one."""
-    file = output / RECIPE_FILE
-    recipe = json.dumps(asdict(params), indent=2) + "\n"
-    if file.exists() and file.read_text("utf-8") != recipe:
+    file = make_folder(output) / RECIPE_FILE
+    text = json.dumps(recipe, indent=2) + "\n"
+    if file.exists() and file.read_text("utf-8") != text:
         raise OptionError(f"{output} holds a run of another recipe ({file.name}); name another folder or remove it.")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(recipe, "utf-8")
+    file.write_text(text, "utf-8")
 
 
 def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
@@ -143,7 +169,7 @@ def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),  # said, or several processes on CPUs would each train alone
         bf16=False,  # the base is loaded in params.dtype; autocast would convert it anew every step
-        logging_steps=10,
+        logging_steps=min(10, params.steps),
         save_strategy="steps",
         save_steps=max(10, params.steps // 4),
         save_total_limit=1,
@@ -196,7 +222,8 @@ def training_rows(
     if too_long == len(examples):
         raise DataError(f"every example is longer than max_tokens={params.max_tokens}")
     if too_long:
-        print(f"left out {too_long} of {len(examples)} examples: longer than {params.max_tokens} tokens")
+        message = f"left out {too_long} of {len(examples)} examples: longer than {params.max_tokens} tokens"
+        print(message, file=sys.stderr)
 
 
 def _pick(choose: random.Random, pool: Sequence[tuple[Example, bool]], has_others: bool) -> tuple[Example, bool]:
