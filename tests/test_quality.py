@@ -19,7 +19,10 @@ from treadle.tasks import Example
 from conftest import Run
 
 HELD_OUT = {
-    "math": [Example("three plus add", " sum four"), Example("atom heat", " sum add four plus three", bare="add four")],
+    "math": [
+        Example("three plus add", " sum four"),
+        Example("atom heat", " heat sum four plus three add", bare="add four"),
+    ],
     "code": [Example("def list", " return loop")],
 }
 
@@ -29,6 +32,7 @@ def test_confusion_counts_the_nearest_adapter_of_each_kind_of_text(router: Route
     assert quality.names == ("math", "science", "code")
     assert quality.confusion["template"] == [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     assert quality.confusion["bare"][0] == [1.0, 0.0, 0.0]  # the one example that has a bare form
+    assert quality.confusion["half"][0] == [0.5, 0.5, 0.0]
     assert quality.confusion["answer"][0] == [1.0, 0.0, 0.0]  # the answer has made the second one clear
     assert quality.accuracy["template"] == pytest.approx((0.5 + 1.0) / 2)  # a mean over domains, not over examples
     np.testing.assert_allclose(np.diag(quality.cosines), 1.0, atol=1e-5)

@@ -23,8 +23,9 @@ TESTS = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
         ADD + "\nname = 'é漢'",
         ADD + "\n" + "x = 1\n" * 30_000,  # longer than an argument of a command may be
         "import json, re, collections\n" + ADD,
+        "import atexit\natexit.register(print, 'bye')\n" + ADD,
     ],
-    ids=["plain", "future", "prints", "prints bytes", "letters", "long", "imports"],
+    ids=["plain", "future", "prints", "prints bytes", "letters", "long", "imports", "at its end"],
 )
 def test_a_right_program_passes(program):
     assert passes(program, TESTS)

@@ -1,9 +1,10 @@
 """How well a router knows the domain, by itself: accuracy and confusion on held-out examples, without the base model.
 
-Three kinds of text: the prompt as it is asked, the prompt without the template's words (a router must know the domain,
-not the word `Context:`), and the running text while its answer grows.
+Four kinds of text: the prompt as it is asked, the prompt without the template's words (a router must know the domain,
+not the word `Context:`), and the running text with half of its reference answer and with all of it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ from treadle.params import RoutingParams
 from treadle.routing import Router
 from treadle.tasks import Example
 
-KINDS = ("template", "bare", "answer")
-"""Prompts with the template, prompts without its words, and running texts at the end of their reference answers."""
+KINDS = ("template", "bare", "half", "answer")
+"""Before generation: prompts with the template and without its words. During it: half of the answer, and all of it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
 
 def _text(example: Example, kind: str) -> str:
     """Return the text of an example that a kind is about."""
-    return {"template": example.prompt, "bare": example.bare, "answer": example.prompt + example.completion}[kind]
+    words = re.findall(r"\s*\S+", example.completion)
+    half = example.prompt + "".join(words[: len(words) // 2])
+    whole = example.prompt + example.completion
+    return {"template": example.prompt, "bare": example.bare, "half": half, "answer": whole}[kind]
 
 
 def _separation(router: Router) -> float:
