@@ -8,6 +8,7 @@ mean over the four tasks. Shows what the small embedder costs against the 384 fl
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,9 @@ def main() -> None:
     fitted = {
         "whole texts": {task: [e.prompt + e.completion for e in examples] for task, examples in train.items()},
         "prompts, parts and whole": {task: sample_texts(examples) for task, examples in train.items()},
+        "these, with the template only": {
+            task: sample_texts([replace(each, bare="") for each in examples]) for task, examples in train.items()
+        },
     }
     embedders: dict[str, Embedder] = {
         "demo: 256 dimensions, int8": StaticEmbedder.load(BUNDLE / "embedder"),

@@ -56,6 +56,11 @@ class Study:
         """Return the results of one metric of a task, one an arm."""
         return [result for result in self.results if (result.task, result.metric) == (task, metric)]
 
+    def accuracy(self, task: str) -> str:
+        """Return the first metric of a task that counts right answers; "" where only likelihoods were measured."""
+        found = [result.metric for result in self.results if result.task == task]
+        return next((metric for metric in found if not metric.startswith("nll")), "")
+
 
 def _read_qualities(file: Path) -> list[dict[str, Any]]:
     """Return what a file of `treadle route --eval` holds, one a score; nothing where it is not there."""
@@ -107,14 +112,14 @@ def arms_figure(study: Study) -> "Figure | None":
     return figure
 
 
-def _over(option: str, label: str) -> Callable[[Study], "Figure | None"]:
-    """Return a figure of the NLL over one routing option, where arms differ in that option alone."""
+def _over(option: str, label: str, *, is_nll: bool = True) -> Callable[[Study], "Figure | None"]:
+    """Return a figure of the NLL, or of each task's accuracy, over one option in which alone arms differ."""
 
     def draw(study: Study) -> "Figure | None":
         groups: dict[str, list[tuple[str, list[EvalResult]]]] = {}
         for task in study.tasks:
             families: dict[str, list[EvalResult]] = {}
-            for result in study.get(task, "nll"):
+            for result in study.get(task, "nll" if is_nll else study.accuracy(task)):
                 if result.routing and result.routing["rule"] != "fixed":
                     rest = json.dumps({k: v for k, v in result.routing.items() if k != option}, sort_keys=True)
                     families.setdefault(rest, []).append(result)
@@ -129,7 +134,7 @@ def _over(option: str, label: str) -> Callable[[Study], "Figure | None"]:
                 _line(axis, rows, option, PALETTE[index % len(PALETTE)])
             axis.set_title(task)
             axis.set_xlabel(label)
-            axis.set_ylabel("nats per token")
+            axis.set_ylabel("nats per token" if is_nll else study.accuracy(task))
         return figure
 
     return draw
@@ -246,6 +251,9 @@ FIGURES: dict[str, "Callable[[Study], Figure | None]"] = {
     "every": _over("every", "re-weighed every so many tokens (none = once)"),
     "window": _over("window", "tokens that the embedder sees (none = all)"),
     "boost": _over("boost", "boost of the largest cosine"),
+    "every-accuracy": _over("every", "re-weighed every so many tokens (none = once)", is_nll=False),
+    "window-accuracy": _over("window", "tokens that the embedder sees (none = all)", is_nll=False),
+    "boost-accuracy": _over("boost", "boost of the largest cosine", is_nll=False),
     "speed": speed_figure,
     "weights": weights_figure,
     "confusion": confusion_figure,
