@@ -23,12 +23,12 @@ from nevergrad.optimization import registry
 from nevergrad.parametrization.parameter import Array
 
 import treadle
-from treadle.evaluate import load_sets
 from treadle.models import load_model, load_tokenizer, quiet_libraries
 from treadle.params import EvalParams, RoutingParams
 from treadle.peers import arrow, xlora
 from treadle.results import EvalResult, interval, write_cell, write_results
 from treadle.score import BATCH
+from treadle.sets import load_sets
 from treadle.tasks import PAPER, Example
 from treadle.text import completion_ids, prompt_ids
 

@@ -17,15 +17,15 @@ import numpy as np
 
 import treadle
 from treadle import change
-from treadle.evaluate import load_sets
 from treadle.params import EvalParams
 from treadle.routing import Router
+from treadle.sets import load_sets
 from treadle.streams import join_streams
 from treadle.tasks import PAPER, SEPARATOR, Example
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 SINGLES, STREAMS = 200, 200
-SURE = (25, 40, change.SURE)
+SURE = (25, change.SURE, 70)
 NATS = (3.0, 4.0, 5.0)
 Prompts = Sequence[tuple[str, str]]
 """A text, and the adapter of its last question."""

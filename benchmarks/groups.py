@@ -21,10 +21,10 @@ import treadle
 from treadle import centroids, routing
 from treadle.data import load_examples, sample_texts
 from treadle.embed import num_words
-from treadle.evaluate import load_sets
 from treadle.models import load_tokenizer
 from treadle.params import EvalParams
 from treadle.routing import Router
+from treadle.sets import load_sets
 from treadle.streams import join_streams
 from treadle.tasks import PAPER, SEPARATOR, Example
 from treadle.text import Detokenizer, completion_ids, prompt_ids

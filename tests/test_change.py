@@ -1,5 +1,6 @@
 """Where a prompt's domain changes for the last time, and that only what follows counts."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,9 @@ from treadle.explain import explain
 from treadle.params import RoutingParams
 from treadle.routing import Router, RunningText, finish_views
 
-MATH = "add three plus four the sum plus three four plus four add " * 5
-SCIENCE = "the atom heat planet heat cell cell atom planet heat the planet " * 5
-CODE = "def loop return list return the list loop def list list return " * 5
+MATH = "add three plus four the sum plus three four plus four add " * 5 + "\n"
+SCIENCE = "the atom heat planet heat cell cell atom planet heat the planet " * 5 + "\n"
+CODE = "def loop return list return the list loop def list list return " * 5 + "\n"
 PARAMS = RoutingParams(change=1.0)
 
 
@@ -29,7 +30,7 @@ def test_what_counts_is_of_the_last_domain(router: Router, before: str, last: st
     begin = router.last_change(before + last, PARAMS)
     assert bool(begin) == bool(before)
     assert router.weights([before + last], PARAMS)[0].argmax() == nearest
-    assert begin >= len(before) - 80  # cuts are tried a dozen words apart
+    assert begin == len(before)
     counted = (before + last)[begin:]
     np.testing.assert_array_equal(
         router.weights([before + last], PARAMS), router.weights([counted], replace(PARAMS, change=None))
@@ -56,13 +57,24 @@ def test_all_of_the_prompt_counts_where_it_is_asked_for(router: Router, params: 
 
 def test_a_few_words_of_another_domain_are_no_change(router: Router) -> None:
     assert router.last_change(SCIENCE + "add three plus four", PARAMS) == 0
-    assert router.last_change("atom planet heat " + "add three " * 20, PARAMS) == 0
+    assert router.last_change("atom planet heat\n" + "add three " * 20, PARAMS) == 0
     assert router.last_change("", PARAMS) == 0
+
+
+def test_a_domain_begins_with_a_line(router: Router) -> None:
+    assert router.last_change(SCIENCE.strip() + " " + MATH, PARAMS) == 0
+    for mark in ("\n", "\n\n", "\r\n", " \n  \n "):
+        assert router.last_change(SCIENCE.strip() + mark + MATH, PARAMS) == len(SCIENCE.strip() + mark)
+    lines = MATH.replace("sum plus", "sum\nplus")  # of one domain, and many of them
+    assert (
+        0 <= router.last_change(SCIENCE + lines, PARAMS) - len(SCIENCE) < 40
+    )  # lines that are tried are 8 words apart
+    assert router.last_change(SCIENCE + lines * 8, PARAMS) > 0
 
 
 def test_running_text_goes_on_from_the_change(router: Router) -> None:
     """Decided token by token, whole or at once; what was said before the change stays out for good."""
-    pieces = [word + " " for word in (SCIENCE + MATH).split()]
+    pieces = re.findall(r"\S+\s*", SCIENCE + MATH)
     begin = len("".join(pieces)[: router.last_change("".join(pieces), PARAMS)].split())
     assert begin
     text = RunningText(router, PARAMS)

@@ -11,11 +11,12 @@ import pytest
 import treadle.evaluate
 from treadle.arms import Arm, choose_arms
 from treadle.errors import DataError, OptionError
-from treadle.evaluate import EvalSet, evaluate, load_sets
+from treadle.evaluate import evaluate
 from treadle.generate import Engine
 from treadle.params import EvalParams, RoutingParams, SamplingParams
 from treadle.results import fractions_of, read_cell, read_results
 from treadle.score import score_under
+from treadle.sets import EvalSet, load_sets
 from treadle.streams import Part, join_streams, score_streams
 from treadle.tasks import Example
 

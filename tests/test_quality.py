@@ -8,12 +8,13 @@ import pytest
 
 from treadle.arms import choose_arms
 from treadle.errors import DataError, OptionError
-from treadle.evaluate import evaluate, load_sets
+from treadle.evaluate import evaluate
 from treadle.generate import Engine
 from treadle.params import EvalParams, RoutingParams
 from treadle.plots import FIGURES, QUALITY_FILE, Study, draw_all
 from treadle.quality import route_quality
 from treadle.routing import Router
+from treadle.sets import load_sets
 from treadle.tasks import Example
 
 from conftest import Run

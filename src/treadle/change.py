@@ -2,6 +2,7 @@
 
 Binary segmentation (Scott and Knott 1974) with the router's log-posteriors in place of means: a text is cut where its
 two sides, each read by itself, are best explained by different adapters; then what follows the cut is looked at again.
+Cuts are at the beginnings of lines: turns and examples begin there, sentences of one passage seldom do.
 """
 
 import re
@@ -12,13 +13,15 @@ import numpy as np
 from treadle.centroids import Floats
 
 WORD = re.compile(r"\S+")
-LENGTHS = (18, 24, 36, 48, 72, 96, 144)
-"""Words behind a cut that are tried; of a longer segment the last so many are found, which is enough of it."""
+SHORTEST, LONGEST = 18, 400
+"""Words that there must be behind a cut, and that are looked at most."""
+APART, MOST_LINES = 8, 12
+"""Words between lines that are tried, and how many are, the last of the text."""
 BEFORE = 384
 """Words before a cut that are looked at."""
 LEAST = 12
 """Words that there must be before a cut."""
-SURE = 70
+SURE = 40
 """Words of a text whose log-posteriors count by half; those of fewer words count less."""
 MOST_CUTS = 4
 """Of one text. The numbers here were chosen on validation rows (`benchmarks/changes.py`)."""
@@ -28,14 +31,15 @@ def last_change(text: str, log_posteriors: Callable[[Sequence[str]], Floats], na
     """Return where the last domain of a text begins, as an index of characters; 0 where it is of one domain.
 
     Args:
-        text: any text.
+        text: any text; only the beginning of a line can be the beginning of a domain.
         log_posteriors: texts -> (B, N) log-probabilities of each adapter.
         nats: how much better two adapters must explain the two sides of a cut than any one adapter explains both.
     """
     starts = [found.start() for found in WORD.finditer(text)]
+    lines = _lines(text, starts)
     first = 0  # the word that the last segment begins with
     for _ in range(MOST_CUTS):
-        cuts = [len(starts) - length for length in LENGTHS if len(starts) - length - first >= LEAST]
+        cuts = [line for line in lines if line - first >= LEAST]
         if not cuts:
             break
         begins = [max(first, cut - BEFORE) for cut in cuts]
@@ -51,3 +55,13 @@ def last_change(text: str, log_posteriors: Callable[[Sequence[str]], Floats], na
             break
         first = cuts[best]
     return starts[first] if first else 0
+
+
+def _lines(text: str, starts: Sequence[int]) -> list[int]:
+    """Return the words that begin the lines to try, the last first; `starts` are where words begin."""
+    chosen: list[int] = []
+    for word in range(len(starts) - SHORTEST, max(0, len(starts) - LONGEST - 1), -1):
+        is_first = "\n" in text[starts[word - 1] : starts[word]]
+        if is_first and (not chosen or chosen[-1] - word >= APART):
+            chosen.append(word)
+    return chosen[:MOST_LINES]

@@ -259,7 +259,8 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         other_task, _, file = entry.partition("=") if not Path(entry).exists() else ("", "", entry)
         others += load(other_task if file else None, file or entry, OTHERS)
     train_adapter(base, examples, output, others=others, params=params, embedder=embedder)
-    print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the one that wrote it
+        print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
 
 
 def _routing(router: "Router", given: dict[str, Any]) -> RoutingParams:

@@ -16,9 +16,9 @@ from treadle.params import BenchParams, EvalParams
 if TYPE_CHECKING:
     from treadle.arms import Arm
     from treadle.bundle import Bundle
-    from treadle.evaluate import EvalSet
     from treadle.generate import Engine
     from treadle.routing import Router
+    from treadle.sets import EvalSet
     from treadle.tasks import Example
     from treadle.timing import Table
 
@@ -55,7 +55,7 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept."""
     from treadle.arms import choose_arms
     from treadle.bundle import read_bundle
-    from treadle.evaluate import load_sets
+    from treadle.sets import load_sets
 
     params = read_options(EvalParams, evaluation)
     found = read_bundle(bundle)
@@ -79,7 +79,7 @@ def sweep(
 ) -> None:
     """Measure every combination of a grid of routing options on tasks; resumable."""
     from treadle.bundle import read_bundle
-    from treadle.evaluate import load_sets
+    from treadle.sets import load_sets
     from treadle.sweep import read_sweep
 
     found = read_bundle(bundle)
@@ -147,11 +147,11 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
 
     from rich.console import Console
 
-    from treadle.evaluate import load_sets
     from treadle.params import RoutingParams, Score
     from treadle.plots import QUALITY_FILE
     from treadle.quality import route_quality
     from treadle.results import make_folder
+    from treadle.sets import load_sets
     from treadle.show import quality_tables
 
     examples: dict[str, tuple[Example, ...]] = {}

@@ -227,7 +227,8 @@ def cosines_figure(study: Study) -> "Figure | None":
     for axis, domain in zip(axes, domains, strict=True):
         cosines = np.array(quality["distributions"][domain])  # (examples, N)
         for index, name in enumerate(quality["names"]):
-            axis.hist(cosines[:, index], bins=30, color=PALETTE[index % len(PALETTE)], alpha=0.6, label=name)
+            color = PALETTE[index % len(PALETTE)]
+            axis.hist(cosines[:, index], bins=30, color=color, histtype="step", linewidth=1.4, label=name)
         axis.set_title(f"prompts of {domain}")
         axis.set_xlabel("cosine to the centroid")
     axes[0].legend(fontsize=6)

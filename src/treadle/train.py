@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
 IGNORED = -100
 """The label that PyTorch's cross entropy skips."""
@@ -61,7 +63,6 @@ def train_adapter(
     """
     try:
         from datasets import Dataset
-        from transformers.trainer_utils import get_last_checkpoint
         from trl.trainer.sft_trainer import SFTTrainer
     except ImportError as error:
         raise TreadleError("training needs: pip install 'treadle[train]'") from error
@@ -81,8 +82,7 @@ def train_adapter(
         processing_class=tokenizer,
         peft_config=_lora(params),
     )
-    checkpoints = output / CHECKPOINTS
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    _run(trainer, output / CHECKPOINTS)
     if trainer.is_world_process_zero():
         _save(trainer.model, base, output)
         _save_losses(trainer.state.log_history, output)
@@ -91,6 +91,15 @@ def train_adapter(
             save_centroid(output, own, str(embedder), training)
         _clean(output)
     return output
+
+
+def _run(trainer: "SFTTrainer", checkpoints: Path) -> None:
+    """Train, from the last checkpoint where there is one."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    with redirect_stdout(sys.stderr):  # where its progress goes, too
+        trainer.train(resume_from_checkpoint=last)
 
 
 def _centroid(name: str, examples: Sequence[Example], embedder: str) -> Centroids:
