@@ -15,8 +15,8 @@ from treadle.centroids import Floats
 WORD = re.compile(r"\S+")
 SHORTEST, LONGEST = 18, 400
 """Words that there must be behind a cut, and that are looked at most."""
-APART, MOST_LINES = 8, 12
-"""Words between lines that are tried, and how many are, the last of the text."""
+APART, SHARE = 8, 6
+"""Words between lines that are tried, at least; and the share (a sixth) of those behind, where that is more."""
 BEFORE = 384
 """Words before a cut that are looked at."""
 LEAST = 12
@@ -62,6 +62,6 @@ def _lines(text: str, starts: Sequence[int]) -> list[int]:
     chosen: list[int] = []
     for word in range(len(starts) - SHORTEST, max(0, len(starts) - LONGEST - 1), -1):
         is_first = "\n" in text[starts[word - 1] : starts[word]]
-        if is_first and (not chosen or chosen[-1] - word >= APART):
+        if is_first and (not chosen or chosen[-1] - word >= max(APART, (len(starts) - chosen[-1]) // SHARE)):
             chosen.append(word)
-    return chosen[:MOST_LINES]
+    return chosen
