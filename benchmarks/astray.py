@@ -23,7 +23,8 @@ def main() -> None:
     options = parser.parse_args()
     router = treadle.read_bundle(BUNDLE).router
     rows = list(read_rows(options.data / "squad-validation-even.jsonl.gz"))
-    nearest = router.scores([TASKS["reading"].read(row).prompt for row in rows], router.params).argmax(-1)
+    texts = [TASKS["reading"].read(row).prompt for row in rows]
+    nearest = router.scores(texts, router.params).argmax(-1)
     names = [router.names[index] for index in nearest]
     astray = Counter((row["title"], name) for row, name in zip(rows, names, strict=True) if name != "reading")
     prompts = Counter(row["title"] for row in rows)
@@ -33,6 +34,8 @@ def main() -> None:
     for (title, name), count in astray.most_common(SHOWN):
         cells = f"{count} | {100 * count / prompts[title]:.0f} % | {100 * count / total:.0f} %"
         print(f"| {title.replace('_', ' ')} | {name} | {cells} |")
+    cut = sum(router.last_change(text, router.params) > 0 for text in texts)
+    print(f"\n{cut} prompts ({100 * cut / len(texts):.1f} %) are cut where their domain is said to change (`change`)")
 
 
 if __name__ == "__main__":
