@@ -61,7 +61,7 @@ def test_errors_and_options_stand_below_everything():
     assert imported("errors") == set()
     assert imported("options") == {"errors"}
     assert imported("params") == {"errors", "options"}
-    assert imported("tasks") == {"errors", "metrics"}
+    assert imported("tasks") == {"errors"}
 
 
 def modules_after(statement: str) -> set[str]:

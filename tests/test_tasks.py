@@ -10,7 +10,7 @@ from treadle.data import load_examples
 from treadle.errors import DataError
 from treadle.metrics import METRICS
 from treadle.sandbox import passes
-from treadle.tasks import PAPER, TASKS, Example, find_task, read_task
+from treadle.tasks import PAPER, TASKS, TEXT_METRICS, Example, find_task, read_task
 
 MBPP = {
     "text": "Write a function to add. ",
@@ -29,6 +29,10 @@ def write(file: Path, content: Any) -> Path:
 def test_the_completion_is_the_reference_where_no_answers_are_known():
     assert Example("Q", " A").references == (" A",)
     assert Example("Q", " A", answers=("A", "a")).references == ("A", "a")
+
+
+def test_a_task_file_may_name_every_metric_but_that_of_tests():
+    assert set(TEXT_METRICS) == set(METRICS) - {"pass_at_1"}
 
 
 # Built-in tasks

@@ -57,12 +57,12 @@ def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) ->
 
 def _check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
     """Refuse texts that are longer than the model reads; it would give numbers all the same."""
-    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in pairs]  # nothing is read after the last token
     context = engine.context or max(lengths, default=0)
-    problems = [f"row {index} has {length} tokens" for index, length in enumerate(lengths) if length > context]
+    problems = [f"row {index} has {length + 1} tokens" for index, length in enumerate(lengths) if length > context]
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        title = f"the model reads at most {context} tokens, prompt and completion together:"
+        title = f"the model reads at most {context} tokens, of prompt and completion all but the last:"
         raise OptionError(problem_list(title, [*problems[:LISTED], *more]))
 
 
