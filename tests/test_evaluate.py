@@ -217,7 +217,8 @@ def test_results_of_other_settings_rows_or_arms_are_not_added_to(
     edited = tuple(replace(each, prompt=each.prompt + "!") for each in sets[0].examples)
     with pytest.raises(OptionError, match=r"task math had other rows of .*, or another form of them"):
         evaluate(engine, [replace(sets[0], examples=edited)], arms(engine, "routed"), output, params)
-    engine.blend.adapters[0].pairs.popitem()
+    first, *others = engine.blend.adapters
+    engine.blend.adapters = (replace(first, identity="another"), *others)
     with pytest.raises(OptionError, match=r"fingerprint was '.*', is '"):
         evaluate(engine, sets, arms(engine, "routed"), output, params)
     assert len(read_results(output)) == 1

@@ -13,6 +13,7 @@ PACKAGE = Path(treadle.__file__).parent
 CORE = {
     *(
         "errors",
+        "files",
         "options",
         "params",
         "adapters",
@@ -61,7 +62,7 @@ def test_errors_and_options_stand_below_everything():
     assert imported("errors") == set()
     assert imported("options") == {"errors"}
     assert imported("params") == {"errors", "options"}
-    assert imported("tasks") == {"errors"}
+    assert imported("tasks") == {"errors", "metrics"}
 
 
 def modules_after(statement: str) -> set[str]:

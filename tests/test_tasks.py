@@ -10,7 +10,7 @@ from treadle.data import load_examples
 from treadle.errors import DataError
 from treadle.metrics import METRICS
 from treadle.sandbox import passes
-from treadle.tasks import PAPER, TASKS, TEXT_METRICS, Example, find_task, read_task
+from treadle.tasks import PAPER, TASKS, Example, find_task, read_task
 
 MBPP = {
     "text": "Write a function to add. ",
@@ -29,10 +29,6 @@ def write(file: Path, content: Any) -> Path:
 def test_the_completion_is_the_reference_where_no_answers_are_known():
     assert Example("Q", " A").references == (" A",)
     assert Example("Q", " A", answers=("A", "a")).references == ("A", "a")
-
-
-def test_a_task_file_may_name_every_metric_but_that_of_tests():
-    assert set(TEXT_METRICS) == set(METRICS) - {"pass_at_1"}
 
 
 # Built-in tasks
@@ -128,6 +124,14 @@ def test_a_template_reads_fields_of_the_row_and_nothing_else(tmp_path, template)
     rows = write(tmp_path / "rows.jsonl", {"a": "x"})
     with pytest.raises(DataError, match="rows are not a row of task 'capital':\n  - row 1: KeyError"):
         load_examples(rows, task)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("prompt", "{}", "'{}': braces need the name of a field"), ("metrics", ["pass_at_1"], "unknown metric 'pass_at_1'"),
+])  # fmt: skip
+def test_what_a_task_file_cannot_ask_for_is_refused(tmp_path, key, value, message):
+    with pytest.raises(DataError, match=message):
+        read_task(write(tmp_path / "task.json", {**TASK, key: value}))
 
 
 BAD = {

@@ -25,6 +25,7 @@ from treadle.centroids import Centroids
 from treadle.compatible import check_combine
 from treadle.embed import load_embedder
 from treadle.errors import BundleError, collect, problem_list, unknown_name
+from treadle.files import read_object
 from treadle.options import read_options
 from treadle.params import RoutingParams
 from treadle.routing import Router
@@ -182,17 +183,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
     file = folder / BUNDLE_FILE
     if not file.is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {BUNDLE_FILE}. `treadle fit` makes one.")
-    return _read_object(file)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise BundleError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise BundleError(f"{file} does not hold an object.")
-    return cast(dict[str, Any], document)
+    return read_object(file, BundleError)
 
 
 def _document_problems(document: dict[str, Any], folder: Path) -> list[str]:
@@ -273,7 +264,7 @@ def _centroid_problems(centroids: Centroids, entries: Sequence[dict[str, Any]]) 
 
 def _read_samples(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     file = folder / SAMPLES_FILE
-    samples = _read_object(file) if file.is_file() else {}
+    samples = read_object(file, BundleError) if file.is_file() else {}
     for name, texts in samples.items():
         if name not in names:
             raise BundleError(f"{SAMPLES_FILE}: " + unknown_name("adapter", name, names))

@@ -19,6 +19,7 @@ import numpy as np
 from treadle.arms import Arm
 from treadle.centroids import Floats
 from treadle.errors import OptionError, problem_list
+from treadle.files import make_folder
 from treadle.metrics import METRICS
 from treadle.params import EvalParams, RoutingParams, SamplingParams
 from treadle.results import (
@@ -26,7 +27,6 @@ from treadle.results import (
     EvalResult,
     Fraction,
     interval,
-    make_folder,
     read_results,
     read_settings,
     write_cell,
@@ -163,6 +163,7 @@ def _measure_streams(engine: "Engine", arm: Arm, each: EvalSet) -> Cell:
 
 def _results(engine: "Engine", arm: Arm, each: EvalSet, cell: Cell, seconds: float, seed: int) -> list[EvalResult]:
     speed = cell.tokens / cell.generation_seconds if cell.generation_seconds else 0.0
+    versions = _versions(engine)
     results: list[EvalResult] = []
     for metric, fractions in cell.values.items():
         count = sum(denominator > 0 for _, denominator in fractions)
@@ -184,7 +185,7 @@ def _results(engine: "Engine", arm: Arm, each: EvalSet, cell: Cell, seconds: flo
                 tokens=cell.tokens,
                 tokens_per_second=speed,
                 seed=seed,
-                versions=_versions(engine),
+                versions=versions,
                 rows=each.rows,
             )
         )
@@ -223,10 +224,7 @@ def fingerprint(engine: "Engine") -> str:
     """Return what tells an engine's adapters and centroids from others."""
     digest = hashlib.sha256()
     for adapter in engine.blend.adapters:
-        for path, pair in sorted(adapter.pairs.items()):
-            digest.update(f"{adapter.name} {path} {pair.scale}".encode())
-            for factor in (pair.a, pair.b):
-                digest.update(factor.float().cpu().contiguous().numpy().tobytes())
+        digest.update(f"{adapter.name} {adapter.identity}".encode())
     centroids = engine.router.centroids
     for array in (centroids.means, centroids.scatter, centroids.groups.means, centroids.groups.sizes):
         digest.update(np.ascontiguousarray(array).tobytes())

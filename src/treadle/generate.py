@@ -1,7 +1,7 @@
 """The engine: a base model, a tokenizer, attached adapters and a router; generates, streams and scores."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -31,7 +31,7 @@ from treadle.prefixes import PrefixCache
 from treadle.routing import Router
 from treadle.rows import Report, Row, TokenEvent
 from treadle.step_parts import is_hooked
-from treadle.text import Prompt, prompt_ids
+from treadle.text import Prompt, is_one_prompt, prompt_ids, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ class Engine:
         Raises:
             TreadleError: an option or prompt is not possible; nothing has been generated.
         """
-        is_one = _is_one(prompt)
+        is_one = is_one_prompt(prompt)
         started = time.perf_counter()
         rows = self._rows(cast(Sequence[Prompt], [prompt] if is_one else prompt), sampling, routing)
         completions = self._complete(rows, started)
@@ -122,7 +122,7 @@ class Engine:
     ) -> list[Completion]:
         """Generate from prompts that are token ids already, each (T); see `generate`."""
         started = time.perf_counter()
-        return self._complete(self._rows(prompts, sampling, routing, read=_token_ids), started)
+        return self._complete(self._rows(prompts, sampling, routing, read=token_ids), started)
 
     def stream(
         self, prompt: Prompt, *, sampling: SamplingParams | None = None, routing: RoutingParams | None = None
@@ -225,7 +225,7 @@ class Engine:
             report: what the rows tell beyond their tokens.
             router: of some of the engine's adapters; None takes all.
         """
-        rows = self._rows(prompts, sampling, routing, read=_token_ids, router=router)
+        rows = self._rows(prompts, sampling, routing, read=token_ids, router=router)
         for row in rows:
             row.report = report or row.report
         return rows
@@ -330,20 +330,6 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
     from treadle.bundle import read_bundle
 
     return read_bundle(path).engine(device=device, dtype=dtype)
-
-
-def _is_one(prompt: Any) -> bool:
-    if isinstance(prompt, str):
-        return True
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise OptionError("give a text, a list of texts, or chat messages; got " + repr(prompt)[:60])
-    return isinstance(cast(Sequence[Any], prompt)[0], Mapping)
-
-
-def _token_ids(prompt: Sequence[int]) -> list[int]:
-    if not prompt:
-        raise OptionError("the prompt is empty: there is no token to continue from.")
-    return list(prompt)
 
 
 def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Options]:

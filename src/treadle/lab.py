@@ -147,10 +147,10 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
 
     from rich.console import Console
 
+    from treadle.files import make_folder
     from treadle.params import RoutingParams, Score
     from treadle.plots import QUALITY_FILE
     from treadle.quality import route_quality
-    from treadle.results import make_folder
     from treadle.sets import load_sets
     from treadle.show import quality_tables
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from treadle.errors import DataError, TreadleError
+from treadle.files import make_folder
 from treadle.quality import Quality
-from treadle.results import EvalResult, make_folder, read_cell, read_results, read_settings
+from treadle.results import EvalResult, read_cell, read_results, read_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

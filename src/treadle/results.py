@@ -19,6 +19,7 @@ from urllib.parse import quote
 import numpy as np
 
 from treadle.errors import DataError, OptionError
+from treadle.files import read_object
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
@@ -103,25 +104,9 @@ def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) 
 # Files
 
 
-def make_folder(path: Path) -> Path:
-    """Return a folder, made with those above it where it is not there; an OptionError where that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a file has its name, or a folder above may not be written to
-        raise OptionError(f"{path} cannot be a folder: {error.strerror}; name another.") from error
-    return path
-
-
 def read_settings(output: Path) -> dict[str, Any]:
     """Return what a folder of results says of itself; a DataError where it does not."""
-    file = output / SETTINGS_FILE
-    try:
-        settings = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {error}; results without settings are of no use") from error
-    if not isinstance(settings, dict):
-        raise DataError(f"{file} does not hold an object")
-    return cast(dict[str, Any], settings)
+    return read_object(output / SETTINGS_FILE, DataError)
 
 
 def read_results(output: Path) -> list[EvalResult]:

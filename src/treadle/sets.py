@@ -1,12 +1,12 @@
 """What is asked in an evaluation: the examples of tasks, and mixed streams of them."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 from treadle.data import load_examples
 from treadle.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.files import digest
 from treadle.params import EvalParams
 from treadle.streams import STREAMS, Stream, join_streams
 from treadle.tasks import SEPARATOR, Example, Task, find_task
@@ -32,12 +32,12 @@ class EvalSet:
     streams: tuple[Stream, ...] = ()
     plain: tuple[Example, ...] = field(default=(), repr=False)
 
-    @property
+    @cached_property
     def rows(self) -> str:
         """What tells these rows, as they are asked, from others: a digest of all their texts."""
         joined = [[(part.adapter, asdict(part.example)) for part in stream] for stream in self.streams]
         asked = [asdict(example) for example in self.examples]
-        return hashlib.sha256(json.dumps([asked, joined]).encode()).hexdigest()[:16]
+        return digest([asked, joined])
 
     @property
     def adapter(self) -> str:

@@ -129,8 +129,6 @@ SEPARATOR = "\n\n"
 PAPER = ("math", "science", "code", "reading")
 """The tasks of the paper."""
 FILE_KEYS = ("name", "source", "prompt", "completion", "bare", "answers", "metrics", "max_tokens", "adapter", "stop")
-TEXT_METRICS = ("exact_number", "letter", "exact_match", "f1", "rouge_l", "chrf", "parses")
-"""Metrics that a task file may name; `pass_at_1` needs tests, which its rows cannot give."""
 
 
 def find_task(name: str, also: Iterable[str] = ()) -> Task:
@@ -149,6 +147,9 @@ def read_task(file: str | Path) -> Task:
     the row; optional `source` (file or hub id of the rows), `bare`, `answers` (the field of all accepted answers),
     `metrics` (names of `treadle.metrics`), `max_tokens`, `stop` (strings that end an answer), `adapter`.
     """
+    from treadle.metrics import METRICS
+
+    judges = [name for name in METRICS if name != "pass_at_1"]  # which needs tests, that a task file cannot name
     try:
         given = json.loads(Path(file).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -165,7 +166,7 @@ def read_task(file: str | Path) -> Task:
     if not isinstance(metrics, list):
         problems.append("metrics must be a list of names")
     else:
-        problems += [unknown_name("metric", str(name), TEXT_METRICS) for name in metrics if name not in TEXT_METRICS]
+        problems += [unknown_name("metric", str(name), judges) for name in metrics if name not in judges]
     if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
         problems.append("stop must be a list of texts")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:

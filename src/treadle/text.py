@@ -1,7 +1,7 @@
 """Between text and token ids: one way to tokenise prompts, text that grows token by token, stop strings."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers.decoders import DecodeStream
 
@@ -20,9 +20,23 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
         ids = tokenizer(prompt).input_ids
     else:
         ids = tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False).input_ids
-    if not ids:
+    return token_ids(ids)
+
+
+def token_ids(prompt: Sequence[int]) -> list[int]:
+    """Return the token ids of a prompt that are known already; an OptionError where there are none."""
+    if not prompt:
         raise OptionError("the prompt is empty: there is no token to continue from.")
-    return list(ids)
+    return list(prompt)
+
+
+def is_one_prompt(prompt: Any) -> bool:
+    """Return whether this is one prompt, a text or chat messages, rather than a list of prompts."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise OptionError("give a text, a list of texts, or chat messages; got " + repr(prompt)[:60])
+    return isinstance(cast(Sequence[Any], prompt)[0], Mapping)
 
 
 def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> str:

@@ -4,7 +4,6 @@ The loss is on this adapter's own answers only. A share of the sequences joins t
 other tasks, because an adapter that has only ever seen one example a sequence hurts in a second turn.
 """
 
-import hashlib
 import json
 import random
 import shutil
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,9 @@ from treadle.centroids import Centroids
 from treadle.data import sample_texts
 from treadle.embed import load_embedder, num_words
 from treadle.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.files import digest, make_folder
 from treadle.models import load_model, load_tokenizer
 from treadle.params import TrainParams
-from treadle.results import make_folder
 from treadle.tasks import SEPARATOR, Example
 
 if TYPE_CHECKING:
@@ -61,11 +61,7 @@ def train_adapter(
         params: the recipe.
         embedder: a model2vec folder or the name of a sentence-transformers model.
     """
-    try:
-        from datasets import Dataset
-        from trl.trainer.sft_trainer import SFTTrainer
-    except ImportError as error:
-        raise TreadleError("training needs: pip install 'treadle[train]'") from error
+    _check_libraries()
     params = params or TrainParams()
     if (output / "adapter_config.json").exists():
         raise OptionError(f"{output} holds an adapter already; name another folder or remove it.")
@@ -74,14 +70,8 @@ def train_adapter(
     rows = list(training_rows(tokenizer, examples, others, params))
     model = load_model(base, device="cpu", dtype=params.dtype)  # the trainer knows this process's GPU
     _check_targets(model, params)
-    _check_recipe(output, {"base": base, **asdict(params), "rows": _digest(rows)})
-    trainer = SFTTrainer(
-        model=model,
-        args=_trainer_config(output, params),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=_lora(params),
-    )
+    _check_recipe(output, {"base": base, **asdict(params), "rows": digest(rows)})
+    trainer = _trainer(model, tokenizer, rows, output, params)
     _run(trainer, output / CHECKPOINTS)
     if trainer.is_world_process_zero():
         _save(trainer.model, base, output)
@@ -91,6 +81,27 @@ def train_adapter(
             save_centroid(output, own, str(embedder), training)
         _clean(output)
     return output
+
+
+def _check_libraries() -> None:
+    try:
+        for name in ("datasets", "trl.trainer.sft_trainer"):
+            import_module(name)
+    except ImportError as error:
+        raise TreadleError("training needs: pip install 'treadle[train]'") from error
+
+
+def _trainer(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], output: Path, params: TrainParams) -> Any:
+    from datasets import Dataset
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=_trainer_config(output, params),
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=tokenizer,
+        peft_config=_lora(params),
+    )
 
 
 def _run(trainer: "SFTTrainer", checkpoints: Path) -> None:
@@ -145,11 +156,6 @@ def _check_targets(model: "PreTrainedModel", params: TrainParams) -> None:
     ]
     if wrong:
         raise OptionError(problem_list("targets:", wrong))
-
-
-def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what tells the sequences of a run from others."""
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def _check_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
