@@ -1,6 +1,6 @@
 """Prints how the router weighs passages of subjects that no sample is about, by how its scatter counts the samples.
 
-    python benchmarks/scatter.py --data ../shared/data
+    python benchmarks/scatter.py --data ../shared/data [--samples 6000]
 
 Training rows only. Of SQuAD, a third of the articles are held out whole, so that prompts of `reading` are about things
 that no sample mentions (other validation rows share their articles with the samples); of GSM8K and CodeAlpaca other
@@ -43,8 +43,9 @@ COUNTED: dict[str, Callable[[Sequence[str]], np.ndarray | None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="a task at most, to fit on")
     options = parser.parse_args()
-    rows = {task: split(options.data, task) for task in ADAPTERS}
+    rows = {task: split(options.data, task, options.samples) for task in ADAPTERS}
     router = treadle.read_bundle(BUNDLE).router
     texts = {task: sample_texts(fitted) for task, (fitted, _) in rows.items()}
     vectors = {task: router.embedder.encode(each) for task, each in texts.items()}
@@ -61,23 +62,23 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(cell(fresh, each) for each in asked.values()) + " |", flush=True)
 
 
-def split(data: Path, task: str) -> tuple[list[Example], list[Example]]:
-    """Return examples to fit on, and others to ask."""
+def split(data: Path, task: str, samples: int) -> tuple[list[Example], list[Example]]:
+    """Return examples to fit on, `samples` at most, and others to ask."""
     if task == "reading":
         rows = list(read_rows(data / ADAPTERS[task][0]))
         titles = sorted({row["title"] for row in rows})
         random.Random(5).shuffle(titles)
         known = set(titles[: 2 * len(titles) // 3])
         parts = [[row for row in rows if (row["title"] in known) == is_known] for is_known in (True, False)]
-        chosen = [random.Random(1).sample(part, most) for part, most in zip(parts, (SAMPLES, ASKED), strict=True)]
+        chosen = [random.Random(1).sample(part, most) for part, most in zip(parts, (samples, ASKED), strict=True)]
         fitted, held = ([TASKS[task].read(row) for row in part] for part in chosen)
         return fitted, held
     if task in SPLIT_OF_ITS_OWN:
-        fitted = load_examples(data / ADAPTERS[task][0], task, limit=SAMPLES, seed=1)
+        fitted = load_examples(data / ADAPTERS[task][0], task, limit=samples, seed=1)
         return fitted, load_examples(data / SPLIT_OF_ITS_OWN[task], task)
-    examples = load_examples(data / ADAPTERS[task][0], task, limit=SAMPLES + ASKED, seed=1)
+    examples = load_examples(data / ADAPTERS[task][0], task, limit=samples + ASKED, seed=1)
     random.Random(1).shuffle(examples)
-    return examples[:SAMPLES], examples[SAMPLES:]
+    return examples[:-ASKED], examples[-ASKED:]
 
 
 def cell(router: Router, asked: Mapping[str, np.ndarray]) -> str:
