@@ -538,6 +538,47 @@ def test_factors_are_in_memory_once(model: PreTrainedModel, unequal: list[Adapte
             assert pair.b.untyped_storage().data_ptr() == layer.every_b.untyped_storage().data_ptr()
 
 
+def held_bytes(model: PreTrainedModel) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def halved(adapter: Adapter) -> Adapter:
+    """Return the adapter in bfloat16, as most are on disk."""
+    halves = {path: replace(pair, a=pair.a.bfloat16(), b=pair.b.bfloat16()) for path, pair in adapter.pairs.items()}
+    return replace(adapter, pairs=halves)
+
+
+def test_many_adapters_take_their_own_bytes_and_a_copy_of_those_that_act(tmp_path: Path) -> None:
+    names = [f"a{index}" for index in range(9)]
+    many = [
+        halved(read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name)) for seed, name in enumerate(names)
+    ]
+    own = sum(adapter.num_bytes() for adapter in many)
+    model = calm_llama()
+    base = held_bytes(model)
+    blend = attach(model, many[:8])
+    blend.add(many[8])
+    assert held_bytes(model) == base + own
+    blend.set_weights(np.eye(9, dtype=np.float32)[4])
+    logits(model)
+    assert held_bytes(model) == base + own + 2 * own // 9, "one of nine, in float32"
+
+
+def test_a_text_between_two_domains_lays_nothing_out_anew(tmp_path: Path) -> None:
+    names = [f"a{index}" for index in range(9)]
+    many = [read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name) for seed, name in enumerate(names)]
+    blend = attach(calm_llama(), many)
+    one, other = np.zeros(9, np.float32), np.zeros(9, np.float32)
+    one[[1, 2, 3]], other[[2, 3, 4]] = 0.3, 0.3
+    for weights in (one, other):
+        blend.set_weights(weights)
+    arrangement = blend.arrangement
+    for weights in (one, other, one, other):
+        blend.set_weights(weights)
+        assert blend.arrangement is arrangement
+
+
 # --- adapters come and go -------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ The blended layers (`treadle.layers`) hold the factors; the blend holds what cha
 gates for each layout of ranks, computed once a step. Base weights are never written to.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, product
@@ -45,6 +45,7 @@ class Blend:
         self._gates: dict[int, Gates] = {}
         self._layouts: list[Layout] = []
         self._acting_layouts: list[Layout] = []  # of those adapters whose factors are laid out
+        self._names: tuple[str, ...] = ()
         self._ranks: list[int] = []  # of each adapter, its largest
         self._spreads: dict[tuple[int, float], Tensor] = {}
         self._folds: dict[int, Tensor | None] = {}
@@ -56,7 +57,7 @@ class Blend:
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in the order of every N axis."""
-        return tuple(adapter.name for adapter in self.adapters)
+        return self._names
 
     @contextmanager
     def using(
@@ -156,23 +157,33 @@ class Blend:
         """Return the adapters to lay out for weights (B|1, T|1, N); None = all.
 
         Where all of them are few rows, that is cheaper than to choose; and those that are laid out stay while they
-        are not many more than what is needed, because neighbouring steps need almost the same.
+        and the needed ones are not many more than what is needed: neighbouring steps need almost the same, and a text
+        between two domains needs now these, now those.
         """
-        if w.device.type != "cpu" or self.has_few:
-            return None
-        if next(self.model.parameters()).device.type != "cpu":  # it would have to wait, and a captured step has all
+        if w.device.type != "cpu" or self._lays_out_all:
             return None
         used = frozenset(w.flatten(0, 1).any(0).nonzero()[:, 0].tolist())
-        rank = sum(self._ranks[index] for index in used)
-        if self._acting is not None and used <= self._acting:
-            if sum(self._ranks[index] for index in self._acting) <= 2 * rank:
-                return self._acting
-        return None if 2 * rank > sum(self._ranks) else used
+        most = 2 * self._rank_of(used)
+        kept = used if self._acting is None else used | self._acting
+        if self._rank_of(kept) > most:
+            kept = used
+        return kept if kept == self._acting or most <= sum(self._ranks) else None
+
+    def _rank_of(self, adapters: Collection[int]) -> int:
+        return sum(self._ranks[index] for index in adapters)
+
+    @property
+    def _lays_out_all(self) -> bool:
+        """Whether all adapters are laid out at all times; on a GPU choosing would wait, and a captured step has all."""
+        return self.has_few or next(self.model.parameters()).device.type != "cpu"
 
     def _choose(self, acting: frozenset[int] | None) -> None:
         """Lay out the factors of some adapters, by index, for the passes that follow; None = of all."""
-        if acting == self._acting:
-            return
+        if acting != self._acting:
+            self._lay_out(acting)
+
+    def _lay_out(self, acting: frozenset[int] | None) -> None:
+        """Copy the factors of some adapters, by index, to where the passes read them; None = those of all."""
         rows = [None if acting is None else layout.rows(acting) for layout in self._layouts]
         for layer in self._layers.values():
             layer.choose(rows[layer.slot])
@@ -274,11 +285,10 @@ class Blend:
                 self._layers[path].stack([pair.b for _, pair in each], shrink, index, slot)
             self._shrinks.append((shrink, [self._layers[path].slot for path in paths]))
         self.adapters = self._views(adapters)
-        self._layouts = self._acting_layouts = list(layouts)
+        self._layouts = list(layouts)
+        self._names = tuple(adapter.name for adapter in adapters)
         self._ranks = [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]
-        self._acting = None
-        self._spreads.clear()
-        self._folds.clear()
+        self._lay_out(None if self._lays_out_all else frozenset())  # of many, those that act: the first step knows
         self._combinable.clear()
         self._gates.clear()
 

@@ -87,14 +87,13 @@ class Shrink(nn.Module):
     every_a: Tensor
 
     def __init__(self, factors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        """Stack the A (R, in) of each layer."""
+        """Stack the A (R, in) of each layer; `choose` before a pass."""
         super().__init__()
         self.register_buffer("every_a", torch.cat(list(factors)).to(device), persistent=False)  # (sum of R, in)
         self.dtype = dtype
         self._starts = [0, *accumulate(len(each) for each in factors)]
         self._x: Tensor | None = None
         self._products: list[Tensor | None] = []
-        self.choose(None)
 
     def start_of(self, index: int) -> int:
         """Return the row of `every_a` where the stack of the layer `index` begins."""
@@ -148,7 +147,7 @@ class BlendedLinear(nn.Module):
         return next(chain(self.base.parameters(), self.base.buffers())).device
 
     def stack(self, factors: Sequence[Tensor], shrink: Shrink, index: int, slot: int) -> None:
-        """Stack the B (out, r) of all adapters; `shrink` holds their A as its layer number `index`.
+        """Stack the B (out, r) of all adapters; `shrink` holds their A as its layer number `index`. Then `choose`.
 
         Args:
             factors: the B of each adapter.
@@ -158,7 +157,6 @@ class BlendedLinear(nn.Module):
         """
         self.register_buffer("every_b", torch.cat(list(factors), 1).to(self.device), persistent=False)  # (out, R)
         self.shrink, self.index, self.slot = shrink, index, slot
-        self.choose(None)
 
     def choose(self, rows: Tensor | None) -> None:
         """Let only the columns of B act that belong to the rows of A that `shrink` chooses too; None = all of them."""
