@@ -1,6 +1,7 @@
 """The fast step computes what the model's own forward computes, for every architecture that it says it knows."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from treadle.adapters import LoraPair, read_adapter
 from treadle.blend import Blend, attach
 from treadle.cache import RowCache
+from treadle.embed import StaticEmbedder
 from treadle.fast_step import FastStep
 from treadle.generate import Completion, Engine
 from treadle.params import Combine, RoutingParams, SamplingParams
 from treadle.pools import random_adapters
-from treadle.routing import Router
+from treadle.routing import Router, fit
 from treadle.step_parts import ARCHITECTURES, fits
 from treadle.timing import Counter
 
@@ -241,13 +243,19 @@ def test_a_step_makes_no_more_products_than_it_must(folders: dict[str, Path], nu
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
-def test_adapters_add_their_products_and_the_gates_and_nothing_else(folders: dict[str, Path], num_rows: int) -> None:
-    model = build("LlamaForCausalLM")
-    blend = attach(model, [read_adapter(folder, name) for name, folder in folders.items()])
-    bare, blended = (counted(model, blend, num_rows, weights).operations for weights in (None, [0.2, 0.3, 0.5]))
-    shrinks, views = (0, 0) if blend.has_few else (4, 0)
-    each_step = 40  # the weights: checked, and made into gates
-    assert blended - bare <= each_step + len(model.model.layers) * (shrinks + views + 4 + 7)
+def test_adapters_add_their_products_and_the_gates_and_nothing_else(
+    request: pytest.FixtureRequest, num_rows: int
+) -> None:
+    def added(layers: int) -> int:
+        model = build("LlamaForCausalLM", num_hidden_layers=layers)
+        blend = attach(model, random_adapters(model, "base", 3, rank=4, targets=ALL_LINEAR))
+        bare, blended = (counted(model, blend, num_rows, weights).operations for weights in (None, [0.2, 0.3, 0.5]))
+        return blended - bare
+
+    is_below = request.node.callspec.params["few_rows"] == "all laid out"
+    each_layer = 4 + 7 + (0 if is_below else 4 + 4)  # gates, B; A lies below the weights, or has an input of its dtype
+    assert added(4) - added(2) == 2 * each_layer
+    assert added(2) - 2 * each_layer <= (20 if is_below else 24)  # of a step: weights are checked, and made into gates
 
 
 @pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
@@ -278,3 +286,53 @@ def test_rows_with_the_same_options_are_weighed_together(
     while batch.rows:
         batch.step()
     assert weighed == [len(PROMPTS)] * 4
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_embeds_the_new_text_alone(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
+    embedder = engine.router.embedder
+    summed: list[int] = []
+    sum_words = embedder.sum_words
+
+    def words_of_steps(length: int) -> int:
+        ids = [[*b"and the sum " * (length // 12)]]
+        rows = engine.new_rows(ids, sampling=SamplingParams(max_tokens=9), routing=RoutingParams(every=every))
+        batch = engine.new_batch(end_ids=frozenset())
+        batch.join(rows)
+        with monkeypatch.context() as patched:
+            patched.setattr(embedder, "encode", lambda texts: pytest.fail("a step encodes whole texts"))
+            patched.setattr(embedder, "sum_words", lambda words: summed.append(len(words)) or sum_words(words))
+            summed.clear()
+            while batch.rows:
+                batch.step()
+        return sum(summed)
+
+    assert max(words_of_steps(24), words_of_steps(240)) <= 8 * 3, "three words a token at most: none is read again"
+
+
+@pytest.mark.parametrize("routing", [RoutingParams(every=1), RoutingParams(every=1, combine="linear")])
+def test_a_step_makes_as_many_calls_for_many_adapters_as_for_four(
+    tokenizer: PreTrainedTokenizerFast, embedder: StaticEmbedder, routing: RoutingParams
+) -> None:
+    def calls(count: int) -> int:
+        model = build("LlamaForCausalLM")
+        adapters = random_adapters(model, "base", count, rank=2, targets=["q_proj", "v_proj"])
+        samples = {each.name: [f"{each.name} sum", f"sum {each.name}"] for each in adapters}
+        engine = Engine(model, tokenizer, adapters, fit(samples, embedder), is_fast=True)
+        rows = engine.new_rows([[*b"the sum of it"]] * 2, sampling=SamplingParams(max_tokens=9), routing=routing)
+        batch = engine.new_batch(end_ids=frozenset())
+        batch.join(rows)
+        made: list[int] = []
+        while batch.rows:
+            made.append(0)
+            sys.setprofile(lambda frame, event, arg: made.append(made.pop() + (event == "call")))
+            try:
+                batch.step()
+            finally:
+                sys.setprofile(None)
+        return min(made)  # others meet a new word, or other adapters than before
+
+    assert calls(12) == calls(4)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from treadle.errors import OptionError
 from treadle.params import SamplingParams
@@ -156,3 +157,22 @@ def test_params_report_all_problems_at_once():
 
 def test_one_stop_string_is_a_tuple_of_one():
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations inside it that take a number of a tensor to the host, one at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "local_scalar" in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_row_takes_a_number_to_the_host_by_itself():
+    params = SamplingParams(temperature=0.7, seed=3)
+    with Waits() as waits:
+        sample(logits_of(0, 5, 11), [params] * 5, [new_generator(params, CPU) for _ in range(5)])
+    assert waits.count == 0

@@ -37,12 +37,14 @@ def sample(
     logits = logits.float()
     tokens = logits.argmax(-1)  # (B,)
     totals = logits.logsumexp(-1)  # (B,)
+    is_drawn = totals.isfinite().tolist() if any(generators) else []  # once for all: on a GPU it waits
     for row, (options, generator) in enumerate(zip(params, generators, strict=True)):
-        if generator is not None and totals[row].isfinite():
+        if generator is not None and is_drawn[row]:
             weights = torch.softmax(truncate(logits[row] / options.temperature, options), -1)
             tokens[row] = torch.multinomial(weights, 1, generator=generator)[0]
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - totals  # (B,)
-    return tokens.tolist(), logprobs.tolist()
+    ids, values = torch.stack([tokens.double(), logprobs.double()]).tolist()  # to the host at once; both are exact
+    return [int(token) for token in ids], values
 
 
 def likeliest(logits: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
