@@ -287,6 +287,26 @@ def test_all_rows_that_are_due_are_one_call(sentences, monkeypatch):
     assert calls == [5]
 
 
+def test_of_a_very_long_text_only_the_end_is_looked_at(sentences, monkeypatch):
+    tail, seen = "the cell add heat loop the cell add heat loop", []
+    offsets = sentences._offsets
+    monkeypatch.setattr(sentences, "_offsets", lambda text: seen.append(len(text)) or offsets(text))
+    long = sentences.encode(["heat " * 5000 + tail, "the" * 9000 + " " + tail, tail, "the\n" + "loop" * 5000])
+    np.testing.assert_allclose(long[:3], np.repeat(sentences.encode([tail]), 3, 0), atol=1e-6)
+    np.testing.assert_allclose(long[3], sentences.encode(["the " + "loop" * 5000])[0], atol=1e-6)
+    assert max(seen[:2]) <= 20 * LIMIT
+
+
+def test_short_texts_are_not_padded_to_long_ones(sentences, monkeypatch):
+    texts = ["cell", SENTENCE, "the cell add heat", "heat loop", SENTENCE + " cell"]
+    calls: list[list[str]] = []
+    encode = sentences.model.encode
+    monkeypatch.setattr(sentences.model, "encode", lambda many, **o: calls.append(many) or encode(many, **o))
+    vectors = sentences.encode(texts)
+    assert calls == [[texts[4], texts[1], texts[2]], [texts[3], texts[0]]]
+    np.testing.assert_allclose(vectors, np.concatenate([sentences.encode([text]) for text in texts]), atol=1e-6)
+
+
 def test_a_sentence_embedder_is_saved_into_the_bundle_and_keeps_its_id(sentences, tmp_path):
     assert sentences.save(tmp_path) == "embedder"
     loaded = load_embedder(tmp_path / "embedder")

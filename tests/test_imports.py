@@ -25,6 +25,7 @@ CORE = {
         "centroids",
         "change",
         "embed",
+        "sentence",
         "routing",
         "sampling",
     ),

@@ -1,16 +1,14 @@
 """Embedders: texts -> L2-normalised float32 vectors, whole or as they grow token by token.
 
 A running text is followed by a `Track`. The static embedder's track keeps a sum of word vectors, so a token costs
-O(D) whatever the length of the text; the sentence embedder's track keeps the text and encodes it when asked.
+O(D) whatever the length of the text; the sentence embedder (`treadle.sentence`) encodes the text when asked.
 """
 
 import hashlib
 import json
-import logging
 import re
-import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -18,15 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.errors import BundleError, ModelError, OptionError
+from treadle.sentence import SentenceEmbedder
 
 if TYPE_CHECKING:
     from model2vec import StaticModel
 
 Floats = NDArray[np.float32]
-logger = logging.getLogger(__name__)
 
-DEFAULT_SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-"""The paper's embedder."""
 WORD = re.compile(r"\w{1,40}|[^\w\s]")
 """A run of letters and digits, or one other visible character: what a text's vector is summed over."""
 MAX_CACHED_WORDS = 20_000
@@ -213,100 +209,6 @@ class StaticTrack:
         if words:
             self._closed = self._closed + self._embedder.sum_words(words)
         self._sum = self._closed + self._embedder.sum_words([self._open]) if self._open else self._closed
-
-
-class SentenceEmbedder:
-    """A sentence-transformers model. It reads a bounded number of word pieces: of a longer text, the *last* ones."""
-
-    def __init__(self, name: str = DEFAULT_SENTENCE_MODEL, device: str | None = None) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise ModelError("the sentence embedder needs: pip install 'treadle[sentence]'") from error
-        from treadle.models import cached_folder
-
-        local = Path(name) if Path(name).is_dir() else cached_folder(name)
-        try:
-            self.model = SentenceTransformer(
-                str(local) if local.is_dir() else name,
-                device=device,
-                model_kwargs={"use_safetensors": True},  # pytorch_model.bin is a pickle
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
-                f"sentence embedder {name!r} cannot be loaded: {reason}\n"
-                f"  What to do: name a folder that holds it, put it into {cached_folder(name)}, or go online."
-            ) from error
-        self.name = name
-        self.id = f"sentence:{_fingerprint(self.model.state_dict())}"
-        self.dim: int = int(self.model.get_embedding_dimension() or 0)
-        self._said = False
-        self._turn = threading.Lock()  # threads share the tokenizer, whose truncation each call sets
-
-    def encode(self, texts: Sequence[str]) -> Floats:
-        """Return the vectors (B, D) of whole texts, of long ones of their last pieces; any thread may call it."""
-        if not texts:
-            return np.zeros((0, self.dim), np.float32)
-        with self._turn:
-            cut = [self._last_pieces(text) for text in texts]
-            return self.model.encode(cut, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
-
-    def track(self, window: int | None) -> "TextTrack":
-        """Return an empty running text."""
-        return TextTrack(window)
-
-    def finish(self, snapshots: Sequence[str]) -> Floats:
-        """Return the vectors (B, D) of running texts, encoded in one batch."""
-        return self.encode(snapshots)
-
-    def save(self, folder: Path) -> str:
-        """Return the model's hub id; a model that lies in a folder is copied to `folder`/embedder."""
-        if not Path(self.name).is_dir():
-            return self.name
-        self.model.save(str(folder / "embedder"), create_model_card=False)
-        return "embedder"
-
-    def _last_pieces(self, text: str) -> str:
-        limit = int(self.model.max_seq_length or 256) - 2  # two pieces are the tokenizer's own
-        offsets = self.model.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-        )["offset_mapping"]
-        if len(offsets) <= limit:
-            return text
-        if not self._said:
-            logger.warning("%s reads %d word pieces; of longer texts it sees the last ones", self.name, limit)
-            self._said = True
-        return text[offsets[-limit][0] :]
-
-
-def _fingerprint(state: Mapping[str, Any]) -> str:
-    """Return a short digest of the shapes and the first values of all tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-class TextTrack:
-    """A running text kept as text."""
-
-    def __init__(self, window: int | None) -> None:
-        self._pieces: list[str] = []
-        self._window = window
-
-    def extend(self, pieces: Sequence[str]) -> None:
-        """Append the text of some tokens."""
-        self._pieces.extend(pieces)
-
-    def snapshot(self) -> str:
-        """Return the text, or its last `window` tokens."""
-        return "".join(self._pieces if self._window is None else self._pieces[-self._window :])
-
-    def whole(self) -> str:
-        """Return the text."""
-        return "".join(self._pieces)
 
 
 def num_words(texts: Sequence[str]) -> NDArray[np.int64]:
