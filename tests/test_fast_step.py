@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.adapters import LoraPair, read_adapter
@@ -115,6 +115,31 @@ def test_bfloat16_is_as_close_to_float32_as_forward_is(num_rows: int) -> None:
         equal = FastStep(exact, attach(exact, []))(ids[:, -1:], positions, None, caches[1])
     torch.testing.assert_close(equal, wanted, atol=1e-5, rtol=1e-5)
     assert (fast - wanted).abs().mean() < 1.5 * (plain - wanted).abs().mean()
+
+
+@pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
+def test_adapters_in_bfloat16_are_as_close_to_float32_as_forward_is(num_rows: int, combine: Combine) -> None:
+    ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(num_rows, 3, generator=torch.Generator().manual_seed(1))
+    found: dict[str, Tensor] = {}
+    for name, dtype in {"exact": torch.float32, "plain": torch.bfloat16, "fast": torch.bfloat16}.items():
+        model, cache = build("LlamaForCausalLM", dtype), RowCache()
+        blend = attach(model, random_adapters(model, "base", 3, rank=4, targets=ALL_LINEAR), combine)
+        with torch.inference_mode(), blend.using(weights):
+            model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+            positions = torch.full((num_rows, 1), 8)
+            if name == "fast":
+                found[name] = FastStep(model, blend)(ids[:, -1:], positions, None, cache).clone()
+            else:
+                given = {"past_key_values": cache, "position_ids": positions, "logits_to_keep": 1}
+                found[name] = model(input_ids=ids[:, -1:], **given).logits[:, -1]
+    fast, plain = ((found[name].float() - found["exact"]).abs().mean() for name in ("fast", "plain"))
+    assert fast < 1.5 * plain
+    if blend.has_few:  # and A rides on the product of the weights, which lie in one piece with it
+        layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+        pair = blend.adapters[0].pairs["model.layers.0.self_attn.q_proj"]
+        assert pair.a.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
 
 
 def test_layers_of_one_size_do_not_overwrite_what_they_read(router: Router, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -242,18 +267,20 @@ def test_a_step_makes_no_more_products_than_it_must(folders: dict[str, Path], nu
     assert blended == gates + 1 + (4 + shrinks + 7) * layers  # one B for each layer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_adapters_add_their_products_and_the_gates_and_nothing_else(
-    request: pytest.FixtureRequest, num_rows: int
+    request: pytest.FixtureRequest, num_rows: int, dtype: torch.dtype
 ) -> None:
     def added(layers: int) -> int:
-        model = build("LlamaForCausalLM", num_hidden_layers=layers)
+        model = build("LlamaForCausalLM", dtype, num_hidden_layers=layers)
         blend = attach(model, random_adapters(model, "base", 3, rank=4, targets=ALL_LINEAR))
         bare, blended = (counted(model, blend, num_rows, weights).operations for weights in (None, [0.2, 0.3, 0.5]))
         return blended - bare
 
     is_below = request.node.callspec.params["few_rows"] == "all laid out"
     each_layer = 4 + 7 + (0 if is_below else 4 + 4)  # gates, B; A lies below the weights, or has an input of its dtype
+    each_layer += 0 if dtype == torch.float32 else 4  # the sums, in float32, are added to the results
     assert added(4) - added(2) == 2 * each_layer
     assert added(2) - 2 * each_layer <= (20 if is_below else 24)  # of a step: weights are checked, and made into gates
 

@@ -110,11 +110,18 @@ class Shrink(nn.Module):
         starts = [0, *accumulate(self.sizes)]
         self.rows = [slice(start, end) for start, end in pairwise(starts)]
 
+    def held(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the A of the layers that act, in this dtype, if they are held so; as stored on disk if all act."""
+        if dtype == self.dtype:
+            return self.a
+        return self.every_a if dtype == self.every_a.dtype and len(self.a) == len(self.every_a) else None
+
     def share(self, a: Tensor) -> None:
-        """Hold the acting A in this tensor, which has the values; as stored on disk too, where these are the same."""
-        if self.every_a is self.a:
+        """Hold all A in this tensor, which has the values: those that act, those as stored on disk, or both."""
+        if a.dtype == self.every_a.dtype:
             self.register_buffer("every_a", a, persistent=False)
-        self.register_buffer("a", a, persistent=False)
+        if a.dtype == self.dtype:
+            self.register_buffer("a", a, persistent=False)
 
     def product(self, x: Tensor, index: int) -> Tensor:
         """Return A x (B, T, R) of the layer `index`; an input is known again by being the same object."""

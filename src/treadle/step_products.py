@@ -161,11 +161,14 @@ class Joined:
             self._crossed = inner, form.blocks(outer, *self._shape)
 
     def apply(self, shrunk: "Shrunk") -> None:
-        """Multiply in place."""
+        """Multiply `shrunk.source` into `shrunk.h`."""
         h = shrunk.h
         if self._alone is not None:
-            h.mul_(self._alone)
-        elif self._crossed is not None:
+            torch.mul(shrunk.source, self._alone, out=h)
+            return
+        if shrunk.source is not h:
+            h.copy_(shrunk.source)
+        if self._crossed is not None:
             self._cross(shrunk, *self._crossed)
         else:  # blocks of different lengths, or layers that differ
             parts = self._form.rows(h)[:, None].split([gates.size for gates in self._gates], -1)
@@ -189,11 +192,11 @@ class Joined:
 
 
 class Shrunk:
-    """A x of layers that read the same input, `h`, and `spare` room of its shape."""
+    """A x of layers that read the same input: where it is made, `source`; where the gates leave it, `h`; `spare` room."""
 
-    def __init__(self, form: Form, h: Tensor, spare: Tensor) -> None:
+    def __init__(self, form: Form, source: Tensor, h: Tensor, spare: Tensor) -> None:
         self._form = form
-        self.h, self.spare = h, spare
+        self.source, self.h, self.spare = source, h, spare
         self._blocks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def blocks(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -222,7 +225,7 @@ class Stack:
     """Linear layers that read the same input, their weights in one piece, and the adapters of each."""
 
     def __init__(self, layers: Sequence[nn.Module], *, with_factors: bool) -> None:
-        """Lay the weights out; `with_factors` the stacked A below them, where they have one dtype."""
+        """Lay the weights out; `with_factors` the stacked A below them, where it has their dtype, acting or on disk."""
         plain = bases(layers)
         sizes = [layer.out_features for layer in plain]
         self.bias = joined_bias(plain)  # (sum of out,)
@@ -235,7 +238,8 @@ class Stack:
         self.updates = sorted(blended, key=lambda update: update[0].index)  # who adds to which columns of the results
         self.slots = tuple(layer.slot for layer, _ in self.updates)
         self.shrink: Shrink | None = blended[0][0].shrink if blended else None  # of all of them
-        below = [self.shrink.a] if self.shrink and with_factors and self.shrink.dtype == plain[0].weight.dtype else []
+        factors = self.shrink.held(plain[0].weight.dtype) if self.shrink and with_factors else None
+        below = [] if factors is None else [factors]
         self.whole = in_one_piece([*(layer.weight for layer in plain), *below])  # (sum of out, and R, in)
         self.weight = self.whole[: sum(sizes)]  # (sum of out, in)
         if self.shrink and below:
@@ -244,8 +248,8 @@ class Stack:
     @property
     def is_whole(self) -> bool:
         """Whether the A of the adapters that act lie below the weights."""
-        size = len(self.weight)
-        return self.shrink is not None and self.shrink.a.data_ptr() == self.whole[size:].data_ptr() != 0
+        factors = self.shrink.held(self.weight.dtype) if self.shrink else None
+        return factors is not None and factors.data_ptr() == self.whole[len(self.weight) :].data_ptr() != 0
 
 
 class StackStep:
@@ -269,8 +273,10 @@ class StackStep:
         shrink = stack.shrink
         self._a = form.matrix(shrink.a)
         below = slice(size, size + rank)
-        h = form.part(self._all, below) if stack.is_whole else buffers.take("h", rank, shrink.dtype)
-        self._shrunk = Shrunk(form, h, buffers.take("spare", rank, shrink.dtype))
+        source = form.part(self._all, below) if stack.is_whole else None
+        is_there = source is not None and dtype == shrink.dtype
+        h = source if is_there else buffers.take("h", rank, shrink.dtype)
+        self._shrunk = Shrunk(form, h if source is None else source, h, buffers.take("spare", rank, shrink.dtype))
         self._sum = self._y
         if dtype != shrink.dtype:  # columns that no adapter has stay zero: nobody else has room of this name
             name = f"sum of {[columns for _, columns in stack.updates]}"
