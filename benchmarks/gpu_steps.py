@@ -82,7 +82,7 @@ class Lab:
         blocks = {arm: Steps(self.step, batch, cache, is_blended=arm == "blended") for arm in arms}
         seconds = in_turn(blocks, self.rounds)
         for arm, each in seconds.items():
-            low, middle, high = quantiles(each, n=4)
+            low, middle, high = quantiles(each, n=4, method="inclusive")
             self.report(
                 "step",
                 setting=self.name,

@@ -1,13 +1,17 @@
 """Timings: arms take turns and are compared with the first; suites measure what they say, on a tiny model."""
 
+import gc
 import json
+import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from treadle import suites
+import treadle
+from treadle import machine, suites
 from treadle.adapters import read_adapter
 from treadle.bundle import read_bundle
 from treadle.compatible import linear_shapes
@@ -18,7 +22,7 @@ from treadle.peers import cached_peers, uncached_peers
 from treadle.pools import random_adapters
 from treadle.processes import measure_processes, run_process
 from treadle.suites import Lab, measure, step_bytes
-from treadle.timing import Line, Table, interleave, lines, markdown
+from treadle.timing import Elsewhere, Line, Table, interleave, lines, markdown
 
 from conftest import Run
 
@@ -33,20 +37,53 @@ def lab(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     return Lab.open(read_bundle(bundle), None, None, SHORT)
 
 
-def test_arms_take_turns_and_warm_up_rounds_are_not_timed() -> None:
+def test_arms_take_turns_each_round_begins_with_the_next_and_warm_up_rounds_are_not_timed() -> None:
     calls: list[str] = []
-    seconds = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warm_up=2)
-    assert calls == ["a", "b"] * 5
-    assert [len(each) for each in seconds.values()] == [3, 3]
+    arms = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = interleave(arms, rounds=2, warm_up=2, before={"b": lambda: calls.append("-")})
+    assert "".join(calls) == "a-bc" + "-bca" + "ca-b" + "a-bc"
+    assert [len(each) for each in seconds.values()] == [2, 2, 2]
 
 
-def test_lines_compare_medians_with_the_first_arm() -> None:
+def test_no_garbage_is_collected_while_a_clock_runs_and_then_as_before() -> None:
+    seen: list[bool] = []
+    interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=1)
+    assert (seen, gc.isenabled()) == ([False, False], True)
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            interleave({"a": lambda: 1 / 0}, rounds=1)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_what_a_unit_took_in_another_process_counts_instead_of_our_clock() -> None:
+    assert interleave({"a": lambda: Elsewhere(123.0), "b": lambda: 123.0}, rounds=1)["a"] == [123.0]
+    assert interleave({"b": lambda: 123.0}, rounds=1)["b"][0] < 1
+
+
+def test_lines_compare_medians_with_the_first_arm_and_quartiles_lie_among_what_was_measured() -> None:
     base, other = lines(
-        {"base": [1.0, 2.0, 9.0], "other": [3.0, 3.0, 3.0]}, "here", tokens=4, read={"base": 10}, peak=20
-    )
+        {"base": [1.0, 2.0, 9.0], "other": [3.0, 3.0, 3.0]}, "here", tokens=4, read={"base": 10}, peak=20,
+        notes={"other": "differs"},
+    )  # fmt: skip
     assert (base.seconds, base.ratio, base.tokens_per_second, base.bandwidth) == (2.0, 1.0, 2.0, 0.25)
-    assert (other.seconds, other.ratio, other.bandwidth) == (3.0, 1.5, None)
-    assert (base.low, base.high) == (1.0, 9.0)
+    assert (other.seconds, other.ratio, other.bandwidth, other.note) == (3.0, 1.5, None, "differs")
+    assert (base.low, base.high) == (1.5, 5.5)
+    assert (lines({"two": [1.0, 2.0]}, "here")[0].low, lines({"two": [1.0, 2.0]}, "here")[0].high) == (1.25, 1.75)
+
+
+def test_a_machine_says_its_cores_and_versions(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: A CPU: fast\nprocessor\t: 1\nmodel name\t: A CPU: fast\n")
+    monkeypatch.setattr(machine, "CPU_FILE", file)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    found = machine.Machine.of(engine.model)
+    assert (found.device, found.cores, found.versions["treadle"]) == ("A CPU: fast", 3, treadle.__version__)
+    assert found.versions["python"] in str(found)
+    monkeypatch.setattr(machine, "CPU_FILE", tmp_path / "none")
+    assert machine.Machine.of(engine.model).device == platform.machine()
 
 
 def test_markdown_leaves_out_columns_that_nothing_fills() -> None:
@@ -150,6 +187,9 @@ def test_the_command_prints_tables_or_one_json_object(run: Run, bundle: Path) ->
     code, out, _ = run("bench", bundle, *options, "--json")
     document = json.loads(out)
     assert document["batch"] == [1, 2]
+    assert (document["dtype"], document["threads"]) == ("float32", torch.get_num_threads())
+    assert document["copied_bytes_per_second"] > 0
+    assert {"treadle", "python", "torch"} <= set(document["versions"])
     assert document["tables"][0]["lines"][0]["ratio"] == 1
 
 

@@ -122,7 +122,7 @@ def bench(
     from treadle.timing import markdown
 
     quiet_libraries()
-    names = _split(suite or ["decode"])
+    names = list(dict.fromkeys(_split(suite or ["decode"])))
     problems: list[str] = []
     collect(problems, [lambda: check_suites(names)])
     params = collect(problems, [lambda: read_options(BenchParams, options)])
@@ -137,7 +137,7 @@ def bench(
         if not as_json:
             print(f"\n{markdown(table)}", flush=True)
     if as_json:
-        print(json.dumps({"about": lab.about, **asdict(lab.params), "tables": [asdict(table) for table in found]}))
+        print(json.dumps({**lab.facts, "tables": [asdict(table) for table in found]}))
 
 
 def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path | None, as_json: bool) -> None:

@@ -4,9 +4,10 @@ Each suite returns tables (`treadle.timing`). Tokens are counted, not judged: no
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from treadle.bundle import Bundle
 from treadle.embed import SentenceEmbedder
 from treadle.errors import OptionError, problem_list, unknown_name
 from treadle.generate import Engine
+from treadle.machine import Machine
 from treadle.models import load_model, load_tokenizer, locate
 from treadle.params import BenchParams, RoutingParams, SamplingParams
 from treadle.peers import Missing, Peers, cached_peers, transformers_generate, uncached_peers
@@ -23,7 +25,7 @@ from treadle.processes import measure_processes, plain_command, treadle_command
 from treadle.routing import RunningText, finish_views
 from treadle.rows import Row
 from treadle.text import prompt_ids
-from treadle.timing import Line, Table, Unit, bandwidth, circumstances, interleave, lines
+from treadle.timing import Line, Table, Unit, bandwidth, interleave, lines
 
 PROBE = "The answer to the question is as follows."
 """Read where a bundle keeps no samples of an adapter."""
@@ -53,9 +55,20 @@ class Lab:
     peak: float
 
     @property
+    def machine(self) -> Machine:
+        """What it is measured on."""
+        return Machine.of(self.engine.model)
+
+    @property
     def about(self) -> str:
         """One line: machine, versions, bandwidth."""
-        return f"{circumstances(self.engine.model)}, {self.peak / 1e9:.1f} GB/s copied"
+        return f"{self.machine}, {self.peak / 1e9:.1f} GB/s copied"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The same and what was asked, for a file."""
+        circumstances = {"dtype": self.dtype, **asdict(self.machine), "copied_bytes_per_second": self.peak}
+        return {"about": self.about, **circumstances, **asdict(self.params)}
 
     @classmethod
     def open(cls, bundle: Bundle, device: str | None, dtype: str | None, params: BenchParams) -> "Lab":
