@@ -29,7 +29,7 @@ from treadle.pools import random_adapters, save_adapter
 from treadle.processes import Spent, measure_processes, plain_command, run_process
 from treadle.ratios import ratios_figure
 from treadle.suite_adapters import dictated_rows, drifting
-from treadle.suite_memory import ENGINE, IMPORTED, PLAIN, peak_table
+from treadle.suite_memory import CLASS, ENGINE, IMPORTED, PLAIN, peak_table
 from treadle.suite_router import Decisions
 from treadle.suites import check_lab, measure
 from treadle.timing import Elsewhere, Line, Table, interleave, lines, markdown
@@ -239,15 +239,24 @@ def in_this_process(command: list[str], **options: object) -> subprocess.Complet
     return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
 
 
-def test_pools_are_stepped_and_loaded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def made_pool(lab: Lab, root: Path) -> Path:
+    """Write five random adapters as PEFT does."""
+    for adapter in random_adapters(lab.engine.model, lab.bundle.base_model, 5, rank=16, targets=["q_proj", "v_proj"]):
+        save_adapter(root / "pool" / adapter.name, adapter, ["q_proj", "v_proj"])
+    return root / "pool"
+
+
+def test_pools_are_stepped_and_loaded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite_adapters, "STEPS", 6)
     monkeypatch.setattr(suite_adapters.subprocess, "run", in_this_process)
     steps, loaded = measure(lab, ["adapters"])
     assert [line.arm for line in steps.lines] == ["2 adapters", "5 adapters", COPY]
     assert all(line.bandwidth and line.mean and "laid out anew" in line.note for line in steps.lines[:2])
     [line] = loaded.lines
+    own = suite_adapters.load_apart(lab, made_pool(lab, tmp_path)).own
     assert line.seconds
-    assert "their own bytes" in line.note
+    assert f"their own bytes: {own / 2**20:.0f} MiB" in line.note
+    assert own == 5 * 4 * 16 * 2 * ((32 + 32) + (32 + 16))  # adapters, bytes, rank, layers, q and v
 
 
 def test_texts_go_from_one_domain_to_the_next_whatever_the_model_says(lab: Lab) -> None:
@@ -394,7 +403,10 @@ def test_a_missing_sentence_embedder_leaves_the_paper_out(lab: Lab, equal_folder
 
 
 def test_peaks_are_compared_with_the_sum_of_what_a_process_must_hold(lab: Lab) -> None:
-    spent = {name: [Spent(1.0, size << 20)] * 2 for name, size in ((IMPORTED, 100), (PLAIN, 110), (ENGINE, 121))}
+    spent = {
+        name: [Spent(1.0, size << 20)] * 2
+        for name, size in ((IMPORTED, 100), (CLASS, 104), (PLAIN, 110), (ENGINE, 121))
+    }
     needed, plain, own = peak_table(lab, spent).lines
     assert needed.peak is not None
     weights = sum(parameter.nbytes for parameter in lab.engine.model.parameters())
@@ -404,6 +416,7 @@ def test_peaks_are_compared_with_the_sum_of_what_a_process_must_hold(lab: Lab) -
     assert own.ratio == (121 << 20) / needed.peak
     assert plain.ratio == (110 << 20) / needed.peak
     assert "1.100 of transformers'" in own.note
+    assert "takes 4 more" in needed.note
 
 
 def test_processes_make_all_their_tokens(
@@ -436,7 +449,7 @@ def test_the_memory_suite_measures_these_processes(lab: Lab, monkeypatch: pytest
     assert (helped.lines[0].seconds, len(peaks.lines)) == (1.0, 3)
     first, _, whole = asked
     assert all("cpu" in command for command in (*first.values(), whole[PLAIN], whole[ENGINE]))
-    assert [str(SHORT.tokens) in command for command in whole.values()] == [False, True, True]
+    assert [str(SHORT.tokens) in command for command in whole.values()] == [False, False, True, True]
 
 
 # vLLM's process, in which a script of ours takes the place of its Python

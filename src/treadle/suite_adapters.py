@@ -19,7 +19,7 @@ from treadle.generate import Engine
 from treadle.models import load_model, load_tokenizer, quiet_libraries
 from treadle.params import RoutingParams, SamplingParams
 from treadle.pools import random_adapters, random_router, save_adapter
-from treadle.processes import resident_bytes
+from treadle.processes import resident_bytes, trim
 from treadle.rows import Row, TokenEvent
 from treadle.timing import Line, Table, lines
 from treadle.workbench import SPARE, WARM_UP, Lab, Steps, not_run, pooled, time_steps
@@ -108,11 +108,13 @@ class Loaded:
     Attributes:
         seconds: from the first folder to an engine that can generate.
         resident: bytes that the process holds more than before.
+        trimmed: of these, once the allocator has given back what it keeps of freed memory; None = it cannot be asked.
         own: bytes of all adapters as they are read.
     """
 
     seconds: float
     resident: int
+    trimmed: int | None
     own: int
 
 
@@ -130,6 +132,10 @@ def _load_table(lab: Lab, where: str) -> Table:
     [line] = lines({name: [each.seconds for each in loads]}, lab.dtype)
     resident, own = int(median(each.resident for each in loads)), loads[0].own
     note = f"their own bytes: {own / 2**20:.0f} MiB"
+    trimmed = [each.trimmed for each in loads if each.trimmed is not None]
+    if trimmed:
+        share = median(trimmed) / own
+        note += f"; {share:.3f} of them once the allocator has given back what it keeps (malloc_trim)"
     return Table("adapters", title, (replace(line, peak=resident, ratio=resident / own, note=note),))
 
 
@@ -150,6 +156,7 @@ def load_pool(bundle: str, root: str, device: str, dtype: str) -> None:
     found = read_bundle(bundle)
     model, tokenizer = load_model(found.base_model, device=device, dtype=dtype), load_tokenizer(found.base_model)
     gc.collect()
+    trim()  # else adapters would move into what loading the base has left
     before = resident_bytes()
     begun = time.perf_counter()
     read = [read_adapter(folder) for folder in sorted(Path(root).iterdir())]
@@ -158,5 +165,7 @@ def load_pool(bundle: str, root: str, device: str, dtype: str) -> None:
     seconds = time.perf_counter() - begun
     del read
     gc.collect()
-    print(json.dumps(asdict(Loaded(seconds, resident_bytes() - before, own))))
+    resident = resident_bytes() - before
+    trimmed = resident_bytes() - before if trim() else None
+    print(json.dumps(asdict(Loaded(seconds, resident, trimmed, own))))
     engine.detach()

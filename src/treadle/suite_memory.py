@@ -12,6 +12,7 @@ from treadle.workbench import PROBE, Lab, cache_bytes, weight_bytes
 
 HELP, IMPORTED = "treadle --help", "import torch, transformers"
 PLAIN, COMMAND, ENGINE = "transformers, base", "treadle generate", "treadle"
+CLASS = "the same and the base's class"
 NEEDED = "base + adapters + cache + imports"
 
 
@@ -26,6 +27,7 @@ def memory(lab: Lab) -> list[Table]:
     }
     whole = {
         IMPORTED: [sys.executable, "-c", IMPORTS],
+        CLASS: [sys.executable, "-c", f"import torch; from transformers import {type(lab.engine.model).__name__}"],
         PLAIN: plain_command(base, device, lab.dtype, lab.params.tokens, prompt),
         ENGINE: endless_command(bundle, device, lab.dtype, lab.params.tokens, prompt),
     }
@@ -59,7 +61,9 @@ def peak_table(lab: Lab, spent: dict[str, list[Spent]]) -> Table:
     total, plain = sum(needed.values()), _middle(spent[PLAIN])
     parts = ", ".join(f"{name} {_mebibytes(size)}" for name, size in needed.items())
     elsewhere = "" if model.device.type == "cpu" else f"; memory of {model.device} not counted"
-    made = [Line(NEEDED, lab.setting(1), peak=total, ratio=1.0, note=f"MiB: {parts}")]
+    more = _mebibytes(_middle(spent[CLASS]) - needed[IMPORTED])
+    note = f"MiB: {parts}; importing the base's class takes {more} more, which are not counted"
+    made = [Line(NEEDED, lab.setting(1), peak=total, ratio=1.0, note=note)]
     for name in (PLAIN, ENGINE):
         peak = _middle(spent[name])
         low, high = (_mebibytes(pick(each.peak for each in spent[name])) for pick in (min, max))

@@ -18,7 +18,7 @@ from treadle.peers import (
 from treadle.suite_decode import call_title
 from treadle.timing import Line, Table, Unit, interleave, lines
 from treadle.vllm_peer import ARMS, VllmWorker, vllm_peers
-from treadle.workbench import EVERY, SPARE, Lab, Steps, blended, not_run, routings, run, started
+from treadle.workbench import SPARE, Lab, Steps, not_run, routings, run, started
 
 UNCACHED = "keeps no cache: reads the whole text for each token"
 NOTES = {
@@ -48,9 +48,10 @@ def _calls(lab: Lab, batch: int, worker: VllmWorker) -> list[Line]:
 def _tokens(lab: Lab) -> Table:
     """Time one token at a text, beside the base with and without its cache."""
     [text] = lab.prompts(1, lab.params.paper_text)
-    batch = started(lab.engine, [text], lab.params.rounds + SPARE, blended(lab.routing))
+    name, routing = list(routings(lab.routing).items())[-1]
+    batch = started(lab.engine, [text], lab.params.rounds + SPARE, routing)
     others = uncached_peers(lab, text, lab.params.sentence)
-    arms: Peers = {BASE_STEP: others.pop(BASE_STEP), EVERY: Steps(lab.engine, batch), **others}
+    arms: Peers = {BASE_STEP: others.pop(BASE_STEP), name: Steps(lab.engine, batch), **others}
     title = f"One token at a text of {len(text)} tokens"
     return Table("peers", title, tuple(_lines(arms, lab, 1, 1, NOTES)))
 
