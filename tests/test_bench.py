@@ -274,6 +274,17 @@ def test_texts_go_from_one_domain_to_the_next_whatever_the_model_says(lab: Lab) 
         assert len(row.ids) == 12 + 11
 
 
+def test_a_pool_that_does_not_load_is_a_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "first\nno room")
+
+    monkeypatch.setattr(suite_adapters, "STEPS", 2)
+    monkeypatch.setattr(suite_adapters.subprocess, "run", failing)
+    steps, loaded = measure(lab, ["adapters"])
+    assert steps.lines[0].seconds
+    assert loaded.lines[0].note.endswith("in a process of its own failed: no room")
+
+
 def test_layings_are_counted(lab: Lab) -> None:
     engine = lab.pool(40, rank=16, targets=("q_proj", "v_proj"))
     one, other = (
@@ -317,6 +328,7 @@ def test_peers_run_and_those_that_cannot_say_why(lab: Lab) -> None:
     ratios = {line.arm: line.ratio for line in single.lines if line.seconds}
     assert next(iter(ratios)) == "transformers, base, one step with its cache"
     assert "transformers, base, the whole text" in ratios
+    assert {line.arm for line in single.lines if line.bandwidth} == {"treadle, every 1"}
 
 
 def test_rows_of_peers_do_not_end_early_and_a_peer_that_fails_is_a_line(lab: Lab, bundle: Path) -> None:

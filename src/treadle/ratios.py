@@ -75,7 +75,7 @@ def ratios_figure(tables: Sequence[Mapping[str, Any]]) -> "Figure | None":
     for axis, (table, setting, lines) in zip(axes, panels, strict=True):
         _bars(axis, lines)
         axis.set_title(f"{table['title']}: {setting}", fontsize=7, loc="left", wrap=True)
-    axes[-1].set_xlabel("ratio to the first arm, with quartiles")
+    axes[-1].set_xlabel("ratio to the first arm, with quartiles", fontsize=7)
     return figure
 
 

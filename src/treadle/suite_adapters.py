@@ -81,9 +81,10 @@ def dictated_rows(lab: Lab, engine: Engine, batch: int, tokens: int) -> list[Dic
     """Return rows whose texts go from one sample of the bundle to the next every `DOMAIN` tokens."""
     routing: RoutingParams = replace(pooled(lab.routing), rule="top_k", top_k=TOP)
     sampling = SamplingParams(max_tokens=tokens)
+    samples = lab.sample_ids()
     rows: list[Dictated] = []
     for row in range(batch):
-        text = drifting(lab.sample_ids(), row, lab.params.prompt + tokens)
+        text = drifting(samples, row, lab.params.prompt + tokens)
         made = Dictated(text[: lab.params.prompt], engine.router, routing, sampling, engine.tokenizer)
         rows.append(made.dictate(text[lab.params.prompt :]))
     return rows
@@ -128,7 +129,10 @@ def _load_table(lab: Lab, where: str) -> Table:
         for adapter in made:
             save_adapter(Path(root) / adapter.name, adapter, TARGETS)
         del made
-        loads = [load_apart(lab, Path(root)) for _ in range(min(lab.params.rounds, LOADS))]
+        try:
+            loads = [load_apart(lab, Path(root)) for _ in range(min(lab.params.rounds, LOADS))]
+        except TreadleError as error:  # the steps have been measured
+            return Table("adapters", title, tuple(not_run({name: reason_of(error)}, lab.dtype)))
     [line] = lines({name: [each.seconds for each in loads]}, lab.dtype)
     resident, own = int(median(each.resident for each in loads)), loads[0].own
     note = f"their own bytes: {own / 2**20:.0f} MiB"

@@ -63,5 +63,7 @@ def _lines(arms: Peers, lab: Lab, batch: int, tokens: int, notes: dict[str, str]
     seconds = interleave(able, lab.params.rounds, warm_up=0)  # each has had its trial
     each = {name: [value / tokens for value in values] for name, values in seconds.items()}
     missing = {name: unit.reason for name, unit in arms.items() if isinstance(unit, Missing)}
+    read = {name: unit.read for name, unit in able.items() if isinstance(unit, Steps)}
     setting = lab.setting(batch)
-    return [*lines(each, setting, tokens=batch, notes=notes), *not_run(missing, setting)]
+    timed = lines(each, setting, tokens=batch, read=read, peak=lab.peak, notes=notes)
+    return [*timed, *not_run(missing, setting)]
