@@ -50,9 +50,13 @@ SHORT = BenchParams(
 )
 
 
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "COPY_BYTES", 1 << 16)
+
+
 @pytest.fixture
 def lab(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    monkeypatch.setattr(timing, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(suite_adapters, "POOLS", (2, 5))
     monkeypatch.setattr(suite_router, "TEXT_LENGTHS", (16, 64))
     return Lab.open(read_bundle(bundle), None, None, SHORT)
