@@ -13,18 +13,16 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache
 
 from treadle.bundle import read_bundle
 from treadle.generate import Engine
 from treadle.models import load_model, quiet_libraries
 from treadle.params import BenchParams, RoutingParams
-from treadle.suites import Lab, started
+from treadle.peers import cached_step
 from treadle.timing import PRODUCTS, Counter, interleave
+from treadle.workbench import Lab, started
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 Step = Callable[[], object]
@@ -61,21 +59,7 @@ def arms(dtype: str, batch: int, tokens: int) -> dict[str, Step]:
         "treadle, every 1": (lab.engine, RoutingParams(every=1)),
     }
     made = {name: started(engine, prompts, tokens, routing).step for name, (engine, routing) in ways.items()}
-    return {"transformers, base": transformers_step(plain, prompts), **made}
-
-
-def transformers_step(model: Any, prompts: list[list[int]]) -> Step:
-    """Return what makes one greedy token a row with transformers alone."""
-    cache = DynamicCache()
-    newest = [torch.tensor(prompts)]
-
-    @torch.inference_mode()
-    def step() -> None:
-        logits = model(newest[0], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        newest[0] = logits[:, -1].argmax(-1, keepdim=True)
-
-    step()
-    return step
+    return {"transformers, base": cached_step(plain, prompts), **made}
 
 
 def report(setting: str, name: str, milliseconds: float, step: Step, rounds: int = 5) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import treadle
 from treadle.models import quiet_libraries
 from treadle.params import BenchParams
-from treadle.suites import Lab, calls
+from treadle.suite_decode import calls
 from treadle.timing import markdown
+from treadle.workbench import Lab
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 

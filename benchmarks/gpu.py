@@ -24,7 +24,7 @@ from gpu_products import report_products
 from gpu_show import show
 from gpu_steps import Lab
 
-from treadle.timing import circumstances
+from treadle.machine import Machine
 
 BATCHES, CONTEXTS = (1, 8, 32, 128), (512, 4096)
 SMALL_BATCHES, SMALL_CONTEXTS = (1, 3), (40,)
@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     peak = copied()
     for shape in options.only:
         model = build_model(SHAPES[shape], DEVICE)
-        report("machine", about=circumstances(model), copied_gb_s=peak / 1e9, shape=shape)
+        report("machine", about=str(Machine.of(model)), copied_gb_s=peak / 1e9, shape=shape)
         for kind, (rank, targets) in ADAPTERS.items():
             if report.seconds > options.limit:
                 continue

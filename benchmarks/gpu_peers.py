@@ -22,8 +22,8 @@ from gpu_lab import (
 from treadle.generate import Engine
 from treadle.params import RoutingParams
 from treadle.peers import arrow, next_token, one_adapter, transformers_generate, xlora
-from treadle.suites import run
 from treadle.timing import interleave
+from treadle.workbench import run
 
 MakePeer = Callable[[Any, Mapping[str, Path]], Any]
 CACHED: dict[str, MakePeer] = {"PEFT, one adapter": one_adapter, "PEFT Arrow, top 2": arrow}
@@ -47,7 +47,7 @@ def report_peers(shape: str, kind: str, rounds: int, report: Report) -> None:
                     prompts = draw_prompts(engine, batch, length)
                     made = tokens if name in CACHED else 1
                     whole = partial(transformers_generate, peer, prompts, tokens)
-                    unit = whole if name in CACHED else partial(next_token, peer, prompts[0])
+                    unit = whole if name in CACHED else partial(next_token, peer, prompts[0], only_last=True)
                     seconds = interleave({**treadle_calls(engine, prompts, tokens), name: unit}, rounds)
                     del peer, unit, whole
                     for arm, each in seconds.items():

@@ -15,8 +15,8 @@ from treadle.cache import RowCache
 from treadle.generate import Engine
 from treadle.graph_step import GraphStep
 from treadle.params import RoutingParams
-from treadle.suites import started, step_bytes
 from treadle.timing import interleave
+from treadle.workbench import started, step_bytes
 
 SPARE = 3 << 30
 """Bytes of the device's memory that a cache must leave."""
@@ -82,7 +82,7 @@ class Lab:
         blocks = {arm: Steps(self.step, batch, cache, is_blended=arm == "blended") for arm in arms}
         seconds = in_turn(blocks, self.rounds)
         for arm, each in seconds.items():
-            low, middle, high = quantiles(each, n=4)
+            low, middle, high = quantiles(each, n=4, method="inclusive")
             self.report(
                 "step",
                 setting=self.name,
@@ -93,7 +93,7 @@ class Lab:
                 low=1e3 * low,
                 high=1e3 * high,
                 ratio=middle / median(seconds["routing off"]),
-                bandwidth=step_bytes(self.engine, arms[arm], batch, context) / middle / self.peak,
+                bandwidth=step_bytes(self.engine, batch * context, is_blended=arm == "blended") / middle / self.peak,
                 tokens_s=batch / middle,
             )
 

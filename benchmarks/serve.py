@@ -29,7 +29,7 @@ import psutil
 import torch
 
 import treadle
-from treadle import suites
+from treadle import workbench
 from treadle.generate import Engine
 from treadle.models import quiet_libraries
 from treadle.params import SamplingParams
@@ -210,7 +210,7 @@ def print_arms(arms: dict[tuple[int, str], Arm], counts: Sequence[int]) -> None:
 def steps_of(engine: Engine, prompts: Sequence[str], tokens: int) -> list[float]:
     """Return the seconds of each step of one batch of prompts, once they are read."""
     ids = [prompt_ids(engine.tokenizer, prompt) for prompt in prompts]
-    batch = suites.started(engine, ids, tokens, engine.router.params)
+    batch = workbench.started(engine, ids, tokens, engine.router.params)
     seconds: list[float] = []
     while batch.rows:
         before = time.perf_counter()

@@ -1,52 +1,127 @@
 """Timings: arms take turns and are compared with the first; suites measure what they say, on a tiny model."""
 
+import gc
+import io
 import json
+import platform
+import re
+import subprocess
 import sys
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from treadle import suites
+import treadle
+from treadle import machine, processes, suite_adapters, suite_memory, suite_router, timing, workbench
 from treadle.adapters import read_adapter
+from treadle.batch import Batch
 from treadle.bundle import read_bundle
 from treadle.compatible import linear_shapes
 from treadle.errors import OptionError, TreadleError
 from treadle.generate import Engine
 from treadle.params import BenchParams, RoutingParams
-from treadle.peers import cached_peers, uncached_peers
-from treadle.pools import random_adapters
-from treadle.processes import measure_processes, run_process
-from treadle.suites import Lab, measure, step_bytes
-from treadle.timing import Line, Table, interleave, lines, markdown
+from treadle.peers import EACH_DECISION, PAPER, Missing, cached_peers, tried, uncached_peers
+from treadle.pools import random_adapters, save_adapter
+from treadle.processes import Spent, measure_processes, plain_command, run_process
+from treadle.ratios import ratios_figure
+from treadle.suite_adapters import dictated_rows, drifting
+from treadle.suite_memory import CLASS, ENGINE, IMPORTED, PLAIN, peak_table
+from treadle.suite_router import Decisions
+from treadle.suites import check_lab, measure
+from treadle.timing import Elsewhere, Line, Table, interleave, lines, markdown
+from treadle.vllm_peer import VllmWorker
+from treadle.workbench import COPY, OFF, Lab, Steps, is_acting, routings, started, step_bytes
 
 from conftest import Run
 
-SHORT = BenchParams(batch=(2,), prompt=12, tokens=8, rounds=2, long_prompt=20, paper_text=16, sentence="/nowhere")
+SHORT = BenchParams(
+    batch=(2,),
+    prompt=12,
+    tokens=8,
+    rounds=2,
+    long_prompt=20,
+    paper_text=16,
+    sentence="/nowhere",
+    vllm="/nowhere/python",
+)
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "COPY_BYTES", 1 << 16)
 
 
 @pytest.fixture
 def lab(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    monkeypatch.setattr(suites, "bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(suites, "POOLS", (2, 5))
-    monkeypatch.setattr(suites, "TEXT_LENGTHS", (16, 64))
+    monkeypatch.setattr(suite_adapters, "POOLS", (2, 5))
+    monkeypatch.setattr(suite_router, "TEXT_LENGTHS", (16, 64))
     return Lab.open(read_bundle(bundle), None, None, SHORT)
 
 
-def test_arms_take_turns_and_warm_up_rounds_are_not_timed() -> None:
+def reroute(lab: Lab, **options: object) -> Lab:
+    """The same with another default routing."""
+    own = replace(lab.bundle.router.params, **options)
+    lab.engine.router = replace(lab.engine.router, params=own)
+    return lab
+
+
+def endless(lab: Lab) -> None:
+    """Let every token end the base's texts."""
+    config = Path(lab.bundle.base_model) / "generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": list(range(260)), "pad_token_id": 258}))
+
+
+def test_arms_take_turns_each_round_begins_with_the_next_and_warm_up_rounds_are_not_timed() -> None:
     calls: list[str] = []
-    seconds = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warm_up=2)
-    assert calls == ["a", "b"] * 5
-    assert [len(each) for each in seconds.values()] == [3, 3]
+    arms = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = interleave(arms, rounds=2, warm_up=2, before={"b": lambda: calls.append("-")})
+    assert "".join(calls) == "a-bc" + "-bca" + "ca-b" + "a-bc"
+    assert [len(each) for each in seconds.values()] == [2, 2, 2]
 
 
-def test_lines_compare_medians_with_the_first_arm() -> None:
+def test_no_garbage_is_collected_while_a_clock_runs_and_then_as_before() -> None:
+    seen: list[bool] = []
+    interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=1)
+    assert (seen, gc.isenabled()) == ([False, False], True)
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            interleave({"a": lambda: 1 / 0}, rounds=1)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_what_a_unit_took_in_another_process_counts_instead_of_our_clock() -> None:
+    assert interleave({"a": lambda: Elsewhere(123.0), "b": lambda: 123.0}, rounds=1)["a"] == [123.0]
+    assert interleave({"b": lambda: 123.0}, rounds=1)["b"][0] < 1
+
+
+def test_lines_compare_medians_with_the_first_arm_and_quartiles_lie_among_what_was_measured() -> None:
     base, other = lines(
-        {"base": [1.0, 2.0, 9.0], "other": [3.0, 3.0, 3.0]}, "here", tokens=4, read={"base": 10}, peak=20
-    )
+        {"base": [1.0, 2.0, 9.0], "other": [3.0, 3.0, 3.0]}, "here", tokens=4, read={"base": 10}, peak=20,
+        notes={"other": "differs"},
+    )  # fmt: skip
     assert (base.seconds, base.ratio, base.tokens_per_second, base.bandwidth) == (2.0, 1.0, 2.0, 0.25)
-    assert (other.seconds, other.ratio, other.bandwidth) == (3.0, 1.5, None)
-    assert (base.low, base.high) == (1.0, 9.0)
+    assert (other.seconds, other.ratio, other.bandwidth, other.note) == (3.0, 1.5, None, "differs")
+    assert (base.low, base.high) == (1.5, 5.5)
+    assert (lines({"two": [1.0, 2.0]}, "here")[0].low, lines({"two": [1.0, 2.0]}, "here")[0].high) == (1.25, 1.75)
+
+
+def test_a_machine_says_its_cores_and_versions(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: A CPU: fast\nprocessor\t: 1\nmodel name\t: A CPU: fast\n")
+    monkeypatch.setattr(machine, "CPU_FILE", file)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    found = machine.Machine.of(engine.model)
+    assert (found.device, found.cores, found.versions["treadle"]) == ("A CPU: fast", 3, treadle.__version__)
+    assert found.versions["python"] in str(found)
+    monkeypatch.setattr(machine, "CPU_FILE", tmp_path / "none")
+    assert machine.Machine.of(engine.model).device == platform.machine()
 
 
 def test_markdown_leaves_out_columns_that_nothing_fills() -> None:
@@ -61,32 +136,227 @@ def test_markdown_leaves_out_columns_that_nothing_fills() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "router", "adapters"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "router"])
 def test_each_suite_compares_its_arms_with_the_first(lab: Lab, name: str) -> None:
     tables = list(measure(lab, [name]))
     assert {table.suite for table in tables} == {name}
     for table in tables:
         assert len(table.lines) > 1
         assert table.lines[0].ratio == 1
-        assert all(line.seconds and line.seconds > 0 for line in table.lines)
+        assert all(line.seconds and line.seconds > 0 for line in table.lines if "not run" not in line.note)
 
 
-def test_steps_are_compared_with_routing_off_and_unequal_ranks_leave_out_their_combines(lab: Lab) -> None:
+def test_steps_are_compared_with_routing_off_and_shares_are_of_a_copy_in_the_same_rounds(lab: Lab) -> None:
     _, steps = measure(lab, ["decode"])
-    arms = [line.arm for line in steps.lines]
-    assert arms[0] == "treadle, routing off"
-    assert "every 1, rank 8 on all linear layers" in arms
-    assert not any("combine" in arm for arm in arms)
-    assert all(line.bandwidth for line in steps.lines)
+    timed = {line.arm: line for line in steps.lines if line.seconds}
+    *arms, copy = timed.values()
+    assert arms[0].arm == OFF
+    assert {"treadle, every 1", "every 1, rank 8 on all linear layers"} <= timed.keys()
+    assert {"mixed rows: every 1, one adapter, base", "prompts of different lengths, every 1"} <= timed.keys()
+    assert all(line.bandwidth and line.mean for line in arms)
+    assert (copy.arm, copy.ratio, copy.bandwidth) == (COPY, None, None)
+    notes = {line.arm: line.note for line in steps.lines if not line.seconds}
+    assert notes.keys() == {"every 1, combine linear", "every 1, combine paper"}
+    assert all("rank" in note for note in notes.values())
+
+
+def test_a_batch_of_one_has_no_rows_that_differ(lab: Lab) -> None:
+    _, steps = measure(replace(lab, params=replace(SHORT, batch=(1,))), ["decode"])
+    assert not any("mixed" in line.arm or "lengths" in line.arm for line in steps.lines)
+
+
+def test_the_arms_keep_the_routing_of_the_bundle() -> None:
+    own = RoutingParams(score="cosine", rule="boosted", boost=7.0, every=5, combine="paper")
+    off, two, one = routings(own).values()
+    assert (off, two, one) == (RoutingParams.base(), replace(own, every=2), replace(own, every=1))
+    fixed = RoutingParams.one("math")
+    assert list(routings(fixed).values()) == [RoutingParams.base(), fixed]
+    assert (is_acting(own), is_acting(fixed), is_acting(RoutingParams.base())) == (True, True, False)
+
+
+@pytest.mark.parametrize("routing", [{"rule": "fixed", "fixed": {"math": 1.0}}, {"prefill": "causal"}, {"lag": 1}])
+def test_any_routing_of_a_bundle_can_be_measured(lab: Lab, routing: dict[str, object]) -> None:
+    tables = list(measure(reroute(lab, **routing), ["decode", "prefill", "router"]))
+    assert all(table.lines[0].seconds for table in tables)
+
+
+def test_texts_longer_than_the_context_are_refused_before_anything_is_timed_all_in_one_error(
+    lab: Lab, run: Run, bundle: Path
+) -> None:
+    check_lab(lab, ["decode", "prefill", "router", "adapters", "peers", "memory"])
+    long = replace(lab, params=replace(SHORT, tokens=505, long_prompt=512, paper_text=600))
+    with pytest.raises(OptionError) as refused:
+        check_lab(long, ["decode", "prefill", "router", "peers"])
+    for said in ("--prompt + --tokens: texts of 521", "--long-prompt: texts of 513", "--paper-text", "at most 512"):
+        assert said in str(refused.value)
+    code, out, err = run("bench", bundle, "--suite", "prefill", "--long-prompt", 600)
+    assert (code, out) == (1, "")
+    assert "texts of 601 tokens" in err
+
+
+# The router
+
+
+def test_a_decision_comes_after_an_untimed_step_of_the_base_and_texts_grow_by_tokens_of_the_samples(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(Steps, "__call__", lambda self: calls.append("step"))
+    monkeypatch.setattr(Decisions, "__call__", lambda self: calls.append("decision"))
+    [table] = measure(lab, ["router"])
+    made = calls[calls.index("step") :]  # texts are read before that
+    assert made.count("decision") == (len(table.lines) - 1) * (SHORT.tokens + 2)
+    assert all(made[place - 1] == "step" for place, call in enumerate(made) if call == "decision")
+    assert table.lines[0].bandwidth
+
+
+def test_texts_of_decisions_are_the_bundles_samples_and_differ_between_streams(lab: Lab) -> None:
+    decisions = Decisions(lab, streams=3, length=20)
+    first = len(decisions.pieces[0])
+    decisions()
+    assert [len(pieces) for pieces in decisions.pieces] == [first + 1] * 3
+    samples = "".join(text for texts in lab.bundle.samples.values() for text in texts)
+    assert all("".join(pieces) in samples * 9 for pieces in decisions.pieces)
+    assert len({tuple(pieces) for pieces in decisions.pieces}) == 3
+
+
+def test_an_embedder_that_reads_every_text_anew_gets_fewer_texts_and_a_note(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lab, "is_slow", True)
+    monkeypatch.setattr(suite_router, "SLOW_TOKENS", 1024)
+    [table] = measure(lab, ["router"])
+    notes = {line.arm: line.note for line in table.lines if not line.seconds}
+    assert list(notes) == ["64 x one decision, text of 64 tokens"]
+    assert "at most 1024 tokens" in notes["64 x one decision, text of 64 tokens"]
+
+
+# Pools of adapters
+
+
+def in_this_process(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the program of `python -c` here: another process takes seconds to import."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", command[2:])
+        exec(command[2], {})
+    return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+
+def made_pool(lab: Lab, root: Path) -> Path:
+    """Write five random adapters as PEFT does."""
+    for adapter in random_adapters(lab.engine.model, lab.bundle.base_model, 5, rank=16, targets=["q_proj", "v_proj"]):
+        save_adapter(root / "pool" / adapter.name, adapter, ["q_proj", "v_proj"])
+    return root / "pool"
+
+
+def test_pools_are_stepped_and_loaded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_adapters, "STEPS", 6)
+    monkeypatch.setattr(suite_adapters.subprocess, "run", in_this_process)
+    steps, loaded = measure(lab, ["adapters"])
+    assert [line.arm for line in steps.lines] == ["2 adapters", "5 adapters", COPY]
+    assert all(line.bandwidth and line.mean and "laid out anew" in line.note for line in steps.lines[:2])
+    [line] = loaded.lines
+    own = suite_adapters.load_apart(lab, made_pool(lab, tmp_path)).own
+    assert line.seconds
+    assert f"their own bytes: {own / 2**20:.0f} MiB" in line.note
+    assert own == 5 * 4 * 16 * 2 * ((32 + 32) + (32 + 16))  # adapters, bytes, rank, layers, q and v
+
+
+def test_texts_go_from_one_domain_to_the_next_whatever_the_model_says(lab: Lab) -> None:
+    samples = [[1] * 40, [2] * 40, list(range(100, 140))]
+    text = drifting(samples, 1, 100)
+    assert [text[place] for place in range(0, 96, 16)] == [2, 100, 1, 2, 116, 1]
+    assert len(text) == 100
+    rows = dictated_rows(lab, lab.engine, 2, 30)
+    batch = lab.engine.new_batch(end_ids=frozenset())
+    batch.join(rows)
+    for _ in range(10):
+        batch.step()
+    for index, row in enumerate(rows):
+        assert row.ids == drifting(lab.sample_ids(), index, 42)[: len(row.ids)]
+        assert len(row.ids) == 12 + 11
+
+
+def test_a_pool_that_does_not_load_is_a_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "first\nno room")
+
+    monkeypatch.setattr(suite_adapters, "STEPS", 2)
+    monkeypatch.setattr(suite_adapters.subprocess, "run", failing)
+    steps, loaded = measure(lab, ["adapters"])
+    assert steps.lines[0].seconds
+    assert loaded.lines[0].note.endswith("in a process of its own failed: no room")
+
+
+def test_layings_are_counted(lab: Lab) -> None:
+    engine = lab.pool(40, rank=16, targets=("q_proj", "v_proj"))
+    one, other = (
+        Steps(engine, started(engine, lab.prompts(1, 8), 9, RoutingParams.one(name)))
+        for name in engine.adapter_names[:2]
+    )
+    for steps in (one, one, other, one):  # the other's prompt was the last to be read
+        steps()
+    assert (one.num_layings, other.num_layings) == (2, 1)
+
+
+def test_a_base_with_other_layer_names_loses_no_suite(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_adapters, "TARGETS", ("wq", "wv"))
+    [table] = measure(lab, ["adapters"])
+    assert [line.note for line in table.lines] == [
+        "not run: OptionError: the base has no linear layer called wq, wv"
+    ] * 2
+
+
+def test_a_saved_adapter_is_read_back(engine: Engine, tmp_path: Path) -> None:
+    [adapter] = random_adapters(engine.model, "base", 1, rank=3, targets=["q_proj", "v_proj"])
+    read = read_adapter(save_adapter(tmp_path / "a0", adapter, ["q_proj", "v_proj"]))
+    assert read.pairs.keys() == adapter.pairs.keys()
+    for path, pair in read.pairs.items():
+        assert pair.scale == adapter.pairs[path].scale
+        assert pair.a.equal(adapter.pairs[path].a.float())
+
+
+# Peers
 
 
 def test_peers_run_and_those_that_cannot_say_why(lab: Lab) -> None:
     calls, single = measure(lab, ["peers"])
     ran = {line.arm for line in calls.lines if line.seconds}
-    assert {"transformers generate, base", "PEFT, one adapter", "PEFT, one adapter merged"} <= ran
+    assert calls.lines[0].arm == "transformers generate, base"
+    assert {"treadle, every 1", "PEFT, one adapter", "PEFT, one adapter merged"} <= ran
     notes = {line.arm: line.note for line in (*calls.lines, *single.lines) if not line.seconds}
-    assert "same r value" in notes["the paper's loop"]
-    assert "same r value" in notes["PEFT, add_weighted_adapter every 2 tokens"]
+    assert "same r value" in notes[PAPER]
+    assert "same r value" in notes[EACH_DECISION]
+    assert "no /nowhere/python" in notes["vLLM, base"]
+    ratios = {line.arm: line.ratio for line in single.lines if line.seconds}
+    assert next(iter(ratios)) == "transformers, base, one step with its cache"
+    assert "transformers, base, the whole text" in ratios
+    assert {line.arm for line in single.lines if line.bandwidth} == {"treadle, every 1"}
+
+
+def test_rows_of_peers_do_not_end_early_and_a_peer_that_fails_is_a_line(lab: Lab, bundle: Path) -> None:
+    endless(lab)
+    calls, _ = measure(lab, ["decode"])
+    assert calls.lines[0].seconds
+    merged = cached_peers(lab, [[1, 2, 3]], 4)["PEFT, one adapter"]
+    merged()  # it would say how many tokens it made, were they fewer
+
+    def broken() -> None:
+        raise KeyError("no such key\nand more")
+
+    found = tried({"whole": lambda: None, "broken": broken, "absent": Missing("why")})
+    assert (found["broken"], found["absent"]) == (Missing("KeyError: 'no such key\\nand more'"), Missing("why"))
+    assert not isinstance(found["whole"], Missing)
+
+
+def test_lines_of_another_job_say_so(lab: Lab, equal_folders: dict[str, Path]) -> None:
+    adapters = tuple(read_adapter(folder, name) for name, folder in equal_folders.items())
+    equal = replace(lab, bundle=replace(lab.bundle, adapters=adapters))
+    calls, single = measure(equal, ["peers"])
+    notes = {line.arm: line.note for line in (*calls.lines, *single.lines)}
+    assert notes[EACH_DECISION] == "the first row's mixture serves all rows"
+    assert "batch 1 only" in notes["PEFT X-LoRA, untrained"]
 
 
 def test_a_peer_that_merges_changes_what_the_model_computes(lab: Lab, equal_folders: dict[str, Path]) -> None:
@@ -106,13 +376,19 @@ def test_a_step_reads_weights_cache_and_factors(lab: Lab) -> None:
     weights = sum(parameter.nbytes for parameter in lab.engine.model.parameters())
     embedding = lab.engine.model.get_input_embeddings().weight.nbytes
     cache = 2 * 2 * 2 * 8 * 4 * 10 * 3  # keys and values, layers, heads, head, bytes, tokens, rows
-    base = step_bytes(lab.engine, RoutingParams.base(), batch=3, length=10)
+    base = step_bytes(lab.engine, 3 * 10, is_blended=False)
     assert base == weights - embedding + cache
     ranks = {"q": (4 + 2 + 3), "v": (4 + 2 + 3), "k": 2, "o": 2, "gate": 3, "down": 3}
     inner = {"q": 32, "v": 32, "k": 32, "o": 32, "gate": 32, "down": 48}
     outer = {"q": 32, "v": 16, "k": 16, "o": 32, "gate": 48, "down": 32}
     factors = 2 * 4 * sum(rank * (inner[name] + outer[name]) for name, rank in ranks.items())
-    assert step_bytes(lab.engine, RoutingParams(), batch=3, length=10) == base + factors
+    assert step_bytes(lab.engine, 3 * 10, is_blended=True) == base + factors
+
+
+def test_a_config_without_grouped_queries_has_a_head_of_keys_for_each_of_queries(lab: Lab) -> None:
+    grouped = workbench.cache_bytes(lab.engine.model)
+    del lab.engine.model.config.num_key_value_heads
+    assert workbench.cache_bytes(lab.engine.model) == 2 * grouped
 
 
 def test_random_adapters_fit_every_layer_that_is_named(engine: Engine) -> None:
@@ -123,7 +399,7 @@ def test_random_adapters_fit_every_layer_that_is_named(engine: Engine) -> None:
         assert (pair.a.shape[1], pair.b.shape[0]) == shapes[path]
     assert len(adapters[0].pairs) == 4
     with pytest.raises(OptionError, match="no linear layer called wq"):
-        random_adapters(engine.model, "base", 2, rank=3, targets=["wq"])
+        random_adapters(engine.model, "base", 2, rank=3, targets=["q_proj", "wq"])
 
 
 def test_processes_are_measured_from_outside() -> None:
@@ -137,19 +413,110 @@ def test_processes_are_measured_from_outside() -> None:
 def test_a_missing_sentence_embedder_leaves_the_paper_out(lab: Lab, equal_folders: dict[str, Path]) -> None:
     adapters = tuple(read_adapter(folder, name) for name, folder in equal_folders.items())
     equal = replace(lab, bundle=replace(lab.bundle, adapters=adapters))
-    assert "/nowhere" in uncached_peers(equal, [1, 2, 3], "/nowhere")["the paper's loop"].reason
-    merged = cached_peers(equal, [[1, 2, 3]], 4)["PEFT, add_weighted_adapter every 2 tokens"]
+    assert "/nowhere" in uncached_peers(equal, [1, 2, 3], "/nowhere")[PAPER].reason
+    merged = cached_peers(equal, [[1, 2, 3]], 4)[EACH_DECISION]
     merged()
 
 
+def test_peaks_are_compared_with_the_sum_of_what_a_process_must_hold(lab: Lab) -> None:
+    spent = {
+        name: [Spent(1.0, size << 20)] * 2
+        for name, size in ((IMPORTED, 100), (CLASS, 104), (PLAIN, 110), (ENGINE, 121))
+    }
+    needed, plain, own = peak_table(lab, spent).lines
+    assert needed.peak is not None
+    weights = sum(parameter.nbytes for parameter in lab.engine.model.parameters())
+    adapters = sum(adapter.num_bytes() for adapter in lab.bundle.adapters)
+    text = len(lab.bundle.samples["math"][0]) + SHORT.tokens  # a token a byte
+    assert needed.peak == (100 << 20) + weights + adapters + 2 * 2 * 2 * 8 * 4 * text
+    assert own.ratio == (121 << 20) / needed.peak
+    assert plain.ratio == (110 << 20) / needed.peak
+    assert "1.100 of transformers'" in own.note
+    assert "takes 4 more" in needed.note
+
+
+def test_processes_make_all_their_tokens(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endless(lab)
+    steps: list[int] = []
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self: (steps.append(1), step(self))[1])
+    workbench.answer(str(lab.bundle.folder), "cpu", "float32", "10", "abc")
+    assert len(steps) == 9
+    made: list[torch.Tensor] = []
+    generate = LlamaForCausalLM.generate
+    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *a, **k: (made.append(generate(*a, **k)), made[-1])[1])
+    monkeypatch.setattr(sys, "argv", plain_command(lab.bundle.base_model, "cpu", "float32", 10, "abc")[2:])
+    exec(processes.PLAIN, {})
+    assert made[0].shape == (1, 13)
+
+
+def test_the_memory_suite_measures_these_processes(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, list[str]]] = []
+
+    def measured(commands: dict[str, list[str]], rounds: int) -> dict[str, list[Spent]]:
+        asked.append(commands)
+        return {name: [Spent(1.0, 100 << 20)] * rounds for name in commands}
+
+    monkeypatch.setattr(suite_memory, "measure_processes", measured)
+    start, helped, peaks = measure(lab, ["memory"])
+    assert [line.arm for line in start.lines] == ["transformers, base", "treadle generate"]
+    assert (helped.lines[0].seconds, len(peaks.lines)) == (1.0, 3)
+    first, _, whole = asked
+    assert all("cpu" in command for command in (*first.values(), whole[PLAIN], whole[ENGINE]))
+    assert [str(SHORT.tokens) in command for command in whole.values()] == [False, False, True, True]
+
+
+# vLLM's process, in which a script of ours takes the place of its Python
+
+
+ANSWERS = """#!{python}
+import json, sys
+options = json.loads(sys.stdin.readline())
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["arm"] == "lora":
+        sys.exit("out of memory")
+    right = [options["length"], len(asked["prompts"]), asked["tokens"], sys.argv[1]] == [21, 2, 8, "-P"]
+    print(json.dumps({{"seconds": 12.5, "about": "vLLM 0"}} if right else {{"error": "TypeError: what"}}), flush=True)
+"""
+
+
+def test_vllm_counts_its_own_seconds_and_what_it_says_becomes_a_line(lab: Lab, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(ANSWERS.format(python=sys.executable))
+    python.chmod(0o755)
+    able = replace(lab, params=replace(SHORT, vllm=str(python)))
+    with VllmWorker.start(able) as worker:
+        assert (worker.call("base", [[1], [2]], 8), worker.about) == (Elsewhere(12.5), "vLLM 0")
+        with pytest.raises(TreadleError, match="vLLM: TypeError: what"):
+            worker.call("base", [[1], [2]], 9)
+        with pytest.raises(TreadleError, match="vLLM's process ended: out of memory"):
+            worker.call("lora", [[1], [2]], 8)
+        with pytest.raises(TreadleError, match="out of memory"):  # it is not started again
+            worker.call("base", [[1], [2]], 8)
+
+
+def test_the_worker_imports_nothing_of_treadle() -> None:
+    code = Path(treadle.__file__).with_name("vllm_worker.py").read_text()
+    assert not re.search(r"^\s*(from|import) treadle", code, re.MULTILINE)
+
+
+# The command
+
+
 def test_the_command_prints_tables_or_one_json_object(run: Run, bundle: Path) -> None:
-    options = ["--suite", "prefill", "--rounds", 1, "--batch", 1, "--batch", 2, "--long-prompt", 12]
+    options = ["--suite", "prefill,prefill", "--rounds", 1, "--batch", "1,2", "--batch", 2, "--long-prompt", 12]
     code, out, _ = run("bench", bundle, *options)
     assert code == 0
-    assert "| float32, batch 2 | blended |" in out
+    assert out.count("| float32, batch 2 | blended |") == 1
     code, out, _ = run("bench", bundle, *options, "--json")
     document = json.loads(out)
     assert document["batch"] == [1, 2]
+    assert (document["dtype"], document["threads"]) == ("float32", torch.get_num_threads())
+    assert document["copied_bytes_per_second"] > 0
+    assert {"treadle", "python", "torch"} <= set(document["versions"])
     assert document["tables"][0]["lines"][0]["ratio"] == 1
 
 
@@ -162,3 +529,29 @@ def test_wrong_options_are_named_before_anything_is_measured(run: Run, bundle: P
     assert "batch names numbers of rows" in err
     code, _, err = run("bench", bundle, "--batch", "many")
     assert (code, "expected a number or a list of numbers, got ['many']" in err) == (1, True)
+
+
+def test_what_a_run_measured_is_kept_and_drawn(run: Run, bundle: Path, tmp_path: Path) -> None:
+    options = ["--suite", "prefill", "--rounds", 1, "--batch", "1,2", "--long-prompt", 12, "-o", tmp_path / "out"]
+    for _ in range(2):  # the later run replaces the one before
+        assert run("bench", bundle, *options)[0] == 0
+    [file] = (tmp_path / "out").iterdir()
+    assert file.name == "bench-prefill-float32-batch-1-2.json"
+    assert json.loads(file.read_text())["versions"]["treadle"] == treadle.__version__
+    code, out, _ = run("plot", tmp_path / "out", "-o", tmp_path / "figures")
+    assert (code, Path(out.strip()).name) == (0, "ratios.svg")
+    file.write_text('{"tables": [{}]}')
+    code, _, err = run("plot", tmp_path / "out", "-o", tmp_path / "figures")
+    assert (code, "is not what treadle bench -o writes" in err) == (1, True)
+    code, _, err = run("bench", bundle, "-o", file)
+    assert (code, "cannot be a folder" in err) == (1, True)
+
+
+def test_ratios_are_drawn_with_their_quartiles_and_lines_that_did_not_run_are_not() -> None:
+    made = (Line("base", "b1", 2.0, 1.0, 4.0, 1.0), Line("own", "b1", 3.0, 2.0, 5.0, 1.5), Line("no", "b1", note="why"))
+    figure = ratios_figure([asdict(Table("decode", "One step", made)), asdict(Table("decode", "Alone", made[:1]))])
+    [axis] = figure.axes
+    drawn = [line.get_xdata() for line in axis.lines if len(line.get_xdata()) == 2]
+    assert [list(each) for each in drawn[:2]] == [[1.0, 2.5], [0.5, 2.0]]  # from below
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["own", "base"]
+    assert ratios_figure([]) is None

@@ -13,9 +13,11 @@ from treadle.generate import Engine
 from treadle.params import EvalParams, RoutingParams
 from treadle.plots import FIGURES, QUALITY_FILE, Study, draw_all
 from treadle.quality import route_quality
+from treadle.ratios import write_bench
 from treadle.routing import Router
 from treadle.sets import load_sets
 from treadle.tasks import Example
+from treadle.timing import Line, Table
 
 from conftest import Run
 
@@ -96,6 +98,8 @@ def test_every_figure_is_drawn_from_the_files_alone_and_always_the_same(
     code, out, _ = run("route", bundle, "--eval", "--tasks", f"math={rows}", "-o", results, "--json")
     assert code == 0
     assert json.loads(out) == json.loads((results / QUALITY_FILE).read_text())
+    lines = (Line("base", "batch 1", 1.0, 0.9, 1.2, 1.0), Line("routed", "batch 1", 1.1, 1.0, 1.3, 1.1))
+    write_bench(results, ["decode"], {"dtype": "float32", "batch": [1]}, [Table("decode", "One step", lines)])
     first = {file.name: file.read_bytes() for file in draw_all([results], tmp_path / "a")}
     assert set(first) == {f"{name}.svg" for name in FIGURES}
     assert first == {file.name: file.read_bytes() for file in draw_all([results], tmp_path / "b")}
@@ -114,7 +118,7 @@ def test_lines_show_the_values_in_the_order_of_the_option(results: Path) -> None
 
 
 def test_a_folder_without_results_says_what_writes_them(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="`treadle eval` writes them"):
+    with pytest.raises(DataError, match="`treadle eval` and `treadle bench -o` write them"):
         draw_all([tmp_path], tmp_path / "figures")
 
 

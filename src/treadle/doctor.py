@@ -11,9 +11,9 @@ import torch
 from treadle.adapters import Adapter
 from treadle.bundle import read_bundle
 from treadle.params import RoutingParams
-from treadle.suites import PROBE, started
 from treadle.text import prompt_ids
 from treadle.timing import interleave
+from treadle.workbench import PROBE, started
 
 if TYPE_CHECKING:
     from treadle.generate import Engine

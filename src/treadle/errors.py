@@ -92,6 +92,12 @@ def shown(value: Any) -> str:
     return text
 
 
+def reason_of(error: Exception) -> str:
+    """Return an error as one line: its type, and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
 def listed(values: Iterable[Any]) -> str:
     """Return values as a message lists what is allowed: 'a', 'b' or 'c'."""
     *most, last = map(shown, values)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.errors import OptionError, TreadleError, collect
+from treadle.files import make_folder
 from treadle.flags import BundlePath, Device, Dtype, Json, takes
 from treadle.options import read_options
 from treadle.params import BenchParams, EvalParams
@@ -90,7 +91,7 @@ def sweep(
 
 @app.command()
 def plot(
-    results: Annotated[list[Path], typer.Argument(help="folders that eval or sweep wrote")],
+    results: Annotated[list[Path], typer.Argument(help="folders that eval, sweep or bench wrote")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the figures")],
     as_json: Json = False,
 ) -> None:
@@ -103,7 +104,7 @@ def plot(
 
 @app.command()
 @takes(options=BenchParams)
-def bench(
+def bench(  # noqa: PLR0913 a command's parameters are its flags
     bundle: BundlePath,
     suite: Annotated[
         list[str] | None,
@@ -111,6 +112,9 @@ def bench(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="folder for a file of what was measured, for `treadle plot`")
+    ] = None,
     as_json: Json = False,
     *,
     options: dict[str, Any],
@@ -118,26 +122,32 @@ def bench(
     """Measure speed and memory side by side: interleaved runs in one process, medians, ratios to the base."""
     from treadle.bundle import read_bundle
     from treadle.models import quiet_libraries
-    from treadle.suites import Lab, check_suites, measure
+    from treadle.ratios import write_bench
+    from treadle.suites import check_lab, check_suites, measure
     from treadle.timing import markdown
+    from treadle.workbench import Lab
 
     quiet_libraries()
-    names = _split(suite or ["decode"])
+    names = list(dict.fromkeys(_split(suite or ["decode"])))
     problems: list[str] = []
     collect(problems, [lambda: check_suites(names)])
     params = collect(problems, [lambda: read_options(BenchParams, options)])
+    collect(problems, [lambda: make_folder(output)] if output else [])
     if problems:
         raise OptionError("\n".join(problems))
     lab = Lab.open(read_bundle(bundle), device, dtype, params[0])
-    found: list[Table] = []
+    check_lab(lab, names)
     if not as_json:
         print(lab.about)
+    found: list[Table] = []
     for table in measure(lab, names):
         found.append(table)
         if not as_json:
             print(f"\n{markdown(table)}", flush=True)
+        if output:  # after each table: what comes later may fail
+            write_bench(output, names, lab.facts, found)
     if as_json:
-        print(json.dumps({"about": lab.about, **asdict(lab.params), "tables": [asdict(table) for table in found]}))
+        print(json.dumps({**lab.facts, "tables": [asdict(table) for table in found]}))
 
 
 def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path | None, as_json: bool) -> None:
@@ -147,7 +157,6 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
 
     from rich.console import Console
 
-    from treadle.files import make_folder
     from treadle.params import RoutingParams, Score
     from treadle.plots import QUALITY_FILE
     from treadle.quality import route_quality

@@ -139,7 +139,8 @@ def _names(value: Any) -> tuple[str, ...] | None:
 
 def _numbers(value: Any) -> tuple[int, ...] | None:
     listed: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
-    numbers = [_int(each) for each in listed]
+    single = [part for each in listed for part in (each.split(",") if isinstance(each, str) else [each])]
+    numbers = [_int(each) for each in single]
     return None if None in numbers else cast(tuple[int, ...], tuple(numbers))
 
 

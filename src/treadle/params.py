@@ -233,9 +233,12 @@ class BenchParams:
     long_prompt: int = option(512, "prefill: tokens of a prompt")
     paper_text: int = option(256, "peers: tokens of the text that peers without a cache read for each token")
     sentence: str = option("sentence-transformers/all-MiniLM-L6-v2", "peers: embedder of the paper's loop")
+    vllm: str = option(".venv-vllm/bin/python", "peers: Python of an environment that has vLLM")
+    vllm_compile: bool = option(False, "peers: vLLM's compiled mode, which takes minutes to start")
 
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""
+        object.__setattr__(self, "batch", tuple(dict.fromkeys(self.batch)))
         least = {"prompt": 1, "tokens": 8, "rounds": 1, "long_prompt": 1, "paper_text": 1}
         problems = [
             f"{name} must be at least {number}, not {getattr(self, name)}"

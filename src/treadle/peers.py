@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from treadle.embed import Embedder, load_embedder
-from treadle.errors import TreadleError
-from treadle.models import load_model
+from treadle.errors import TreadleError, reason_of
 from treadle.routing import Router, boosted
 from treadle.timing import Unit
 
 if TYPE_CHECKING:
-    from treadle.suites import Lab
+    from treadle.workbench import Lab
 
 BLEND = "blend"
 """What the peers that merge call the merged adapter."""
+BASE, ONE, MERGED = "transformers generate, base", "PEFT, one adapter", "PEFT, one adapter merged"
+EACH_DECISION, ARROW = "PEFT, add_weighted_adapter every 2 tokens", "PEFT Arrow, top 2"
+XLORA, PAPER = "PEFT X-LoRA, untrained", "the paper's loop"
+BASE_STEP, BASE_TEXT = "transformers, base, one step with its cache", "transformers, base, the whole text"
 
 
 @dataclass(frozen=True)
@@ -38,36 +41,55 @@ Peers = dict[str, Unit | Missing]
 def cached_peers(lab: "Lab", prompts: Sequence[Sequence[int]], tokens: int) -> Peers:
     """Return the peers that keep keys and values: each unit is a call that makes `tokens` tokens a row of `prompts`."""
     folders = {adapter.name: adapter.source for adapter in lab.bundle.adapters}
+    generate = partial(_generating, prompts, tokens)
     make: dict[str, Callable[[Any], Unit]] = {
-        "transformers generate, base": lambda model: partial(transformers_generate, model, prompts, tokens),
-        "PEFT, one adapter": lambda model: partial(transformers_generate, one_adapter(model, folders), prompts, tokens),
-        "PEFT, one adapter merged": lambda model: partial(
-            transformers_generate, one_adapter(model, folders).merge_and_unload(), prompts, tokens
-        ),
-        "PEFT, add_weighted_adapter every 2 tokens": lambda model: partial(
-            merge_each_decision, Merging(lab, model, folders), prompts, tokens
-        ),
-        "PEFT Arrow, top 2": lambda model: partial(transformers_generate, arrow(model, folders), prompts, tokens),
+        BASE: generate,
+        ONE: lambda model: generate(one_adapter(model, folders)),
+        MERGED: lambda model: generate(one_adapter(model, folders).merge_and_unload()),
+        EACH_DECISION: lambda model: partial(merge_each_decision, Merging(lab, model, folders), prompts, tokens),
+        ARROW: lambda model: generate(arrow(model, folders)),
     }
     return {name: _made(lab, each) for name, each in make.items()}
 
 
+def _generating(prompts: Sequence[Sequence[int]], tokens: int, model: Any) -> Unit:
+    return partial(transformers_generate, model, prompts, tokens)
+
+
 def uncached_peers(lab: "Lab", text: Sequence[int], sentence: str) -> Peers:
-    """Return the peers that read the whole text for each token: each unit gives `text` its next token."""
+    """Return peers that read the whole text for each token, after the base: each unit gives `text` its next token."""
     folders = {adapter.name: adapter.source for adapter in lab.bundle.adapters}
     make: dict[str, Callable[[Any], Unit]] = {
-        "PEFT X-LoRA, untrained": lambda model: partial(next_token, xlora(model, folders), text),
-        "the paper's loop": lambda model: PaperLoop(Merging(lab, model, folders), load_embedder(sentence), text),
+        BASE_STEP: lambda model: cached_step(model, [text]),
+        BASE_TEXT: lambda model: partial(next_token, model, text, only_last=True),
+        XLORA: lambda model: partial(next_token, xlora(model, folders), text, only_last=True),
+        PAPER: lambda model: PaperLoop(Merging(lab, model, folders), load_embedder(sentence), text),
     }
     return {name: _made(lab, each) for name, each in make.items()}
 
 
 def _made(lab: "Lab", make: Callable[[Any], Unit]) -> Unit | Missing:
     """Return a peer on a base model of its own."""
+    return _or_missing(lambda: make(lab.base()))
+
+
+def tried(arms: Peers) -> Peers:
+    """Run each arm once; those that fail are missing."""
+
+    def trial(unit: Unit) -> Unit:
+        unit()
+        return unit
+
+    return {
+        name: unit if isinstance(unit, Missing) else _or_missing(partial(trial, unit)) for name, unit in arms.items()
+    }
+
+
+def _or_missing(make: Callable[[], Unit]) -> Unit | Missing:
     try:
-        return make(load_model(lab.bundle.base_model, device=str(lab.engine.model.device), dtype=lab.dtype))
-    except (TreadleError, ImportError, ValueError) as error:
-        return Missing(str(error).splitlines()[0])
+        return make()
+    except Exception as error:  # the errors of other people's libraries have no narrower base in common
+        return Missing(reason_of(error))
 
 
 @torch.inference_mode()
@@ -154,11 +176,31 @@ def merge_each_decision(merging: Merging, prompts: Sequence[Sequence[int]], toke
 
 
 @torch.inference_mode()
-def next_token(model: Any, text: Sequence[int]) -> int:
-    """Return the next token after a whole text that is read without a cache."""
+def next_token(model: Any, text: Sequence[int], *, only_last: bool = False) -> int:
+    """Return the next token after a whole text that is read without a cache.
+
+    `only_last` makes logits of the last token alone, as transformers' `generate` does.
+    """
     ids = torch.tensor([list(text)], device=model.device)
-    mask = torch.ones_like(ids)
-    return int(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, -1].argmax())
+    options: dict[str, Any] = {"logits_to_keep": 1} if only_last else {}
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options).logits
+    return int(logits[0, -1].argmax())
+
+
+def cached_step(model: Any, prompts: Sequence[Sequence[int]]) -> Unit:
+    """Return what makes one greedy token a row with transformers alone, after it has read the prompts."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    newest = [torch.tensor(prompts, device=model.device)]  # (B, T), then (B, 1)
+
+    @torch.inference_mode()
+    def step() -> None:
+        logits = model(newest[0], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        newest[0] = logits[:, -1].argmax(-1, keepdim=True)
+
+    step()
+    return step
 
 
 class PaperLoop:

@@ -14,6 +14,7 @@ import numpy as np
 from treadle.errors import DataError, TreadleError
 from treadle.files import make_folder
 from treadle.quality import Quality
+from treadle.ratios import ratios_figure, read_benches
 from treadle.results import EvalResult, read_cell, read_results, read_settings
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ QUALITY_FILE = "routing.json"
 
 @dataclass(frozen=True)
 class Study:
-    """The results of some folders, and where each cell lies."""
+    """The results of some folders, where each cell lies, and the tables of benches."""
 
     results: tuple[EvalResult, ...]
     folders: dict[tuple[str, str], Path]
     qualities: tuple[dict[str, Any], ...]
+    benches: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def read(cls, folders: Sequence[Path]) -> "Study":
@@ -44,9 +46,11 @@ class Study:
                 cells[result.arm, result.task, result.metric] = result
                 places[result.arm, result.task] = folder
             qualities += _read_qualities(folder / QUALITY_FILE)
-        if not cells and not qualities:
-            raise DataError(f"no results in {', '.join(map(str, folders))}; `treadle eval` writes them")
-        return cls(tuple(cells.values()), places, tuple(qualities))
+        benches = [table for folder in folders for table in read_benches(folder)]
+        if not cells and not qualities and not benches:
+            names = ", ".join(map(str, folders))
+            raise DataError(f"no results in {names}; `treadle eval` and `treadle bench -o` write them")
+        return cls(tuple(cells.values()), places, tuple(qualities), tuple(benches))
 
     @property
     def tasks(self) -> list[str]:
@@ -260,4 +264,5 @@ FIGURES: dict[str, "Callable[[Study], Figure | None]"] = {
     "weights": weights_figure,
     "confusion": confusion_figure,
     "cosines": cosines_figure,
+    "ratios": lambda study: ratios_figure(study.benches),
 }

@@ -1,22 +1,33 @@
 """Processes of their own, measured from outside: peak resident memory, and seconds to the first token."""
 
+import ctypes
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from treadle.errors import TreadleError
 
+IMPORTS = "import torch, transformers"
 PLAIN = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, dtype, tokens, prompt = sys.argv[1:]
+folder, device, dtype, tokens, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-ids = tokenizer(prompt, return_tensors="pt")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+model.generation_config.eos_token_id = None
+ids = tokenizer(prompt, return_tensors="pt").to(device)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=int(tokens), do_sample=False)[0]))
 """
-"""What a user of transformers would write to see the base model's answer."""
+"""What a user of transformers would write to see the base model's answer, but that no token ends it."""
+ENDLESS = """
+import sys
+from treadle.workbench import answer
+answer(*sys.argv[1:])
+"""
 
 LAUNCH = """
 import os, subprocess, sys, time
@@ -58,12 +69,34 @@ def run_process(command: Sequence[str]) -> Spent:
     return Spent(float(seconds), int(peak) * 1024)
 
 
-def plain_command(folder: str, dtype: str, tokens: int, prompt: str) -> list[str]:
+def plain_command(folder: str, device: str, dtype: str, tokens: int, prompt: str) -> list[str]:
     """Return the command that generates with transformers and the bare base."""
-    return [sys.executable, "-c", PLAIN, folder, dtype, str(tokens), prompt]
+    return [sys.executable, "-c", PLAIN, folder, device, dtype, str(tokens), prompt]
 
 
-def treadle_command(bundle: str, dtype: str, tokens: int, prompt: str) -> list[str]:
-    """Return the command that generates with treadle and a bundle."""
+def treadle_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str) -> list[str]:
+    """Return the command that generates with treadle and a bundle; the end of the text may come first."""
     command = [sys.executable, "-m", "treadle", "generate", bundle, "--prompt", prompt]
-    return [*command, "--max-tokens", str(tokens), "--dtype", dtype]
+    return [*command, "--max-tokens", str(tokens), "--device", device, "--dtype", dtype]
+
+
+def endless_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str) -> list[str]:
+    """Return the command that generates with treadle's engine and a bundle, so many tokens whatever they are."""
+    return [sys.executable, "-c", ENDLESS, bundle, device, dtype, str(tokens), prompt]
+
+
+def trim() -> bool:
+    """Let the C library give back what it keeps of freed memory; return whether it can (glibc's can)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    return True
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory; where the system keeps no such file, the most that it has been."""
+    file = Path("/proc/self/statm")
+    if file.exists():
+        return int(file.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

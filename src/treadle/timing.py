@@ -1,19 +1,15 @@
 """Side-by-side timings: arms are measured in turn in one process (A B C A B C ...) and compared with the first."""
 
-import os
-import platform
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Unit = Callable[[], object]
 """One unit of an arm's work: a step, a call, a decision."""
@@ -21,6 +17,12 @@ PRODUCTS = frozenset({"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear"
 """What PyTorch calls its matrix products."""
 COPY_BYTES = 1 << 28
 """Of the copy that measures bandwidth: far more than any cache holds."""
+GPU_COPIES = 8
+"""On a GPU between two waits for it, so that these do not count."""
+
+
+class Elsewhere(float):
+    """Seconds that a unit took in another process, by the clock of that process; they count instead of ours."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Line:
         bandwidth: share of the measured memory bandwidth that reading each byte once in this time takes; None where
             the bytes are not known.
         peak: bytes of resident memory; where it is given, the ratio is that of peaks.
-        note: why the arm could not run, or what else was seen.
+        mean: of a unit's seconds, where single units take much longer than the median; else None.
+        note: why the arm could not run, what it does differently, or what else was seen.
     """
 
     arm: str
@@ -50,6 +53,7 @@ class Line:
     tokens_per_second: float | None = None
     bandwidth: float | None = None
     peak: int | None = None
+    mean: float | None = None
     note: str = ""
 
 
@@ -75,18 +79,56 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def interleave(arms: Mapping[str, Unit], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Return the seconds of each arm in each round, after `warm_up` rounds without a clock; all run once a round."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for round_index in range(warm_up + rounds):
-        for name, unit in arms.items():
-            synchronise()
-            started = time.perf_counter()
-            unit()
-            synchronise()
-            if round_index >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
+def interleave(
+    arms: Mapping[str, Unit], rounds: int, warm_up: int = 1, *, before: Mapping[str, Unit] | None = None
+) -> dict[str, list[float]]:
+    """Return the seconds of each arm in each round, after `warm_up` rounds without a clock; all run once a round.
+
+    Each round begins with the next arm, and Python collects no garbage while a clock runs.
+
+    Args:
+        arms: name -> its unit.
+        rounds: that count.
+        warm_up: rounds before them.
+        before: what runs before an arm, by its name, without a clock: so that it finds the caches as work leaves them.
+    """
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with _without_garbage():
+        for index in range(warm_up + rounds):
+            gc.collect()  # quick: only what the rounds made
+            first = index % max(len(names), 1)
+            for name in [*names[first:], *names[:first]]:
+                if before and name in before:
+                    before[name]()
+                taken = _seconds(arms[name])
+                if index >= warm_up:
+                    seconds[name].append(taken)
     return seconds
+
+
+def _seconds(unit: Unit) -> float:
+    synchronise()
+    started = time.perf_counter()
+    result = unit()
+    synchronise()
+    taken = time.perf_counter() - started
+    return float(result) if isinstance(result, Elsewhere) else taken
+
+
+@contextmanager
+def _without_garbage() -> Generator[None]:
+    """Collect Python's garbage now; inside, it is collected on request only, and what is there now is not looked at."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 def synchronise() -> None:
@@ -102,6 +144,7 @@ def lines(
     tokens: int = 0,
     read: Mapping[str, int] | None = None,
     peak: float = 0.0,
+    notes: Mapping[str, str] | None = None,
 ) -> list[Line]:
     """Return a line an arm, compared with the first.
 
@@ -111,31 +154,37 @@ def lines(
         tokens: that a unit makes, of all rows together.
         read: bytes that a unit has to read at least, by arm.
         peak: bytes a second that the machine copies.
+        notes: of arms, by name.
     """
     reference = median(next(iter(seconds.values())))
     made: list[Line] = []
     for arm, each in seconds.items():
         middle = median(each)
-        low, _, high = quantiles(each, n=4) if len(each) > 1 else (middle, middle, middle)
+        low, _, high = quantiles(each, n=4, method="inclusive") if len(each) > 1 else (middle, middle, middle)
         bandwidth = read[arm] / middle / peak if read and arm in read and peak else None
         rate = tokens / middle if tokens else None
-        made.append(Line(arm, setting, middle, low, high, middle / reference, rate, bandwidth))
+        note = (notes or {}).get(arm, "")
+        made.append(Line(arm, setting, middle, low, high, middle / reference, rate, bandwidth, note=note))
     return made
+
+
+def copies(device: torch.device) -> tuple[Unit, int]:
+    """Return a large copy as a unit, on a GPU several, and the bytes that it reads and writes."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    count = GPU_COPIES if device.type == "cuda" else 1
+
+    def copy() -> None:
+        for _ in range(count):
+            target.copy_(source)
+
+    return copy, 2 * count * COPY_BYTES
 
 
 def bandwidth(device: torch.device) -> float:
     """Return the bytes a second of a large copy, read and written (median of nine)."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    seconds = interleave({"copy": lambda: target.copy_(source)}, rounds=9, warm_up=2)["copy"]
-    return 2 * COPY_BYTES / median(seconds)
-
-
-def circumstances(model: "PreTrainedModel") -> str:
-    """Return one line: machine, threads, versions."""
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {packages}"
+    copy, copied = copies(device)
+    return copied / median(interleave({"copy": copy}, rounds=9, warm_up=2)["copy"])
 
 
 def markdown(table: Table) -> str:
@@ -144,11 +193,12 @@ def markdown(table: Table) -> str:
         "setting": lambda line: line.setting,
         "arm": lambda line: line.arm,
         "ms (quartiles)": _milliseconds,
+        "mean": lambda line: "" if line.mean is None else f"{1000 * line.mean:.1f}",
         "ratio": lambda line: _number(line.ratio, 3),
         "tokens/s": lambda line: _number(line.tokens_per_second, 1),
         "of bandwidth": lambda line: "" if line.bandwidth is None else f"{line.bandwidth:.0%}",
         "MiB": lambda line: "" if line.peak is None else f"{line.peak / 2**20:.0f}",
-        "note": lambda line: line.note,
+        "note": lambda line: line.note.replace("|", "\\|"),
     }
     shown = {name: [cell(line) for line in table.lines] for name, cell in columns.items()}
     shown = {name: cells for name, cells in shown.items() if any(cells)}
