@@ -18,7 +18,7 @@ from treadle.models import load_tokenizer
 from treadle.text import prompt_ids
 from treadle.vllm_plugin import figures
 from treadle.vllm_plugin.asked import Asked
-from treadle.vllm_plugin.mixture import read_newcomer, with_adapter, without_adapter
+from treadle.vllm_plugin.joining import read_newcomer, with_adapter, without_adapter
 from treadle.vllm_plugin.params import KEY
 from treadle.vllm_plugin.schedule import Schedule
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from treadle.errors import AdapterError, TreadleError
 from treadle.models import load_tokenizer
-from treadle.vllm_plugin.mixture import Mixture, open_bundle, read_newcomer, with_adapter, without_adapter
+from treadle.vllm_plugin.joining import read_newcomer, with_adapter, without_adapter
+from treadle.vllm_plugin.mixture import Mixture, open_bundle
 from treadle.vllm_plugin.params import KEY, PluginParams
 from treadle.vllm_plugin.schedule import Plan, Schedule
 from treadle.vllm_plugin.stream import Stream
