@@ -8,7 +8,7 @@ import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,7 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
     import torch
 
     from treadle.vllm_plugin.attach import Limits, attach
+    from treadle.vllm_plugin.cpu import cpu_product, is_cpu
     from treadle.vllm_plugin.mixture import open_bundle
 
     linear = importlib.import_module("vllm.model_executor.layers.linear")
@@ -278,7 +279,7 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
         unpacked=frozenset(["kv_b_proj"] if vllm_config.model_config.use_mla else []),
         linear_method=linear.LinearMethodBase,
         missing=missing,
-        pack=_cpu_product if _is_cpu() and vllm_config.model_config.dtype.itemsize < 4 else None,
+        pack=cpu_product if is_cpu() and vllm_config.model_config.dtype.itemsize < 4 else None,
     )
     stacks = attach(model, bundle, mixture, params, limits)
     logger.info(
@@ -286,37 +287,6 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
         ", ".join(mixture.names), len(stacks.stacks), stacks.num_layers, stacks.num_bytes() / 2**20,
     )  # fmt: skip
     return stacks
-
-
-def _is_cpu() -> bool:
-    return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
-
-
-def _cpu_product(weight: Any) -> Any:
-    """Return a product with a weight (out, in) by the kernels that vLLM's own linear layers take on a CPU.
-
-    Products as thin as these take torch several times as long in half precision. Where vLLM has a kernel for small
-    weights, it is called without vLLM's own function around it (`benchmarks/vllm_layer.py`, one token: 15 us; 22 us
-    with that function, 63 us by torch).
-    """
-    import torch
-
-    utils = importlib.import_module("vllm.model_executor.layers.utils")
-    if utils.check_cpu_sgl_kernel(*weight.shape, weight.dtype):
-        kernels: Any = torch.ops._C
-        return partial(_thin_product, kernels.weight_packed_linear, kernels.convert_weight_packed(weight), len(weight))
-    holder = torch.nn.Module()
-    holder.weight = torch.nn.Parameter(weight, requires_grad=False)
-    utils.dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
-    product: Any = holder.cpu_linear
-    return partial(product, weight=weight, bias=None)
-
-
-def _thin_product(kernel: Any, packed: Any, size_out: int, x: Any) -> Any:
-    """Return x (T, in) times a packed weight, (T, out)."""
-    made = x.new_empty(x.shape[0], size_out)
-    kernel(made, x, packed, None, True)
-    return made
 
 
 def _fill(runner: Any, scheduler_output: Any, request_ids: Sequence[str]) -> None:
