@@ -1,12 +1,14 @@
 """Prints what a pool of adapters costs in vLLM: memory, weight traffic and arithmetic against the base, router cores.
 
-    python benchmarks/vllm_capacity.py [--decision 30] [--requests 10000]
+    OMP_NUM_THREADS=1 python benchmarks/vllm_capacity.py [--every 2] [--requests 10000] [--replica-rate 50]
 
 Sizes are counted on the stacks themselves (`treadle.vllm_plugin.stacks`, made on torch's meta device, which stores
-nothing); the router's two constants are measured here, on the demo's bundle. Needs no vLLM.
+nothing); the router's two constants are measured here, on the demo's bundle: medians of the thread's own time. Needs no
+vLLM.
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,6 +23,7 @@ from treadle.vllm_plugin.schedule import Schedule
 from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Stack
 
 ROOT = Path(__file__).parents[1]
+GROUP, MANY = 64, 1000
 ATTENTION, ALL = ("q", "v"), ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -48,31 +51,56 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8192, help="of a step (--max-num-batched-tokens)")
     parser.add_argument("--requests", type=int, default=10_000, help="a second, of all replicas together")
-    parser.add_argument("--prompt", type=int, default=500)
-    parser.add_argument("--answer", type=int, default=200)
+    parser.add_argument("--replica-rate", type=int, default=50, help="requests a second and replica")
+    parser.add_argument("--prompt", type=int, default=500, help="tokens")
+    parser.add_argument("--answer", type=int, default=200, help="tokens")
+    parser.add_argument("--every", type=int, default=2, help="tokens of an answer between two decisions")
+    parser.add_argument("--streams", type=int, default=64, help="that a replica answers at once")
     options = parser.parse_args()
     print(f"rank {options.rank}, 16-bit, {options.tokens} tokens a step; factors as they are stacked, gates beside\n")
-    print(
-        "| base | modules | adapters | factors, GiB | gates, GiB | of the base's weights |\n|---|---|---|---|---|---|"
-    )
+    print("| base | modules | adapters | factors, GiB | gates, GiB | of the base's weights |")
+    print("|---|---|---|---|---|---|")
     for shape in SHAPES:
         for targets in (ATTENTION, ALL):
-            for adapters in (4, 16, 64, 1000):
+            for adapters in (4, 16, GROUP, MANY):
                 factors, gates = size(shape, targets, adapters, options.rank, options.tokens)
                 name = "q, v" if targets is ATTENTION else "all linear"
                 share = factors / (2 * shape.parameters)
                 sizes = f"{factors / 2**30:.2f} | {gates / 2**30:.2f}"
                 print(f"| {shape.name} | {name} | {adapters} | {sizes} | {share:.1%} |")
+    groups(options)
+    router(options)
+
+
+def groups(options: argparse.Namespace) -> None:
+    """Print what a thousand adapters cost, in one engine and in groups."""
+    shape = next(each for each in SHAPES if each.name == "Llama-3.1-8B")
+    for adapters in (MANY, GROUP):
+        factors, _ = size(shape, ATTENTION, adapters, options.rank, options.tokens)
+        times = 1 + factors / (2 * shape.parameters)
+        more = f"{factors / 2**30:.1f} GiB more ({times - 1:.1%}), {times:.2f} times the base's bytes a step"
+        print(f"\n{adapters} adapters on q and v of {shape.name}: {more}", end="")
+    print(f"; {math.ceil(MANY / GROUP)} groups of {GROUP} hold {MANY}")
+
+
+def router(options: argparse.Namespace) -> None:
+    """Print what the router costs, and the arithmetic from its two constants."""
     decision, token = router_constants()
-    each = options.answer / 2
-    print(f"\nrouter: {1e6 * decision:.0f} us a decision of a running stream, {1e6 * token:.1f} us a token of a prompt")
+    due = options.answer / options.every  # decisions of an answer
     prompts = options.requests * options.prompt * token
-    answers = options.requests * each * decision
+    answers = options.requests * due * decision
+    replicas = options.requests / options.replica_rate
+    step = options.streams / options.every * decision
+    each, own = f"{1e6 * decision:.1f} us", f"{1e6 * token:.1f} us"
+    print(f"\nrouter, a thread's own time: {each} a decision of a running stream, {own} a token of a prompt")
+    print(f"{options.requests} x {options.prompt} x {own} = {prompts:.0f} cores for the prompts")
     print(
-        f"{options.requests} requests a second x {options.prompt} prompt tokens x {1e6 * token:.1f} us = "
-        f"{prompts:.0f} cores; x {options.answer} answer tokens / every 2 x {1e6 * decision:.0f} us = "
-        f"{answers:.0f} cores"
+        f"{options.requests} x {options.answer} / every {options.every} x {each} = {answers:.0f} cores for the answers"
     )
+    print(f"at {options.replica_rate} requests a second and replica: {replicas:.0f} replicas, each with "
+          f"{prompts / replicas:.2f} + {answers / replicas:.2f} of a core")  # fmt: skip
+    print(f"{options.streams} streams, every {options.every}: {options.streams / options.every:.0f} x {each} = "
+          f"{1e3 * step:.2f} ms a step")  # fmt: skip
 
 
 def size(shape: Shape, targets: tuple[str, ...], adapters: int, rank: int, tokens: int) -> tuple[int, int]:
@@ -111,16 +139,20 @@ def router_constants() -> tuple[float, float]:
     ids = tokenizer((ROOT / "README.md").read_text("utf-8")).input_ids
     schedule = Schedule(mixture, tokenizer)
     streams = [(schedule.open({"every": 1}, 200), ids[9 * index : 9 * index + 400]) for index in range(64)]
-    started = thread_time()
+    # words are looked up once: a server that has answered for a while has met almost all
+    schedule.decide([(schedule.open({"every": 1}, 400), text, 400) for _, text in streams])
+    prompts: list[float] = []
     for stream, text in streams:
-        schedule.decide([(stream, text, 200)])
-    token = (thread_time() - started) / (64 * 200)
-    seconds = []
-    for position in range(200, 400):
         started = thread_time()
-        schedule.plan([(str(i), stream, text, position, position + 1) for i, (stream, text) in enumerate(streams)])
+        schedule.decide([(stream, text[:200], 200)])
+        prompts.append(thread_time() - started)
+    seconds: list[float] = []
+    for end in range(201, 401):
+        entries = [(str(i), stream, text[:end], end - 1, end) for i, (stream, text) in enumerate(streams)]
+        started = thread_time()
+        schedule.plan(entries)
         seconds.append(thread_time() - started)
-    return median(seconds) / 64, token
+    return median(seconds) / len(streams), median(prompts) / 200
 
 
 if __name__ == "__main__":

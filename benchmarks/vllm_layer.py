@@ -2,13 +2,17 @@
 
     OMP_NUM_THREADS=1 python benchmarks/vllm_layer.py [--tokens 1 8 32]
 
-Layers as large as SmolLM2-135M's, four adapters, bfloat16. Medians of the thread's own time (one thread), which other
+Layers as large as SmolLM2-135M's, four adapters, bfloat16; beside it, the same with the product that vLLM's own layers
+make. Medians of the thread's own time (one thread), which other
 work on the machine disturbs less than the clock on the wall. Run in the environment of `make test-vllm`.
 """
 
 import argparse
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from statistics import median
 from time import thread_time_ns
 from typing import Any
@@ -16,10 +20,11 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
+import vllm
 from torch import nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from treadle.vllm_plugin.hooks import _cpu_product as cpu_product
+from treadle.vllm_plugin.cpu import branch_of, cpu_product
 from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Stack
 
 HIDDEN, KEYS, INNER = 576, 192, 1536
@@ -40,20 +45,51 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     board = GateBoard(max(options.tokens), ADAPTERS, 1, torch.device("cpu"), torch.bfloat16)
-    print("| tokens | beside | us |\n|---|---|---|")
+    print(f"{processor()}; torch {torch.__version__}, vLLM {vllm.__version__}\n")
+    print("| tokens | beside | us | with vLLM's own product | products with A, B |\n|---|---|---|---|---|")
     with torch.inference_mode():
         for tokens in options.tokens:
             for name, (size_in, parts) in LAYERS.items():
-                stack, x = stacked(board, size_in, parts), torch.randn(tokens, size_in, dtype=torch.bfloat16)
+                x = torch.randn(tokens, size_in, dtype=torch.bfloat16)
+                stack, other = (stacked(board, size_in, parts, pack) for pack in (cpu_product, own_product))
                 y = torch.randn(tokens, stack.place.size_out, dtype=torch.bfloat16)
-                print(f"| {tokens} | {name} | {microseconds(stack.update, y, x):.1f} |", flush=True)
-        weight, x = torch.randn(128, HIDDEN, dtype=torch.bfloat16), torch.randn(1, HIDDEN, dtype=torch.bfloat16)
-        print(f"\n| a product of (1, {HIDDEN}) with {tuple(weight.shape)} | us |\n|---|---|")
-        for name, product in products(weight).items():
-            print(f"| {name} | {microseconds(product, x):.1f} |")
+                taken = microseconds({"ours": partial(stack.update, y, x), "own": partial(other.update, y, x)})
+                ways = ", ".join(dict.fromkeys(branch_of(weight) for weight in factors(stack)))
+                print(f"| {tokens} | {name} | {taken['ours']:.1f} | {taken['own']:.1f} | {ways} |", flush=True)
+        weight = torch.randn(128, HIDDEN, dtype=torch.bfloat16)
+        print(f"\n| tokens | a product with {tuple(weight.shape)} | us |\n|---|---|---|")
+        for tokens in options.tokens:
+            x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16)
+            taken = microseconds({name: partial(product, x) for name, product in products(weight).items()})
+            for name, each in taken.items():
+                print(f"| {tokens} | {name} | {each:.1f} |", flush=True)
 
 
-def stacked(board: GateBoard, size_in: int, parts: list[tuple[int, int]]) -> Stack:
+def processor() -> str:
+    """Return what the CPU is called, and which of its instructions matter here."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = dict(line.split(":", 1) for line in lines if ":" in line)
+    name = next((value.strip() for key, value in known.items() if key.strip() == "model name"), platform.processor())
+    flags = next((value.split() for key, value in known.items() if key.strip() == "flags"), [])
+    return f"{name} ({', '.join(flag for flag in ('avx512_bf16', 'amx_tile') if flag in flags) or 'neither'})"
+
+
+def own_product(weight: torch.Tensor) -> Callable[..., Any]:
+    """Return the product that vLLM's linear layers make with such a weight."""
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
+    own: Any = holder.cpu_linear
+    return lambda x: own(x, weight, None)
+
+
+def factors(stack: Stack) -> list[torch.Tensor]:
+    """Return what a stack multiplies with: A, and each B."""
+    return [stack.a, *(each.t() for name, each in stack.named_buffers() if name.startswith("b_t"))]
+
+
+def stacked(board: GateBoard, size_in: int, parts: list[tuple[int, int]], pack: Callable[..., Any]) -> Stack:
     """Return a packed stack of random factors."""
     made, start = [], 0
     for size, _ in parts:
@@ -63,32 +99,29 @@ def stacked(board: GateBoard, size_in: int, parts: list[tuple[int, int]]) -> Sta
     stack = Stack(Place(tuple(made), size_in, start), board, room)
     stack.a.normal_()
     stack.gates.fill_(0.5)
-    stack.pack(cpu_product)
+    stack.pack(pack)
     return stack
 
 
 def products(weight: torch.Tensor) -> dict[str, Callable[..., Any]]:
     """Return the ways to multiply with a weight."""
-    holder = nn.Module()
-    holder.weight = nn.Parameter(weight, requires_grad=False)
-    dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
-    own: Any = holder.cpu_linear
     return {
-        "the plugin's": cpu_product(weight),
-        "vLLM's function": lambda x: own(x, weight, None),
+        f"the plugin's ({branch_of(weight)})": cpu_product(weight),
+        "vLLM's function": own_product(weight),
         "torch": lambda x: nn.functional.linear(x, weight),
     }
 
 
-def microseconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Return the median time of a call."""
-    taken: list[float] = []
+def microseconds(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Return the median time of a call of each, measured in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(ROUNDS):
-        started = thread_time_ns()
-        for _ in range(CALLS):
-            function(*arguments)
-        taken.append((thread_time_ns() - started) / CALLS / 1e3)
-    return median(taken)
+        for name, function in functions.items():
+            started = thread_time_ns()
+            for _ in range(CALLS):
+                function()
+            taken[name].append((thread_time_ns() - started) / CALLS / 1e3)
+    return {name: median(each) for name, each in taken.items()}
 
 
 if __name__ == "__main__":

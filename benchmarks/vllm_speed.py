@@ -2,18 +2,21 @@
 
     python benchmarks/vllm_speed.py [--batch 1 8 32] [--steps 40] [--dtype bfloat16] [--arms base qv ...]
 
-All arms are engines in one process; a step of each is timed in turn (A B C A B C ...), medians and ratios against the
-first. `qv` is the demo's bundle (four adapters of rank 16 on q and v); `all` has four random adapters of rank 8 on all
-seven linear layers; `lora-...` is vLLM's own serving of one of these adapters. Run in the environment of
-`make test-vllm`; steps are eager unless --compile is given.
+All arms are engines in one process; a step of each is timed in turn (A B C A B C ...). The share of the base's tokens
+a second is the median over rounds of the first arm's time by this arm's, with quartiles: what slows a whole round does
+not show in it. A row is marked where the first arm's own quartiles lie more than a fifth of its median apart.
+
+`qv` is the demo's bundle (four adapters of rank 16 on q and v); `all` has four random adapters of rank 8 on all seven
+linear layers; `lora-...` is vLLM's own serving of one of these adapters. Run in the environment of `make test-vllm`;
+steps are eager unless --compile is given.
 """
 
 import argparse
 import os
 import tempfile
 from pathlib import Path
-from statistics import median
-from time import perf_counter
+from statistics import median, quantiles
+from time import perf_counter, thread_time
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -28,7 +31,7 @@ from vllm.lora.request import LoRARequest
 
 from treadle.bundle import read_bundle, save_bundle
 from treadle.models import locate, quiet_libraries
-from treadle.timing import interleave, lines
+from treadle.timing import interleave
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO = Path(__file__).parents[1] / "demo" / "bundle"
@@ -36,6 +39,10 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 PROMPTS = ["Question: A farmer has 3 fields. How many", "def largest(numbers):", "Which of these makes plants green?",
            "Context: The University of Padua was founded in 1222."]  # fmt: skip
 ARMS = ("base", "qv", "all", "lora-qv", "lora-all")
+RANKS = {"lora-qv": 16, "lora-all": 8}
+"""Of the adapter that vLLM serves itself, and of the room that it has for it."""
+UNSTEADY = 0.2
+"""Of the base's median, between its quartiles: beyond, a row says little."""
 
 
 def main() -> None:
@@ -53,12 +60,11 @@ def main() -> None:
         engines = {name: start(name, bundles, options) for name in options.arms}
         print(f"vLLM {__import__('vllm').__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
               f"{options.dtype}, {'compiled' if options.compile else 'eager'}")  # fmt: skip
-        print("\n| batch | arm | ms a step (quartiles) | tokens/s | of base's |\n|---|---|---|---|---|")
+        print(f"\n| batch | arm | ms a step (quartiles) | tokens/s | of {options.arms[0]}'s (quartiles) |")
+        print("|---|---|---|---|---|")
         for batch in options.batch:
-            for line in measure(engines, batch, options.steps, folder):
-                quartiles = f"{1000 * line.seconds:.1f} ({1000 * line.low:.1f}-{1000 * line.high:.1f})"
-                rate = batch / line.seconds
-                print(f"| {batch} | {line.arm} | {quartiles} | {rate:.1f} | {1 / line.ratio:.3f} |", flush=True)
+            for line in rows(measure(engines, batch, options.steps, folder), batch):
+                print(line, flush=True)
         if options.router and "qv" in engines:
             router(engines["qv"], options.router, options.steps)
 
@@ -85,7 +91,7 @@ def start(arm: str, bundles: dict[str, Path], options: argparse.Namespace) -> LL
     if arm in bundles:
         given["additional_config"] = {"treadle": {"bundle": str(bundles[arm])}}
     elif arm.startswith("lora"):
-        given.update(enable_lora=True, max_lora_rank=16, max_loras=1)
+        given.update(enable_lora=True, max_lora_rank=RANKS[arm], max_loras=1)
     return LLM(
         locate(BASE), dtype=options.dtype, enforce_eager=not options.compile, max_model_len=512, disable_log_stats=True,
         kv_cache_memory_bytes=400 << 20, max_num_seqs=64, max_num_batched_tokens=512, enable_prefix_caching=False,
@@ -93,8 +99,28 @@ def start(arm: str, bundles: dict[str, Path], options: argparse.Namespace) -> LL
     )  # fmt: skip
 
 
-def measure(engines: dict[str, LLM], batch: int, steps: int, folder: str) -> list[Any]:
-    """Return the timed lines of all engines, each with `batch` requests that decode."""
+def rows(seconds: dict[str, list[float]], batch: int) -> list[str]:
+    """Return the lines of the table for one batch."""
+    first = next(iter(seconds.values()))
+    low, _, high = quantiles(first, n=4)
+    mark = " **unsteady**" if high - low > UNSTEADY * median(first) else ""
+    made: list[str] = []
+    for arm, each in seconds.items():
+        shares = [base / own for base, own in zip(first, each, strict=True)]
+        share = "1" if each is first else f"{spread(shares, 3)}{mark}"
+        taken = spread([1000 * second for second in each], 1)
+        made.append(f"| {batch} | {arm} | {taken} | {batch / median(each):.1f} | {share} |")
+    return made
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Return the median and the quartiles."""
+    low, _, high = quantiles(values, n=4)
+    return f"{median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def measure(engines: dict[str, LLM], batch: int, steps: int, folder: str) -> dict[str, list[float]]:
+    """Return the seconds of each step of all engines, each with `batch` requests that decode."""
     sources = {"lora-qv": DEMO / "adapters" / "math", "lora-all": Path(folder) / "math"}
     for name, llm in engines.items():
         lora = LoRARequest("math", 1, str(sources[name])) if name in sources else None
@@ -102,7 +128,7 @@ def measure(engines: dict[str, LLM], batch: int, steps: int, folder: str) -> lis
     seconds = interleave({name: llm.llm_engine.step for name, llm in engines.items()}, steps, warm_up=4)
     for llm in engines.values():
         finish(llm)
-    return lines(seconds, f"batch {batch}", tokens=batch)
+    return seconds
 
 
 def fill(llm: LLM, batch: int, tokens: int, lora: LoRARequest | None = None, **extra: Any) -> None:
@@ -125,12 +151,13 @@ def router(llm: LLM, streams: int, steps: int) -> None:
     """Print what the weights of a step cost, of that many streams, all of them due at each step."""
     fill(llm, streams, steps + 10, treadle={"every": 1})
     core = llm.llm_engine.engine_core.engine_core.scheduler.treadle
-    plan, spent, taken = core.plan, [], []
+    plan, spent, own, taken = core.plan, [], [], []
 
     def timed(*args: Any) -> Any:
-        started = perf_counter()
+        started, thread = perf_counter(), thread_time()
         made = plan(*args)
         spent.append(perf_counter() - started)
+        own.append(thread_time() - thread)
         return made
 
     core.plan = timed
@@ -142,10 +169,12 @@ def router(llm: LLM, streams: int, steps: int) -> None:
     decisions = core.schedule.counts.decisions - before
     core.plan = plan
     finish(llm)
-    each = sum(spent) / decisions
-    print(f"\nrouter, {streams} streams, every 1: {decisions} decisions, {1e6 * each:.1f} us a stream and decision "
-          f"(plan and gates included), {1000 * median(spent):.2f} ms of a step of {1000 * median(taken):.1f} ms: "
-          f"{median(spent) / median(taken):.2%}")  # fmt: skip
+    due = decisions / len(spent)
+    wall, thread = (f"{1e6 * median(each) / due:.1f}" for each in (spent, own))
+    step = 1000 * median(taken)
+    print(f"\nrouter, {streams} streams, every 1: {decisions} decisions, {wall} us a stream and decision on the wall, "
+          f"{thread} of the thread (plan and gates included; medians of steps), {1000 * median(spent):.2f} ms of a "
+          f"step of {step:.1f} ms: {1000 * median(spent) / step:.2%}")  # fmt: skip
 
 
 if __name__ == "__main__":

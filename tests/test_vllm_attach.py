@@ -1,13 +1,23 @@
-"""Which part of which of the checkpoint's layers a linear layer of vLLM's holds, and a doctor without vLLM."""
+"""Which part of which of the checkpoint's layers a linear layer of vLLM's holds, and what is laid beside it."""
 
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from treadle.errors import ModelError
-from treadle.vllm_plugin.attach import place_of
+from treadle.adapters import read_adapter
+from treadle.errors import AdapterError, ModelError
+from treadle.vllm_plugin.attach import Limits, attach, place_of
+from treadle.vllm_plugin.mixture import open_bundle
+from treadle.vllm_plugin.params import PluginParams
+from treadle.vllm_plugin.stacks import Stack, Stacks, check_targets
+
+from conftest import TINY
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -46,6 +56,117 @@ def test_a_row_parallel_layer_reads_its_columns() -> None:
 def test_a_fused_layer_that_is_unknown_is_refused() -> None:
     with pytest.raises(ModelError, match=r"l\.mixed_proj makes 2 outputs"):
         place_of("l.mixed_proj", column([32, 32], 1, 0), PACKED)
+
+
+class Method:
+    """vLLM's linear method."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+
+
+class Linear(nn.Module):
+    """vLLM's replicated layer."""
+
+    def __init__(self, size_in: int, sizes: list[int]) -> None:
+        super().__init__()
+        self.input_size, self.output_partition_sizes = size_in, sizes
+        self.tp_size, self.tp_rank = 1, 0
+        self.weight = nn.Parameter(torch.randn(sum(sizes), size_in), requires_grad=False)
+        self.quant_method: Any = Method()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quant_method.apply(self, x)
+
+
+class Fused(Linear):
+    """Has no forward of its own."""
+
+
+class Fast(Linear):
+    """Has a kernel that knows nothing of linear methods."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.t()
+
+
+class Absent(nn.Module):
+    """vLLM's layer of another pipeline stage."""
+
+
+class Tiny(nn.Module):
+    """The tiny model as vLLM has it: fused layers, and perhaps only some of the decoder's."""
+
+    packed_modules_mapping = PACKED
+
+    def __init__(self, down: type[Linear] = Linear, absent: int | None = None) -> None:
+        super().__init__()
+        hidden, middle = TINY["hidden_size"], TINY["intermediate_size"]
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList()
+        for _ in range(2):
+            layer = nn.Module()
+            layer.self_attn, layer.mlp = nn.Module(), nn.Module()
+            layer.self_attn.qkv_proj = Fused(hidden, [32, 16, 16])
+            layer.self_attn.o_proj = Linear(32, [hidden])
+            layer.mlp.gate_up_proj = Fused(hidden, [middle, middle])
+            layer.mlp.down_proj = down(middle, [hidden])
+            self.model.layers.append(layer)
+        if absent is not None:
+            self.model.layers[absent] = Absent()
+
+
+def laid(bundle: Path, model: nn.Module, unpacked: frozenset[str] = frozenset(), **options: Any) -> Stacks:
+    params = PluginParams(bundle=str(bundle), **options)
+    limits = Limits(
+        num_tokens=16, device=torch.device("cpu"), dtype=torch.float32, linear=Linear, forwards=(Linear.forward,),
+        unpacked=unpacked, linear_method=Method, missing=Absent, pack=None,
+    )  # fmt: skip
+    return attach(model, *open_bundle(params), params, limits)
+
+
+def test_stacks_lie_beside_the_layers_that_adapters_target(bundle_folder: Path) -> None:
+    model = Tiny()
+    stacks = laid(bundle_folder, model)
+    assert len(stacks.stacks) == 8
+    layer, x = model.model.layers[0].mlp.down_proj, torch.randn(2, TINY["intermediate_size"])
+    torch.testing.assert_close(layer(x), Method().apply(layer, x))  # no weights yet: the base
+    layer.treadle.gates.fill_(1.0)
+    assert not torch.allclose(layer(x), Method().apply(layer, x))
+
+
+def test_layers_that_pass_their_linear_method_by_are_refused(bundle_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"(?s)layers\.0\.mlp\.down_proj \(Fast\) has a forward.*layers\.1\.mlp\.down"):
+        laid(bundle_folder, Tiny(Fast))
+    with pytest.raises(ModelError, match=r"o_proj: this model reads its weights by itself"):
+        laid(bundle_folder, Tiny(), frozenset(["o_proj"]))
+    assert len(laid(bundle_folder, Tiny(), frozenset(["lm_head"])).stacks) == 8  # what nothing targets may be anything
+
+
+def test_a_stack_with_a_wrong_factor_is_found_out(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Stack.put
+
+    def doubled(self: Stack, slot: int, adapter: Any) -> None:
+        put(self, slot, adapter)
+        if slot == 1 and self.place.size_in == TINY["hidden_size"]:
+            self.a[next(iter(self._room.values()))] *= 2
+
+    monkeypatch.setattr(Stack, "put", doubled)
+    with pytest.raises(ModelError, match=r"qkv_proj does not compute the blend here: off by"):
+        laid(bundle_folder, Tiny())
+
+
+def test_a_pipeline_stage_takes_an_adapter_of_all_layers(bundle_folder: Path, adapter_folders: dict[str, Path]) -> None:
+    """Each stage has room for what it holds; what no stage has room for is refused by each."""
+    late = read_adapter(adapter_folders["science"], "late")
+    stages = [laid(bundle_folder, Tiny(absent=each), max_adapters=4, max_rank=8) for each in (0, 1)]
+    for stage in stages:
+        check_targets(late, stage)
+        assert len(stage.stacks) == 4
+    lost = replace(late, pairs={**late.pairs, "model.layers.7.self_attn.q_proj": next(iter(late.pairs.values()))})
+    for stage in stages:
+        with pytest.raises(AdapterError, match=r"layers\.7\.self_attn\.q_proj: there is no room for it$"):
+            check_targets(lost, stage)
 
 
 def test_the_doctor_wants_a_bundle_or_vllm(run) -> None:

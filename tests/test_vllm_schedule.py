@@ -8,7 +8,8 @@ import pytest
 
 from treadle.errors import OptionError, TreadleError
 from treadle.params import RoutingParams
-from treadle.vllm_plugin.mixture import AUTO, Mixture, open_bundle, without_adapter
+from treadle.vllm_plugin.joining import without_adapter
+from treadle.vllm_plugin.mixture import AUTO, Mixture, open_bundle
 from treadle.vllm_plugin.params import PluginParams, read_plugin_params
 from treadle.vllm_plugin.schedule import Schedule
 from treadle.vllm_plugin.stream import Stream

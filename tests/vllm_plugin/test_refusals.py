@@ -7,7 +7,6 @@ import pytest
 
 from treadle.errors import TreadleError
 from treadle.vllm_plugin import hooks, places
-from treadle.vllm_plugin.refusals import refusals
 
 from vllm_plugin.engines import PROMPTS, serving
 
@@ -28,25 +27,6 @@ def test_a_start_that_is_refused(small: Path, case: str) -> None:
     options, message = CASES[case]
     with pytest.raises(TreadleError, match=message), serving(small, **options):
         pass
-
-
-class Anything:
-    """A configuration in which everything that would be refused is on."""
-
-    def __getattr__(self, name: str) -> Any:
-        return Anything()
-
-    def __gt__(self, other: object) -> bool:
-        return True
-
-    def __bool__(self) -> bool:
-        return True
-
-
-def test_every_refusal_says_what_to_do() -> None:
-    refused = refusals(Anything())
-    assert len(refused) >= 12
-    assert any("--no-async-scheduling" in each for each in refused)
 
 
 def test_a_version_that_is_unknown_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:

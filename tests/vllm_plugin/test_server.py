@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import treadle
 from treadle.params import RoutingParams
 from treadle.vllm_plugin import figures
 
-from conftest import save_adapter
+from conftest import SAMPLES, save_adapter
 from vllm_plugin.engines import ALL, BASE, PROMPTS, reference, small_llama
 
 KEY = "a-key-of-this-test"
@@ -182,6 +183,8 @@ def test_the_route_is_the_weights_of_the_answer(server: Server, embedded: Any) -
     np.testing.assert_allclose(weights, done.weights, atol=1e-6)
     assert server.call("/v1/treadle/route", {**asked, "key": 1})[0] == 400
     assert server.call("/v1/treadle/route", {"prompt": "", "treadle": "maths"})[0] == 400
+    assert server.call("/v1/treadle/route", {"prompt": [3, 260]})[0] == 400
+    assert server.call("/v1/treadle/route", {"prompt": [3] * 257})[0] == 400
     assert server.call("/v1/treadle/route", asked, key="wrong")[0] == 401
 
 
@@ -247,6 +250,21 @@ def test_adapters_come_and_go_over_http(server: Server, late: Path) -> None:
     assert server.complete("late")[0] == 400
     _, body = server.call("/v1/treadle/adapters")
     assert body["decisions"] > 0
+
+
+def test_a_model_that_was_an_adapter_is_a_400_until_it_is_back(server: Server, small: Path, late: Path) -> None:
+    before = {model: server.ids(model=model) for model in ("demo", "math", "code")}
+    assert before["demo"] != before["math"]
+    shutil.copytree(small / "adapters" / "math", late.parent / "math")
+    assert server.call("/v1/treadle/adapters/math", method="DELETE")[0] == 200
+    status, body = server.complete(model="math")
+    assert (status, "unknown choice 'math'" in body["error"]["message"]) == (400, True)
+    new = {"name": "math", "path": "math", "samples": SAMPLES["math"]}
+    for name in ("demo", "every", "a b"):  # a model that is routed, an option, no name
+        assert server.call("/v1/treadle/adapters", {**new, "name": name})[0] == 400
+    status, body = server.call("/v1/treadle/adapters", new)
+    assert (status, body["adapters"]) == (200, {"science": 1, "code": 2, "math": 0}), body
+    assert {model: server.ids(model=model) for model in before} == before  # with a cache of what there was
 
 
 def test_two_data_parallel_engines_are_one(small: Path, embedded: Any) -> None:

@@ -13,11 +13,22 @@ class Asked:
     def __init__(self, params: PluginParams, base: str, mixture: Mixture) -> None:
         self.params = params
         self.base = base
-        self.mixture = mixture
+        self._mixture = mixture
+        self.left: frozenset[str] = frozenset()  # adapters that were there: their names mean nothing else now
+
+    @property
+    def mixture(self) -> Mixture:
+        """The adapters as they are now."""
+        return self._mixture
+
+    @mixture.setter
+    def mixture(self, mixture: Mixture) -> None:
+        self.left = (self.left | {*self._mixture.names}) - {*mixture.names}
+        self._mixture = mixture
 
     @classmethod
     def of(cls, processor: Any) -> "Asked | None":
-        """Return that of one of vLLM's input processors, made with its first request; None = there is no bundle."""
+        """Return that of one of vLLM's input processors, made when it is; None = there is no bundle."""
         if not hasattr(processor, "treadle"):
             from treadle.vllm_plugin.hooks import blending, params_of
 
@@ -36,9 +47,10 @@ class Asked:
         """Return what the engine shall read: a request's own options, else the model's name where it says something.
 
         Raises:
-            OptionError: they cannot be read, or these adapters do not allow them; lists every problem.
+            OptionError: they cannot be read, or these adapters do not allow them; lists every problem. Also where the
+                model's name is that of an adapter that has left: a routed answer is not what was asked for.
         """
-        if given is None and named in self.mixture.choices():
+        if given is None and (named in self.mixture.choices() or named in self.left):
             given = named
         self.mixture.read_request(given)
         return dict(given) if isinstance(given, Mapping) else AUTO if given is None else given

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from treadle.adapters import Adapter
 from treadle.bundle import Bundle
 from treadle.compatible import check_fit
-from treadle.errors import ModelError
+from treadle.errors import ModelError, problem_list
 from treadle.vllm_plugin.mixture import Mixture, by_router
 from treadle.vllm_plugin.params import PluginParams
 from treadle.vllm_plugin.stacks import (
@@ -66,26 +66,23 @@ def attach(model: nn.Module, bundle: Bundle, mixture: Mixture, params: PluginPar
     """Lay stacks beside all layers that adapters target, fill them, and test them.
 
     Raises:
-        TreadleError: an adapter does not fit the model, or a layer does not compute what the plain formula says.
+        TreadleError: an adapter does not fit the model, a layer is not called as others are, or does not compute what
+            the plain formula says.
     """
     adapters = by_router(bundle)
     places = find_places(model, limits.linear)
     absent = [name for name, module in model.named_modules() if isinstance(module, limits.missing)]
     _check(adapters, places, absent)
+    rooms = {name: room for name, (_, place) in places.items() if any(room := _room(place, adapters, mixture, params))}
+    _check_calls({name: places[name][0] for name in rooms}, limits)
     board = GateBoard(limits.num_tokens, mixture.num_slots, mixture.num_gates, limits.device, limits.dtype)
-    targets = frozenset(path.rpartition(".")[2] for adapter in adapters for path in adapter.pairs)
-    rank = params.max_rank or largest_room(adapters)
     stacks: dict[str, Stack] = {}
-    for name, (layer, place) in places.items():
-        if params.is_hot:
-            room = equal_room(place, targets, mixture.num_slots, rank)
-        else:
-            room = room_for(place, adapters)
-        if any(room):
-            stacks[name] = layer.treadle = Stack(place, board, room)
-            layer.quant_method = blended_method(layer.quant_method, limits.linear_method)
-            layer.requires_unquantized_input = True  # the factors read the activation itself
-    made = Stacks(board, stacks, len(places))
+    for name, room in rooms.items():
+        layer, place = places[name]
+        stacks[name] = layer.treadle = Stack(place, board, room)
+        layer.quant_method = blended_method(layer.quant_method, limits.linear_method)
+        layer.requires_unquantized_input = True  # the factors read the activation itself
+    made = Stacks(board, stacks, len(places), absent)
     for slot, adapter in zip(mixture.slots, adapters, strict=True):
         made.put(slot, adapter)
     if limits.pack is not None and not params.is_hot:
@@ -104,6 +101,8 @@ class Limits:
         device: of the model.
         dtype: of the factors.
         linear: vLLM's base class of linear layers.
+        forwards: of the classes whose `forward` calls the linear method, which is what the stack stands beside.
+        unpacked: names of modules whose weights the model reads by itself, without calling them.
         linear_method: vLLM's base class of linear methods.
         missing: vLLM's class of layers that another pipeline stage holds.
         pack: makes a product of a weight (out, in) that never changes, where vLLM has a faster one than torch.
@@ -113,9 +112,35 @@ class Limits:
     device: torch.device
     dtype: torch.dtype
     linear: type
+    forwards: tuple[Any, ...]
+    unpacked: frozenset[str]
     linear_method: type
     missing: type
     pack: Callable[[Tensor], Product] | None
+
+
+def _room(place: Place, adapters: Sequence[Adapter], mixture: Mixture, params: PluginParams) -> list[dict[int, int]]:
+    """Return the ranks that each part of a layer has room for, by slot; see `Stack`."""
+    if not params.is_hot:
+        return room_for(place, adapters)
+    targets = frozenset(path.rpartition(".")[2] for adapter in adapters for path in adapter.pairs)
+    return equal_room(place, targets, mixture.num_slots, params.max_rank or largest_room(adapters))
+
+
+def _check_calls(layers: Mapping[str, Any], limits: "Limits") -> None:
+    """Raise a ModelError that lists the layers which may compute without their linear method, hence without a stack."""
+    problems = [
+        f"{name} ({type(layer).__name__}) has a forward of its own, which may pass the adapters by"
+        for name, layer in layers.items()
+        if type(layer).forward not in limits.forwards
+    ]
+    problems += [
+        f"{name}: this model reads its weights by itself (multi-head latent attention), which passes the adapters by"
+        for name in layers
+        if name.rpartition(".")[2] in limits.unpacked
+    ]
+    if problems:
+        raise ModelError(problem_list("adapters target layers that cannot be blended in vLLM:", problems))
 
 
 def find_places(model: nn.Module, linear: type) -> dict[str, tuple[Any, Place]]:

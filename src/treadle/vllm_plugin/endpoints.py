@@ -7,6 +7,7 @@ vLLM's has no place for weights; but they are a function of options and token id
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,16 +15,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, unknown_name
-from treadle.models import load_tokenizer
 from treadle.text import prompt_ids
 from treadle.vllm_plugin import figures
 from treadle.vllm_plugin.asked import Asked
-from treadle.vllm_plugin.mixture import read_newcomer, with_adapter, without_adapter
+from treadle.vllm_plugin.joining import check_name, read_newcomer, with_adapter, without_adapter
 from treadle.vllm_plugin.params import KEY
 from treadle.vllm_plugin.schedule import Schedule
+from treadle.vllm_plugin.tokens import tokenizer_of
 
 ROUTE_KEYS = ("prompt", "messages", "token_ids", KEY)
-MAX_TOKENS = 1 << 20
 
 
 class Endpoints:
@@ -52,8 +52,20 @@ class State:
     def __init__(self, engine_client: Any, asked: Asked) -> None:
         self.client = engine_client
         self.asked = asked
-        self.tokenizer = load_tokenizer(engine_client.model_config.tokenizer)
+        model = engine_client.model_config
+        self.tokenizer = tokenizer_of(model)
+        self.max_tokens = int(model.max_model_len)
+        self.vocabulary = int(model.get_vocab_size())
+        self.longest_piece = max(map(len, self.tokenizer.get_vocab()))  # characters
+        served: str | Sequence[str] | None = model.served_model_name
+        self.served = (served,) if isinstance(served, str) else tuple(served or ())
         self.changing = asyncio.Lock()  # one adapter at a time
+
+    @property
+    def taken(self) -> set[str]:
+        """Names that no adapter can join under: the adapters', and what this server calls its routed model."""
+        asked = self.asked
+        return {*asked.mixture.names, *(name for name in self.served if name not in asked.left)}
 
     async def ask(self, function: str, *arguments: Any) -> list[dict[str, Any]]:
         """Call a function of every engine's core and return the answers."""
@@ -62,6 +74,32 @@ class State:
     async def call(self, function: str, *arguments: Any) -> dict[str, Any]:
         """Call a function of every engine's core and return the first answer; an error of any is raised."""
         answers = await self.ask(function, *arguments)
+        for answer in answers:
+            if "error" in answer:
+                raise AdapterError(answer["error"])
+        return answers[0]
+
+    async def add(self, *arguments: Any) -> dict[str, Any]:
+        """Let an adapter join in every engine, or in none; see `treadle.vllm_plugin.live.treadle_add_adapter`."""
+        await self.call("treadle_check_adapter", *arguments)  # of all, before any of them changes
+        try:
+            return await self.call("treadle_add_adapter", *arguments)
+        except Exception:  # whatever kept one engine from it, the others must give it back
+            with suppress(Exception):  # an engine that is dead: the first error says more
+                await self.ask("treadle_remove_adapter", arguments[0])
+            raise
+
+    async def remove(self, name: str) -> dict[str, Any]:
+        """Take an adapter out in every engine; requests that name it are refused before the first hears of it."""
+        before = self.asked.mixture
+        self.asked.mixture = without_adapter(before, name)
+        try:
+            answers = await self.ask("treadle_remove_adapter", name)
+        except Exception:
+            self.asked.mixture = before
+            raise
+        if all("error" in answer for answer in answers):
+            self.asked.mixture = before
         for answer in answers:
             if "error" in answer:
                 raise AdapterError(answer["error"])
@@ -111,14 +149,14 @@ async def route(request: Request, state: State) -> dict[str, Any]:
 
 
 def _route(state: State, prompt: Any, generated: Any, given: Any) -> dict[str, Any]:
-    ids = list(prompt) if _are_ids(prompt) else prompt_ids(state.tokenizer, _checked_prompt(prompt))
+    ids = list(prompt) if _are_ids(prompt) else prompt_ids(state.tokenizer, _checked_prompt(state, prompt))
     if not _are_ids(generated) and generated != []:
         raise OptionError("route: token_ids must be a list of token ids")
-    if len(ids) + len(generated) > MAX_TOKENS:
-        raise OptionError(f"route: at most {MAX_TOKENS} tokens")
+    whole = [*ids, *generated]
+    if problems := _token_problems(state, whole):
+        raise OptionError(problem_list("route:", problems))
     schedule = Schedule(state.asked.mixture, state.tokenizer)
     stream = schedule.open(given, len(ids))
-    whole = [*ids, *generated]
     schedule.decide([(stream, whole, len(whole))])
     return {
         "adapters": list(stream.mixture.names),
@@ -127,9 +165,29 @@ def _route(state: State, prompt: Any, generated: Any, given: Any) -> dict[str, A
     }
 
 
-def _checked_prompt(prompt: Any) -> Any:
+def _token_problems(state: State, ids: Sequence[int]) -> list[str]:
+    """Return why vLLM could not have read these tokens (T,)."""
+    problems: list[str] = []
+    if len(ids) > state.max_tokens:
+        problems.append(f"{len(ids)} tokens; this server reads at most {state.max_tokens} (--max-model-len)")
+    if max(ids) >= state.vocabulary:
+        problems.append(f"token id {max(ids)}; allowed: 0 to {state.vocabulary - 1}")
+    return problems
+
+
+def _checked_prompt(state: State, prompt: Any) -> Any:
+    """Return a prompt that is worth tokenising: a text, or messages whose contents are."""
+    messages = _messages(prompt)
+    length = sum(len(each["content"]) for each in messages)
+    if length > state.max_tokens * state.longest_piece:
+        raise OptionError(f"route: {length} characters cannot be {state.max_tokens} tokens (--max-model-len) or fewer")
+    return prompt
+
+
+def _messages(prompt: Any) -> Sequence[Mapping[str, str]]:
+    """Return a prompt as messages; an OptionError where it is neither a text nor messages."""
     if isinstance(prompt, str):
-        return prompt
+        return [{"content": prompt}]
     messages = cast(Sequence[Any], prompt) if isinstance(prompt, list) else []
     if not messages or not all(isinstance(each, Mapping) and isinstance(each.get("content"), str) for each in messages):  # type: ignore[union-attr]
         raise OptionError("route: prompt is a text or token ids; messages are objects with role and content")
@@ -157,8 +215,9 @@ async def adapters(request: Request, state: State) -> dict[str, Any]:
         raise OptionError("adapters: name is a text, samples are a list of texts")
     async with state.changing:
         mixture, params = state.asked.mixture, state.asked.params
+        check_name(name, state.taken)
         newcomer = await asyncio.to_thread(read_newcomer, mixture, params, state.asked.base, name, path, samples)
-        answer = await state.call("treadle_add_adapter", name, path, samples)
+        answer = await state.add(name, path, samples)
         state.asked.mixture = with_adapter(mixture, newcomer, answer["adapters"][name])
     return answer
 
@@ -170,10 +229,7 @@ async def remove(request: Request, state: State) -> dict[str, Any]:
     async with state.changing:
         if name not in state.asked.mixture.names:
             raise Refused(404, unknown_name("adapter", name, state.asked.mixture.names))
-        changed = without_adapter(state.asked.mixture, name)
-        answer = await state.call("treadle_remove_adapter", name)
-        state.asked.mixture = changed
-    return answer
+        return await state.remove(name)
 
 
 def _admin_folder(state: State) -> Path:

@@ -8,14 +8,14 @@ import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from treadle.errors import ModelError, OptionError, TreadleError, problem_list
 from treadle.vllm_plugin.params import KEY, PluginParams, read_plugin_params
 from treadle.vllm_plugin.places import PLACES, START, Place, version_problems
-from treadle.vllm_plugin.refusals import base_problems, refusals
+from treadle.vllm_plugin.refusals import base_problems, refusals, tokenizer_problems
 
 logger = logging.getLogger("vllm.treadle")
 
@@ -38,6 +38,7 @@ def install() -> None:
     _wrap(PLACES["inputs_v2"], _inputs_v2)
     _wrap(PLACES["request"], _request)
     _wrap(PLACES["hash"], _hash)
+    _wrap(PLACES["processor"], _processor)
     _wrap(PLACES["validate"], _validate)
     for name in ("completion", "chat", "responses"):
         _wrap(PLACES[name], _sampling)
@@ -46,8 +47,7 @@ def install() -> None:
     core = importlib.import_module("vllm.v1.engine.core").EngineCore
     from treadle.vllm_plugin import live
 
-    functions = (live.treadle_add_adapter, live.treadle_remove_adapter, live.treadle_adapters, live.treadle_figures)
-    for function in functions:
+    for function in live.FUNCTIONS:
         setattr(core, function.__name__, function)  # vLLM's clients call functions of the core by name
 
 
@@ -84,7 +84,8 @@ def _start(original: Any, problems: Sequence[str]) -> Any:
 
         bundle, mixture = open_bundle(params)
         config = original(self, *args, **kwargs)
-        if refused := [*refusals(config), *base_problems(config, bundle.base_model, params)]:
+        problems_here = [*refusals(config), *tokenizer_problems(config)]
+        if refused := [*problems_here, *base_problems(config, bundle.base_model, params)]:
             raise OptionError(problem_list("treadle cannot blend with these options of vLLM:", refused))
         # the bundle's own digest: compiled code is cached under the configuration
         own = {KEY: params.document(), "treadle_fingerprint": mixture.fingerprint}
@@ -120,6 +121,16 @@ blending: list[str] = []
 """Bundles that this process has been configured with: a request by itself does not lead to its server."""
 NAMED = "treadle_model"
 """In a request's extra arguments: what it calls the model, which vLLM tells the engine nothing about."""
+
+
+def _processor(original: Any) -> Any:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from treadle.vllm_plugin.asked import Asked
+
+        original(self, *args, **kwargs)
+        Asked.of(self)  # reads the bundle now: with the first request, all others would wait for it
+
+    return __init__
 
 
 def _validate(original: Any) -> Any:
@@ -183,7 +194,7 @@ def _blending(parent: Any) -> Any:
             if params is not None:
                 from treadle.vllm_plugin.live import Core
 
-                self.treadle = Core.open(params, self.vllm_config.model_config.tokenizer)
+                self.treadle = Core.open(params, self.vllm_config.model_config)
 
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
             output = super().schedule(*args, **kwargs)
@@ -251,6 +262,7 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
     import torch
 
     from treadle.vllm_plugin.attach import Limits, attach
+    from treadle.vllm_plugin.cpu import cpu_product, is_cpu
     from treadle.vllm_plugin.mixture import open_bundle
 
     linear = importlib.import_module("vllm.model_executor.layers.linear")
@@ -261,9 +273,13 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
         device=torch.device(vllm_config.device_config.device),
         dtype=vllm_config.model_config.dtype,
         linear=linear.LinearBase,
+        forwards=tuple(
+            each.forward for each in (linear.ReplicatedLinear, linear.ColumnParallelLinear, linear.RowParallelLinear)
+        ),
+        unpacked=frozenset(["kv_b_proj"] if vllm_config.model_config.use_mla else []),
         linear_method=linear.LinearMethodBase,
         missing=missing,
-        pack=_cpu_product if _is_cpu() and vllm_config.model_config.dtype.itemsize < 4 else None,
+        pack=cpu_product if is_cpu() and vllm_config.model_config.dtype.itemsize < 4 else None,
     )
     stacks = attach(model, bundle, mixture, params, limits)
     logger.info(
@@ -273,45 +289,21 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
     return stacks
 
 
-def _is_cpu() -> bool:
-    return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
-
-
-def _cpu_product(weight: Any) -> Any:
-    """Return a product with a weight (out, in) by the kernels that vLLM's own linear layers take on a CPU.
-
-    Products as thin as these take torch several times as long in half precision. Where vLLM has a kernel for small
-    weights, it is called without vLLM's own function around it (`benchmarks/vllm_layer.py`, one token: 15 us; 22 us
-    with that function, 63 us by torch).
-    """
-    import torch
-
-    utils = importlib.import_module("vllm.model_executor.layers.utils")
-    if utils.check_cpu_sgl_kernel(*weight.shape, weight.dtype):
-        kernels: Any = torch.ops._C
-        return partial(_thin_product, kernels.weight_packed_linear, kernels.convert_weight_packed(weight), len(weight))
-    holder = torch.nn.Module()
-    holder.weight = torch.nn.Parameter(weight, requires_grad=False)
-    utils.dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
-    product: Any = holder.cpu_linear
-    return partial(product, weight=weight, bias=None)
-
-
-def _thin_product(kernel: Any, packed: Any, size_out: int, x: Any) -> Any:
-    """Return x (T, in) times a packed weight, (T, out)."""
-    made = x.new_empty(x.shape[0], size_out)
-    kernel(made, x, packed, None, True)
-    return made
-
-
 def _fill(runner: Any, scheduler_output: Any, request_ids: Sequence[str]) -> None:
     plan = getattr(scheduler_output, "treadle", None)
-    if plan is None:
-        return
     stacks = getattr(runner.get_model(), KEY, None)
-    if stacks is None:
+    if plan is None:
+        if stacks is not None and not all(map(_is_warm_up, request_ids)):
+            raise ModelError("a step came without its weights, from a scheduler that is not treadle's")
+    elif stacks is None:
         raise ModelError(f"the loader {runner.load_config.load_format!r} did not lay the adapters beside the model")
-    stacks.board.fill(*plan.in_order(request_ids))
+    else:
+        stacks.board.fill(*plan.in_order(request_ids))
+
+
+def _is_warm_up(request_id: str) -> bool:
+    """Return whether vLLM's worker has made a request up, to warm up its kernels: no scheduler knows it."""
+    return request_id.startswith("_") and "warmup_" in request_id
 
 
 def _inputs_v1(original: Any) -> Any:

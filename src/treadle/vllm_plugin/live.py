@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treadle.errors import AdapterError, TreadleError
-from treadle.models import load_tokenizer
-from treadle.vllm_plugin.mixture import Mixture, open_bundle, read_newcomer, with_adapter, without_adapter
+from treadle.vllm_plugin.joining import read_newcomer, with_adapter, without_adapter
+from treadle.vllm_plugin.mixture import Mixture, open_bundle
 from treadle.vllm_plugin.params import KEY, PluginParams
 from treadle.vllm_plugin.schedule import Plan, Schedule
 from treadle.vllm_plugin.stream import Stream
+from treadle.vllm_plugin.tokens import tokenizer_of
 
 
 class Core:
@@ -20,10 +21,10 @@ class Core:
         self.schedule = schedule
 
     @classmethod
-    def open(cls, params: PluginParams, tokenizer: str) -> "Core":
-        """Read the bundle, with the tokenizer that vLLM was given."""
+    def open(cls, params: PluginParams, model_config: Any) -> "Core":
+        """Read the bundle, and the tokenizer that vLLM was given."""
         bundle, mixture = open_bundle(params)
-        return cls(params, bundle.base_model, Schedule(mixture, load_tokenizer(tokenizer)))
+        return cls(params, bundle.base_model, Schedule(mixture, tokenizer_of(model_config)))
 
     @property
     def mixture(self) -> Mixture:
@@ -102,26 +103,28 @@ def treadle_figures(self: Any) -> dict[str, Any]:
     }
 
 
+def treadle_check_adapter(self: Any, name: str, path: str, samples: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return {} if an adapter can join, else {"error": message}; nothing changes."""
+    try:
+        _changed(self, name, path, samples)
+        _put(self, None, name, path)
+    except TreadleError as error:
+        return {"error": str(error)}
+    return {}
+
+
 def treadle_add_adapter(self: Any, name: str, path: str, samples: Sequence[str] | None = None) -> dict[str, Any]:
     """Read an adapter and let it take part in the requests that begin from now on; on an error nothing changes.
 
     Returns:
-        `treadle_adapters`, or {"error": message}: an exception here would end the engine.
+        `treadle_adapters`, or {"error": message}: of an exception vLLM's client would only have the text.
     """
-    core: Core = self.scheduler.treadle
     try:
-        if not core.params.is_hot:
-            raise AdapterError("the adapters are fixed: start the server with max_adapters to leave room for more.")
-        newcomer = read_newcomer(core.mixture, core.params, core.base, name, path, samples)
-        free = sorted(set(range(core.mixture.num_slots)) - core.slots_in_use(self.scheduler.requests))
-        if not free:
-            raise AdapterError(f"all {core.mixture.num_slots} slots are taken, or used by requests that run still.")
-        problems = [each for each in self.collective_rpc(put_adapter, args=(free[0], name, path)) if each]
-        if problems:
-            raise AdapterError(problems[0])
+        slot, changed = _changed(self, name, path, samples)
+        _put(self, slot, name, path)
     except TreadleError as error:
         return {"error": str(error)}
-    core.schedule.mixture = with_adapter(core.mixture, newcomer, free[0])
+    self.scheduler.treadle.schedule.mixture = changed
     return treadle_adapters(self)
 
 
@@ -135,8 +138,43 @@ def treadle_remove_adapter(self: Any, name: str) -> dict[str, Any]:
     return treadle_adapters(self)
 
 
-def put_adapter(worker: Any, slot: int, name: str, path: str) -> str | None:
-    """Copy an adapter's factors into a slot of a worker's model; return what is wrong instead of raising."""
+FUNCTIONS = (
+    treadle_check_adapter,
+    treadle_add_adapter,
+    treadle_remove_adapter,
+    treadle_adapters,
+    treadle_figures,
+)
+"""What the core gets, by name."""
+
+
+def _changed(core: Any, name: str, path: str, samples: Sequence[str] | None) -> tuple[int, Mixture]:
+    """Return a free slot, and the mixture with an adapter in it."""
+    own: Core = core.scheduler.treadle
+    if not own.params.is_hot:
+        raise AdapterError("the adapters are fixed: start the server with max_adapters to leave room for more.")
+    newcomer = read_newcomer(own.mixture, own.params, own.base, name, path, samples)
+    free = sorted(set(range(own.mixture.num_slots)) - own.slots_in_use(core.scheduler.requests))
+    if not free:
+        raise AdapterError(f"all {own.mixture.num_slots} slots are taken, or used by requests that run still.")
+    return free[0], with_adapter(own.mixture, newcomer, free[0])
+
+
+def _put(core: Any, slot: int | None, name: str, path: str) -> None:
+    """Call `put_adapter` in every worker; raise an AdapterError with what the first says is wrong."""
+    problems = [each for each in core.collective_rpc(put_adapter, args=(slot, name, path)) if each]
+    if problems:
+        raise AdapterError(problems[0])
+
+
+# Of vLLM's workers
+
+
+def put_adapter(worker: Any, slot: int | None, name: str, path: str) -> str | None:
+    """Copy an adapter's factors into a slot of a worker's model; return what is wrong instead of raising.
+
+    Without a slot nothing is copied: it is only looked whether the adapter fits.
+    """
     from treadle.adapters import read_adapter
     from treadle.vllm_plugin.stacks import check_targets
 
@@ -146,5 +184,6 @@ def put_adapter(worker: Any, slot: int, name: str, path: str) -> str | None:
         check_targets(adapter, stacks)
     except TreadleError as error:
         return str(error)
-    stacks.put(slot, adapter)
+    if slot is not None:
+        stacks.put(slot, adapter)
     return None

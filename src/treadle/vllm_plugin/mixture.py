@@ -7,19 +7,17 @@ are in the workers (`treadle.vllm_plugin.stacks`). Nothing here imports vLLM.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from treadle.adapters import Adapter, read_adapter
-from treadle.bundle import RESERVED, Bundle, foreign_base, read_bundle
-from treadle.centroid_files import read_centroid
-from treadle.centroids import Centroids, Floats
+from treadle.adapters import Adapter
+from treadle.bundle import Bundle, read_bundle
+from treadle.centroids import Floats
 from treadle.compatible import check_combine
-from treadle.embed import StaticEmbedder, num_words
+from treadle.embed import StaticEmbedder
 from treadle.errors import AdapterError, BundleError, OptionError, problem_list, unknown_name
 from treadle.params import Combine, RoutingParams
 from treadle.requested import requested, too_large
@@ -27,6 +25,8 @@ from treadle.routing import Router
 from treadle.vllm_plugin.params import KEY, PluginParams, allowed_combines
 
 AUTO, BASE = "auto", "base"
+FIELDS = frozenset(each.name for each in fields(RoutingParams))
+"""What a request's object of options may set; an adapter of such a name is asked for by `fixed`."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Mixture:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the set of adapters: it is part of the hash of every block of keys and values they act on."""
-        parts = sorted(zip(self.slots, self.identities, self.scales, strict=True))
+        """Changes with the adapters and their order: it is part of the hash of every block of keys and values.
+
+        The order too, because what follows it in the hash are weights (N,): one that leaves and comes back is the last.
+        """
+        parts = list(zip(self.slots, self.identities, self.scales, strict=True))
         return hashlib.sha256(repr((parts, self.router.embedder.id)).encode()).hexdigest()[:16]
 
     @cached_property
@@ -115,7 +118,7 @@ class Mixture:
         return (AUTO, BASE, *self.names)
 
     def _read_options(self, given: Mapping[str, Any]) -> RoutingParams:
-        if given and all(name in self.names for name in given):
+        if given and all(name in self.names and name not in FIELDS for name in given):
             given = {"fixed": given, "every": None}  # weights by name
         try:
             params = requested(self.router.params, given)
@@ -147,14 +150,6 @@ class Mixture:
                 problems.append(str(error))
         if problems:
             raise OptionError(problem_list(f"{KEY}:", problems))
-
-
-@dataclass(frozen=True)
-class Newcomer:
-    """An adapter that joins a running server: its factors and its centroid, both read and checked."""
-
-    adapter: Adapter
-    centroids: Centroids = field(repr=False)
 
 
 def open_bundle(params: PluginParams) -> tuple[Bundle, Mixture]:
@@ -218,63 +213,6 @@ def main_scale(adapter: Adapter) -> float:
 def largest_rank(adapter: Adapter) -> int:
     """Return the largest rank of an adapter's factors."""
     return max(pair.rank for pair in adapter.pairs.values())
-
-
-def read_newcomer(
-    mixture: Mixture, params: PluginParams, base: str, name: str, path: str, samples: Sequence[str] | None
-) -> Newcomer:
-    """Read an adapter that shall join, and check it against the mixture; nothing changes.
-
-    Raises:
-        TreadleError: lists what is wrong.
-    """
-    if name in mixture.names or name in RESERVED:
-        raise AdapterError(f"adapter {name!r} exists already; remove it first, or choose another name.")
-    adapter = read_adapter(path, name)
-    problems = [foreign_base(adapter, base)]
-    if params.max_rank is not None and largest_rank(adapter) > params.max_rank:
-        problems.append(f"adapter {name!r} has rank {largest_rank(adapter)}; max_rank is {params.max_rank}")
-    if mixture.combines != ("sum",):
-        problems.append(f"adapters can join only where combine 'sum' alone is allowed, not {mixture.combines}")
-    if any(problems):
-        raise AdapterError(problem_list("the adapter cannot join:", [problem for problem in problems if problem]))
-    embedder = mixture.router.embedder
-    if samples:
-        own = Centroids.empty(embedder.id, embedder.dim).add(name, embedder.encode(samples), num_words(samples))
-    else:
-        own = read_centroid(Path(path), name)
-    mixture.router.centroids.join(own)
-    return Newcomer(adapter, own)
-
-
-def with_adapter(mixture: Mixture, newcomer: Newcomer, slot: int) -> Mixture:
-    """Return the mixture with one more adapter, in a free slot."""
-    joined = replace(mixture.router, centroids=mixture.router.centroids.join(newcomer.centroids))
-    return replace(
-        mixture,
-        router=joined,
-        slots=(*mixture.slots, slot),
-        scales=(*mixture.scales, main_scale(newcomer.adapter)),
-        identities=(*mixture.identities, newcomer.adapter.identity),
-    )
-
-
-def without_adapter(mixture: Mixture, name: str) -> Mixture:
-    """Return the mixture without one adapter; its slot is free once no request uses it."""
-    if name not in mixture.names:
-        raise AdapterError(unknown_name("adapter", name, mixture.names))
-    if name in (mixture.router.params.fixed or {}):
-        raise AdapterError(f"adapter {name!r} has a weight in the default routing's `fixed`; it has to stay.")
-    if len(mixture.names) == 1:
-        raise AdapterError(f"adapter {name!r} is the last one; it has to stay.")
-    keep = [index for index, other in enumerate(mixture.names) if other != name]
-    return replace(
-        mixture,
-        router=replace(mixture.router, centroids=mixture.router.centroids.remove(name)),
-        slots=tuple(mixture.slots[index] for index in keep),
-        scales=tuple(mixture.scales[index] for index in keep),
-        identities=tuple(mixture.identities[index] for index in keep),
-    )
 
 
 def _read_json(text: str) -> Any:

@@ -22,7 +22,7 @@ class PluginParams:
 
     bundle: str = option("", "folder of the bundle")
     base_model: str | None = option(None, "the bundle's base, where this server's --model has another name for it")
-    combines: tuple[str, ...] = option((), "combines that requests may ask for; none = the bundle's own")
+    combines: tuple[str, ...] = option((), "combines that requests may ask for beside the bundle's own and sum")
     max_adapters: int | None = option(None, "slots for adapters that come later; none = the bundle's adapters, fixed")
     max_rank: int | None = option(None, "ranks that a slot has room for; none = the largest of the bundle's")
     adapter_dir: str | None = option(None, "folder below which adapters that are added must lie; none = none can be")
@@ -84,5 +84,8 @@ def _from_environment(environ: Mapping[str, str]) -> Any:
 
 
 def allowed_combines(params: PluginParams, default: Combine) -> tuple[Combine, ...]:
-    """Return the combines that requests may ask for: those of the options and the bundle's own."""
-    return tuple(name for name in COMBINES if name in params.combines or name == default)
+    """Return the combines that requests may ask for: those of the options, the bundle's own, and `sum`.
+
+    `base` and one adapter alone are `sum`, which any adapters allow.
+    """
+    return tuple(name for name in COMBINES if name in (*params.combines, default, "sum"))

@@ -1,4 +1,4 @@
-"""The places of vLLM that the plugin wraps or subclasses, and the versions that have them.
+"""The places of vLLM that the plugin wraps, subclasses or calls, and the versions that have them.
 
 A version that is not in VERSIONS, or whose places have moved, is refused by name when a bundle is configured, and left
 alone otherwise.
@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-VERSIONS = {"0.32": "the CPU build of 0.32.0: every test of tests/vllm; a GPU build was not to be had"}
+VERSIONS = {"0.32": "the CPU build of 0.32.0: every test of tests/vllm_plugin; a GPU build was not to be had"}
 """Versions of vLLM that the hooks are written for, and what has been run on them."""
 
 
@@ -45,6 +45,7 @@ START = Place("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self", 
 PLACES = {
     "scheduler": Place("vllm.config.scheduler:SchedulerConfig.get_scheduler_cls", ("self",)),
     "schedule": Place("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "throttle_prefills")),
+    "computed": Place("vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule", ("self", "scheduler_output")),
     "load": Place(
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
         ("self", "vllm_config", "model_config", "prefix"),
@@ -56,11 +57,13 @@ PLACES = {
     "inputs_v2": Place(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs", ("self", "scheduler_output", "batch_req_state")
     ),
+    "made": Place("vllm.v1.request:Request.from_engine_core_request", ("request", "block_hasher")),
     "request": Place("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("self", "request")),
     "hash": Place(
         "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
         ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
     ),
+    "processor": Place("vllm.v1.engine.input_processor:InputProcessor.__init__", ("self", "vllm_config", "renderer")),
     "validate": Place(
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         ("self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request"),
@@ -84,12 +87,14 @@ PLACES = {
         "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
         ("self", "default_max_tokens", "default_sampling_params"),
     ),
+    "workers": Place("vllm.v1.engine.core:EngineCore.collective_rpc", ("self", "method", "timeout", "args", "kwargs")),
+    "engines": Place("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("self", "method", "args")),
     "figures": Place("vllm.v1.metrics.prometheus:get_prometheus_registry", ()),
     "cpu": Place("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
     "cpu_thin": Place("vllm.model_executor.layers.utils:check_cpu_sgl_kernel", ("n", "k", "dtype")),
     "linear": Place("vllm.model_executor.layers.linear:LinearMethodBase.apply", ("self", "layer", "x", "bias")),
 }
-"""What is wrapped or subclassed, by what it is for."""
+"""What is wrapped, subclassed, called or relied on, by what it is for."""
 
 
 def vllm_version() -> str:

@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from treadle.errors import ModelError
 from treadle.vllm_plugin.params import KEY, PluginParams
+from treadle.vllm_plugin.tokens import tokenizer_of
+
+TOKENIZER_MODES = ("auto", "hf")
+"""Of vLLM's `--tokenizer-mode`: those in which a token id is the text that tokenizer.json says."""
 
 
 def refusals(config: Any) -> list[str]:
@@ -30,8 +35,23 @@ def refusals(config: Any) -> list[str]:
         "--runner pooling: there is nothing to generate": model.runner_type != "generate",
         "an encoder-decoder model": bool(model.is_encoder_decoder),
         "a multimodal model: the weights are made from text": bool(model.is_multimodal_model),
+        "a diffusion model makes its tokens in no order, and the weights follow the text": bool(model.is_diffusion),
+        "--skip-tokenizer-init: the weights are made from text": bool(model.skip_tokenizer_init),
+        f"--tokenizer-mode {model.tokenizer_mode}: the weights are made from the text that tokenizer.json gives a "
+        f"token; allowed: {', '.join(TOKENIZER_MODES)}": model.tokenizer_mode not in TOKENIZER_MODES,
     }  # fmt: skip
     return [why for why, is_on in checks.items() if is_on]
+
+
+def tokenizer_problems(config: Any) -> list[str]:
+    """Return what is wrong with the tokenizer, which would be wrong with each request."""
+    if config.model_config.skip_tokenizer_init:
+        return []  # refused above
+    try:
+        tokenizer_of(config.model_config)
+    except ModelError as error:
+        return [str(error)]
+    return []
 
 
 def base_problems(config: Any, base: str, params: PluginParams) -> list[str]:

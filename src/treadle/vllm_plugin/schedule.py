@@ -66,7 +66,7 @@ class Schedule:
     def __init__(self, mixture: Mixture, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._mixture = mixture
         self._tokenizer = tokenizer
-        self._lock = Lock()  # of all below
+        self._lock = Lock()  # of all below; a stream by itself belongs to one thread at a time
         self._kinds: dict[RoutingParams, Kind] = {}  # equal params once, so that their streams are one product
         self._words = Words(cast(StaticEmbedder, mixture.router.embedder))
         self._texts: weakref.WeakValueDictionary[tuple[int | None, ...], Texts] = weakref.WeakValueDictionary()
@@ -94,22 +94,28 @@ class Schedule:
         return Stream(kind, prompt_tokens, Detokenizer(self._tokenizer))
 
     def decide(self, needs: Sequence[Need]) -> None:
-        """Give weights to all positions that need them; one product for all streams of a kind that are due."""
+        """Give weights to all positions that need them; one product for all streams of a kind that are due.
+
+        A prompt is read without the lock: it may be long, and no step shall wait for it. Until its request is handed to
+        the scheduler, only the thread that opened it knows its stream; what streams share without the lock (the
+        embedder's words, the tokenizer, the centroids) any thread may use.
+        """
         needs = [need for need in needs if need[2] > need[0].decided]
         if not needs:
             return
-        started = perf_counter()
-        with self._lock:
-            while needs:
-                alone: list[Need] = []
-                together: dict[Texts, list[Need]] = {}
+        started, made = perf_counter(), 0
+        while needs:
+            alone: list[Need] = []
+            together: dict[Texts, list[Need]] = {}
+            with self._lock:
                 for need in needs:
                     texts = need[0].texts or self._joined(need[0])
                     (alone if texts is None else together.setdefault(texts, [])).append(need)
-                self._decide_alone(alone)
-                for texts, each in together.items():
-                    self._decide_together(texts, each)
-                needs = [need for need in needs if need[2] > need[0].decided]  # such as chunks of a text read again
+                made += sum(self._decide_together(texts, each) for texts, each in together.items())
+            made += self._decide_alone(alone)
+            needs = [need for need in needs if need[2] > need[0].decided]  # such as chunks of a text read again
+        with self._lock:
+            self.counts.decisions += made
             self.counts.seconds += perf_counter() - started
 
     def _joined(self, stream: Stream) -> Texts | None:
@@ -122,8 +128,8 @@ class Schedule:
         stream.join(texts)
         return texts
 
-    def _decide_alone(self, needs: Sequence[Need]) -> None:
-        """Decide all positions that prompts need, and texts with a long window."""
+    def _decide_alone(self, needs: Sequence[Need]) -> int:
+        """Decide all positions that prompts need, and texts with a long window; return how many decisions it were."""
         due: dict[Kind, tuple[list[tuple[Stream, int]], list[tuple[Any, ...]]]] = {}
         for stream, token_ids, end in needs:
             starts, views = stream.pending(token_ids, end)
@@ -133,9 +139,10 @@ class Schedule:
                 all_views += views
         for kind, (places, views) in due.items():
             self._settle(kind, places, finish_views(kind.mixture.router.embedder, views))
+        return sum(len(places) for places, _ in due.values())
 
-    def _decide_together(self, texts: Texts, needs: Sequence[Need]) -> None:
-        """Decide the next position of each running text."""
+    def _decide_together(self, texts: Texts, needs: Sequence[Need]) -> int:
+        """Decide the next position of each running text; return how many decisions it were."""
         due: dict[Kind, tuple[list[tuple[Stream, int]], list[int]]] = {}
         rows: list[int] = []
         pieces: list[list[str]] = []
@@ -151,12 +158,12 @@ class Schedule:
             texts.extend(rows, pieces)
         for kind, (places, kind_rows) in due.items():
             self._settle(kind, places, texts.embeddings(kind_rows))
+        return len(rows)
 
     def _settle(self, kind: Kind, places: Sequence[tuple[Stream, int]], embeddings: Floats) -> None:
         """Decide from the embeddings (P, K, D) of streams at their first positions."""
         weights = kind.mixture.router.weigh(embeddings, kind.params)  # (P, N)
         gates = kind.mixture.gates(weights, kind.params.combine)  # (P, G, slots)
-        self.counts.decisions += len(weights)
         for (stream, start), key, each in zip(places, keys_of(weights), gates, strict=True):
             stream.settle(start, key, each)
 

@@ -244,10 +244,13 @@ class Stack(nn.Module):
 class Stacks:
     """All stacks of one model in one process."""
 
-    def __init__(self, board: GateBoard, stacks: Mapping[str, Stack], num_layers: int) -> None:
+    def __init__(
+        self, board: GateBoard, stacks: Mapping[str, Stack], num_layers: int, absent: Sequence[str] = ()
+    ) -> None:
         self.board = board
         self.stacks = dict(stacks)
         self.num_layers = num_layers
+        self.absent = tuple(absent)  # prefixes of the modules that other pipeline stages hold
 
     def put(self, slot: int, adapter: Adapter) -> None:
         """Copy an adapter into a slot of every layer."""
@@ -287,17 +290,18 @@ def held_here(adapter: Adapter, absent: Sequence[str]) -> dict[str, LoraPair]:
 
 
 def check_targets(adapter: Adapter, stacks: Stacks) -> None:
-    """Raise an AdapterError where an adapter that joins has factors for modules that have no room."""
+    """Raise an AdapterError where an adapter that joins has factors for modules held here that have no room."""
     parts = {
         part.path: part.shape
         for stack in stacks.stacks.values()
         for index, part in enumerate(stack.place.parts)
         if stack.has_room(index)
     }
-    problems = [f"{path}: there is no room for it" for path in adapter.pairs if path not in parts]
+    here = held_here(adapter, stacks.absent)
+    problems = [f"{path}: there is no room for it" for path in here if path not in parts]
     problems += [
         f"{path} is {parts[path]} (in, out), the factors are {(pair.a.shape[1], pair.b.shape[0])}"
-        for path, pair in adapter.pairs.items()
+        for path, pair in here.items()
         if path in parts and parts[path] != (pair.a.shape[1], pair.b.shape[0])
     ]
     if problems:

@@ -1,0 +1,218 @@
+"""The plugin's routes over two engines that are stubs: adapters come and go in all of them or in none."""
+
+import asyncio
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from treadle.errors import OptionError
+from treadle.routing import RunningText
+from treadle.vllm_plugin import endpoints, live
+from treadle.vllm_plugin.asked import Asked
+from treadle.vllm_plugin.endpoints import State
+from treadle.vllm_plugin.live import Core
+from treadle.vllm_plugin.mixture import open_bundle
+from treadle.vllm_plugin.params import PluginParams
+from treadle.vllm_plugin.schedule import Schedule
+
+from conftest import BASE, save_adapter
+
+NEW = {"name": "late", "path": "late", "samples": ["sum planet loop", "planet loop sum"]}
+
+
+class Engine:
+    """One engine's core, whose worker may refuse an adapter when it is looked at, or when it is put in."""
+
+    def __init__(self, params: PluginParams, tokenizer: Any) -> None:
+        bundle, mixture = open_bundle(params)
+        core = Core(params, bundle.base_model, Schedule(mixture, tokenizer))
+        self.scheduler = SimpleNamespace(treadle=core, requests={})
+        self.refuses: dict[bool, str | Exception] = {}  # whether it is put in -> what is wrong
+
+    def collective_rpc(self, function: Any, args: tuple[Any, ...]) -> list[str | None]:
+        problem = self.refuses.get(args[0] is not None)
+        if isinstance(problem, Exception):
+            raise problem
+        return [problem]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.scheduler.treadle.mixture.names
+
+
+class Client:
+    """What the routes know of vLLM's client."""
+
+    def __init__(self, engines: list[Engine], asked: Asked, tokenizer: str) -> None:
+        self.engines = engines
+        self.engine_core = self
+        self.input_processor = SimpleNamespace(treadle=asked)
+        self.model_config = SimpleNamespace(
+            tokenizer=tokenizer, tokenizer_revision=None, trust_remote_code=False, max_model_len=256,
+            get_vocab_size=lambda: 260, served_model_name=["demo", "auto", "math", "code"],
+        )  # fmt: skip
+        self.during: Any = lambda function: None
+
+    async def call_utility_all_async(self, function: str, *arguments: Any) -> list[Any]:
+        self.during(function)
+        return [getattr(live, function)(engine, *arguments) for engine in self.engines]
+
+
+@pytest.fixture
+def state(bundle_folder: Path, tokenizer: Any, tmp_path: Path) -> State:
+    save_adapter(tmp_path / "late", seed=9, r=2)
+    for name in ("math", "code"):
+        save_adapter(tmp_path / name, seed=9, r=2)
+    params = PluginParams(bundle=str(bundle_folder), max_adapters=4, max_rank=8, adapter_dir=str(tmp_path))
+    engines = [Engine(params, tokenizer) for _ in range(2)]
+    return State(Client(engines, Asked.open(params), str(bundle_folder.parent / BASE)), Asked.open(params))
+
+
+@pytest.fixture
+def http(state: State) -> TestClient:
+    app = Starlette(
+        routes=[
+            Route("/route", endpoints._answering(endpoints.route), methods=["POST"]),
+            Route("/adapters", endpoints._answering(endpoints.adapters), methods=["GET", "POST"]),
+            Route("/adapters/{name}", endpoints._answering(endpoints.remove), methods=["DELETE"]),
+        ]
+    )
+    app.state.treadle = state
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def held(state: State) -> list[tuple[str, ...]]:
+    """The adapters that the server and each engine know."""
+    return [state.asked.mixture.names, *(engine.names for engine in state.client.engines)]
+
+
+def test_an_adapter_joins_and_leaves_everywhere(state: State, http: TestClient) -> None:
+    answer = http.post("/adapters", json=NEW)
+    assert (answer.status_code, answer.json()["adapters"]["late"]) == (200, 3)
+    assert held(state) == [("math", "science", "code", "late")] * 3
+    assert http.delete("/adapters/late").status_code == 200
+    assert http.delete("/adapters/late").status_code == 404
+    assert held(state) == [("math", "science", "code")] * 3
+
+
+@pytest.mark.parametrize("when", [False, True], ids=["when it is looked at", "when it is put in"])
+@pytest.mark.parametrize("problem", ["no room", RuntimeError("a worker fell")], ids=["refused", "failed"])
+def test_an_adapter_that_one_engine_refuses_joins_none(
+    state: State, http: TestClient, when: bool, problem: str | Exception
+) -> None:
+    state.client.engines[1].refuses[when] = problem
+    answer = http.post("/adapters", json=NEW)
+    assert answer.status_code == (400 if isinstance(problem, str) else 500)
+    assert held(state) == [("math", "science", "code")] * 3
+    state.client.engines[1].refuses.clear()
+    assert http.post("/adapters", json=NEW).status_code == 200
+
+
+def test_what_leaves_is_refused_before_the_engines_know(state: State, http: TestClient) -> None:
+    seen: list[tuple[str, ...]] = []
+    state.client.during = lambda function: seen.append(state.asked.mixture.names)
+    http.delete("/adapters/code")
+    assert seen == [("math", "science")]
+    state.client.during = lambda function: (_ for _ in ()).throw(RuntimeError("the engines are gone"))
+    assert http.delete("/adapters/science").status_code == 500
+    assert state.asked.mixture.names == ("math", "science")  # all is as it was
+
+
+def test_a_model_that_was_an_adapter_does_not_become_the_routed_one(state: State, http: TestClient) -> None:
+    asked = state.asked
+    assert asked.choice(None, "math") == "math"
+    assert asked.choice(None, "demo") == "auto"
+    http.delete("/adapters/math")
+    with pytest.raises(OptionError, match="unknown choice 'math'"):
+        asked.choice(None, "math")
+    assert asked.choice("code", "math") == "code"  # a request's own options come first
+    assert asked.choice(None, "demo") == "auto"
+    assert http.post("/adapters", json={**NEW, "name": "math", "path": "math"}).status_code == 200
+    assert asked.choice(None, "math") == "math"
+
+
+@pytest.mark.parametrize("name", ["demo", "auto", "science", "every", "a/b", ""])
+def test_names_that_mean_something_else_are_a_400(state: State, http: TestClient, name: str) -> None:
+    assert http.post("/adapters", json={**NEW, "name": name}).status_code == 400
+    assert held(state) == [("math", "science", "code")] * 3
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "outside the vocabulary": ({"prompt": [3, 260]}, "token id 260; allowed: 0 to 259"),
+    "far outside": ({"prompt": [3], "token_ids": [1 << 70]}, "allowed: 0 to 259"),
+    "negative": ({"prompt": [-1]}, "prompt is a text or token ids"),
+    "too many tokens": ({"prompt": [3] * 200, "token_ids": [3] * 57}, "257 tokens; this server reads at most 256"),
+    "a text of too many": ({"prompt": "a" * 257}, "257 tokens"),
+    "a text that cannot be fewer": ({"prompt": "a" * 100_000}, "100000 characters cannot be 256 tokens"),
+    "both wrong": ({"prompt": [300] * 300}, "token id 300"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_tokens_that_the_model_cannot_read_are_a_400(http: TestClient, case: str) -> None:
+    body, message = BAD[case]
+    answer = http.post("/route", json=body)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
+def test_the_route_of_the_longest_prompt(http: TestClient) -> None:
+    answer = http.post("/route", json={"prompt": [3] * 255 + [259], "treadle": "math"})
+    assert answer.status_code == 200
+    assert np.array(answer.json()["weights"]).shape == (256, 3)
+
+
+def test_a_step_does_not_wait_for_a_prompt(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input thread reads prompts; the scheduler plans steps of others meanwhile."""
+    schedule = state.client.engines[0].scheduler.treadle.schedule
+    ids = list(range(60, 120))
+    running = schedule.open({"every": 1}, 20)
+    schedule.decide([(running, ids[:20], 20)])
+    reading, go_on = threading.Event(), threading.Event()
+    decide = RunningText.decide
+
+    def slow(self: RunningText, pieces: Any, length: int, prompt_tokens: int) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            reading.set()
+            assert go_on.wait(30)
+        return decide(self, pieces, length, prompt_tokens)
+
+    monkeypatch.setattr(RunningText, "decide", slow)
+    stream = schedule.open({"every": 1}, 50)
+    thread = threading.Thread(target=lambda: schedule.decide([(stream, ids, 50)]))
+    thread.start()
+    assert reading.wait(30)
+    steps = threading.Timer(10, go_on.set)  # a step that waits gets its turn, and fails below
+    steps.start()
+    for end in range(20, 40):
+        schedule.plan([("a", running, ids[:end], end - 1, end)])
+    was_free = not go_on.is_set()
+    steps.cancel()
+    go_on.set()
+    thread.join()
+    assert was_free
+    assert stream.decided >= 50
+    assert schedule.counts.decisions == 1 + 19 + 1  # a prompt, its tokens after the first, and the other prompt
+
+
+def test_engines_are_asked_one_after_the_other(state: State, http: TestClient) -> None:
+    """Two adapters that join at once get slots of their own."""
+
+    async def both() -> None:
+        async with asyncio.TaskGroup() as group:
+            for name in ("late", "later"):
+                body = {**NEW, "name": name}
+                request: Any = SimpleNamespace(method="POST", json=lambda body=body: asyncio.sleep(0, body))
+                group.create_task(endpoints.adapters(request, state))
+
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(both())
+    assert "4 slots are taken" in str(raised.value.exceptions[0])
+    assert held(state) == [("math", "science", "code", "late")] * 3
