@@ -192,7 +192,7 @@ class Joined:
 
 
 class Shrunk:
-    """A x of layers that read the same input: where it is made, `source`, where gates leave it, `h`, and `spare` room."""
+    """A x of layers that read the same input: where it is made, `source`, where gates leave it, `h`; `spare` room."""
 
     def __init__(self, form: Form, source: Tensor, h: Tensor, spare: Tensor) -> None:
         self._form = form
