@@ -16,7 +16,7 @@ from treadle.results import RESAMPLES, Fraction, difference, fractions_of, read_
 from treadle.streams import STREAMS
 from treadle.tasks import PAPER
 
-PRIMARY = {"math": "exact_number", "science": "letter", "code": "rouge_l", "reading": "f1"}
+PRIMARY = {"math": "exact_number", "science": "letter", "code": "rouge_l", "reading": "f1", "mbpp": "pass_at_1"}
 """The metric that stands for a task where texts were generated."""
 
 
