@@ -291,13 +291,13 @@ def test_a_pool_that_does_not_load_is_a_line(lab: Lab, monkeypatch: pytest.Monke
 
 def test_layings_are_counted(lab: Lab) -> None:
     engine = lab.pool(40, rank=16, targets=("q_proj", "v_proj"))
-    one, other = (
+    first, second, third = (
         Steps(engine, started(engine, lab.prompts(1, 8), 9, RoutingParams.one(name)))
-        for name in engine.adapter_names[:2]
+        for name in engine.adapter_names[:3]
     )
-    for steps in (one, one, other, one):  # the other's prompt was the last to be read
+    for steps in (first, first, second, first, second, third):  # two stay beside each other, three do not
         steps()
-    assert (one.num_layings, other.num_layings) == (2, 1)
+    assert [each.num_layings for each in (first, second, third)] == [2, 1, 1]
 
 
 def test_a_base_with_other_layer_names_loses_no_suite(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
