@@ -273,10 +273,9 @@ class StackStep:
         shrink = stack.shrink
         self._a = form.matrix(shrink.a)
         below = slice(size, size + rank)
-        source = form.part(self._all, below) if stack.is_whole else None
-        is_there = source is not None and dtype == shrink.dtype
-        h = source if is_there else buffers.take("h", rank, shrink.dtype)
-        self._shrunk = Shrunk(form, h if source is None else source, h, buffers.take("spare", rank, shrink.dtype))
+        source = form.part(self._all, below) if stack.is_whole else buffers.take("h", rank, shrink.dtype)
+        h = source if source.dtype == shrink.dtype else buffers.take("h", rank, shrink.dtype)
+        self._shrunk = Shrunk(form, source, h, buffers.take("spare", rank, shrink.dtype))
         self._sum = self._y
         if dtype != shrink.dtype:  # columns that no adapter has stay zero: nobody else has room of this name
             name = f"sum of {[columns for _, columns in stack.updates]}"
