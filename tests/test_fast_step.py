@@ -24,6 +24,7 @@ from treadle.params import Combine, RoutingParams, SamplingParams
 from treadle.pools import random_adapters
 from treadle.routing import Router, fit
 from treadle.step_parts import ARCHITECTURES, fits
+from treadle.step_products import Columns, Form, Twice, Vector, fastest_form
 from treadle.timing import Counter
 
 from conftest import SAMPLES, TINY, save_adapter
@@ -100,8 +101,42 @@ def test_fast_is_forward_for_mixed_rows(make_engine: Callable[..., Engine], name
         assert_same(fast, plain)
 
 
+@pytest.mark.parametrize("on_amd", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 2, 6])
+def test_every_form_is_forward(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, num_rows: int, on_amd: bool
+) -> None:
+    monkeypatch.setattr("treadle.step_products.is_amd", lambda: on_amd)
+    engines = [make_engine(build("Qwen2ForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
+    for first in range(0, 6, num_rows):
+        rows = slice(first, first + num_rows)
+        sampling = SamplingParams(max_tokens=12)
+        assert_same(*(each.generate(PROMPTS[rows], sampling=sampling, routing=ROUTINGS[rows]) for each in engines))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "on_amd", "kinds"),
+    [
+        (torch.float32, True, [Twice, Columns, Columns, Columns, Form]),
+        (torch.bfloat16, True, [Form, Form, Columns, Columns, Form]),
+        (torch.float32, False, [Vector, Form, Columns, Columns, Form]),
+        (torch.bfloat16, False, [Vector, Columns, Columns, Form, Form]),
+    ],
+)
+def test_the_form_follows_the_machine(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, on_amd: bool, kinds: list[type[Form]]
+) -> None:
+    monkeypatch.setattr("treadle.step_products.is_amd", lambda: on_amd)
+    monkeypatch.setattr("treadle.step_products.HAS_MKL", True)
+    assert [type(fastest_form(num_rows, dtype)) for num_rows in (1, 2, 8, 32, 33)] == kinds
+
+
+@pytest.mark.parametrize("on_amd", [True, False])
 @pytest.mark.parametrize("num_rows", [1, 3, 20])
-def test_bfloat16_is_as_close_to_float32_as_forward_is(num_rows: int) -> None:
+def test_bfloat16_is_as_close_to_float32_as_forward_is(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, on_amd: bool
+) -> None:
+    monkeypatch.setattr("treadle.step_products.is_amd", lambda: on_amd)
     ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
     exact, rounded = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
     caches = [RowCache(), RowCache()]

@@ -4,17 +4,15 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from treadle import __version__
+from treadle.step_products import CPU_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CPU_FILE = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ multiplication by the gates, and one product with B for each layer that they tar
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,12 @@ from torch import Tensor, nn
 from treadle.layers import BlendedLinear, Gates, Shrink
 from treadle.step_parts import bases, in_one_piece, joined_bias
 
+CPU_FILE = Path("/proc/cpuinfo")
 HAS_MKL = torch.backends.mkl.is_available()
 COLUMN_ROWS = {torch.float32: range(4, 33), torch.bfloat16: range(2, 17)}
 """Numbers of rows for which W x^T is faster than x W^T with MKL and oneDNN (benchmarks/products.py)."""
+AMD_COLUMN_ROWS = {torch.float32: range(2, 33), torch.bfloat16: range(8, 33)}
+"""The same on AMD's CPUs, where MKL multiplies a matrix by one vector, or x W^T of a few rows, with one thread."""
 
 
 class Form:
@@ -38,6 +43,10 @@ class Form:
     def lay(self, rows: Tensor) -> Tensor:
         """Return the view of (B|1, n) that lies as results do."""
         return rows
+
+    def lay_gates(self, gates: Tensor) -> Tensor:
+        """Return gates (B|1, n) as what multiplies results."""
+        return self.lay(gates).contiguous()
 
     def rows(self, laid: Tensor) -> Tensor:
         """Return the view (B, n) of what lies as results do."""
@@ -122,11 +131,41 @@ class Vector(Columns):
         y.addmv_(matrix, x)
 
 
+class Twice(Columns):
+    """One row as two equal columns, (n, 2): a product that MKL makes with all threads."""
+
+    def shape(self, size: int) -> tuple[int, ...]:
+        """(n, 2)."""
+        return size, 2
+
+    def lay(self, rows: Tensor) -> Tensor:
+        """(1, n) as (n, 2), a copy."""
+        return rows.expand(2, -1).contiguous().t()
+
+    def lay_gates(self, gates: Tensor) -> Tensor:
+        """(1, n) as (n, 1), for both columns."""
+        return gates.t()
+
+    def rows(self, laid: Tensor) -> Tensor:
+        """(n, 2) as (1, n), the first column."""
+        return laid[:, :1].t()
+
+
 def fastest_form(num_rows: int, dtype: torch.dtype) -> Form:
-    """Return the form of a step of so many rows."""
-    if num_rows == 1:
+    """Return the form of a step of so many rows; on one machine always the same, because forms round differently."""
+    on_amd = HAS_MKL and is_amd()
+    if num_rows == 1 and not on_amd:
         return Vector(1)
-    return Columns(num_rows) if HAS_MKL and num_rows in COLUMN_ROWS.get(dtype, ()) else Form(num_rows)
+    if num_rows == 1 and dtype == torch.float32:
+        return Twice(1)
+    many = (AMD_COLUMN_ROWS if on_amd else COLUMN_ROWS).get(dtype, ()) if HAS_MKL else ()
+    return Columns(num_rows) if num_rows in many else Form(num_rows)
+
+
+@cache
+def is_amd() -> bool:
+    """Return whether the system says that this is a CPU of AMD's."""
+    return CPU_FILE.exists() and "AuthenticAMD" in CPU_FILE.read_text("utf-8")
 
 
 class StepGates:
@@ -188,7 +227,7 @@ class Joined:
     def _side_by_side(self, gates: Sequence[Tensor | None]) -> Tensor | None:
         """Return gates (B|1, 1, R) of the layers as one, as results lie; None where one has none."""
         given = [each[:, 0] for each in gates if each is not None]
-        return self._form.lay(torch.cat(given, -1)).contiguous() if len(given) == len(gates) else None
+        return self._form.lay_gates(torch.cat(given, -1)) if len(given) == len(gates) else None
 
 
 class Shrunk:
