@@ -17,8 +17,9 @@ from torch import Tensor
 
 from treadle.blend import attach
 from treadle.fast_step import FastStep
+from treadle.forms import Columns, Form, Vector, fastest_form
 from treadle.models import load_model, quiet_libraries
-from treadle.step_products import Columns, Form, Stack, Vector, fastest_form
+from treadle.step_products import Stack
 from treadle.timing import interleave
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

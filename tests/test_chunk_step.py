@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 import treadle.batch
 from treadle.batch import Batch
 from treadle.chunk_step import MOST_TOKENS
+from treadle.forms import COLUMN_ROWS
 from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.rows import Report, Row
 from treadle.step_parts import ARCHITECTURES
-from treadle.step_products import COLUMN_ROWS
 
 from test_fast_step import build, folders, make_engine  # noqa: F401 - fixtures
 

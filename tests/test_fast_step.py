@@ -19,12 +19,12 @@ from treadle.blend import Blend, attach
 from treadle.cache import RowCache
 from treadle.embed import StaticEmbedder
 from treadle.fast_step import FastStep
+from treadle.forms import Columns, Form, Twice, Vector, fastest_form
 from treadle.generate import Completion, Engine
 from treadle.params import Combine, RoutingParams, SamplingParams
 from treadle.pools import random_adapters
 from treadle.routing import Router, fit
 from treadle.step_parts import ARCHITECTURES, fits
-from treadle.step_products import Columns, Form, Twice, Vector, fastest_form
 from treadle.timing import Counter
 
 from conftest import SAMPLES, TINY, save_adapter
@@ -106,7 +106,7 @@ def test_fast_is_forward_for_mixed_rows(make_engine: Callable[..., Engine], name
 def test_every_form_is_forward(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, num_rows: int, on_amd: bool
 ) -> None:
-    monkeypatch.setattr("treadle.step_products.is_amd", lambda: on_amd)
+    monkeypatch.setattr("treadle.forms.is_amd", lambda: on_amd)
     engines = [make_engine(build("Qwen2ForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
     for first in range(0, 6, num_rows):
         rows = slice(first, first + num_rows)
@@ -126,8 +126,8 @@ def test_every_form_is_forward(
 def test_the_form_follows_the_machine(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, on_amd: bool, kinds: list[type[Form]]
 ) -> None:
-    monkeypatch.setattr("treadle.step_products.is_amd", lambda: on_amd)
-    monkeypatch.setattr("treadle.step_products.HAS_MKL", True)
+    monkeypatch.setattr("treadle.forms.is_amd", lambda: on_amd)
+    monkeypatch.setattr("treadle.forms.HAS_MKL", True)
     assert [type(fastest_form(num_rows, dtype)) for num_rows in (1, 2, 8, 32, 33)] == kinds
 
 
@@ -136,7 +136,7 @@ def test_the_form_follows_the_machine(
 def test_bfloat16_is_as_close_to_float32_as_forward_is(
     monkeypatch: pytest.MonkeyPatch, num_rows: int, on_amd: bool
 ) -> None:
-    monkeypatch.setattr("treadle.step_products.is_amd", lambda: on_amd)
+    monkeypatch.setattr("treadle.forms.is_amd", lambda: on_amd)
     ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
     exact, rounded = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
     caches = [RowCache(), RowCache()]

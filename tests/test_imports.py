@@ -30,7 +30,17 @@ CORE = {
         "sampling",
     ),
     *("text", "pages", "cache", "rows", "prefixes", "batch", "completion", "generate", "score", "bundle", "models"),
-    *("step_parts", "step_products", "stages", "graph_step", "kernels", "kernel_code", "products", "kernels_plain"),
+    *(
+        "step_parts",
+        "forms",
+        "step_products",
+        "stages",
+        "graph_step",
+        "kernels",
+        "kernel_code",
+        "products",
+        "kernels_plain",
+    ),
     "centroid_files",
     "requested",
 }

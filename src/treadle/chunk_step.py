@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from treadle.cache import RowCache, RowLayer
+from treadle.forms import COLUMN_ROWS, HAS_MKL
 from treadle.layers import BlendedLinear
 from treadle.step_parts import DecoderLayer, bases, decoder_layers, joined_bias
-from treadle.step_products import COLUMN_ROWS, HAS_MKL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

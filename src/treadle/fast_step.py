@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from treadle.blend import Blend
 from treadle.cache import RowCache, RowLayer
+from treadle.forms import Form, fastest_form
 from treadle.step_parts import DecoderLayer, decoder_layers
-from treadle.step_products import Buffers, Form, Stack, StackStep, StepGates, fastest_form
+from treadle.step_products import Buffers, Stack, StackStep, StepGates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -73,11 +73,7 @@ class State:
 
     async def call(self, function: str, *arguments: Any) -> dict[str, Any]:
         """Call a function of every engine's core and return the first answer; an error of any is raised."""
-        answers = await self.ask(function, *arguments)
-        for answer in answers:
-            if "error" in answer:
-                raise AdapterError(answer["error"])
-        return answers[0]
+        return _first(await self.ask(function, *arguments))
 
     async def add(self, *arguments: Any) -> dict[str, Any]:
         """Let an adapter join in every engine, or in none; see `treadle.vllm_plugin.live.treadle_add_adapter`."""
@@ -100,10 +96,15 @@ class State:
             raise
         if all("error" in answer for answer in answers):
             self.asked.mixture = before
-        for answer in answers:
-            if "error" in answer:
-                raise AdapterError(answer["error"])
-        return answers[0]
+        return _first(answers)
+
+
+def _first(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first engine's answer, or raise an AdapterError with the first error of any."""
+    for answer in answers:
+        if "error" in answer:
+            raise AdapterError(answer["error"])
+    return answers[0]
 
 
 class Refused(Exception):
