@@ -3,8 +3,8 @@
     python benchmarks/products.py [--dtype float32 bfloat16] [--rows 1 2 4 8 16 32 64]
 
 For every number of rows: the median milliseconds of all products of one step (q k v, o, gate up, down of each layer,
-and the head), by form: `x W^T`, `(W x^T)^T`, and for one row `W x`. The forms
-are run in turn. Weights are those of the demo's base.
+and the head), by form: `x W^T`, `(W x^T)^T`, for one row `W x`, and `x W^T` of weights that oneDNN has packed. The
+forms are run in turn. Weights are those of the demo's base.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from treadle.blend import attach
 from treadle.fast_step import FastStep
-from treadle.forms import Columns, Form, Vector, fastest_form
+from treadle.forms import Columns, Form, Packed, Vector, fastest_form
 from treadle.models import load_model, quiet_libraries
+from treadle.packs import Packs, Weight, can_pack, packs_unasked
 from treadle.step_products import Stack
 from treadle.timing import interleave
 
@@ -27,7 +28,8 @@ FORMS: dict[str, Callable[[int, torch.dtype], Form]] = {
     "x W^T": lambda rows, dtype: Form(rows),
     "(W x^T)^T": lambda rows, dtype: Columns(rows),
     "W x": lambda rows, dtype: Vector(rows),
-    "as treadle": fastest_form,
+    "packed": lambda rows, dtype: Packed(rows),
+    "as treadle": lambda rows, dtype: fastest_form(rows, dtype, has_packs=packs_unasked(0, dtype)),
 }
 
 
@@ -43,39 +45,40 @@ def main() -> None:
     for dtype in options.dtype:
         weights = step_weights(dtype)
         for rows in options.rows:
-            forms = {name: form(rows, weights[0].dtype) for name, form in FORMS.items() if rows == 1 or name != "W x"}
+            dtype_of = weights[0].plain.dtype
+            able = [name for name in FORMS if (name != "W x" or rows == 1) and (name != "packed" or can_pack(dtype_of))]
+            forms = {name: FORMS[name](rows, dtype_of) for name in able}
             times = measure(forms, weights, rows, options.rounds)
             cells = (f"{times[name]:.1f}" if name in times else "" for name in FORMS)
             print(f"| {dtype} | {rows} | {' | '.join(cells)} |", flush=True)
 
 
-def step_weights(dtype: str) -> list[Tensor]:
+def step_weights(dtype: str) -> list[Weight]:
     """Return the stacked weights (out, in) of one step, in the order in which it reads them."""
     model = load_model(BASE, dtype=dtype)
     FastStep(model, attach(model, []))  # lays them out
-    weights: list[Tensor] = []
+    weights: list[Weight] = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         groups = [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]
         weights += [
-            Stack(group, with_factors=False).weight
+            Stack(group, Packs(), with_factors=False).bare
             for group in (*groups, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
         ]
-    return [*weights, model.lm_head.weight]
+    return [*weights, Stack([model.lm_head], Packs(), with_factors=False).bare]
 
 
-def measure(forms: dict[str, Form], weights: list[Tensor], rows: int, rounds: int) -> dict[str, float]:
-    dtype = weights[0].dtype
-    inputs = {size: torch.randn(rows, size, dtype=dtype) for size in {weight.shape[1] for weight in weights}}
+def measure(forms: dict[str, Form], weights: list[Weight], rows: int, rounds: int) -> dict[str, float]:
+    dtype, shapes = weights[0].plain.dtype, {weight.plain.shape for weight in weights}
+    inputs = {size: torch.randn(rows, size, dtype=dtype) for _, size in shapes}
 
     def all_products(form: Form, results: dict[int, Tensor]) -> None:
         for weight in weights:
-            form.multiply(form.matrix(weight), form.lay(inputs[weight.shape[1]]), results[len(weight)])
+            size_out, size_in = weight.plain.shape
+            form.multiply_base(form.base_matrix(weight), form.lay(inputs[size_in]), results[size_out])
 
     units = {
-        name: partial(
-            all_products, form, {size: torch.empty(form.shape(size), dtype=dtype) for size in map(len, weights)}
-        )
+        name: partial(all_products, form, {size: torch.empty(form.shape(size), dtype=dtype) for size, _ in shapes})
         for name, form in forms.items()
     }
     return {name: 1000 * median(values) for name, values in interleave(units, rounds).items()}

@@ -442,7 +442,7 @@ def test_processes_make_all_their_tokens(
     steps: list[int] = []
     step = Batch.step
     monkeypatch.setattr(Batch, "step", lambda self: (steps.append(1), step(self))[1])
-    workbench.answer(str(lab.bundle.folder), "cpu", "float32", "10", "abc")
+    workbench.answer(str(lab.bundle.folder), "cpu", "float32", "0", "10", "abc")
     assert len(steps) == 9
     made: list[torch.Tensor] = []
     generate = LlamaForCausalLM.generate

@@ -18,9 +18,12 @@ from treadle.adapters import LoraPair, read_adapter
 from treadle.blend import Blend, attach
 from treadle.cache import RowCache
 from treadle.embed import StaticEmbedder
+from treadle.errors import OptionError
 from treadle.fast_step import FastStep
-from treadle.forms import Columns, Form, Twice, Vector, fastest_form
+from treadle.forms import Columns, Form, Packed, Twice, Vector, fastest_form
 from treadle.generate import Completion, Engine
+from treadle.layers import BlendedLinear
+from treadle.packs import PACKED_BYTES, can_pack, pack, packs_unasked
 from treadle.params import Combine, RoutingParams, SamplingParams
 from treadle.pools import random_adapters
 from treadle.routing import Router, fit
@@ -53,11 +56,13 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
     return model.to(dtype).eval()
 
 
-@pytest.fixture(autouse=True, params=["all laid out", "those that act"])
+@pytest.fixture(autouse=True, params=["all laid out", "those that act", "packed"])
 def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every law holds for few adapters, which are all laid out, and for many, of which those that act are."""
+    """Every law holds for few adapters, all laid out, for many, of which those that act are, and for packed weights."""
     if request.param == "those that act":
         monkeypatch.setattr("treadle.blend.FEW_ROWS", 0)
+    is_packed = request.param == "packed"
+    monkeypatch.setattr("treadle.fast_step.packs_unasked", lambda size, dtype: is_packed and can_pack(dtype))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +133,10 @@ def test_the_form_follows_the_machine(
 ) -> None:
     monkeypatch.setattr("treadle.forms.is_amd", lambda: on_amd)
     monkeypatch.setattr("treadle.forms.HAS_MKL", True)
-    assert [type(fastest_form(num_rows, dtype)) for num_rows in (1, 2, 8, 32, 33)] == kinds
+    assert [type(fastest_form(num_rows, dtype, has_packs=False)) for num_rows in (1, 2, 8, 32, 33)] == kinds
+    first = kinds[0] if dtype == torch.float32 else Packed  # one row of float32 is slower so
+    found = [type(fastest_form(num_rows, dtype, has_packs=True)) for num_rows in (1, 2, 33)]
+    assert found == [first, Packed, Packed]
 
 
 @pytest.mark.parametrize("on_amd", [True, False])
@@ -204,6 +212,74 @@ def test_adapters_that_come_and_go(make_engine: Callable[..., Engine], folders: 
     third = [engine.generate(PROMPTS, sampling=sampling) for engine in engines]
     for fast, plain in (first, second, third):
         assert_same(fast, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_models_are_packed_only_if_asked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("treadle.packs.is_amd", lambda: True)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    assert packs_unasked(PACKED_BYTES, dtype) == can_pack(dtype)
+    assert not packs_unasked(PACKED_BYTES + 1, dtype)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert not packs_unasked(1, dtype)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("treadle.packs.is_amd", lambda: False)
+    assert not packs_unasked(1, dtype)
+
+
+def test_asked_or_not(tokenizer: PreTrainedTokenizerFast, router: Router, folders: dict[str, Path]) -> None:
+    adapters = [read_adapter(folder, name) for name, folder in folders.items()]
+    for is_asked in (True, False):
+        step = Engine(build("LlamaForCausalLM"), tokenizer, adapters, router, pack=is_asked).fast_step
+        assert isinstance(step, FastStep)
+        assert step.has_packs == is_asked
+
+
+@pytest.mark.parametrize("case", ["another model", "another dtype", "no step of our own"])
+def test_what_cannot_be_packed_is_refused(
+    tokenizer: PreTrainedTokenizerFast, router: Router, folders: dict[str, Path], case: str
+) -> None:
+    model = build("LlamaForCausalLM", torch.float16 if case == "another dtype" else torch.float32)
+    if case == "another model":
+        model = build("OlmoForCausalLM")
+    adapters = [read_adapter(folder, name) for name, folder in folders.items()]
+    with pytest.raises(OptionError, match="pack: nothing reads packed weights here"):
+        Engine(model, tokenizer, adapters, router, is_fast=case != "no step of our own", pack=True)
+    assert not any(isinstance(module, BlendedLinear) for module in model.modules())  # nothing was attached
+
+
+def test_weights_are_packed_once_while_adapters_come_and_go(
+    make_engine: Callable[..., Engine], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[tuple[int, ...]] = []
+
+    def count(weight: Tensor) -> Tensor:
+        packed.append(tuple(weight.shape))
+        return pack(weight)
+
+    monkeypatch.setattr("treadle.packs.pack", count)
+    engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
+    base = RoutingParams.base()
+    for _ in range(2):
+        engine.generate(PROMPTS, sampling=SamplingParams(max_tokens=3), routing=base)
+    has_packs = isinstance(engine.fast_step, FastStep) and engine.fast_step.has_packs
+    assert len(packed) == (1 + 4 * TINY["num_hidden_layers"] if has_packs else 0)  # none for a single row of float32
+    engine.add_adapter("more", folders["science"], ["planet", "planet the", "the planet heat"])
+    engine.generate(PROMPTS, sampling=SamplingParams(max_tokens=3), routing=base)
+    assert len(packed) == (1 + 4 * TINY["num_hidden_layers"] if has_packs else 0)
+    assert not any(parameter.is_inference() for parameter in engine.model.parameters())  # they can be trained again
+
+
+def test_weights_that_somebody_writes_to_are_read_anew(make_engine: Callable[..., Engine]) -> None:
+    engines = [make_engine(build("LlamaForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
+    sampling = SamplingParams(max_tokens=8)
+    before, _ = (engine.generate(PROMPTS, sampling=sampling) for engine in engines)
+    for engine in engines:
+        with torch.no_grad():
+            engine.model.model.layers[1].mlp.down_proj.base.weight.mul_(-1)
+    after = [engine.generate(PROMPTS, sampling=sampling) for engine in engines]
+    assert_same(*after)
+    assert [each.token_ids for each in before] != [each.token_ids for each in after[0]]
 
 
 def test_a_hook_is_not_passed_by(make_engine: Callable[..., Engine]) -> None:
@@ -313,7 +389,7 @@ def test_adapters_add_their_products_and_the_gates_and_nothing_else(
         bare, blended = (counted(model, blend, num_rows, weights).operations for weights in (None, [0.2, 0.3, 0.5]))
         return blended - bare
 
-    is_below = request.node.callspec.params["few_rows"] == "all laid out"
+    is_below = request.node.callspec.params["few_rows"] != "those that act"
     each_layer = 4 + 7 + (0 if is_below else 4 + 4)  # gates, B; A lies below the weights, or has an input of its dtype
     each_layer += 0 if dtype == torch.float32 else 4  # the sums, in float32, are added to the results
     assert added(4) - added(2) == 2 * each_layer

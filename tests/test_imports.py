@@ -33,6 +33,7 @@ CORE = {
     *(
         "step_parts",
         "forms",
+        "packs",
         "step_products",
         "stages",
         "graph_step",

@@ -59,13 +59,14 @@ class Bundle:
     router: Router
     samples: Mapping[str, Sequence[str]]
 
-    def engine(self, *, device: str | None = None, dtype: str | None = None) -> "Engine":
-        """Load the base model and return it with the adapters attached."""
+    def engine(self, *, device: str | None = None, dtype: str | None = None, pack: bool | None = None) -> "Engine":
+        """Load the base model and return it with the adapters attached; `pack` is the engine's."""
         from treadle.generate import Engine
         from treadle.models import load_model, load_tokenizer
 
         tokenizer = load_tokenizer(self.base_model)
-        return Engine(load_model(self.base_model, device=device, dtype=dtype), tokenizer, self.adapters, self.router)
+        model = load_model(self.base_model, device=device, dtype=dtype)
+        return Engine(model, tokenizer, self.adapters, self.router, pack=pack)
 
 
 def read_bundle(path: str | Path) -> Bundle:

@@ -14,7 +14,7 @@ import typer
 
 from treadle import lab
 from treadle.errors import OptionError, TreadleError, collect, problem_list, unknown_name
-from treadle.flags import BundlePath, Device, Dtype, Json, takes
+from treadle.flags import BundlePath, Device, Dtype, Json, Pack, takes
 from treadle.options import read_options
 from treadle.params import RoutingParams, SamplingParams, TrainParams
 from treadle.server import command
@@ -47,6 +47,7 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     trace: Annotated[Path | None, typer.Option(help="write tokens, log-probabilities and weights to this file")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    pack: Pack = None,
     as_json: Json = False,
     *,
     sampling: dict[str, Any],
@@ -55,7 +56,7 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     """Generate from a prompt; the text streams in the colours of its leading adapters."""
     options = read_options(SamplingParams, sampling)
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = lab.load_engine(bundle, device, dtype)
+    engine = lab.load_engine(bundle, device, dtype, pack)
     params = _routing(engine.router, routing)
     given = [{"role": "user", "content": text}] if chat else text
     if as_json or trace:

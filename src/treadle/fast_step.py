@@ -17,6 +17,7 @@ from torch.nn import functional
 from treadle.blend import Blend
 from treadle.cache import RowCache, RowLayer
 from treadle.forms import Form, fastest_form
+from treadle.packs import Packs, packs_unasked
 from treadle.step_parts import DecoderLayer, decoder_layers
 from treadle.step_products import Buffers, Stack, StackStep, StepGates
 
@@ -54,9 +55,9 @@ class Layer(NamedTuple):
     down: Stack
 
     @classmethod
-    def of(cls, layer: DecoderLayer, *, with_factors: bool) -> "Layer":
-        """Collect what a layer computes with; `with_factors` as `Stack` takes it."""
-        stack = partial(Stack, with_factors=with_factors)
+    def of(cls, layer: DecoderLayer, packs: Packs, *, with_factors: bool) -> "Layer":
+        """Collect what a layer computes with; `packs` and `with_factors` as `Stack` takes them."""
+        stack = partial(Stack, packs=packs, with_factors=with_factors)
         return cls(
             first_norm=Norm(layer.first_norm),
             qkv=stack(layer.qkv),
@@ -96,30 +97,42 @@ class Blocks(NamedTuple):
 class FastStep:
     """Reads one new token of every row of a batch."""
 
-    def __init__(self, model: "PreTrainedModel", blend: Blend) -> None:
-        """Take a model that `fits`; its stacked weights come to lie in one piece, with the values they have."""
+    def __init__(self, model: "PreTrainedModel", blend: Blend, *, pack: bool | None = None) -> None:
+        """Take a model that `fits`; its stacked weights come to lie in one piece, with the values they have.
+
+        `pack` keeps a second copy of them as oneDNN packs them; None = where that is faster and not large.
+        """
         self._model: Any = model
         self._blend = blend
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        self.has_packs = packs_unasked(size, model.dtype) if pack is None else pack
+        self._packs = Packs()
         config = model.config
         self._num_kv: int = config.num_key_value_heads
         self._num_rotated: int = config.num_attention_heads + config.num_key_value_heads
         self._head_dim: int = self._model.model.layers[0].self_attn.head_dim
         self._gather()
 
+    @torch.inference_mode(mode=False)  # nobody could write to weights that moved during a step's inference mode
+    @torch.no_grad()
     def _gather(self) -> None:
         """Collect what each layer computes with; once more when adapters come or go."""
         every = self._blend.has_few
         self._blocks: dict[int, Blocks] = {}
         self._layers: list[Layer] = []  # what it held before would keep weights that move from being freed
-        self._head = Stack([self._model.lm_head], with_factors=every)
+        self._head = Stack([self._model.lm_head], self._packs, with_factors=every)
         self._last_norm = Norm(self._model.model.norm)
-        self._layers = [Layer.of(layer, with_factors=every) for layer in decoder_layers(self._model)]
+        layers = decoder_layers(self._model)
+        self._layers = [Layer.of(layer, self._packs, with_factors=every) for layer in layers]
         self._blend.renew()
         self._adapters = self._blend.adapters
         self._laid_out: object = None
 
     def _blocks_for(self, num_rows: int) -> Blocks:
         """Return what a step of so many rows computes with, the adapters as they are laid out now."""
+        if self._packs.are_stale:  # somebody has written to the base's weights
+            self._packs = Packs()
+            self._gather()
         if self._adapters is not self._blend.adapters:
             self._gather()
         if self._laid_out is not self._blend.arrangement:
@@ -128,7 +141,7 @@ class FastStep:
         if num_rows not in self._blocks:
             while len(self._blocks) >= KEPT:
                 del self._blocks[next(iter(self._blocks))]
-            buffers = Buffers(fastest_form(num_rows, self._head.weight.dtype))
+            buffers = Buffers(fastest_form(num_rows, self._head.weight.dtype, has_packs=self.has_packs))
             layers = tuple(layer.block(buffers) for layer in self._layers)
             self._blocks[num_rows] = Blocks(
                 buffers.form, layers, self._last_norm, StackStep(self._head, buffers, "head")

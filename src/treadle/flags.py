@@ -14,6 +14,13 @@ Command = Callable[..., None]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(help="folder of a bundle", metavar="BUNDLE")]
 Device = Annotated[str | None, typer.Option(help="torch device; default: CUDA where there is one")]
+Pack = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--no-pack",
+        help="a second copy of the weights as oneDNN packs them; default: on AMD's CPUs, where it takes at most a GiB",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU")]
 
 

@@ -1,12 +1,10 @@
 """How the results of a step lie in memory, and the product that makes them so: which is fastest depends on the CPU."""
 
-from functools import cache
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-CPU_FILE = Path("/proc/cpuinfo")
+from treadle.packs import Weight, is_amd, packed_product
+
 HAS_MKL = torch.backends.mkl.is_available()
 COLUMN_ROWS = {torch.float32: range(4, 33), torch.bfloat16: range(2, 17)}
 """Numbers of rows for which W x^T is faster than x W^T with MKL and oneDNN (benchmarks/products.py)."""
@@ -29,6 +27,10 @@ class Form:
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the view of W (out, in) that `multiply` takes."""
         return weight.t()
+
+    def base_matrix(self, weight: Weight) -> Tensor:
+        """Return what `multiply_base` takes of a weight of the base's."""
+        return self.matrix(weight.plain)
 
     def lay(self, rows: Tensor) -> Tensor:
         """Return the view of (B|1, n) that lies as results do."""
@@ -53,6 +55,10 @@ class Form:
     def multiply(self, matrix: Tensor, x: Tensor, out: Tensor) -> None:
         """Put W x into `out`."""
         torch.mm(x, matrix, out=out)
+
+    def multiply_base(self, matrix: Tensor, x: Tensor, out: Tensor) -> None:
+        """Put W x into `out`, W being the base's."""
+        self.multiply(matrix, x, out)
 
     def add_product(self, y: Tensor, matrix: Tensor, x: Tensor) -> None:
         """Add W x to y."""
@@ -141,8 +147,25 @@ class Twice(Columns):
         return laid[:, :1].t()
 
 
-def fastest_form(num_rows: int, dtype: torch.dtype) -> Form:
-    """Return the form of a step of so many rows; on one machine always the same, because forms round differently."""
+class Packed(Form):
+    """Rows, made by oneDNN from weights of the base's that it has packed; see `treadle.packs`."""
+
+    def base_matrix(self, weight: Weight) -> Tensor:
+        """Return the packed copy."""
+        return weight.packed
+
+    def multiply_base(self, matrix: Tensor, x: Tensor, out: Tensor) -> None:
+        """Put x W^T into `out`."""
+        out.copy_(packed_product(x, matrix))
+
+
+def fastest_form(num_rows: int, dtype: torch.dtype, *, has_packs: bool) -> Form:
+    """Return the form of a step of so many rows; on one machine always the same, because forms round differently.
+
+    `has_packs`: the base's weights may be taken as oneDNN packs them, which is slower for one row of float32 alone.
+    """
+    if has_packs and (num_rows > 1 or dtype != torch.float32):
+        return Packed(num_rows)
     on_amd = HAS_MKL and is_amd()
     if num_rows == 1 and not on_amd:
         return Vector(1)
@@ -150,9 +173,3 @@ def fastest_form(num_rows: int, dtype: torch.dtype) -> Form:
         return Twice(1)
     many = (AMD_COLUMN_ROWS if on_amd else COLUMN_ROWS).get(dtype, ()) if HAS_MKL else ()
     return Columns(num_rows) if num_rows in many else Form(num_rows)
-
-
-@cache
-def is_amd() -> bool:
-    """Return whether the system says that this is a CPU of AMD's."""
-    return CPU_FILE.exists() and "AuthenticAMD" in CPU_FILE.read_text("utf-8")

@@ -26,6 +26,7 @@ from treadle.errors import (
 )
 from treadle.fast_step import FastStep
 from treadle.graph_step import GraphStep
+from treadle.packs import can_pack
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import Router
@@ -52,8 +53,24 @@ class Engine:
         router: Router,
         *,
         is_fast: bool = True,
+        pack: bool | None = None,
     ) -> None:
-        """Attach the adapters; `is_fast=False` keeps our own steps out and always calls the model's `forward`."""
+        """Attach the adapters.
+
+        Args:
+            model: the base.
+            tokenizer: the base's.
+            adapters: those that the router knows.
+            router: says who acts.
+            is_fast: False keeps our own steps out and always calls the model's `forward`.
+            pack: keep a second copy of the weights as oneDNN packs them (`treadle.packs`), which makes steps on AMD's
+                CPUs up to twice as fast; None = there, where it takes at most a GiB.
+
+        Raises:
+            ModelError: the model has no key-value cache.
+            AdapterError: router and adapters differ.
+            OptionError: `pack` is true and nothing reads packed weights, or the adapters cannot be combined so.
+        """
         if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
             raise ModelError(
                 f"{type(model).__name__} keeps a recurrent state or has an encoder; the engine needs a decoder with "
@@ -63,11 +80,16 @@ class Engine:
             raise AdapterError(
                 f"the router knows {', '.join(router.names)}; the adapters are {', '.join(a.name for a in adapters)}."
             )
+        if pack and not (is_fast and step_parts.fits(model) and can_pack(model.dtype)):
+            raise OptionError(
+                "pack: nothing reads packed weights here. Steps of our own do, on a CPU whose oneDNN packs "
+                f"{model.dtype}, of {', '.join(step_parts.ARCHITECTURES)}."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.router = router
         self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
-        self.fast_step = _own_step(model, self.blend) if is_fast else None
+        self.fast_step = _own_step(model, self.blend, pack) if is_fast else None
         self._running: list[Row] = []
         self._retired: set[str] = set()  # removed adapters that running rows still use
         self.check_routing([router.params])
@@ -318,18 +340,18 @@ class Engine:
         return frozenset(int(each) for each in ids if each is not None)
 
 
-def _own_step(model: "PreTrainedModel", blend: Blend) -> FastStep | GraphStep | None:
+def _own_step(model: "PreTrainedModel", blend: Blend, pack: bool | None) -> FastStep | GraphStep | None:
     """Return our own forward pass of one token a row, if there is one for the model and its device."""
     if step_parts.fits(model):
-        return FastStep(model, blend)
+        return FastStep(model, blend, pack=pack)
     return GraphStep(model, blend) if graph_step.fits(model) else None
 
 
-def load(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> Engine:
-    """Load a bundle folder into an engine; see `treadle.bundle`."""
+def load(path: str | Path, *, device: str | None = None, dtype: str | None = None, pack: bool | None = None) -> Engine:
+    """Load a bundle folder into an engine; see `treadle.bundle`, and `Engine` for `pack`."""
     from treadle.bundle import read_bundle
 
-    return read_bundle(path).engine(device=device, dtype=dtype)
+    return read_bundle(path).engine(device=device, dtype=dtype, pack=pack)
 
 
 def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Options]:

@@ -10,7 +10,7 @@ import typer
 
 from treadle.errors import OptionError, TreadleError, collect
 from treadle.files import make_folder
-from treadle.flags import BundlePath, Device, Dtype, Json, takes
+from treadle.flags import BundlePath, Device, Dtype, Json, Pack, takes
 from treadle.options import read_options
 from treadle.params import BenchParams, EvalParams
 
@@ -104,7 +104,7 @@ def plot(
 
 @app.command()
 @takes(options=BenchParams)
-def bench(  # noqa: PLR0913 a command's parameters are its flags
+def bench(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     bundle: BundlePath,
     suite: Annotated[
         list[str] | None,
@@ -112,6 +112,7 @@ def bench(  # noqa: PLR0913 a command's parameters are its flags
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    pack: Pack = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="folder for a file of what was measured, for `treadle plot`")
     ] = None,
@@ -135,7 +136,7 @@ def bench(  # noqa: PLR0913 a command's parameters are its flags
     collect(problems, [lambda: make_folder(output)] if output else [])
     if problems:
         raise OptionError("\n".join(problems))
-    lab = Lab.open(read_bundle(bundle), device, dtype, params[0])
+    lab = Lab.open(read_bundle(bundle), device, dtype, params[0], pack=pack)
     check_lab(lab, names)
     if not as_json:
         print(lab.about)
@@ -198,19 +199,19 @@ def doctor_vllm(as_json: bool) -> None:
         raise TreadleError("; ".join(report.problems))
 
 
-def load_engine(bundle: Path, device: str | None, dtype: str | None) -> "Engine":
+def load_engine(bundle: Path, device: str | None, dtype: str | None, pack: bool | None = None) -> "Engine":
     """Load a bundle for a command: what other libraries print stays away from its output."""
     from treadle.bundle import read_bundle
 
-    return open_engine(read_bundle(bundle), device, dtype)
+    return open_engine(read_bundle(bundle), device, dtype, pack)
 
 
-def open_engine(bundle: "Bundle", device: str | None, dtype: str | None) -> "Engine":
+def open_engine(bundle: "Bundle", device: str | None, dtype: str | None, pack: bool | None = None) -> "Engine":
     """Load the base of a bundle that has been read."""
     from treadle.models import quiet_libraries
 
     quiet_libraries()
-    return bundle.engine(device=device, dtype=dtype)
+    return bundle.engine(device=device, dtype=dtype, pack=pack)
 
 
 def _split(entries: Sequence[str]) -> list[str]:

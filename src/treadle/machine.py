@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from treadle import __version__
-from treadle.forms import CPU_FILE
+from treadle.packs import CPU_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

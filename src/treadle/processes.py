@@ -74,15 +74,15 @@ def plain_command(folder: str, device: str, dtype: str, tokens: int, prompt: str
     return [sys.executable, "-c", PLAIN, folder, device, dtype, str(tokens), prompt]
 
 
-def treadle_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str) -> list[str]:
+def treadle_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str, *, pack: bool) -> list[str]:
     """Return the command that generates with treadle and a bundle; the end of the text may come first."""
-    command = [sys.executable, "-m", "treadle", "generate", bundle, "--prompt", prompt]
-    return [*command, "--max-tokens", str(tokens), "--device", device, "--dtype", dtype]
+    command = [sys.executable, "-m", "treadle", "generate", bundle, "--prompt", prompt, "--max-tokens", str(tokens)]
+    return [*command, "--device", device, "--dtype", dtype, "--pack" if pack else "--no-pack"]
 
 
-def endless_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str) -> list[str]:
+def endless_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str, *, pack: bool) -> list[str]:
     """Return the command that generates with treadle's engine and a bundle, so many tokens whatever they are."""
-    return [sys.executable, "-c", ENDLESS, bundle, device, dtype, str(tokens), prompt]
+    return [sys.executable, "-c", ENDLESS, bundle, device, dtype, str(int(pack)), str(tokens), prompt]
 
 
 def trim() -> bool:

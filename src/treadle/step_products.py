@@ -6,6 +6,7 @@ multiplication by the gates, and one product with B for each layer that they tar
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from treadle.forms import Form
 from treadle.layers import BlendedLinear, Gates, Shrink
+from treadle.packs import Packs, Weight
 from treadle.step_parts import bases, in_one_piece, joined_bias
 
 
@@ -111,8 +113,11 @@ class Buffers:
 class Stack:
     """Linear layers that read the same input, their weights in one piece, and the adapters of each."""
 
-    def __init__(self, layers: Sequence[nn.Module], *, with_factors: bool) -> None:
-        """Lay the weights out; `with_factors` the stacked A below them, where it has their dtype, acting or on disk."""
+    def __init__(self, layers: Sequence[nn.Module], packs: Packs, *, with_factors: bool) -> None:
+        """Lay the weights out; `with_factors` the stacked A below them, where it has their dtype, acting or on disk.
+
+        `packs` keeps what a form packs of the weights.
+        """
         plain = bases(layers)
         sizes = [layer.out_features for layer in plain]
         self.bias = joined_bias(plain)  # (sum of out,)
@@ -131,6 +136,8 @@ class Stack:
         self.weight = self.whole[: sum(sizes)]  # (sum of out, in)
         if self.shrink and below:
             self.shrink.share(self.whole[sum(sizes) :])
+        self.bare = Weight(self.weight, packs, plain, has_factors=False)
+        self.with_a = Weight(self.whole, packs, plain, has_factors=True) if below else self.bare
 
     @property
     def is_whole(self) -> bool:
@@ -147,7 +154,7 @@ class StackStep:
         self._form = form = buffers.form
         dtype, size = stack.weight.dtype, len(stack.weight)
         rank = len(stack.shrink.a) if stack.shrink else 0
-        self._weight, self._whole = form.matrix(stack.weight), form.matrix(stack.whole)
+        self._stack = stack
         self._all = buffers.take(role, size + rank * stack.is_whole, dtype)
         self._y = form.part(self._all, slice(size))
         self._result = form.rows(self._y)  # (B, sum of out)
@@ -171,15 +178,23 @@ class StackStep:
             parts = form.part(h, rows), form.part(self._sum, columns)
             self._updates.append((form.matrix(layer.b), *parts))
 
+    @cached_property
+    def _weight(self) -> Tensor:
+        return self._form.base_matrix(self._stack.bare)
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return self._form.base_matrix(self._stack.with_a)
+
     def __call__(self, x: Tensor, gates: StepGates) -> Tensor:
         """Return the results (B, sum of out) for x (B, in), side by side; the next stack may overwrite them."""
         form = self._form
         laid = form.lay(x)
         joined = gates.of(self._slots) if self._updates else None
         if joined is not None and self._is_whole:
-            form.multiply(self._whole, laid, self._all)
+            form.multiply_base(self._whole, laid, self._all)
         else:
-            form.multiply(self._weight, laid, self._y)
+            form.multiply_base(self._weight, laid, self._y)
         if self._bias is not None:
             self._y.add_(self._bias)
         if joined is not None:

@@ -23,13 +23,13 @@ def memory(lab: Lab) -> list[Table]:
     device, prompt = str(lab.engine.model.device), _prompt(lab)
     first = {
         PLAIN: plain_command(base, device, lab.dtype, 1, prompt),
-        COMMAND: treadle_command(bundle, device, lab.dtype, 1, prompt),
+        COMMAND: treadle_command(bundle, device, lab.dtype, 1, prompt, pack=lab.has_packs),
     }
     whole = {
         IMPORTED: [sys.executable, "-c", IMPORTS],
         CLASS: [sys.executable, "-c", f"import torch; from transformers import {type(lab.engine.model).__name__}"],
         PLAIN: plain_command(base, device, lab.dtype, lab.params.tokens, prompt),
-        ENGINE: endless_command(bundle, device, lab.dtype, lab.params.tokens, prompt),
+        ENGINE: endless_command(bundle, device, lab.dtype, lab.params.tokens, prompt, pack=lab.has_packs),
     }
     help_only = {HELP: [sys.executable, "-m", "treadle", "--help"]}
     return [

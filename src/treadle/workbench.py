@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.batch import Batch
 from treadle.bundle import Bundle, read_bundle
 from treadle.embed import SentenceEmbedder
+from treadle.fast_step import FastStep
 from treadle.generate import Engine
 from treadle.machine import Machine
 from treadle.models import load_model, load_tokenizer
@@ -57,14 +58,19 @@ class Lab:
     @property
     def about(self) -> str:
         """One line: machine, versions, bandwidth."""
-        return f"{self.machine}, {self.peak / 1e9:.1f} GB/s copied"
+        return f"{self.machine}, {'packed weights, ' if self.has_packs else ''}{self.peak / 1e9:.1f} GB/s copied"
+
+    @property
+    def has_packs(self) -> bool:
+        """Whether the engine's steps may read weights that oneDNN has packed."""
+        return isinstance(self.engine.fast_step, FastStep) and self.engine.fast_step.has_packs
 
     @property
     def facts(self) -> dict[str, Any]:
         """The same and what was asked, for a file."""
-        circumstances = {"dtype": self.dtype, **asdict(self.machine), "copied_bytes_per_second": self.peak}
+        own = {"dtype": self.dtype, "packed": self.has_packs, "copied_bytes_per_second": self.peak}
         asked = {"base_model": self.bundle.base_model, "adapters": self.engine.adapter_names, **asdict(self.params)}
-        return {"about": self.about, **circumstances, **asked}
+        return {"about": self.about, **asdict(self.machine), **own, **asked}
 
     @property
     def routing(self) -> RoutingParams:
@@ -77,9 +83,11 @@ class Lab:
         return isinstance(self.engine.router.embedder, SentenceEmbedder)
 
     @classmethod
-    def open(cls, bundle: Bundle, device: str | None, dtype: str | None, params: BenchParams) -> "Lab":
+    def open(
+        cls, bundle: Bundle, device: str | None, dtype: str | None, params: BenchParams, *, pack: bool | None = None
+    ) -> "Lab":
         """Load the base model and measure the machine."""
-        engine = bundle.engine(device=device, dtype=dtype)
+        engine = bundle.engine(device=device, dtype=dtype, pack=pack)
         name = str(engine.model.dtype).removeprefix("torch.")
         return cls(bundle, engine, name, params, bandwidth(engine.model.device))
 
@@ -110,7 +118,7 @@ class Lab:
         model = self.base()
         adapters = random_adapters(model, self.bundle.base_model, count, rank=rank, targets=targets)
         router = random_router([adapter.name for adapter in adapters], self.engine.router.embedder)
-        return Engine(model, load_tokenizer(self.bundle.base_model), adapters, router)
+        return Engine(model, load_tokenizer(self.bundle.base_model), adapters, router, pack=self.has_packs)
 
     def context_problem(self, tokens: int, flags: str) -> str:
         """Return what to say where texts of so many tokens are longer than the model reads; "" where they are not."""
@@ -220,9 +228,9 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, routing: 
         batch.step()
 
 
-def answer(bundle: str, device: str, dtype: str, tokens: str, prompt: str) -> None:
+def answer(bundle: str, device: str, dtype: str, pack: str, tokens: str, prompt: str) -> None:
     """Print what a bundle's engine makes of a prompt: `tokens` tokens, whatever they are."""
-    engine = read_bundle(bundle).engine(device=device, dtype=dtype)
+    engine = read_bundle(bundle).engine(device=device, dtype=dtype, pack=pack == "1")
     batch = started(engine, [prompt_ids(engine.tokenizer, prompt)], int(tokens), engine.router.params)
     [row] = batch.rows
     while batch.rows:

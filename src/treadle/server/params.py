@@ -20,6 +20,9 @@ class ServeParams:
     model_name: str | None = option(None, "what requests call the routed model, besides auto; none = the bundle's name")
     device: str | None = option(None, "torch device; none = CUDA where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; none = float32 on a CPU")
+    pack: Literal["auto", "always", "never"] = option(
+        "auto", "a second copy of the weights as oneDNN packs them; auto = on AMD's CPUs, where it takes at most a GiB"
+    )
     max_batch: int = option(32, "sequences that share a forward pass; more wait")
     max_queue: int = option(64, "sequences that may wait; beyond, requests get 429")
     prompt_chunk: int = option(

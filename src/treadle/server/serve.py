@@ -105,7 +105,8 @@ def serve(folder: str, params: ServeParams) -> None:
         # in a thread that ends: OpenMP keeps workers for every thread that ever computed, and where these are more than
         # the cores, it lets all of them sleep between operations, which makes a step a third slower
         with ThreadPoolExecutor(1) as pool:
-            engine = pool.submit(bundle.engine, device=params.device, dtype=params.dtype).result()
+            pack = {"auto": None, "always": True, "never": False}[params.pack]
+            engine = pool.submit(bundle.engine, device=params.device, dtype=params.dtype, pack=pack).result()
         sys.setswitchinterval(SWITCH_SECONDS)
         server = Server(bundle, engine, params, keys)
         # what is there now stays: to look through it for garbage would take several steps' time, whenever Python does
