@@ -1,6 +1,6 @@
 """Decoding for `treadle bench`: calls beside transformers' `generate`, steps beside routing off; and prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -32,9 +32,10 @@ SHORTER = (4, 3, 2, 1)
 """Quarters of the prompt that the rows of a batch keep in turn, where their lengths differ."""
 
 
-def decode(lab: Lab) -> list[Table]:
-    """Compare whole calls with transformers' `generate` of the bare base, and single steps with routing off."""
-    return [calls(lab), steps(lab)]
+def decode(lab: Lab) -> Iterator[Table]:
+    """Compare whole calls with transformers' `generate` of the bare base, then single steps with routing off."""
+    yield calls(lab)
+    yield steps(lab)
 
 
 def calls(lab: Lab) -> Table:

@@ -3,7 +3,7 @@
 Tokens are counted, not judged: no row ends before its time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from treadle.errors import OptionError, problem_list, unknown_name
 from treadle.suite_adapters import STEPS, adapters
@@ -14,7 +14,7 @@ from treadle.suite_router import router
 from treadle.timing import Table
 from treadle.workbench import SPARE, Lab, routings
 
-SUITES: dict[str, Callable[[Lab], list[Table]]] = {
+SUITES: dict[str, Callable[[Lab], Iterable[Table]]] = {
     "decode": decode,
     "prefill": prefill,
     "router": router,
