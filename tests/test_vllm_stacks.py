@@ -10,7 +10,7 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
 from treadle.vllm_plugin import stacks
 from treadle.vllm_plugin.attach import plain_update
-from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Stack, equal_room, room_for
+from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Product, Stack, equal_room, room_for
 
 from conftest import save_adapter, tiny_llama
 
@@ -134,16 +134,35 @@ def test_more_tokens_than_there_are_gates_for_are_refused(adapters: list[Adapter
         board(3).fill(np.zeros((1, 1, 3), np.float32), [17])
 
 
-def test_packed_products_are_the_same(adapters: list[Adapter]) -> None:
+@pytest.mark.parametrize("most", [0, 2, 1000], ids="kernels that write for up to {} tokens".format)
+def test_packed_products_are_the_same(adapters: list[Adapter], most: int) -> None:
     gates = board(3)
     stack = Stack(fused(), gates, room_for(fused(), adapters))
     for slot, adapter in enumerate(adapters):
         stack.put(slot, adapter)
-    gates.fill(np.array([[[2.0, 1.0, 0.5]]], np.float32), [3])
-    x, y = torch.randn(3, 32), torch.randn(3, 64)
-    plain = stack.update(y.clone(), x)
-    stack.pack(lambda weight: lambda inputs: torch.nn.functional.linear(inputs, weight))
-    torch.testing.assert_close(stack.update(y.clone(), x), plain)
+    written: list[int] = []
+
+    def pack(weight: torch.Tensor) -> Product:
+        def into(made: torch.Tensor, x: torch.Tensor) -> None:
+            written.append(len(x))
+            made.copy_(x @ weight.t())
+
+        return Product(lambda x: x @ weight.t(), into if most else None, most, len(weight))
+
+    rows = np.array([[[2.0, 1.0, 0.5]], [[0.0, 1.0, 3.0]], [[1.0, 0.0, 0.0]]], np.float32)  # (S, 1, slots)
+    steps = [(rows[[which] * num_tokens], num_tokens) for which, num_tokens in enumerate((3, 1, 3))]
+    inputs = [(torch.randn(num_tokens, 32), torch.randn(num_tokens, 64)) for _, num_tokens in steps]
+    made: list[list[torch.Tensor]] = []
+    for is_packed in (False, True):
+        if is_packed:
+            stack.pack(pack)
+        made.append([])
+        for (each, num_tokens), (x, y) in zip(steps, inputs, strict=True):
+            gates.fill(each, [1] * num_tokens)
+            made[-1].append(stack.update(y.clone(), x))
+    for plain, packed in zip(*made, strict=True):
+        torch.testing.assert_close(packed, plain)
+    assert set(written) == {each for each in (1, 3) if each <= most}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -36,11 +36,12 @@ COARSE_TOLERANCE = 2e-2
 """Of the self-test, relative to the largest value: what bfloat16 leaves of a sum over ranks."""
 
 
-def blended_method(inner: Any, parent: type) -> Any:
+def blended_method(inner: Any, parent: type, stack: Stack) -> Any:
     """Return the linear method `inner`, a `parent` of vLLM's, with the gated update of a layer's stack behind it."""
+    own, update = inner.apply, stack.update
 
     def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return layer.treadle.update(self.inner.apply(layer, x, bias), x)  # type: ignore[operator]
+        return update(own(layer, x, bias), x)
 
     def forward_attribute(self: Any, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
@@ -79,8 +80,8 @@ def attach(model: nn.Module, bundle: Bundle, mixture: Mixture, params: PluginPar
     stacks: dict[str, Stack] = {}
     for name, room in rooms.items():
         layer, place = places[name]
-        stacks[name] = layer.treadle = Stack(place, board, room)
-        layer.quant_method = blended_method(layer.quant_method, limits.linear_method)
+        stacks[name] = layer.treadle = stack = Stack(place, board, room)  # a module's buffers survive vLLM's sleep
+        layer.quant_method = blended_method(layer.quant_method, limits.linear_method, stack)
         layer.requires_unquantized_input = True  # the factors read the activation itself
     made = Stacks(board, stacks, len(places), absent)
     for slot, adapter in zip(mixture.slots, adapters, strict=True):

@@ -11,12 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-MOST_OUTPUTS = 1 << 14
+from treadle.packs import is_amd
+from treadle.vllm_plugin.stacks import Product
+
+MOST_OUTPUTS, MOST_OUTPUTS_AMD = 1 << 14, 1 << 17
 """Tokens times outputs up to which vLLM's kernel for small weights is the faster one on a CPU without AMX tiles."""
+MOST_TOKENS = 1 << 30
+"""Where that kernel is the faster one for any number of them."""
 OUTPUTS, INPUTS = 16, 32
 """That kernel takes multiples of these."""
-
-Product = Callable[[Tensor], Tensor]
 
 
 def is_cpu() -> bool:
@@ -31,10 +34,13 @@ def cpu_product(weight: Tensor) -> Product:
     is faster for few tokens; then both are kept, which takes the room of the factors once more.
     """
     branch = branch_of(weight)
+    if branch == "onednn":
+        return Product(_vllms_own(weight))
+    into = _packed(weight)
     if branch == "packed":
-        return _packed(weight)
-    many = _vllms_own(weight)
-    return partial(_by_tokens, _packed(weight), many, MOST_OUTPUTS // len(weight)) if branch == "by tokens" else many
+        return Product(partial(_made, into, len(weight)), into, MOST_TOKENS, len(weight))
+    most = MOST_OUTPUTS_AMD if is_amd() else MOST_OUTPUTS
+    return Product(_vllms_own(weight), into, most // len(weight), len(weight))
 
 
 def branch_of(weight: Tensor) -> str:
@@ -53,30 +59,29 @@ def _has_bfloat16() -> bool:
     return supported is not None and supported() and hasattr(torch.ops._C, "weight_packed_linear")
 
 
-def _vllms_own(weight: Tensor) -> Product:
+def _vllms_own(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the product that vLLM's linear layers make with such a weight."""
     holder = nn.Module()
     holder.weight = nn.Parameter(weight, requires_grad=False)
     utils = importlib.import_module("vllm.model_executor.layers.utils")
     utils.dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
-    return cast(Product, partial(cast(Any, holder.cpu_linear), weight=weight, bias=None))
+    return cast(Callable[[Tensor], Tensor], partial(cast(Any, holder.cpu_linear), weight=weight, bias=None))
 
 
-def _packed(weight: Tensor) -> Product:
-    """Return the product by vLLM's kernel for small weights, without vLLM's own function around it."""
+def _packed(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
+    """Return vLLM's kernel for small weights without vLLM's own function around it: (made, x) is written to."""
     kernels: Any = torch.ops._C
-    return partial(_thin, kernels.weight_packed_linear, kernels.convert_weight_packed(weight), len(weight))
+    packed = kernels.convert_weight_packed(weight)
+    kernel = kernels.weight_packed_linear.default
+
+    def into(made: Tensor, x: Tensor) -> None:
+        kernel(made, x, packed, None, True)
+
+    return into
 
 
-def _thin(kernel: Any, packed: Tensor, size_out: int, x: Tensor) -> Tensor:
+def _made(into: Callable[[Tensor, Tensor], object], size_out: int, x: Tensor) -> Tensor:
     """Return x (T, in) times a packed weight, (T, out)."""
     made = x.new_empty(x.shape[0], size_out)
-    kernel(made, x, packed, None, True)
+    into(made, x)
     return made
-
-
-def _by_tokens(few: Product, many: Product, most: int, x: Tensor) -> Tensor:
-    """Return one of two products with x (T, in), by T; compiled code must not ask for T, and has the one for many."""
-    if torch.compiler.is_compiling() or x.shape[0] > most:
-        return many(x)
-    return few(x)

@@ -8,6 +8,7 @@ graphs read new weights without being made again. Nothing here imports vLLM: a l
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,8 +21,43 @@ from treadle.errors import AdapterError, problem_list
 from treadle.layers import Gates
 from treadle.vllm_plugin.mixture import largest_rank, main_scale
 
-Product = Callable[[Tensor], Tensor]
-"""x (T, in) -> x W^T (T, out), for a W that is packed."""
+KEPT = 64
+"""Tokens up to which what a packed layer writes to is kept from step to step: at most 64 rows of each width."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """x (T, in) -> x W^T (T, out), for a W that is packed.
+
+    Attributes:
+        many: makes it for any number of tokens.
+        into: (made, x) writes it into `made`, which is contiguous; None = there is no kernel that does.
+        most: tokens up to which `into` is the faster one.
+        size_out: the number of outputs, for `into`.
+    """
+
+    many: Callable[[Tensor], Tensor]
+    into: Callable[[Tensor, Tensor], object] | None = None
+    most: int = 0
+    size_out: int = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x W^T; compiled code must not ask for T, and has the one for many."""
+        if self.into is None or torch.compiler.is_compiling() or x.shape[0] > self.most:
+            return self.many(x)
+        made = x.new_empty(x.shape[0], self.size_out)
+        self.into(made, x)
+        return made
+
+
+class Kept(NamedTuple):
+    """What a packed layer needs for a step of T tokens: its kernels, and views of where they write and of the gates."""
+
+    shrink: Callable[[Tensor, Tensor], object]
+    hidden: Tensor  # (T, R)
+    gates: Tensor  # (T, R)
+    expand: Callable[[Tensor, Tensor], object]
+    made: Tensor  # (T, out)
 
 
 @dataclass(frozen=True)
@@ -84,6 +120,13 @@ class GateBoard(nn.Module):
         self.num_tokens, self.num_slots, self.num_gates = num_tokens, num_slots, num_gates
         self.device, self.dtype = device, dtype
         self._layouts: dict[tuple[int, ...], int] = {}
+        self._kept: dict[int, Tensor] = {}
+
+    def kept(self, num_tokens: int, size: int) -> Tensor:
+        """Return room (T, size) for what a layer is done with when it returns; all layers share it."""
+        if size not in self._kept:
+            self._kept[size] = torch.empty(KEPT * size, device=self.device, dtype=self.dtype)
+        return self._kept[size][: num_tokens * size].view(num_tokens, size)
 
     def layout(self, owners: tuple[int, ...]) -> int:
         """Return the number of the layout whose columns belong to these slots, (R,)."""
@@ -138,6 +181,9 @@ class Stack(nn.Module):
         self.place = place
         self._shrink: Product | None = None
         self._expand: list[Product] = []
+        self._most = 0  # tokens up to which nothing is made anew
+        self._kept: dict[int, Kept] = {}
+        self._keep = board.kept
         self._room: dict[tuple[int, int], slice] = {}  # (part, slot) -> rows of the stack
         owners: list[int] = []
         edges = [0]
@@ -206,9 +252,16 @@ class Stack(nn.Module):
         """Make all products by functions of packed weights from now on; adapters can no longer be put in."""
         self._shrink = make(self.a)
         self._expand = [make(self.get_buffer(f"b_t_{i}").t().contiguous()) for i in range(len(self._groups))]
+        if self._is_whole and not self._is_crossed:
+            self._most = min(KEPT, self._shrink.most, self._expand[0].most)
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y (T, out) with the gated update of x (T, in) added in place."""
+        if self._most and not torch.compiler.is_compiling() and x.shape[0] <= self._most:
+            shrink, hidden, gates, expand, made = self._kept.get(x.shape[0]) or self._keep_for(x.shape[0])
+            shrink(hidden, x)
+            expand(made, hidden.mul_(gates))
+            return y.add_(made)
         if self._shrink is not None:
             h = self._gated(self._shrink(x))
             if self._is_whole:
@@ -224,6 +277,15 @@ class Stack(nn.Module):
             piece = y[:, group.columns]
             piece.addmm_(rows, b_t) if y.dtype == h.dtype else piece.add_(rows @ b_t)
         return y
+
+    def _keep_for(self, num_tokens: int) -> Kept:
+        """Return the views for steps of so many tokens: a small step's time is the number of torch's calls."""
+        shrink, expand = cast(Product, self._shrink).into, self._expand[0].into
+        if shrink is None or expand is None:
+            raise RuntimeError("products that only return what they make have nothing to keep")
+        hidden, made = (self._keep(num_tokens, size) for size in (self.a.shape[0], self.place.size_out))
+        kept = self._kept[num_tokens] = Kept(shrink, hidden, self.gates[0, :num_tokens], expand, made)
+        return kept
 
     def _gated(self, h: Tensor) -> Tensor:
         """Return h (T, R), which is overwritten, times the gates of its tokens."""
