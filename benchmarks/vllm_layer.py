@@ -25,7 +25,7 @@ from torch import nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from treadle.vllm_plugin.cpu import branch_of, cpu_product
-from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Stack
+from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Product, Stack
 
 HIDDEN, KEYS, INNER = 576, 192, 1536
 LAYERS = {
@@ -75,13 +75,13 @@ def processor() -> str:
     return f"{name} ({', '.join(flag for flag in ('avx512_bf16', 'amx_tile') if flag in flags) or 'neither'})"
 
 
-def own_product(weight: torch.Tensor) -> Callable[..., Any]:
+def own_product(weight: torch.Tensor) -> Product:
     """Return the product that vLLM's linear layers make with such a weight."""
     holder = nn.Module()
     holder.weight = nn.Parameter(weight, requires_grad=False)
     dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
     own: Any = holder.cpu_linear
-    return lambda x: own(x, weight, None)
+    return Product(lambda x: own(x, weight, None))
 
 
 def factors(stack: Stack) -> list[torch.Tensor]:
