@@ -12,7 +12,7 @@ import torch
 
 from treadle import pages
 from treadle.cache import RowCache
-from treadle.pages import new_pages
+from treadle.pages import ALIGNMENT, HAS_PAGES, new_pages, side_by_side, trim
 from treadle.prefixes import PrefixCache, Text
 
 MIB = 1 << 20
@@ -66,3 +66,37 @@ def test_pages_are_tensors_like_any_other(
     assert (made.shape, made.dtype, made.device.type) == ((3, 1, 5), dtype, "cpu")
     made[:] = 2
     assert made.sum() == 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_copies_side_by_side_are_the_same_and_share_nothing(dtype: torch.dtype) -> None:
+    given = {"odd": torch.randn(3, 5).to(dtype), "none": torch.zeros(0, 4, dtype=dtype), "one": torch.ones(1).half()}
+    transposed = {"turned": torch.randn(7, 2).t()}
+    made = side_by_side({**given, **transposed})
+    for name, each in {**given, **transposed}.items():
+        assert (made[name].dtype, made[name].shape) == (each.dtype, each.shape)
+        assert torch.equal(made[name], each)
+        assert made[name].is_contiguous()
+        assert made[name].data_ptr() % ALIGNMENT == 0
+    given["odd"].zero_()
+    made["one"].zero_()
+    assert made["odd"].any()
+    assert given["one"].all()
+
+
+def test_no_tensors_are_no_copies() -> None:
+    assert side_by_side({}) == {}
+
+
+@pytest.mark.skipif(not HAS_PAGES, reason="this system maps no anonymous memory")
+def test_copies_live_as_long_as_one_of_them() -> None:
+    made = side_by_side({"a": torch.arange(1000), "b": torch.arange(2000)})
+    kept = made.pop("b")
+    del made
+    assert torch.equal(kept, torch.arange(2000))
+
+
+def test_trimming_changes_no_values() -> None:
+    kept = torch.arange(100_000)
+    assert trim() in (True, False)
+    assert torch.equal(kept, torch.arange(100_000))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from treadle.errors import AdapterError, problem_list
+from treadle.pages import side_by_side
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -223,7 +224,7 @@ def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
         raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}.{hint}")
     try:
         # copies: a mapped file that somebody truncates later ends the process with SIGBUS
-        return {key: tensor.clone() for key, tensor in load_file(file).items()}
+        return side_by_side(load_file(file))
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter {name!r}: {file} cannot be read: {error}") from error
 

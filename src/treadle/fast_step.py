@@ -18,6 +18,7 @@ from treadle.blend import Blend
 from treadle.cache import RowCache, RowLayer
 from treadle.forms import Form, fastest_form
 from treadle.packs import Packs, packs_unasked
+from treadle.pages import trim
 from treadle.step_parts import DecoderLayer, decoder_layers
 from treadle.step_products import Buffers, Stack, StackStep, StepGates
 
@@ -127,6 +128,7 @@ class FastStep:
         self._blend.renew()
         self._adapters = self._blend.adapters
         self._laid_out: object = None
+        trim()  # weights and factors that moved have left what the allocator would keep
 
     def _blocks_for(self, num_rows: int) -> Blocks:
         """Return what a step of so many rows computes with, the adapters as they are laid out now."""

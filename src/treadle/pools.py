@@ -71,7 +71,9 @@ def save_adapter(folder: Path, adapter: Adapter, targets: Sequence[str]) -> Path
 def random_router(names: Sequence[str], embedder: Embedder) -> Router:
     """Return a router whose centroids lie anywhere."""
     draw = np.random.default_rng(0)
-    centroids = Centroids.empty(embedder.id, embedder.dim)
-    for name in names:
-        centroids = centroids.add(name, draw.standard_normal((SAMPLES, embedder.dim)).astype(np.float32))
-    return Router(centroids, embedder)
+    samples = draw.standard_normal((len(names), SAMPLES, embedder.dim), np.float32)
+    means = samples.mean(1)
+    around = samples - means[:, None]
+    scatter = around.transpose(0, 2, 1) @ around  # (N, D, D)
+    counts = np.full(len(names), SAMPLES)
+    return Router(Centroids(tuple(names), means, counts, scatter, embedder.id), embedder)

@@ -1,6 +1,5 @@
 """Processes of their own, measured from outside: peak resident memory, and seconds to the first token."""
 
-import ctypes
 import os
 import resource
 import subprocess
@@ -83,15 +82,6 @@ def treadle_command(bundle: str, device: str, dtype: str, tokens: int, prompt: s
 def endless_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str, *, pack: bool) -> list[str]:
     """Return the command that generates with treadle's engine and a bundle, so many tokens whatever they are."""
     return [sys.executable, "-c", ENDLESS, bundle, device, dtype, str(int(pack)), str(tokens), prompt]
-
-
-def trim() -> bool:
-    """Let the C library give back what it keeps of freed memory; return whether it can (glibc's can)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another C library
-        return False
-    return True
 
 
 def resident_bytes() -> int:

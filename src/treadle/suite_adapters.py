@@ -17,9 +17,10 @@ from treadle.bundle import read_bundle
 from treadle.errors import OptionError, TreadleError, reason_of
 from treadle.generate import Engine
 from treadle.models import load_model, load_tokenizer, quiet_libraries
+from treadle.pages import trim
 from treadle.params import RoutingParams, SamplingParams
 from treadle.pools import random_adapters, random_router, save_adapter
-from treadle.processes import resident_bytes, trim
+from treadle.processes import resident_bytes
 from treadle.rows import Row, TokenEvent
 from treadle.timing import Line, Table, lines
 from treadle.workbench import SPARE, WARM_UP, Lab, Steps, not_run, pooled, time_steps
@@ -155,12 +156,17 @@ def load_apart(lab: Lab, root: Path) -> Loaded:
 
 
 def load_pool(bundle: str, root: str, device: str, dtype: str) -> None:
-    """Load a bundle's base, then every PEFT folder in `root` into an engine; print what the adapters took as JSON."""
+    """Load a bundle's base, then every PEFT folder in `root` into an engine; print what the adapters took as JSON.
+
+    What an engine with one adapter makes of the base (its weights in one piece) comes before; the router counts.
+    """
     quiet_libraries()
     found = read_bundle(bundle)
     model, tokenizer = load_model(found.base_model, device=device, dtype=dtype), load_tokenizer(found.base_model)
+    first = read_adapter(min(Path(root).iterdir()))
+    Engine(model, tokenizer, [first], random_router([first.name], found.router.embedder)).detach()
     gc.collect()
-    trim()  # else adapters would move into what loading the base has left
+    trim()  # what any engine makes of the base is no adapter's, and adapters would move into what was freed
     before = resident_bytes()
     begun = time.perf_counter()
     read = [read_adapter(folder) for folder in sorted(Path(root).iterdir())]
