@@ -273,6 +273,9 @@ class Blend:
             base = self.model.get_submodule(path)
             self._layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates)
             self._put(path, self._layers[path])
+        self._names = tuple(adapter.name for adapter in adapters)
+        self._ranks = [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]
+        lays_out_all = self._lays_out_all
         layouts: dict[Layout, int] = {}
         self._shrinks = []
         for paths in _same_input(self._layers):
@@ -282,13 +285,12 @@ class Blend:
             for index, (path, each) in enumerate(zip(paths, owners, strict=True)):
                 layout = Layout(tuple((i, pair.rank, pair.scale) for i, pair in each))
                 slot = layouts.setdefault(layout, len(layouts))
-                self._layers[path].stack([pair.b for _, pair in each], shrink, index, slot)
+                factors = [pair.b for _, pair in each]
+                self._layers[path].stack(factors, shrink, index, slot, by_columns=not lays_out_all)
             self._shrinks.append((shrink, [self._layers[path].slot for path in paths]))
         self.adapters = self._views(adapters)
         self._layouts = list(layouts)
-        self._names = tuple(adapter.name for adapter in adapters)
-        self._ranks = [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]
-        self._lay_out(None if self._lays_out_all else frozenset())  # of many, those that act: the first step knows
+        self._lay_out(None if lays_out_all else frozenset())  # of many, those that act: the first step knows
         self._combinable.clear()
         self._gates.clear()
 

@@ -16,6 +16,8 @@ class Form:
     """How the results of a step lie: a row for each row of the batch, (B, n), made as x W^T."""
 
     block_axis = -2
+    makes_anew = False
+    """Whether products with the base's weights come in memory of their own (`packed_product`), and are copied."""
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
@@ -149,6 +151,8 @@ class Twice(Columns):
 
 class Packed(Form):
     """Rows, made by oneDNN from weights of the base's that it has packed; see `treadle.packs`."""
+
+    makes_anew = True
 
     def base_matrix(self, weight: Weight) -> Tensor:
         """Return the packed copy."""

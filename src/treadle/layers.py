@@ -26,8 +26,13 @@ class Layout:
 
     def rows(self, adapters: Collection[int]) -> Tensor:
         """Return which rows of this stack belong to some adapters, (R of these,)."""
-        owners = torch.tensor([index in adapters for index, rank, _ in self.parts for _ in range(rank)])
-        return owners.nonzero()[:, 0] if len(owners) else owners.long()
+        ends = accumulate(rank for _, rank, _ in self.parts)
+        spans = [
+            torch.arange(end - rank, end)
+            for (index, rank, _), end in zip(self.parts, ends, strict=True)
+            if index in adapters
+        ]
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
 
     def fold(self) -> Tensor | None:
         """Return the (R, r) matrix that adds up the adapters' blocks row by row; None where all have the same rank."""
@@ -153,7 +158,7 @@ class BlendedLinear(nn.Module):
         """Where the base layer is; some quantised layers have buffers only."""
         return next(chain(self.base.parameters(), self.base.buffers())).device
 
-    def stack(self, factors: Sequence[Tensor], shrink: Shrink, index: int, slot: int) -> None:
+    def stack(self, factors: Sequence[Tensor], shrink: Shrink, index: int, slot: int, *, by_columns: bool) -> None:
         """Stack the B (out, r) of all adapters; `shrink` holds their A as its layer number `index`. Then `choose`.
 
         Args:
@@ -161,13 +166,17 @@ class BlendedLinear(nn.Module):
             shrink: has the first product.
             index: this layer's number in `shrink`.
             slot: the key of the gates.
+            by_columns: lay each column in one piece, from which some are soon chosen; else each row, as products read.
         """
-        self.register_buffer("every_b", torch.cat(list(factors), 1).to(self.device), persistent=False)  # (out, R)
+        every = torch.cat([each.t() for each in factors]).t() if by_columns else torch.cat(list(factors), 1)
+        self.register_buffer("every_b", every.to(self.device), persistent=False)  # (out, R)
         self.shrink, self.index, self.slot = shrink, index, slot
 
     def choose(self, rows: Tensor | None) -> None:
         """Let only the columns of B act that belong to the rows of A that `shrink` chooses too; None = all of them."""
-        chosen = self.every_b if rows is None else self.every_b.index_select(1, rows.to(self.device))
+        chosen = self.every_b
+        if rows is not None:
+            chosen = chosen.t().index_select(0, rows.to(self.device)).t().contiguous()
         self.register_buffer("b", chosen.to(self.dtype), persistent=False)  # (out, acting R)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from treadle.forms import Form
 from treadle.layers import BlendedLinear, Gates, Shrink
-from treadle.packs import Packs, Weight
+from treadle.packs import Packs, Weight, packed_product
 from treadle.step_parts import bases, in_one_piece, joined_bias
 
 
@@ -191,6 +191,9 @@ class StackStep:
         form = self._form
         laid = form.lay(x)
         joined = gates.of(self._slots) if self._updates else None
+        if joined is None and form.makes_anew:
+            made = packed_product(laid, self._weight)
+            return made if self._bias is None else made.add_(self._bias)
         if joined is not None and self._is_whole:
             form.multiply_base(self._whole, laid, self._all)
         else:
