@@ -17,10 +17,11 @@ from time import thread_time
 import torch
 
 from treadle.models import load_tokenizer
+from treadle.vllm_plugin.board import GateBoard
 from treadle.vllm_plugin.mixture import open_bundle
 from treadle.vllm_plugin.params import PluginParams
 from treadle.vllm_plugin.schedule import Schedule
-from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Stack
+from treadle.vllm_plugin.stacks import Part, Place, Stack
 
 ROOT = Path(__file__).parents[1]
 GROUP, MANY = 64, 1000

@@ -24,8 +24,10 @@ import vllm
 from torch import nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
+from treadle.vllm_plugin.board import GateBoard
 from treadle.vllm_plugin.cpu import branch_of, cpu_product
-from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Product, Stack
+from treadle.vllm_plugin.products import Product
+from treadle.vllm_plugin.stacks import Part, Place, Stack
 
 HIDDEN, KEYS, INNER = 576, 192, 1536
 LAYERS = {

@@ -10,7 +10,9 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
 from treadle.vllm_plugin import stacks
 from treadle.vllm_plugin.attach import plain_update
-from treadle.vllm_plugin.stacks import GateBoard, Part, Place, Product, Stack, equal_room, room_for
+from treadle.vllm_plugin.board import GateBoard
+from treadle.vllm_plugin.products import Product
+from treadle.vllm_plugin.stacks import Part, Place, Stack, equal_room, room_for
 
 from conftest import save_adapter, tiny_llama
 

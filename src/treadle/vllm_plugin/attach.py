@@ -16,13 +16,13 @@ from treadle.adapters import Adapter
 from treadle.bundle import Bundle
 from treadle.compatible import check_fit
 from treadle.errors import ModelError, problem_list
+from treadle.vllm_plugin.board import GateBoard
 from treadle.vllm_plugin.mixture import Mixture, by_router
 from treadle.vllm_plugin.params import PluginParams
+from treadle.vllm_plugin.products import Product
 from treadle.vllm_plugin.stacks import (
-    GateBoard,
     Part,
     Place,
-    Product,
     Stack,
     Stacks,
     equal_room,

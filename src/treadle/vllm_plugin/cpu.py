@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.packs import is_amd
-from treadle.vllm_plugin.stacks import Product
+from treadle.vllm_plugin.products import Into, Product, made_anew
 
 MOST_OUTPUTS, MOST_OUTPUTS_AMD = 1 << 14, 1 << 17
 """Tokens times outputs up to which vLLM's kernel for small weights is the faster one on a CPU without AMX tiles."""
@@ -38,7 +38,7 @@ def cpu_product(weight: Tensor) -> Product:
         return Product(_vllms_own(weight))
     into = _packed(weight)
     if branch == "packed":
-        return Product(partial(_made, into, len(weight)), into, MOST_TOKENS, len(weight))
+        return Product(partial(made_anew, into, len(weight)), into, MOST_TOKENS, len(weight))
     most = MOST_OUTPUTS_AMD if is_amd() else MOST_OUTPUTS
     return Product(_vllms_own(weight), into, most // len(weight), len(weight))
 
@@ -68,7 +68,7 @@ def _vllms_own(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return cast(Callable[[Tensor], Tensor], partial(cast(Any, holder.cpu_linear), weight=weight, bias=None))
 
 
-def _packed(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
+def _packed(weight: Tensor) -> Into:
     """Return vLLM's kernel for small weights without vLLM's own function around it: (made, x) is written to."""
     kernels: Any = torch.ops._C
     packed = kernels.convert_weight_packed(weight)
@@ -78,10 +78,3 @@ def _packed(weight: Tensor) -> Callable[[Tensor, Tensor], object]:
         kernel(made, x, packed, None, True)
 
     return into
-
-
-def _made(into: Callable[[Tensor, Tensor], object], size_out: int, x: Tensor) -> Tensor:
-    """Return x (T, in) times a packed weight, (T, out)."""
-    made = x.new_empty(x.shape[0], size_out)
-    into(made, x)
-    return made

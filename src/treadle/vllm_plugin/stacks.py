@@ -10,53 +10,25 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from treadle.adapters import Adapter, LoraPair
-from treadle.centroids import Floats
 from treadle.errors import AdapterError, problem_list
 from treadle.layers import Gates
+from treadle.vllm_plugin.board import KEPT, GateBoard
 from treadle.vllm_plugin.mixture import largest_rank, main_scale
-
-KEPT = 64
-"""Tokens up to which what a packed layer writes to is kept from step to step: at most 64 rows of each width."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """x (T, in) -> x W^T (T, out), for a W that is packed.
-
-    Attributes:
-        many: makes it for any number of tokens.
-        into: (made, x) writes it into `made`, which is contiguous; None = there is no kernel that does.
-        most: tokens up to which `into` is the faster one.
-        size_out: the number of outputs, for `into`.
-    """
-
-    many: Callable[[Tensor], Tensor]
-    into: Callable[[Tensor, Tensor], object] | None = None
-    most: int = 0
-    size_out: int = 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x W^T; compiled code must not ask for T, and has the one for many."""
-        if self.into is None or torch.compiler.is_compiling() or x.shape[0] > self.most:
-            return self.many(x)
-        made = x.new_empty(x.shape[0], self.size_out)
-        self.into(made, x)
-        return made
+from treadle.vllm_plugin.products import Into, Product
 
 
 class Kept(NamedTuple):
     """What a packed layer needs for a step of T tokens: its kernels, and views of where they write and of the gates."""
 
-    shrink: Callable[[Tensor, Tensor], object]
+    shrink: Into
     hidden: Tensor  # (T, R)
     gates: Tensor  # (T, R)
-    expand: Callable[[Tensor, Tensor], object]
+    expand: Into
     made: Tensor  # (T, out)
 
 
@@ -108,58 +80,6 @@ class Group:
 
 MOST_ZEROS = 256 << 10
 """Bytes of zeros that a product for q, k and v together may read; beyond, one product each is cheaper."""
-
-
-class GateBoard(nn.Module):
-    """The gates of the tokens of a step, (T, R) for each layout of ranks, at addresses that never change."""
-
-    def __init__(
-        self, num_tokens: int, num_slots: int, num_gates: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.num_tokens, self.num_slots, self.num_gates = num_tokens, num_slots, num_gates
-        self.device, self.dtype = device, dtype
-        self._layouts: dict[tuple[int, ...], int] = {}
-        self._kept: dict[int, Tensor] = {}
-
-    def kept(self, num_tokens: int, size: int) -> Tensor:
-        """Return room (T, size) for what a layer is done with when it returns; all layers share it."""
-        if size not in self._kept:
-            self._kept[size] = torch.empty(KEPT * size, device=self.device, dtype=self.dtype)
-        return self._kept[size][: num_tokens * size].view(num_tokens, size)
-
-    def layout(self, owners: tuple[int, ...]) -> int:
-        """Return the number of the layout whose columns belong to these slots, (R,)."""
-        if owners not in self._layouts:
-            index = self._layouts[owners] = len(self._layouts)
-            self.register_buffer(f"owners_{index}", torch.tensor(owners, device=self.device), persistent=False)
-            shape = (self.num_gates, self.num_tokens, len(owners))
-            gates = torch.zeros(shape, device=self.device, dtype=self.dtype)
-            self.register_buffer(f"gates_{index}", gates, persistent=False)
-        return self._layouts[owners]
-
-    def gates(self, layout: int) -> Tensor:
-        """Return the gates (G, tokens at most, R) of a layout."""
-        return self.get_buffer(f"gates_{layout}")
-
-    @torch.inference_mode()
-    def fill(self, rows: Floats, counts: Sequence[int]) -> None:
-        """Set the gates of a step's tokens, from its runs.
-
-        Args:
-            rows: (S, G, slots), the gates of each run.
-            counts: how many tokens each run has.
-        """
-        total = sum(counts)
-        if total > self.num_tokens:
-            raise RuntimeError(f"a step of {total} tokens; there are gates for {self.num_tokens}")
-        step = torch.from_numpy(np.repeat(rows, counts, 0) if total != len(rows) else rows)  # (T, G, slots)
-        if self.device.type == "cuda":
-            step = step.pin_memory()  # a fresh one each step: the copy of the step before may still be running
-        step = step.to(self.device, non_blocking=True).transpose(0, 1).to(self.dtype)  # (G, T, slots)
-        for layout in range(len(self._layouts)):
-            chosen = step.index_select(2, self.get_buffer(f"owners_{layout}"))
-            self.gates(layout)[:, :total].copy_(chosen)  # (G, T, R)
 
 
 class Stack(nn.Module):
