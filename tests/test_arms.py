@@ -95,6 +95,7 @@ def test_the_oracle_gives_each_task_its_own_adapter():
 BAD_TABLES = """
 [arms]
 one = {evry = 2}
+six = {bundle = 5}
 two = {prefill = "causal", every = "none"}
 three = {every = 3}
 [grid]
@@ -103,6 +104,7 @@ five = {window = []}
 """
 TABLE_PROBLEMS = (
     "one: unknown option 'evry'. Did you mean 'every'?",
+    "six: bundle: expected str, got 5.",
     "two: routing options:",
     "prefill causal decides in blocks",
     "four/top_k=0: routing options:",
@@ -166,6 +168,28 @@ def test_arms_are_chosen_by_name_and_from_files_each_once(tmp_path):
     standard = standard_arms(NAMES, DEFAULT)
     expected = [standard["oracle"], Arm("mine", replace(DEFAULT, every=7)), standard["code"]]
     assert choose_arms(["oracle", file, "code", "oracle", file], NAMES, DEFAULT) == expected
+
+
+def test_an_arm_may_be_routed_by_another_bundle(tmp_path):
+    text = """
+        [arms.mine]
+        every = 7
+        bundle = "some/where"
+        [grid.both]
+        bundle = ["", "else"]
+    """
+    file = str(write(tmp_path / "arms.toml", text))
+    assert choose_arms(["prompt@else/where", file, "prompt"], NAMES, DEFAULT) == [
+        Arm("prompt@else/where", replace(DEFAULT, every=None), "else/where"),
+        Arm("mine", replace(DEFAULT, every=7), "some/where"),
+        Arm("both/bundle=", DEFAULT),
+        Arm("both/bundle=else", DEFAULT, "else"),
+        Arm("prompt", replace(DEFAULT, every=None)),
+    ]
+    with pytest.raises(OptionError) as caught:
+        choose_arms(["promt@here", "prompt@"], NAMES, DEFAULT)
+    for problem in ("unknown arm 'promt'. Did you mean 'prompt'?", "prompt@ names no bundle: write prompt@FOLDER"):
+        assert str(caught.value).count(problem) == 1, problem
 
 
 def test_all_arms_that_cannot_be_chosen_are_in_one_message(tmp_path):

@@ -7,18 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model2vec import StaticModel
 
 import treadle.evaluate
 from treadle.arms import Arm, choose_arms
+from treadle.bundle import read_bundle, save_bundle
+from treadle.embed import StaticEmbedder
 from treadle.errors import DataError, OptionError
 from treadle.evaluate import evaluate
 from treadle.generate import Engine
 from treadle.params import EvalParams, RoutingParams, SamplingParams
 from treadle.results import fractions_of, read_cell, read_results
+from treadle.routing import fit
 from treadle.score import score_under
 from treadle.sets import EvalSet, load_sets
 from treadle.streams import Part, join_streams, score_streams
 from treadle.tasks import Example
+
+from conftest import SAMPLES
 
 ROWS = {
     "math": [{"question": f"add {i} plus {i}?", "answer": f"sum {i}\n#### {2 * i}"} for i in range(8)],
@@ -229,6 +235,83 @@ def test_an_arm_that_the_adapters_do_not_allow_is_refused_before_anything_is_mea
 ) -> None:
     with pytest.raises(OptionError, match="combine='linear' needs adapters of equal ranks"):
         evaluate(engine, load_sets(specs, QUICK), arms(engine, "base", "linear"), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+# Other bundles' centroids
+
+
+@pytest.fixture
+def other_embedder(embedder: StaticEmbedder) -> StaticEmbedder:
+    """Knows the same words by other vectors, so that it weighs otherwise."""
+    model = embedder.model
+    vectors = np.random.default_rng(1).normal(size=model.embedding.shape).astype(np.float32)
+    return StaticEmbedder(StaticModel(vectors, model.tokenizer, max_length=None))
+
+
+@pytest.fixture
+def other_bundle(bundle: Path, adapter_folders: dict[str, Path], other_embedder: StaticEmbedder) -> Path:
+    """The same adapters under another embedder's centroids."""
+    base = read_bundle(bundle).base_model
+    router = fit(SAMPLES, other_embedder)
+    return save_bundle(bundle.with_name("other"), base=base, adapters=adapter_folders, router=router)
+
+
+def test_an_arm_of_another_bundle_is_routed_by_its_embedder_and_centroids(
+    engine: Engine, other_bundle: Path, specs: list[str], tmp_path: Path
+) -> None:
+    sets, output, own = load_sets([*specs, "stream"], QUICK), tmp_path / "out", engine.router
+    chosen = arms(engine, "routed", f"routed@{other_bundle}")
+    found = {(r.arm, r.task, r.metric): r for r in evaluate(engine, sets, chosen, output, QUICK)}
+    assert engine.router is own
+    other = replace(read_bundle(other_bundle).router, params=own.params)
+    engine.router = other  # as if the engine had been made so
+    plain = {(r.task, r.metric): r for r in evaluate(engine, sets, arms(engine, "routed"), tmp_path / "plain", QUICK)}
+    assert {key: found[f"routed@{other_bundle}", *key].value for key in plain} == {
+        key: result.value for key, result in plain.items()
+    }
+    assert found["routed", "math", "nll"].value != plain["math", "nll"].value
+    assert found["routed", "math", "nll"].versions["embedder"] == own.embedder.id
+    assert found[f"routed@{other_bundle}", "math", "nll"].versions["embedder"] == other.embedder.id
+    weights = [read_cell(tmp_path / "plain", "routed", "math"), read_cell(output, f"routed@{other_bundle}", "math")]
+    assert [row["weights"] for row in weights[0]] == [row["weights"] for row in weights[1]]
+
+
+def test_another_bundles_centroids_are_not_mixed_with_those_of_before(
+    engine: Engine, other_bundle: Path, adapter_folders: dict[str, Path], embedder: StaticEmbedder, specs: list[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    sets, output = load_sets(specs[:1], QUICK), tmp_path / "out"
+    chosen = arms(engine, "routed", f"routed@{other_bundle}")
+    first = evaluate(engine, sets, chosen, output, QUICK)
+    assert evaluate(engine, sets, chosen, output, QUICK) == first
+    base = read_bundle(other_bundle).base_model
+    save_bundle(other_bundle, base=base, adapters=adapter_folders, router=fit(SAMPLES, embedder), overwrite=True)
+    with pytest.raises(OptionError, match=r"arm routed@.*other had other centroids on math"):
+        evaluate(engine, sets, chosen, output, QUICK)
+    assert read_results(output) == first
+
+
+def test_a_bundle_of_other_adapters_or_of_none_is_refused_before_anything_is_measured(
+    engine: Engine, other_bundle: Path, adapter_folders: dict[str, Path], other_embedder: StaticEmbedder,
+    specs: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    base = read_bundle(other_bundle).base_model
+    swapped = {**adapter_folders, "math": adapter_folders["code"]}
+    save_bundle(tmp_path / "swapped", base=base, adapters=swapped, router=fit(SAMPLES, other_embedder))
+    turned = fit(dict(reversed(SAMPLES.items())), other_embedder)
+    save_bundle(tmp_path / "turned", base=base, adapters=adapter_folders, router=turned)
+    folders = [tmp_path / name for name in ("swapped", "turned", "missing")]
+    chosen = arms(engine, "linear", *(f"routed@{folder}" for folder in folders), f"linear@{other_bundle}")
+    with pytest.raises(OptionError) as caught:
+        evaluate(engine, load_sets(specs, QUICK), chosen, tmp_path / "out", QUICK)
+    for problem, count in (
+        ("swapped has other adapters (math); an arm needs one of the same", 1),
+        ("turned has its adapters in another order: code, science, math", 1),
+        ("missing is not a bundle", 1),
+        ("combine='linear' needs adapters of equal ranks", 2),
+    ):
+        assert str(caught.value).count(problem) == count, problem
     assert not (tmp_path / "out").exists()
 
 

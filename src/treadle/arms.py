@@ -1,7 +1,8 @@
 """Arms of an experiment: names for RoutingParams, so that an arm is data and not code.
 
 A file of arms is TOML. A table under `arms` names one arm; a table under `grid` stands for all combinations of its
-lists. Values left out are the bundle's.
+lists. Values left out are the bundle's. `bundle` names another bundle of the same adapters, whose embedder and
+centroids then route.
 
     [arms.mine]
     every = 4
@@ -9,6 +10,9 @@ lists. Values left out are the bundle's.
 
     [grid.frequency]            # arms frequency/every=1, frequency/every=2 ...
     every = [1, 2, 4, "none"]
+
+    [arms.sentence]             # the bundle's own routing on another embedder; as is `routed@other/bundle`
+    bundle = "other/bundle"
 """
 
 import tomllib
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treadle.errors import OptionError, TreadleError, problem_list, unknown_name
-from treadle.options import read_options
+from treadle.options import parse, read_options
 from treadle.params import RoutingParams
 
 EVERY = (1, 2, 3, 4, 6, 8, 16)
@@ -29,10 +33,17 @@ BOOSTS = (1, 2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to weigh the adapters; `params` None is the oracle, which each task gives its own adapter."""
+    """One way to weigh the adapters.
+
+    Attributes:
+        name: keys its results.
+        params: None is the oracle, which each task gives its own adapter.
+        bundle: folder of a bundle of the same adapters, whose embedder and centroids route; "" = the evaluated one's.
+    """
 
     name: str
     params: RoutingParams | None
+    bundle: str = ""
 
     def params_for(self, adapter: str) -> RoutingParams:
         """Return the params on a task whose own adapter is `adapter`."""
@@ -81,22 +92,25 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
 
 
 def choose_arms(wanted: Sequence[str], names: Sequence[str], default: RoutingParams) -> list[Arm]:
-    """Return the arms that `wanted` names: standard arms, or TOML files of arms.
+    """Return the arms that `wanted` names: standard arms, `ARM@BUNDLE` on another bundle's centroids, TOML files.
 
     Raises:
         OptionError: lists every name that does not exist and every option that is not possible.
     """
     standard, chosen, problems = standard_arms(names, default), list[Arm](), list[str]()
     for entry in wanted:
+        name, at, folder = entry.partition("@")
         if entry.endswith(".toml"):
             try:
                 chosen += read_arms(Path(entry), default)
             except TreadleError as error:
                 problems.append(str(error))
-        elif entry in standard:
-            chosen.append(standard[entry])
+        elif name not in standard:
+            problems.append(unknown_name("arm", name, standard))
+        elif at and not folder:
+            problems.append(f"{entry} names no bundle: write {name}@FOLDER")
         else:
-            problems.append(unknown_name("arm", entry, standard))
+            chosen.append(replace(standard[name], name=entry, bundle=folder))
     chosen = distinct(chosen, problems)
     if problems:
         raise OptionError(problem_list("arms:", problems))
@@ -135,8 +149,7 @@ def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams, fou
     arms: list[Arm] = []
     for name, table in tables.items():
         try:
-            implied = {"rule": "fixed"} if table.get("fixed") is not None else {}
-            arms.append(Arm(name, read_options(RoutingParams, {**implied, **table}, onto=default)))
+            arms.append(_read_arm(name, table, default))
         except TreadleError as error:
             problems.append(f"{name}: {error}")
     if not tables and not problems:
@@ -144,6 +157,13 @@ def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams, fou
     if problems:
         raise OptionError(problem_list(f"{file}:", problems))
     return arms
+
+
+def _read_arm(name: str, table: Mapping[str, Any], default: RoutingParams) -> Arm:
+    implied = {"rule": "fixed"} if table.get("fixed") is not None else {}
+    given = {key: value for key, value in {**implied, **table}.items() if key != "bundle"}
+    bundle = parse(str, table["bundle"], "bundle") if "bundle" in table else ""
+    return Arm(name, read_options(RoutingParams, given, onto=default), bundle)
 
 
 def expand(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

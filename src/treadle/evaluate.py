@@ -8,7 +8,8 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.arms import Arm
+from treadle.bundle import read_bundle
 from treadle.centroids import Floats
-from treadle.errors import OptionError, problem_list
+from treadle.errors import OptionError, collect, problem_list
 from treadle.files import make_folder
 from treadle.metrics import METRICS
 from treadle.params import EvalParams, RoutingParams, SamplingParams
@@ -32,6 +34,7 @@ from treadle.results import (
     write_cell,
     write_results,
 )
+from treadle.routing import Router
 from treadle.sets import EvalSet
 from treadle.streams import score_streams
 from treadle.tasks import Example, Task
@@ -70,21 +73,57 @@ def evaluate(
     Raises:
         TreadleError: an arm is not possible with these adapters, or `output` was made with other settings.
     """
-    engine.check_routing([params for arm, each in _cells(arms, sets) for params in _params_of(arm, each)])
+    routers = _routers(engine, arms, sets)
     _check_settings(output, params, engine)
     before = read_results(output)
     write_results(output, before, append=False)  # without what a kill left of a cell
     done = {(result.arm, result.task): result for result in before}
-    _check_same(done, arms, sets)
+    _check_same(done, arms, sets, {name: fingerprint(engine, router) for name, router in routers.items()})
     for arm, each in _cells(arms, sets):
         if (arm.name, each.name) not in done:
             started = time.perf_counter()
-            cell = measure(engine, arm, each, params)
-            write_cell(output, arm.name, each.name, _rows(each, cell))
-            seconds = time.perf_counter() - started
-            write_results(output, _results(engine, arm, each, cell, seconds, params.seed), append=True)
+            with _routed_by(engine, routers[arm.bundle]):
+                cell = measure(engine, arm, each, params)
+                write_cell(output, arm.name, each.name, _rows(each, cell))
+                seconds = time.perf_counter() - started
+                write_results(output, _results(engine, arm, each, cell, seconds, params.seed), append=True)
         progress(f"{arm.name} on {each.name}", len(each))
     return read_results(output)
+
+
+def _routers(engine: "Engine", arms: Sequence[Arm], sets: Sequence[EvalSet]) -> dict[str, Router]:
+    """Return the router of each bundle that an arm names, once it is sure that every arm is possible."""
+    problems: list[str] = []
+    others = dict.fromkeys(arm.bundle for arm in arms if arm.bundle)
+    read = collect(problems, [lambda folder=folder: (folder, _read_router(engine, folder)) for folder in others])
+    found: dict[str, Router] = {"": engine.router, **dict(read)}
+    for folder, router in found.items():
+        mine = [arm for arm in arms if arm.bundle == folder]
+        asked = [params for arm, each in _cells(mine, sets) for params in _params_of(arm, each)]
+        collect(problems, [lambda asked=asked, router=router: engine.check_routing(asked, router)])
+    if problems:
+        raise OptionError("\n".join(problems))
+    return found
+
+
+def _read_router(engine: "Engine", folder: str) -> Router:
+    """Return the router of another bundle, whose adapters must be those of the engine."""
+    bundle = read_bundle(folder)
+    own, other = ({(a.name, a.identity) for a in adapters} for adapters in (engine.blend.adapters, bundle.adapters))
+    if differ := sorted({name for name, _ in own ^ other}):
+        raise OptionError(f"bundle {folder} has other adapters ({', '.join(differ)}); an arm needs one of the same.")
+    if bundle.router.names != engine.router.names:
+        raise OptionError(f"bundle {folder} has its adapters in another order: {', '.join(bundle.router.names)}.")
+    return bundle.router
+
+
+@contextmanager
+def _routed_by(engine: "Engine", router: Router) -> Generator[None]:
+    own, engine.router = engine.router, router
+    try:
+        yield
+    finally:
+        engine.router = own
 
 
 def _cells(arms: Sequence[Arm], sets: Sequence[EvalSet]) -> Iterator[tuple[Arm, EvalSet]]:
@@ -214,18 +253,18 @@ def _versions(engine: "Engine") -> dict[str, str]:
         "python": platform.python_version(),
         "base": Path(base).name,
         "embedder": engine.router.embedder.id,
-        "fingerprint": fingerprint(engine),
+        "fingerprint": fingerprint(engine, engine.router),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "device": engine.model.device.type,
     }
 
 
-def fingerprint(engine: "Engine") -> str:
-    """Return what tells an engine's adapters and centroids from others."""
+def fingerprint(engine: "Engine", router: Router) -> str:
+    """Return what tells an engine's adapters and a router's centroids from others."""
     digest = hashlib.sha256()
     for adapter in engine.blend.adapters:
         digest.update(f"{adapter.name} {adapter.identity}".encode())
-    centroids = engine.router.centroids
+    centroids = router.centroids
     for array in (centroids.means, centroids.scatter, centroids.groups.means, centroids.groups.sizes):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
@@ -250,14 +289,21 @@ def _check_settings(output: Path, params: EvalParams, engine: "Engine") -> None:
         raise OptionError(problem_list(f"{output} holds results of other settings; name another folder:", changed))
 
 
-def _check_same(done: Mapping[tuple[str, str], EvalResult], arms: Sequence[Arm], sets: Sequence[EvalSet]) -> None:
-    """Refuse names that stand for something else than in the results that are there."""
+def _check_same(
+    done: Mapping[tuple[str, str], EvalResult],
+    arms: Sequence[Arm],
+    sets: Sequence[EvalSet],
+    fingerprints: Mapping[str, str],
+) -> None:
+    """Refuse names that stand for something else than in the results that are there; fingerprints are by bundle."""
     problems: list[str] = []
     for arm, each in _cells(arms, sets):
         before = done.get((arm.name, each.name))
         routing = None if arm.params is None else json.loads(json.dumps(asdict(arm.params)))
         if before and before.routing != routing:
             problems.append(f"arm {arm.name} had other options on {each.name}")
+        if before and before.versions.get("fingerprint") != fingerprints[arm.bundle]:
+            problems.append(f"arm {arm.name} had other centroids on {each.name}")
         if before and before.source != each.source:
             problems.append(f"task {each.name} had the rows of {before.source}, not {each.source}")
         elif before and before.rows != each.rows:

@@ -40,8 +40,9 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     output: Output,
     arms: Annotated[
         list[str] | None,
-        typer.Option(help="base, oracle, uniform, routed, nearest, prompt, every-4, paper, an adapter's name ...; or a "
-                          ".toml file of arms; repeatable, or with commas"),
+        typer.Option(help="base, oracle, uniform, routed, nearest, prompt, every-4, paper, an adapter's name ...; "
+                          "routed@BUNDLE = by that bundle's embedder and centroids; or a .toml file of arms; "
+                          "repeatable, or with commas"),
     ] = None,
     only: Annotated[
         list[str] | None,
