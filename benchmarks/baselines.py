@@ -5,8 +5,9 @@
 
 - `arrow`: PEFT's Arrow over the same adapters (training-free, per token and module; top 2 of 4).
 - `xlora`: PEFT's X-LoRA with the same adapters and its classifier as it is initialised: its untrained limit.
-- `weights`: LoRAHub's way: nevergrad looks for fixed weights on a few examples, for each task and for all four at once;
-  written as arms for `treadle eval --arms`. Combined by `sum`, where LoRAHub weighs A and B.
+- `weights`: nevergrad looks for fixed weights on validation examples: LoRAHub's way for each task (`lorahub-TASK`), and
+  the best for all four together (`fixed-best`: more examples and steps, no penalty); written as arms for `treadle eval
+  --arms`. Combined by `sum`, where LoRAHub weighs A and B.
 
 Arrow and X-LoRA run in PEFT itself; their results lie in a folder that `benchmarks/claims.py` reads beside others.
 """
@@ -14,6 +15,7 @@ Arrow and X-LoRA run in PEFT itself; their results lie in a folder that `benchma
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from nevergrad.optimization import registry
 from nevergrad.parametrization.parameter import Array
 
 import treadle
+from treadle.generate import Engine
 from treadle.models import load_model, load_tokenizer, quiet_libraries
 from treadle.params import EvalParams, RoutingParams
 from treadle.peers import arrow, xlora
@@ -39,8 +42,22 @@ FILES = {
     "code": "code_alpaca-test-a.jsonl.gz",
     "reading": "squad-validation-even.jsonl.gz",
 }
-FEW, STEPS, PENALTY = 5, 40, 0.05
-"""Examples a task, evaluations and L1 penalty of LoRAHub's search, as in its README."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How fixed weights are looked for: examples of each of some tasks, evaluations, factor of an L1 penalty."""
+
+    tasks: Sequence[str]
+    examples: int
+    steps: int
+    penalty: float
+
+
+SEARCHES = {
+    **{f"lorahub-{task}": Search([task], 5, 40, 0.05) for task in PAPER},  # as in LoRAHub's README
+    "fixed-best": Search(PAPER, 24, 80, 0.0),
+}
 
 
 def main() -> None:
@@ -102,29 +119,33 @@ def score(model: torch.nn.Module, tokenizer: object, examples: Sequence[Example]
 
 
 def search_weights(validation: Path, output: Path, dtype: str) -> None:
-    """Write arms of fixed weights that nevergrad found on FEW validation examples a task."""
+    """Write arms of the fixed weights that nevergrad found."""
     engine = treadle.load(BUNDLE, dtype=dtype)
     names = engine.adapter_names
     specs = [f"{task}={validation / task}.jsonl.gz" for task in PAPER]
-    sets = {each.name: each.examples for each in load_sets(specs, EvalParams(limit=FEW))}
-    targets = {f"lorahub-{task}": [task] for task in PAPER} | {"fixed-best": list(PAPER)}
     lines: list[str] = []
-    for arm, tasks in targets.items():
-        examples = [example for task in tasks for example in sets[task]]
+    for arm, search in SEARCHES.items():
+        sets = load_sets(specs, EvalParams(limit=search.examples))
+        chosen = [each.examples for each in sets if each.name in search.tasks]
 
-        def loss(weights: np.ndarray, examples: Sequence[Example] = examples) -> float:
+        def loss(weights: np.ndarray, chosen: Sequence[Sequence[Example]] = chosen, search: Search = search) -> float:
             fixed = RoutingParams(rule="fixed", fixed=dict(zip(names, weights.tolist(), strict=True)), every=None)
-            rows = engine.score([e.prompt for e in examples], [e.completion for e in examples], routing=fixed)
-            nll = np.mean([-row.sum() / len(row) for row in rows])
-            return float(nll + PENALTY * np.abs(weights).sum() / len(weights))
+            nll = np.mean([nats_per_token(engine, examples, fixed) for examples in chosen])
+            return float(nll + search.penalty * np.abs(weights).sum() / len(weights))
 
         start = Array(init=np.full(len(names), 1 / len(names))).set_bounds(0.0, 1.5)
         start.random_state.seed(0)
-        best = registry["NGOpt"](start, budget=STEPS).minimize(loss).value
+        best = registry["NGOpt"](start, budget=search.steps).minimize(loss).value
         found = ", ".join(f"{name} = {weight:.4f}" for name, weight in zip(names, best, strict=True))
         lines += [f"[arms.{arm}]", f"fixed = {{ {found} }}", 'every = "none"', ""]
         print(f"{arm}: {found}, loss {loss(best):.3f}", flush=True)
     output.write_text("\n".join(lines), "utf-8")
+
+
+def nats_per_token(engine: Engine, examples: Sequence[Example], routing: RoutingParams) -> float:
+    """Return the NLL of a task as `treadle eval` reports it: nats over tokens, of all examples together."""
+    rows = engine.score([e.prompt for e in examples], [e.completion for e in examples], routing=routing)
+    return -float(np.concatenate(rows).mean())
 
 
 if __name__ == "__main__":
