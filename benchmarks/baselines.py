@@ -69,6 +69,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
+    if "weights" in options.arms and len(options.arms) > 1:
+        parser.error("weights writes a file of arms, the others a folder of results: ask for it alone")
+    missing = "--validation" if "weights" in options.arms else "--data"
+    if getattr(options, missing[2:]) is None:
+        parser.error(f"{options.arms[0]} needs {missing}")
     quiet_libraries()
     if "weights" in options.arms:
         search_weights(options.validation, options.output, options.dtype)
@@ -87,8 +92,10 @@ def main() -> None:
             value, low, high = interval(values, seed=0)
             rows = [{"index": index, "values": {"nll": list(pair)}} for index, pair in enumerate(values)]
             write_cell(options.output, arm, each.name, rows)
-            common = {"routing": None, "source": each.source, "tokens": 0, "tokens_per_second": 0.0, "seed": 0}
-            versions = {"torch": torch.__version__, "peft": peft.__version__}
+            common = {"routing": None, "source": each.source, "tokens": 0, "tokens_per_second": 0.0, "seed": 0,
+                      "rows": each.rows}  # fmt: skip
+            versions = {"treadle": treadle.__version__, "torch": torch.__version__, "peft": peft.__version__,
+                        "base": bundle.base_model, "dtype": options.dtype}  # fmt: skip
             result = EvalResult(arm=arm, task=each.name, metric="nll", value=value, low=low, high=high, n=len(values),
                                 seconds=seconds, versions=versions, **common)  # fmt: skip
             write_results(options.output, [result], append=True)

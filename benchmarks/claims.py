@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--metric", default="nll", help="nll, or primary: each task's own (exact_number, letter ...)")
     parser.add_argument("--routed", default="routed", help="the arm that the claims are about")
     options = parser.parse_args()
-    cells = {(r.arm, r.task, r.metric): folder for folder in options.folders for r in read_results(folder)}
+    cells = read_cells(options.folders)
     table = Table(cells, options.metric)
     table.print()
     for task in [task for task in table.tasks if task in STREAMS]:
@@ -35,6 +35,19 @@ def main() -> None:
     print()
     for line in [*verdicts(table, options.routed), *stream_verdicts(table, options.routed)]:
         print(f"- {line}")
+
+
+def read_cells(folders: Sequence[Path]) -> dict[tuple[str, str, str], Path]:
+    """Return where each (arm, task, metric) lies; tasks whose rows differ between folders end the program."""
+    found = [(result, folder) for folder in folders for result in read_results(folder)]
+    rows: dict[str, dict[str, Path]] = {}
+    for result, folder in found:
+        if result.rows:  # of results from before they had it, nothing is known
+            rows.setdefault(result.task, {}).setdefault(result.rows, folder)
+    differ = [f"{task}: {' and '.join(map(str, each.values()))}" for task, each in rows.items() if len(each) > 1]
+    if differ:
+        raise SystemExit("\n".join(["these hold other rows of the same task, which cannot be paired:", *differ]))
+    return {(result.arm, result.task, result.metric): folder for result, folder in found}
 
 
 class Table:

@@ -89,7 +89,7 @@ def print_shares(router: Router, tokenizer: object, rows: dict[str, Sequence[Exa
     }
     print("| share of recent tokens | " + " | ".join(kinds) + " |\n" + "|---" * (len(kinds) + 1) + "|")
     for share in SHARES:
-        routing.RECENT_SHARE = share
+        routing.SHARES[2] = np.array([1 - share, share], np.float32)
         print(f"| {share} | " + " | ".join(f"{missed(router, each):.3f}" for each in kinds.values()) + " |", flush=True)
 
 

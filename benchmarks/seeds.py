@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from claims import Table, bootstrap, format_cell, verdict
+from claims import Table, bootstrap, format_cell, read_cells, verdict
 
-from treadle.results import read_results
 from treadle.tasks import PAPER
 
 
@@ -44,8 +43,7 @@ def main() -> None:
 def read_seed(folder: Path, metric: str) -> Table:
     """Return the results of one seed, whose folders lie below `folder`."""
     places = sorted(file.parent for file in folder.glob("**/results.jsonl"))
-    cells = {(r.arm, r.task, r.metric): place for place in places for r in read_results(place)}
-    return Table(cells, metric)
+    return Table(read_cells(places), metric)
 
 
 def over_tasks(rows: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:

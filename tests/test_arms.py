@@ -96,15 +96,19 @@ BAD_TABLES = """
 [arms]
 one = {evry = 2}
 six = {bundle = 5}
+seven = {bundle = ""}
 two = {prefill = "causal", every = "none"}
 three = {every = 3}
 [grid]
 four = {top_k = [1, 0]}
 five = {window = []}
+eight = {}
 """
 TABLE_PROBLEMS = (
     "one: unknown option 'evry'. Did you mean 'every'?",
     "six: bundle: expected str, got 5.",
+    "seven: bundle names no folder",
+    "eight: a grid needs an option with a list",
     "two: routing options:",
     "prefill causal decides in blocks",
     "four/top_k=0: routing options:",
@@ -176,14 +180,14 @@ def test_an_arm_may_be_routed_by_another_bundle(tmp_path):
         every = 7
         bundle = "some/where"
         [grid.both]
-        bundle = ["", "else"]
+        bundle = ["else", "more"]
     """
     file = str(write(tmp_path / "arms.toml", text))
     assert choose_arms(["prompt@else/where", file, "prompt"], NAMES, DEFAULT) == [
         Arm("prompt@else/where", replace(DEFAULT, every=None), "else/where"),
         Arm("mine", replace(DEFAULT, every=7), "some/where"),
-        Arm("both/bundle=", DEFAULT),
         Arm("both/bundle=else", DEFAULT, "else"),
+        Arm("both/bundle=more", DEFAULT, "more"),
         Arm("prompt", replace(DEFAULT, every=None)),
     ]
     with pytest.raises(OptionError) as caught:

@@ -175,6 +175,7 @@ def test_rows_without_an_answer_teach_nothing(tmp_path):
         (b'{"prompt": "a", "completion": "b"}\n{oops\n', "line 2: not JSON"),
         (b"\n[1, 2]\n", "line 2: expected an object, got list"),
         (b'{"prompt": "a"}\n', "row 1: KeyError: 'completion'; fields: prompt"),
+        (b'{"prompt": "a", "completion": "\\ud800"}\n', "row 1: ValueError: character 1 is half of a surrogate pair"),
         (b'{"prompt": "a", "completion": "\xff"}\n', "cannot be read"),
     ],
 )

@@ -16,6 +16,7 @@ from treadle.embed import StaticEmbedder
 from treadle.errors import DataError, OptionError
 from treadle.evaluate import evaluate
 from treadle.generate import Engine
+from treadle.metrics import LIBRARIES
 from treadle.params import EvalParams, RoutingParams, SamplingParams
 from treadle.results import fractions_of, read_cell, read_results
 from treadle.routing import fit
@@ -356,6 +357,39 @@ def test_a_text_beyond_the_models_context_is_refused(engine: Engine) -> None:
     assert context is not None
     with pytest.raises(OptionError, match=f"reads at most {context} tokens.*\n  - row 1 has"):
         engine.score(["add", "add " * context], [" sum", " sum"])
+
+
+def test_what_would_fail_in_a_later_cell_is_refused_before_the_first(
+    engine: Engine, specs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = load_sets(specs, QUICK)
+    long = replace(second.examples[0], prompt="x" * 600)
+    assert second.task is not None
+
+    def missing() -> None:
+        raise OptionError("rouge_l needs a library")
+
+    monkeypatch.setitem(LIBRARIES, "rouge_l", missing)
+    later = replace(second, examples=(long,), task=replace(second.task, metrics=("letter", "rouge_l")))
+    with pytest.raises(OptionError, match=r"(?s)task science: the model reads at most.*rouge_l needs a library"):
+        evaluate(engine, [first, later], arms(engine, "base"), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rows_of_a_stream_are_in_its_file(engine: Engine, specs: list[str], tmp_path: Path) -> None:
+    sets = load_sets([*specs, "stream"], QUICK, ["stream"])
+    evaluate(engine, sets, arms(engine, "base"), tmp_path, QUICK)
+    assert [row["parts"] for row in read_cell(tmp_path, "base", "stream")] == [
+        [[part.example.prompt, part.example.completion] for part in stream] for stream in sets[0].streams
+    ]
+
+
+def test_progress_tells_cells_that_were_done_before(engine: Engine, specs: list[str], tmp_path: Path) -> None:
+    sets = load_sets(specs[:1], QUICK)
+    evaluate(engine, sets, arms(engine, "base"), tmp_path, QUICK)
+    told: list[tuple[str, int, bool]] = []
+    evaluate(engine, sets, arms(engine, "base", "uniform"), tmp_path, QUICK, lambda *cell: told.append(cell))
+    assert told == [("base on math", 4, True), ("uniform on math", 4, False)]
 
 
 def test_streams_join_examples_without_their_shots_and_of_all_tasks(specs: list[str], tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Routing by itself, and figures: what they show is what the router and the result files say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from treadle.arms import choose_arms
+from treadle.bundle import read_bundle, save_bundle
+from treadle.embed import StaticEmbedder
 from treadle.errors import DataError, OptionError
 from treadle.evaluate import evaluate
 from treadle.generate import Engine
@@ -14,12 +17,12 @@ from treadle.params import EvalParams, RoutingParams
 from treadle.plots import FIGURES, QUALITY_FILE, Study, draw_all
 from treadle.quality import route_quality
 from treadle.ratios import write_bench
-from treadle.routing import Router
+from treadle.routing import Router, fit
 from treadle.sets import load_sets
 from treadle.tasks import Example
 from treadle.timing import Line, Table
 
-from conftest import Run
+from conftest import SAMPLES, Run
 
 HELD_OUT = {
     "math": [
@@ -117,6 +120,27 @@ def test_lines_show_the_values_in_the_order_of_the_option(results: Path) -> None
     assert list(shown) == [values[arm] for arm in ("every-1", "every-2", "every-4", "prompt")]
 
 
+def test_arms_of_another_bundle_are_a_line_of_their_own(results: Path) -> None:
+    study = Study.read([results])
+    others = [
+        replace(row, arm=f"{row.arm}@other", value=row.value + 1, versions={**row.versions, "fingerprint": "other"})
+        for row in study.results
+    ]
+    both = replace(study, results=(*study.results, *others))
+    (axis,) = [axis for axis in FIGURES["every"](both).axes if axis.get_visible()]
+    own, other = (np.array(line.get_ydata()) for line in axis.lines)
+    np.testing.assert_allclose(other, own + 1)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["every-1", "every-1@other"]
+
+
+def test_an_arm_that_generated_nothing_has_no_speed(results: Path) -> None:
+    study = Study.read([results])
+    still = [replace(row, tokens_per_second=0.0) if row.arm == "base" else row for row in study.results]
+    (axis,) = [axis for axis in FIGURES["speed"](replace(study, results=tuple(still))).axes if axis.get_visible()]
+    assert "base" not in [text.get_text() for text in axis.texts]
+    assert len(axis.texts) == len({row.arm for row in study.results}) - 1
+
+
 def test_a_folder_without_results_says_what_writes_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="`treadle eval` and `treadle bench -o` write them"):
         draw_all([tmp_path], tmp_path / "figures")
@@ -146,3 +170,46 @@ def test_eval_and_sweep_print_and_keep_the_same_results(tmp_path: Path, bundle: 
     assert code == 1
     assert "unknown arm 'best'" in err
     assert "unknown task 'maths'. Did you mean 'math'" in err
+
+
+def test_another_bundle_and_the_folder_are_looked_at_before_the_model_loads(
+    tmp_path: Path, bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treadle.lab.open_engine", lambda *_: pytest.fail("the model was loaded"))
+    rows = tmp_path / "math.jsonl"
+    rows.write_text('{"question": "add", "answer": "#### 1"}\n')
+    code, _, err = run(
+        "eval", bundle, "--tasks", f"math={rows},maths", "--arms", "base@/nowhere", "-o", tmp_path / "no"
+    )
+    assert code == 1
+    assert "/nowhere is not a bundle" in err
+    assert "no such file" in err
+    assert not (tmp_path / "no").exists()
+    (tmp_path / "sweep.toml").write_text(f'tasks = ["math={rows}"]\n[arms.one]\nbundle = "/nowhere"\n')
+    code, _, err = run("sweep", bundle, tmp_path / "sweep.toml", "-o", tmp_path / "no")
+    assert (code, "/nowhere is not a bundle" in err) == (1, True)
+    code, _, err = run("eval", bundle, "--tasks", f"math={rows}", "-o", rows)
+    assert (code, "cannot be a folder" in err) == (1, True)
+
+
+def test_routing_quality_goes_on_with_the_scores_that_work(
+    tmp_path: Path, adapter_folders: dict[str, Path], embedder: StaticEmbedder, bundle: Path, run: Run
+) -> None:
+    rows = tmp_path / "math.jsonl"
+    rows.write_text('{"question": "add", "answer": "#### 1"}\n')
+    base = read_bundle(bundle).base_model
+    one_each = fit({name: texts[:1] for name, texts in SAMPLES.items()}, embedder, RoutingParams(score="cosine"))
+    save_bundle(tmp_path / "few", base=base, adapters=adapter_folders, router=one_each)
+    code, out, err = run("route", tmp_path / "few", "--eval", "--tasks", f"math={rows}", "--json")
+    assert code == 0, err
+    assert [each["score"] for each in json.loads(out)] == ["cosine", "centred"]
+    assert "left out: score lda needs" in err
+    alone = fit({"math": SAMPLES["math"]}, embedder)
+    save_bundle(tmp_path / "one", base=base, adapters={"math": adapter_folders["math"]}, router=alone)
+    code, out, err = run("route", tmp_path / "one", "--eval", "--tasks", f"math={rows}", "--json")
+    assert code == 0, err
+    found = json.loads(out, parse_constant=pytest.fail)[0]  # NaN is no JSON
+    assert found["separation"] is None
+    assert [(each["task"], each["source"], each["n"]) for each in found["asked"]] == [("math", str(rows), 1)]
+    assert found["embedder"] == embedder.id
+    assert run("route", tmp_path / "one", "--eval", "--tasks", f"math={rows}")[0] == 0

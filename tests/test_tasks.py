@@ -44,7 +44,8 @@ def test_the_tasks_of_the_paper_are_built_in_and_use_adapters_of_their_own():
 def test_a_built_in_task_has_metrics_that_exist_and_rows_on_the_hub(task):
     assert task.metrics
     assert set(task.metrics) <= set(METRICS)
-    assert task.dataset.split(":")[-1] in {"train", "validation", "test"}
+    held_out = {"validation", "test"} if task.name != "code" else {""}  # of rows that nobody trains on
+    assert task.dataset.split(":")[-1] in held_out
 
 
 def test_a_row_of_mbpp_shows_its_tests_and_its_own_program_passes_them():

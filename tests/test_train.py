@@ -75,8 +75,14 @@ def test_what_is_too_long_is_left_out_and_counted(capsys: pytest.CaptureFixture[
 
 def test_params_refuse_nonsense_all_at_once() -> None:
     with pytest.raises(OptionError) as caught:
-        TrainParams(rank=0, steps=-1, join=2.0, targets=())
-    for part in ("rank must be positive", "steps must be positive", "join is a share", "targets names no module"):
+        TrainParams(rank=0, steps=-1, join=2.0, targets=(), seed=-1)
+    for part in (
+        "seed must be from 0",
+        "rank must be positive",
+        "steps must be positive",
+        "join is a share",
+        "targets names no module",
+    ):
         assert part in str(caught.value)
     assert TrainParams(targets=("q_proj,v_proj", "o_proj")).targets == ("q_proj", "v_proj", "o_proj")
 
@@ -101,6 +107,22 @@ def test_training_through_trl_writes_a_folder_that_blends(tmp_path: Path) -> Non
     assert nll(model, row, blend, [1.0]) < nll(model, row, blend, None) - 0.05
     with pytest.raises(OptionError, match="holds an adapter already"):
         train_adapter(str(base), OWN, folder, params=params)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_all_linear_layers_are_trained_and_a_start_that_failed_leaves_no_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / BASE
+    tiny_llama().save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    params = TrainParams(steps=2, batch_size=4, rank=2, alpha=4, dtype="float32", targets=("all-linear",))
+    with monkeypatch.context() as broken:
+        broken.setattr("treadle.train._trainer_config", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(steps=3))
+    pairs = read_adapter(train_adapter(str(base), OWN, tmp_path / "own", params=params)).pairs
+    assert len(pairs) == 2 * 7, "of two layers, all seven"
 
 
 def nll(model: object, row: dict[str, list[int]], blend: object, weights: list[float] | None) -> float:
@@ -178,6 +200,8 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> N
     TOKENIZER.save_pretrained(base)
     with pytest.raises(OptionError, match=r"unknown target 'q_pro'\. Did you mean 'q_proj'"):
         train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(targets=("q_pro",)))
+    with pytest.raises(OptionError, match="all-linear stands for all of them"):
+        train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(targets=("all-linear", "q_proj")))
     assert not (tmp_path / "own").exists()
     for rate in (float("nan"), float("inf"), 0.0):
         with pytest.raises(OptionError, match="learning_rate must be positive"):

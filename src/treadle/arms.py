@@ -146,6 +146,8 @@ def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams, fou
         tables |= {f"{name}/{label}": row for label, row in rows.items()}
         if not rows:
             problems.append(f"{name}: an empty list leaves no combination")
+        if not table:
+            problems.append(f"{name}: a grid needs an option with a list of values")
     arms: list[Arm] = []
     for name, table in tables.items():
         try:
@@ -163,6 +165,8 @@ def _read_arm(name: str, table: Mapping[str, Any], default: RoutingParams) -> Ar
     implied = {"rule": "fixed"} if table.get("fixed") is not None else {}
     given = {key: value for key, value in {**implied, **table}.items() if key != "bundle"}
     bundle = parse(str, table["bundle"], "bundle") if "bundle" in table else ""
+    if "bundle" in table and not bundle:
+        raise OptionError("bundle names no folder; without it the evaluated bundle routes.")
     return Arm(name, read_options(RoutingParams, given, onto=default), bundle)
 
 

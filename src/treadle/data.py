@@ -49,6 +49,7 @@ def load_examples(
     for number, row in enumerate(rows, 1):
         try:
             example = read(row)
+            _check_text(example)
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             problems.append(f"row {number}: {type(error).__name__}: {error}; fields: {', '.join(row)}")
             continue
@@ -186,11 +187,20 @@ def _examples_of(rows: Iterable[dict[str, Any]], source: str | Path) -> list[Exa
     problems: list[str] = []
     for number, row in enumerate(rows, 1):
         try:
-            examples.append(_example_of(row))
+            examples.append(_check_text(_example_of(row)))
         except (KeyError, ValueError, TypeError) as error:
             problems.append(f"row {number}: {error}; fields: {', '.join(row)}")
     _refuse(problems, f"{source}: rows need a field 'text', 'messages', or 'prompt' and 'completion':")
     return examples
+
+
+def _check_text(example: Example) -> Example:
+    """Return an example; a ValueError where it holds half a surrogate pair, which is JSON but no text."""
+    try:
+        "".join((example.prompt, example.completion, example.bare)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair") from error
+    return example
 
 
 def _example_of(row: dict[str, Any]) -> Example:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treadle.adapters import Adapter
 from treadle.arms import Arm
 from treadle.bundle import read_bundle
 from treadle.centroids import Floats
 from treadle.errors import OptionError, collect, problem_list
 from treadle.files import make_folder
-from treadle.metrics import METRICS
+from treadle.metrics import METRICS, check_libraries
 from treadle.params import EvalParams, RoutingParams, SamplingParams
 from treadle.results import (
     SETTINGS_FILE,
@@ -35,9 +36,11 @@ from treadle.results import (
     write_results,
 )
 from treadle.routing import Router
+from treadle.score import check_context
 from treadle.sets import EvalSet
 from treadle.streams import score_streams
 from treadle.tasks import Example, Task
+from treadle.text import completion_ids, prompt_ids
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
@@ -56,8 +59,8 @@ class Cell:
     generation_seconds: float = 0.0
 
 
-Progress = Callable[[str, int], None]
-"""Called with the name of a cell and the number of its examples, when the cell is done."""
+Progress = Callable[[str, int, bool], None]
+"""Called for each cell that is done with its name, its number of examples, and whether it was done before."""
 
 
 def evaluate(
@@ -66,7 +69,7 @@ def evaluate(
     arms: Sequence[Arm],
     output: Path,
     params: EvalParams,
-    progress: Progress = lambda name, count: None,
+    progress: Progress = lambda name, count, was_done: None,
 ) -> list[EvalResult]:
     """Measure every arm on every task and return all results, also those that `output` held before.
 
@@ -74,29 +77,29 @@ def evaluate(
         TreadleError: an arm is not possible with these adapters, or `output` was made with other settings.
     """
     routers = _routers(engine, arms, sets)
+    _check_sets(engine, sets, params)
     _check_settings(output, params, engine)
     before = read_results(output)
     write_results(output, before, append=False)  # without what a kill left of a cell
     done = {(result.arm, result.task): result for result in before}
     _check_same(done, arms, sets, {name: fingerprint(engine, router) for name, router in routers.items()})
     for arm, each in _cells(arms, sets):
-        if (arm.name, each.name) not in done:
+        was_done = (arm.name, each.name) in done
+        if not was_done:
             started = time.perf_counter()
             with _routed_by(engine, routers[arm.bundle]):
                 cell = measure(engine, arm, each, params)
                 write_cell(output, arm.name, each.name, _rows(each, cell))
                 seconds = time.perf_counter() - started
                 write_results(output, _results(engine, arm, each, cell, seconds, params.seed), append=True)
-        progress(f"{arm.name} on {each.name}", len(each))
+        progress(f"{arm.name} on {each.name}", len(each), was_done)
     return read_results(output)
 
 
 def _routers(engine: "Engine", arms: Sequence[Arm], sets: Sequence[EvalSet]) -> dict[str, Router]:
     """Return the router of each bundle that an arm names, once it is sure that every arm is possible."""
     problems: list[str] = []
-    others = dict.fromkeys(arm.bundle for arm in arms if arm.bundle)
-    read = collect(problems, [lambda folder=folder: (folder, _read_router(engine, folder)) for folder in others])
-    found: dict[str, Router] = {"": engine.router, **dict(read)}
+    found = {"": engine.router, **read_routers(arms, engine.blend.adapters, engine.router, problems)}
     for folder, router in found.items():
         mine = [arm for arm in arms if arm.bundle == folder]
         asked = [params for arm, each in _cells(mine, sets) for params in _params_of(arm, each)]
@@ -106,15 +109,43 @@ def _routers(engine: "Engine", arms: Sequence[Arm], sets: Sequence[EvalSet]) -> 
     return found
 
 
-def _read_router(engine: "Engine", folder: str) -> Router:
-    """Return the router of another bundle, whose adapters must be those of the engine."""
+def read_routers(
+    arms: Sequence[Arm], adapters: Sequence[Adapter], router: Router, problems: list[str]
+) -> dict[str, Router]:
+    """Return the router of each other bundle that an arm names, by folder; what is wrong is added to `problems`."""
+    folders = dict.fromkeys(arm.bundle for arm in arms if arm.bundle)
+    steps = [lambda folder=folder: (folder, _read_router(folder, adapters, router)) for folder in folders]
+    return dict(collect(problems, steps))
+
+
+def _read_router(folder: str, adapters: Sequence[Adapter], router: Router) -> Router:
+    """Return the router of another bundle, whose adapters must be `adapters` in the order of `router`."""
     bundle = read_bundle(folder)
-    own, other = ({(a.name, a.identity) for a in adapters} for adapters in (engine.blend.adapters, bundle.adapters))
+    own, other = ({(each.name, each.identity) for each in some} for some in (adapters, bundle.adapters))
     if differ := sorted({name for name, _ in own ^ other}):
         raise OptionError(f"bundle {folder} has other adapters ({', '.join(differ)}); an arm needs one of the same.")
-    if bundle.router.names != engine.router.names:
+    if bundle.router.names != router.names:
         raise OptionError(f"bundle {folder} has its adapters in another order: {', '.join(bundle.router.names)}.")
     return bundle.router
+
+
+def _check_sets(engine: "Engine", sets: Sequence[EvalSet], params: EvalParams) -> None:
+    """Refuse texts that the model cannot read and metrics whose library is missing, before hours of other cells."""
+    problems: list[str] = []
+    for each in sets:
+        pairs = [pair for example in each.examples for pair in _pairs(example)]
+        texts = [(prompt_ids(engine.tokenizer, a), completion_ids(engine.tokenizer, b)) for a, b in pairs]
+        collect(found := [], [lambda texts=texts: check_context(engine, texts)])
+        problems += [f"task {each.name}: {problem}" for problem in found]
+        if params.generate and each.task is not None:
+            collect(problems, [lambda task=each.task: check_libraries(task.metrics)])
+    if problems:
+        raise OptionError("\n".join(dict.fromkeys(problems)))
+
+
+def _pairs(example: Example) -> list[tuple[str, str]]:
+    """Return every prompt and completion that is scored of an example."""
+    return [(example.prompt, choice) for choice in example.options or (example.completion,)]
 
 
 @contextmanager
@@ -238,6 +269,7 @@ def _rows(each: EvalSet, cell: Cell) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"index": index, "values": {name: points[index] for name, points in cell.values.items()}}
         if each.task is None:
             row["adapters"] = [part.adapter for part in each.streams[index]]
+            row["parts"] = [[part.example.prompt, part.example.completion] for part in each.streams[index]]
         else:
             row["prompt"] = each.examples[index].prompt
             row["reference"] = each.examples[index].completion

@@ -1,6 +1,7 @@
 """The commands of experiments: `treadle eval`, `treadle sweep`, `treadle plot`, `treadle bench`."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from treadle import __version__
 from treadle.errors import OptionError, TreadleError, collect
 from treadle.files import make_folder
 from treadle.flags import BundlePath, Device, Dtype, Json, Pack, takes
@@ -57,6 +59,7 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept."""
     from treadle.arms import choose_arms
     from treadle.bundle import read_bundle
+    from treadle.evaluate import read_routers
     from treadle.sets import load_sets
 
     params = read_options(EvalParams, evaluation)
@@ -65,8 +68,10 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     problems: list[str] = []
     chosen = collect(problems, [lambda: choose_arms(wanted, router.names, router.params)])
     sets = collect(problems, [lambda: load_sets(tasks, params, _split(only or []))])
+    read_routers(chosen[0] if chosen else [], found.adapters, router, problems)  # before the base model loads
     if problems:
         raise OptionError("\n".join(problems))
+    make_folder(output)
     _run(open_engine(found, device, dtype), sets[0], chosen[0], output, params, as_json)
 
 
@@ -81,13 +86,19 @@ def sweep(
 ) -> None:
     """Measure every combination of a grid of routing options on tasks; resumable."""
     from treadle.bundle import read_bundle
+    from treadle.evaluate import read_routers
     from treadle.sets import load_sets
     from treadle.sweep import read_sweep
 
     found = read_bundle(bundle)
     asked = read_sweep(file, found.router.names, found.router.params)
-    sets = load_sets(asked.tasks, asked.params, asked.only)
-    _run(open_engine(found, device, dtype), sets, asked.arms, output, asked.params, as_json)
+    problems: list[str] = []
+    sets = collect(problems, [lambda: load_sets(asked.tasks, asked.params, asked.only)])
+    read_routers(asked.arms, found.adapters, found.router, problems)
+    if problems:
+        raise OptionError("\n".join(problems))
+    make_folder(output)
+    _run(open_engine(found, device, dtype), sets[0], asked.arms, output, asked.params, as_json)
 
 
 @app.command()
@@ -166,13 +177,22 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
     from treadle.show import quality_tables
 
     examples: dict[str, tuple[Example, ...]] = {}
-    for each in load_sets(tasks, EvalParams(limit=limit)):
+    asked = EvalParams(limit=limit)
+    sets = load_sets(tasks, asked)
+    for each in sets:
         if each.task is None:
             raise OptionError(f"{each.name} joins domains; a router is asked for the domain of single examples")
         examples[each.adapter] = examples.get(each.adapter, ()) + each.examples
     params = [replace(RoutingParams(), score=score) for score in get_args(Score)]
-    qualities = [route_quality(router, examples, each) for each in params]
-    document = json.dumps([asdict(quality) for quality in qualities])
+    problems: list[str] = []
+    qualities = collect(problems, [lambda each=each: route_quality(router, examples, each) for each in params])
+    if not qualities:
+        raise OptionError("\n".join(dict.fromkeys(problems)))
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    rows = [{"task": each.name, "source": each.source, "rows": each.rows, "n": len(each)} for each in sets]
+    about = {"embedder": router.embedder.id, "asked": rows, "seed": asked.seed, "treadle": __version__}
+    document = json.dumps([asdict(quality) | about for quality in qualities])
     if output:
         (make_folder(output) / QUALITY_FILE).write_text(document + "\n", "utf-8")
     if as_json:
@@ -241,8 +261,11 @@ def _run(
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=SPEED_SECONDS) as bar:
         shown = bar.add_task("", total=sum(map(len, sets)) * len(arms))
 
-        def advance(name: str, count: int) -> None:
-            bar.update(shown, advance=count, description=name)
+        def advance(name: str, count: int, was_done: bool) -> None:
+            if was_done:  # it took no time, and says nothing of the time left
+                bar.update(shown, total=(bar.tasks[shown].total or 0) - count)
+            else:
+                bar.update(shown, advance=count, description=name)
 
         results = evaluate(engine, sets, arms, output, params, advance)
     if as_json:

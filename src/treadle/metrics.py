@@ -9,7 +9,7 @@ import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,14 @@ def _chrf() -> Any:
     return CHRF()
 
 
+def check_libraries(metrics: Iterable[str]) -> None:
+    """Raise a TreadleError where a library that one of these metrics needs is not installed."""
+    for name in metrics:
+        if name in LIBRARIES:
+            LIBRARIES[name]()
+
+
+LIBRARIES = {"rouge_l": _rouge, "chrf": _chrf}
 METRICS: dict[str, Callable[[str, "Example"], float | None]] = {
     metric.__name__: metric for metric in (exact_number, letter, exact_match, f1, rouge_l, chrf, parses, pass_at_1)
 }

@@ -282,6 +282,8 @@ class TrainParams:
             problems.append(f"dropout is a share from 0 to below 1, not {self.dropout}")
         if not self.targets:
             problems.append("targets names no module")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if problems:
             raise OptionError(problem_list("training options:", problems))
 

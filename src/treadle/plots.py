@@ -121,22 +121,17 @@ def _over(option: str, label: str, *, is_nll: bool = True) -> Callable[[Study], 
     """Return a figure of the NLL, or of each task's accuracy, over one option in which alone arms differ."""
 
     def draw(study: Study) -> "Figure | None":
-        groups: dict[str, list[tuple[str, list[EvalResult]]]] = {}
-        for task in study.tasks:
-            families: dict[str, list[EvalResult]] = {}
-            for result in study.get(task, "nll" if is_nll else study.accuracy(task)):
-                if result.routing and result.routing["rule"] != "fixed":
-                    rest = json.dumps({k: v for k, v in result.routing.items() if k != option}, sort_keys=True)
-                    families.setdefault(rest, []).append(result)
-            for rest, rows in families.items():
-                if len({json.dumps((row.routing or {})[option]) for row in rows}) > 2:
-                    groups.setdefault(task, []).append((rest, rows))
+        found = {task: _families(study.get(task, "nll" if is_nll else study.accuracy(task)), option)
+                 for task in study.tasks}  # fmt: skip
+        groups = {task: families for task, families in found.items() if families}
         if not groups:
             return None
         figure, axes = _panels(len(groups))
         for axis, (task, drawn) in zip(axes, groups.items(), strict=True):
-            for index, (_, rows) in enumerate(drawn):
+            for index, rows in enumerate(drawn):
                 _line(axis, rows, option, PALETTE[index % len(PALETTE)])
+            if len(drawn) > 1:
+                axis.legend(fontsize=6)
             axis.set_title(task)
             axis.set_xlabel(label)
             axis.set_ylabel("nats per token" if is_nll else study.accuracy(task))
@@ -145,12 +140,23 @@ def _over(option: str, label: str, *, is_nll: bool = True) -> Callable[[Study], 
     return draw
 
 
+def _families(results: Sequence[EvalResult], option: str) -> list[list[EvalResult]]:
+    """Return results that differ in one option alone, and have three values of it at least; not in who routes."""
+    families: dict[str, list[EvalResult]] = {}
+    for result in results:
+        if result.routing and result.routing["rule"] != "fixed":
+            others = {key: value for key, value in result.routing.items() if key != option}
+            rest = json.dumps([result.versions.get("fingerprint"), others], sort_keys=True)
+            families.setdefault(rest, []).append(result)
+    return [rows for rows in families.values() if len({json.dumps((row.routing or {})[option]) for row in rows}) > 2]
+
+
 def _line(axis: "Axes", rows: Sequence[EvalResult], option: str, color: str) -> None:
     """Draw values and intervals in the order of the option; none (once, or all of the text) comes last."""
     given = {json.dumps((row.routing or {})[option]): row for row in rows}
     order = sorted(given, key=lambda text: (text == "null", json.loads(text) or 0))
     values = [given[key] for key in order]
-    axis.plot(range(len(order)), [row.value for row in values], "o-", color=color, markersize=4)
+    axis.plot(range(len(order)), [row.value for row in values], "o-", color=color, markersize=4, label=values[0].arm)
     axis.fill_between(
         range(len(order)), [row.low for row in values], [row.high for row in values], color=color, alpha=0.15
     )
@@ -164,7 +170,7 @@ def speed_figure(study: Study) -> "Figure | None":
         return None
     figure, axes = _panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
-        for row in study.get(task, "nll"):
+        for row in [row for row in study.get(task, "nll") if row.tokens_per_second]:
             axis.plot(row.tokens_per_second, row.value, "o", color=PALETTE[0], markersize=4)
             axis.annotate(row.arm, (row.tokens_per_second, row.value), fontsize=6, xytext=(3, 2),
                           textcoords="offset points")  # fmt: skip

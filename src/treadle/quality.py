@@ -31,7 +31,8 @@ class Quality:
         confusion: kind -> (N, N) shares: row = the domain, column = the adapter that came nearest; rows sum to 1.
         accuracy: kind -> mean over the domains of the share that came nearest to their own.
         cosines: (N, N) cosines between the centroids, of the score's kind (centred ones for `centred`).
-        separation: mean Mahalanobis distance between the means of two adapters, in pooled standard deviations.
+        separation: mean Mahalanobis distance between the means of two adapters, in pooled standard deviations; None
+            where there is one adapter, or a sample each.
         distributions: domain -> cosines (examples, N) of its prompts to all centroids.
     """
 
@@ -40,7 +41,7 @@ class Quality:
     confusion: Mapping[str, list[list[float]]]
     accuracy: Mapping[str, float]
     cosines: list[list[float]]
-    separation: float
+    separation: float | None
     distributions: Mapping[str, list[list[float]]]
 
 
@@ -91,12 +92,12 @@ def _text(example: Example, kind: str) -> str:
     return {"template": example.prompt, "bare": example.bare, "half": half, "answer": whole}[kind]
 
 
-def _separation(router: Router) -> float:
+def _separation(router: Router) -> float | None:
     """Return the mean Mahalanobis distance between two means, under the pooled covariance with a small ridge."""
     means, centroids = router.centroids.means.astype(np.float64), router.centroids
     freedom = int(centroids.counts.sum()) - len(router.names)
     if freedom < 1 or len(router.names) < 2:
-        return float("nan")
+        return None
     pooled = centroids.scatter.sum(0, dtype=np.float64) / freedom  # (D, D)
     ridge = 1e-3 * np.trace(pooled) / len(pooled) * np.eye(len(pooled))
     distances: list[Floats] = []

@@ -45,7 +45,7 @@ def score(
 @torch.inference_mode()
 def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
     """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair."""
-    _check_context(engine, pairs)
+    check_context(engine, pairs)
     by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
     results: dict[int, Floats] = {}
     size = BATCH if engine.model.device.type == "cpu" else GPU_BATCH
@@ -55,7 +55,7 @@ def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) ->
     return [results[index] for index in range(len(pairs))]
 
 
-def _check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
+def check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
     """Refuse texts that are longer than the model reads; it would give numbers all the same."""
     lengths = [len(prompt) + len(answer) - 1 for prompt, answer in pairs]  # nothing is read after the last token
     context = engine.context or max(lengths, default=0)

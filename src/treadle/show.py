@@ -128,7 +128,8 @@ def quality_tables(qualities: Sequence["Quality"]) -> list[Table]:
         summary.add_column(heading, justify="left" if heading == "score" else "right")
     for quality in qualities:
         summary.add_row(quality.score, *(f"{quality.accuracy[kind]:.3f}" for kind in kinds))
-    summary.caption = f"separation of the centroids: {qualities[0].separation:.2f} pooled standard deviations"
+    if qualities[0].separation is not None:
+        summary.caption = f"separation of the centroids: {qualities[0].separation:.2f} pooled standard deviations"
     best = max(qualities, key=lambda quality: min(quality.accuracy.values()))
     tables = [summary]
     for kind in kinds:

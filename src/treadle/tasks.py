@@ -114,12 +114,12 @@ def _mbpp(row: Row) -> Example:
 CODE = "code"
 NEXT = ("\n\nQuestion:", "\n\nContext:")
 """How a next example would begin."""
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Task] = {  # CodeAlpaca has a training split alone: its rows are asked where someone held some out
     task.name: task
     for task in (
         Task("math", "openai/gsm8k:main:test", _math, ("exact_number",), 192, stop=NEXT),
         Task("science", "allenai/ai2_arc:ARC-Challenge:validation", _science, ("letter",), 8, stop=NEXT),
-        Task("code", "sahil2801/CodeAlpaca-20k:train", _code, ("rouge_l", "chrf", "parses"), stop=NEXT),
+        Task("code", "", _code, ("rouge_l", "chrf", "parses"), stop=NEXT),
         Task("reading", "rajpurkar/squad:validation", _reading, ("exact_match", "f1"), 24, stop=("\n",)),
         Task("mbpp", "google-research-datasets/mbpp:full:validation", _mbpp, ("pass_at_1", "parses"), 192, CODE, NEXT),
     )

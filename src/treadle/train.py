@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib import import_module
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label that PyTorch's cross entropy skips."""
 CHECKPOINTS, RECIPE_FILE = "checkpoints", "recipe.json"
+ALL = "all-linear"
+"""PEFT's name for every linear layer but the last."""
 """Where a run that is not finished lies, and with which params it was started."""
 
 
@@ -70,8 +72,11 @@ def train_adapter(
     rows = list(training_rows(tokenizer, examples, others, params))
     model = load_model(base, device="cpu", dtype=params.dtype)  # the trainer knows this process's GPU
     _check_targets(model, params)
-    _check_recipe(output, {"base": base, **asdict(params), "rows": digest(rows)})
+    recipe = json.dumps({"base": base, **asdict(params), "rows": digest(rows)}, indent=2) + "\n"
+    _check_recipe(output, recipe)
     trainer = _trainer(model, tokenizer, rows, output, params)
+    if trainer.is_world_process_zero():
+        _keep_recipe(output, recipe)  # now that it can be trained
     _run(trainer, output / CHECKPOINTS)
     if trainer.is_world_process_zero():
         _save(trainer.model, base, output)
@@ -137,7 +142,7 @@ def _lora(params: TrainParams) -> "LoraConfig":
         r=params.rank,
         lora_alpha=params.alpha,
         lora_dropout=params.dropout,
-        target_modules=list(params.targets),
+        target_modules=ALL if params.targets == (ALL,) else list(params.targets),
         task_type="CAUSAL_LM",
     )
 
@@ -152,19 +157,25 @@ def _check_targets(model: "PreTrainedModel", params: TrainParams) -> None:
     wrong = [
         unknown_name("target", name, names)
         for name in params.targets
-        if name != "all-linear" and not any(path.endswith(f".{name}") for path in paths)
+        if name != ALL and not any(path.endswith(f".{name}") for path in paths)
     ]
+    if ALL in params.targets and params.targets != (ALL,):
+        wrong.append(f"{ALL} stands for all of them; leave out the others")
     if wrong:
         raise OptionError(problem_list("targets:", wrong))
 
 
-def _check_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
-    """Remember the recipe of a run, or refuse to go on with a run of another one."""
+def _check_recipe(output: Path, recipe: str) -> None:
+    """Refuse to go on with a run of another recipe."""
     file = make_folder(output) / RECIPE_FILE
-    text = json.dumps(recipe, indent=2) + "\n"
-    if file.exists() and file.read_text("utf-8") != text:
+    if file.exists() and file.read_text("utf-8") != recipe:
         raise OptionError(f"{output} holds a run of another recipe ({file.name}); name another folder or remove it.")
-    file.write_text(text, "utf-8")
+
+
+def _keep_recipe(output: Path, recipe: str) -> None:
+    half = output / f"{RECIPE_FILE}.part"  # another process of the run may be reading
+    half.write_text(recipe, "utf-8")
+    half.rename(output / RECIPE_FILE)
 
 
 def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
