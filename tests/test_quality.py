@@ -158,6 +158,11 @@ def test_eval_and_sweep_print_and_keep_the_same_results(tmp_path: Path, bundle: 
     found = {result["arm"]: result for result in json.loads(out)}
     assert set(found) == {"base", "oracle"}
     assert found["base"]["n"] == 3
+    code, out, err = run("eval", bundle, "--tasks", f"math={rows}", "--arms", "base,uniform", "--limit", "3",
+                         "--no-generate", "-o", tmp_path / "out", "--json")  # fmt: skip
+    assert code == 0, err
+    assert {result["arm"] for result in json.loads(out)} == {"base", "oracle", "uniform"}
+    assert "3/3" in err, "what was there is no part of what is left"
     (tmp_path / "sweep.toml").write_text(
         f'tasks = ["math={rows}"]\nalso = ["base"]\nlimit = 3\ngenerate = false\n[grid.k]\nevery = [1, "none"]\n'
     )
