@@ -11,7 +11,6 @@ the four tasks, then reading. Last columns as in `groups.py`: the mean weight th
 validation rows do not give to their own adapter, by the share of the score that recent tokens have.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,18 +22,14 @@ from model2vec import StaticModel
 import treadle
 from treadle import routing
 from treadle.centroids import Centroids
-from treadle.data import load_examples, sample_texts
+from treadle.data import sample_texts
 from treadle.embed import StaticEmbedder, num_words
 from treadle.models import load_tokenizer
-from treadle.params import EvalParams
 from treadle.routing import Router
-from treadle.sets import load_sets
-from treadle.streams import join_streams
-from treadle.tasks import PAPER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
-from groups import VIEWS, decisions, missed
+from groups import VIEWS, decisions, joined, missed, read_arguments, training_texts
 from scatter import cell, split
 
 from embedder import word_vectors
@@ -46,19 +41,11 @@ STREAMS, SHARES = 150, (0.75, 0.85)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--validation", type=Path, required=True)
-    options = parser.parse_args()
+    data, rows = read_arguments(__doc__)
     bundle = treadle.read_bundle(BUNDLE)
-    parts = {task: split(options.data, task, SAMPLES) for task in ADAPTERS}
+    parts = {task: split(data, task, SAMPLES) for task in ADAPTERS}
     some = {task: sample_texts(fitted) for task, (fitted, _) in parts.items()}
-    train = {
-        task: load_examples(options.data / file, task, limit=SAMPLES, seed=1) for task, (file, _) in ADAPTERS.items()
-    }
-    sets = load_sets([f"{task}={options.validation / task}.jsonl.gz" for task in PAPER], EvalParams())
-    joined = join_streams({each.name: each.examples for each in sets}, STREAMS, seed=0)
-    streams = [[(part.adapter, part.example) for part in stream] for stream in joined]
+    train, streams = training_texts(data), joined(rows, STREAMS)
     tokenizer = load_tokenizer(bundle.base_model)
     views = list(VIEWS)[:2]
     shares = [f"streams, share {share}" for share in SHARES]
@@ -74,7 +61,7 @@ def main() -> None:
             )
             for view in views
         ]
-        router = fit(bundle.router, embedder, {task: sample_texts(each) for task, each in train.items()})
+        router = fit(bundle.router, embedder, train)
         segments = [decisions(router, tokenizer, stream) for stream in streams]
         for share in SHARES:
             routing.SHARES[2] = np.array([1 - share, share], np.float32)

@@ -11,7 +11,7 @@ First table: accuracy of the nearest adapter over the number of groups that each
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,20 +48,35 @@ Segment = tuple[np.ndarray, list[tuple[int, int, int]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--validation", type=Path, required=True)
-    options = parser.parse_args()
+    data, rows = read_arguments(__doc__)
     bundle = treadle.read_bundle(BUNDLE)
-    specs = [f"{task}={options.validation / task}.jsonl.gz" for task in PAPER]
-    rows = {each.name: each.examples for each in load_sets(specs, EvalParams())}
-    print_groups(bundle.router, options.data, rows)
+    print_groups(bundle.router, data, rows)
     print()
     print_shares(bundle.router, load_tokenizer(bundle.base_model), rows)
 
 
+def read_arguments(description: str | None) -> tuple[Path, dict[str, Sequence[Example]]]:
+    """Return the folder of the data sets and the validation rows of each task, as the command line names them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--validation", type=Path, required=True)
+    options = parser.parse_args()
+    specs = [f"{task}={options.validation / task}.jsonl.gz" for task in PAPER]
+    return options.data, {each.name: each.examples for each in load_sets(specs, EvalParams())}
+
+
+def training_texts(data: Path) -> dict[str, list[str]]:
+    """Return the texts of each task that the demo's router is fitted on."""
+    return {task: sample_texts(load_examples(data / ADAPTERS[task][0], task, limit=SAMPLES, seed=1)) for task in PAPER}
+
+
+def joined(rows: Mapping[str, Sequence[Example]], count: int) -> list[list[tuple[str, Example]]]:
+    """Return the parts of mixed streams, each with its adapter."""
+    return [[(part.adapter, part.example) for part in stream] for stream in join_streams(rows, count, seed=0)]
+
+
 def print_groups(router: Router, data: Path, rows: dict[str, Sequence[Example]]) -> None:
-    texts = {task: sample_texts(load_examples(data / ADAPTERS[task][0], task, limit=SAMPLES, seed=1)) for task in PAPER}
+    texts = training_texts(data)
     vectors = {task: router.embedder.encode(each) for task, each in texts.items()}
     seen = {
         name: [router.embedder.encode(["".join(view(each)) for each in rows[task]]) for task in PAPER]
@@ -82,10 +97,9 @@ def print_groups(router: Router, data: Path, rows: dict[str, Sequence[Example]])
 
 def print_shares(router: Router, tokenizer: object, rows: dict[str, Sequence[Example]]) -> None:
     singles = [[(task, each)] for task in PAPER for each in rows[task][:SINGLES]]
-    joined = [[(part.adapter, part.example) for part in stream] for stream in join_streams(rows, 300, seed=0)]
     kinds = {
         name: [decisions(router, tokenizer, parts) for parts in texts]
-        for name, texts in {"single examples": singles, "mixed streams": joined}.items()
+        for name, texts in {"single examples": singles, "mixed streams": joined(rows, 300)}.items()
     }
     print("| share of recent tokens | " + " | ".join(kinds) + " |\n" + "|---" * (len(kinds) + 1) + "|")
     for share in SHARES:

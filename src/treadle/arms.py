@@ -22,9 +22,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from treadle.errors import OptionError, TreadleError, problem_list, unknown_name
+from treadle.adapters import Adapter
+from treadle.bundle import read_bundle
+from treadle.errors import OptionError, TreadleError, collect, problem_list, unknown_name
 from treadle.options import parse, read_options
 from treadle.params import RoutingParams
+from treadle.routing import Router
 
 EVERY = (1, 2, 3, 4, 6, 8, 16)
 WINDOWS = (16, 32, 64, 128)
@@ -159,6 +162,26 @@ def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams, fou
     if problems:
         raise OptionError(problem_list(f"{file}:", problems))
     return arms
+
+
+def read_routers(
+    arms: Sequence[Arm], adapters: Sequence[Adapter], router: Router, problems: list[str]
+) -> dict[str, Router]:
+    """Return the router of each other bundle that an arm names, by folder; what is wrong is added to `problems`."""
+    folders = dict.fromkeys(arm.bundle for arm in arms if arm.bundle)
+    steps = [lambda folder=folder: (folder, _read_router(folder, adapters, router)) for folder in folders]
+    return dict(collect(problems, steps))
+
+
+def _read_router(folder: str, adapters: Sequence[Adapter], router: Router) -> Router:
+    """Return the router of another bundle, whose adapters must be `adapters` in the order of `router`."""
+    bundle = read_bundle(folder)
+    own, other = ({(each.name, each.identity) for each in some} for some in (adapters, bundle.adapters))
+    if differ := sorted({name for name, _ in own ^ other}):
+        raise OptionError(f"bundle {folder} has other adapters ({', '.join(differ)}); an arm needs one of the same.")
+    if bundle.router.names != router.names:
+        raise OptionError(f"bundle {folder} has its adapters in another order: {', '.join(bundle.router.names)}.")
+    return bundle.router
 
 
 def _read_arm(name: str, table: Mapping[str, Any], default: RoutingParams) -> Arm:

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treadle.adapters import Adapter
-from treadle.arms import Arm
-from treadle.bundle import read_bundle
+from treadle.arms import Arm, read_routers
 from treadle.centroids import Floats
 from treadle.errors import OptionError, collect, problem_list
 from treadle.files import make_folder
@@ -36,7 +34,7 @@ from treadle.results import (
     write_results,
 )
 from treadle.routing import Router
-from treadle.score import check_context
+from treadle.score import Pair, check_context
 from treadle.sets import EvalSet
 from treadle.streams import score_streams
 from treadle.tasks import Example, Task
@@ -109,33 +107,12 @@ def _routers(engine: "Engine", arms: Sequence[Arm], sets: Sequence[EvalSet]) -> 
     return found
 
 
-def read_routers(
-    arms: Sequence[Arm], adapters: Sequence[Adapter], router: Router, problems: list[str]
-) -> dict[str, Router]:
-    """Return the router of each other bundle that an arm names, by folder; what is wrong is added to `problems`."""
-    folders = dict.fromkeys(arm.bundle for arm in arms if arm.bundle)
-    steps = [lambda folder=folder: (folder, _read_router(folder, adapters, router)) for folder in folders]
-    return dict(collect(problems, steps))
-
-
-def _read_router(folder: str, adapters: Sequence[Adapter], router: Router) -> Router:
-    """Return the router of another bundle, whose adapters must be `adapters` in the order of `router`."""
-    bundle = read_bundle(folder)
-    own, other = ({(each.name, each.identity) for each in some} for some in (adapters, bundle.adapters))
-    if differ := sorted({name for name, _ in own ^ other}):
-        raise OptionError(f"bundle {folder} has other adapters ({', '.join(differ)}); an arm needs one of the same.")
-    if bundle.router.names != router.names:
-        raise OptionError(f"bundle {folder} has its adapters in another order: {', '.join(bundle.router.names)}.")
-    return bundle.router
-
-
 def _check_sets(engine: "Engine", sets: Sequence[EvalSet], params: EvalParams) -> None:
     """Refuse texts that the model cannot read and metrics whose library is missing, before hours of other cells."""
     problems: list[str] = []
     for each in sets:
-        pairs = [pair for example in each.examples for pair in _pairs(example)]
-        texts = [(prompt_ids(engine.tokenizer, a), completion_ids(engine.tokenizer, b)) for a, b in pairs]
-        collect(found := [], [lambda texts=texts: check_context(engine, texts)])
+        pairs = [pair for example in each.examples for pair in _scored(engine, example)]
+        collect(found := [], [lambda pairs=pairs: check_context(engine, pairs)])
         problems += [f"task {each.name}: {problem}" for problem in found]
         if params.generate and each.task is not None:
             collect(problems, [lambda task=each.task: check_libraries(task.metrics)])
@@ -143,9 +120,10 @@ def _check_sets(engine: "Engine", sets: Sequence[EvalSet], params: EvalParams) -
         raise OptionError("\n".join(dict.fromkeys(problems)))
 
 
-def _pairs(example: Example) -> list[tuple[str, str]]:
-    """Return every prompt and completion that is scored of an example."""
-    return [(example.prompt, choice) for choice in example.options or (example.completion,)]
+def _scored(engine: "Engine", example: Example) -> list[Pair]:
+    """Return the ids of the prompt with those of each completion that is scored of an example."""
+    prompt = prompt_ids(engine.tokenizer, example.prompt)
+    return [(prompt, completion_ids(engine.tokenizer, choice)) for choice in example.options or (example.completion,)]
 
 
 @contextmanager

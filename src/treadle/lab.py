@@ -59,20 +59,15 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept."""
     from treadle.arms import choose_arms
     from treadle.bundle import read_bundle
-    from treadle.evaluate import read_routers
-    from treadle.sets import load_sets
 
     params = read_options(EvalParams, evaluation)
     found = read_bundle(bundle)
     router, wanted = found.router, _split(arms or ["base,oracle,uniform,routed"])
     problems: list[str] = []
     chosen = collect(problems, [lambda: choose_arms(wanted, router.names, router.params)])
-    sets = collect(problems, [lambda: load_sets(tasks, params, _split(only or []))])
-    read_routers(chosen[0] if chosen else [], found.adapters, router, problems)  # before the base model loads
-    if problems:
-        raise OptionError("\n".join(problems))
+    sets = _sets(found, chosen[0] if chosen else [], tasks, _split(only or []), params, problems)
     make_folder(output)
-    _run(open_engine(found, device, dtype), sets[0], chosen[0], output, params, as_json)
+    _run(open_engine(found, device, dtype), sets, chosen[0], output, params, as_json)
 
 
 @app.command()
@@ -86,19 +81,13 @@ def sweep(
 ) -> None:
     """Measure every combination of a grid of routing options on tasks; resumable."""
     from treadle.bundle import read_bundle
-    from treadle.evaluate import read_routers
-    from treadle.sets import load_sets
     from treadle.sweep import read_sweep
 
     found = read_bundle(bundle)
     asked = read_sweep(file, found.router.names, found.router.params)
-    problems: list[str] = []
-    sets = collect(problems, [lambda: load_sets(asked.tasks, asked.params, asked.only)])
-    read_routers(asked.arms, found.adapters, found.router, problems)
-    if problems:
-        raise OptionError("\n".join(problems))
+    sets = _sets(found, asked.arms, asked.tasks, asked.only, asked.params, [])
     make_folder(output)
-    _run(open_engine(found, device, dtype), sets[0], asked.arms, output, asked.params, as_json)
+    _run(open_engine(found, device, dtype), sets, asked.arms, output, asked.params, as_json)
 
 
 @app.command()
@@ -238,6 +227,25 @@ def open_engine(bundle: "Bundle", device: str | None, dtype: str | None, pack: b
 def _split(entries: Sequence[str]) -> list[str]:
     """Return the names of a flag that may be repeated or hold commas."""
     return [name for entry in entries for name in entry.split(",")]
+
+
+def _sets(
+    found: "Bundle",
+    arms: Sequence["Arm"],
+    tasks: Sequence[str],
+    only: Sequence[str],
+    params: EvalParams,
+    problems: list[str],
+) -> "list[EvalSet]":
+    """Return what is asked; before the base model loads, raise for all `problems` and for what cannot be read."""
+    from treadle.arms import read_routers
+    from treadle.sets import load_sets
+
+    sets = collect(problems, [lambda: load_sets(tasks, params, only)])
+    read_routers(arms, found.adapters, found.router, problems)
+    if problems:
+        raise OptionError("\n".join(problems))
+    return sets[0]
 
 
 def _run(
