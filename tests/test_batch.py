@@ -285,3 +285,23 @@ def test_padding_with_a_longer_row(engine: Engine) -> None:
     row = make_row(engine, "x" * 49, ROUTINGS["base"])
     batch.join([row])
     assert batch.padding_with(100) == (150, 50)
+
+
+@pytest.mark.parametrize("name", ["routed", "causal"])
+def test_a_reading_is_finished_though_its_longest_row_ends_with_its_first_token(engine: Engine, name: str) -> None:
+    rows = [make_row(engine, prompt, ROUTINGS[name]) for prompt in PROMPTS[:2]]
+    rows[0].sampling = SamplingParams(max_tokens=1)
+    batch = engine.new_batch()
+    reading = batch.begin(rows)
+    assert len(batch.read(reading)) == 2
+    assert reading.is_finished
+    assert (reading.done, reading.length) == (len(PROMPTS[0]),) * 2  # whatever has become of the cache
+    assert batch.rows == rows[1:]
+    with pytest.raises(AssertionError):
+        batch.read(reading)
+    finish(batch)
+    alone = make_row(engine, PROMPTS[1], ROUTINGS[name])
+    other = engine.new_batch()
+    other.join([alone])
+    finish(other)
+    assert_same(rows[1], alone)

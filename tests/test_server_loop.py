@@ -191,6 +191,23 @@ def test_rows_of_very_different_lengths_do_not_pad_each_other(engine: Engine) ->
     assert case.loop._batches[1].rows == long.rows
 
 
+def test_prompts_that_are_read_together_end_each_on_its_own(engine: Engine) -> None:
+    case = Case(engine)
+    sampling = [SamplingParams(max_tokens=1), SamplingParams(max_tokens=4), SamplingParams(max_tokens=2)]
+    prompts = [[97] * 30, [98] * 4, [99] * 11]  # the longest ends first, and its columns go with it
+    news: list[News] = []
+    job = Job(Work(prompts, sampling, RoutingParams.base()), news.append)
+    case.loop.accept(job)
+    while case.loop.is_busy:
+        case.loop.advance()
+    assert not any(isinstance(each, Exception) for each in news)
+    alone = [
+        engine.generate_ids([p], sampling=s, routing=RoutingParams.base())[0]
+        for p, s in zip(prompts, sampling, strict=True)
+    ]
+    assert [tuple(event.token_id for event in row.events) for row in job.rows] == [done.token_ids for done in alone]
+
+
 def test_a_batch_takes_no_more_rows_than_it_may(engine: Engine) -> None:
     case = Case(engine, max_batch=3)
     job, _ = case.submit(*[5] * 7, max_tokens=4)

@@ -39,15 +39,11 @@ class Reading:
         self.length = max(len(row.ids) for row in rows)
         self.pads = [self.length - len(row.ids) for row in rows]
         self.weights = [row.prompt_weights() for row in rows]  # (T, N) or (1, N) for all T alike
+        self.done = 0  # columns that have been read; the cache does not tell once it is the batch's
         self.cache = RowCache()
         self.copy: Copy | None = None  # for the prefixes, of a single row
         for row, weights in zip(rows, self.weights, strict=True):
             row.read_under = weights
-
-    @property
-    def done(self) -> int:
-        """How many columns are in the cache."""
-        return self.cache.length
 
     @property
     def is_finished(self) -> bool:
@@ -103,12 +99,16 @@ class Batch:
         if self._prefixes and len(rows) == 1:
             reading.copy = Copy(reading.length, self._prefixes.max_bytes)
             if not rows[0].report.prompt:
-                rows[0].reused = self._prefixes.fill(reading.cache, self._text(rows[0]))
+                reading.done = rows[0].reused = self._prefixes.fill(reading.cache, self._text(rows[0]))
         return reading
 
     @torch.inference_mode()
     def read(self, reading: Reading, num_columns: int | None = None) -> Events:
-        """Read on, at most `num_columns` of each row; with the last the rows join and get their first tokens."""
+        """Read on, at most `num_columns` of each row; with the last the rows join and get their first tokens.
+
+        A reading that is finished cannot go on.
+        """
+        assert not reading.is_finished
         logits = self._read_on(reading, num_columns or reading.length)
         if not reading.is_finished:
             if reading.copy:
@@ -179,12 +179,13 @@ class Batch:
             reading.weights_of(first, end),
             end - first if is_scored else 1,
         )  # (B, T or 1, V)
+        reading.done = end
         if is_scored:
             _score_prompts(reading, first, logits)
         return logits[:, -1]
 
     def _append(self, reading: Reading) -> None:
-        """Add the rows of a finished reading to the running ones."""
+        """Add the rows of a finished reading to the running ones; its cache may be the batch's from then on."""
         if self.rows:
             self._cache.merge(reading.cache)
         else:
