@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from treadle.adapters import Adapter, read_adapter
 from treadle.blend import attach
+from treadle.compatible import check_range
 from treadle.errors import AdapterError
 
 from conftest import BASE, edit_config, save_adapter, tiny_llama
@@ -238,7 +239,14 @@ def test_what_is_not_a_sum_of_updates_is_refused_by_name(
         ({"arrow_config": {"top_k": 2}}, "arrow_config: it is an Arrow router, not an adapter"),
         ({"init_lora_weights": "LoftQ"}, "init_lora_weights='LoftQ' changes the base weights"),
         ({"r": 0}, "r must be a positive number, not 0"),
-        ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number, not nan"),
+        ({"lora_alpha": True}, "lora_alpha must be a positive number, not true"),
+        ({"rank_pattern": {"[": 2}}, "rank_pattern: '[' is no regular expression: error: "),
+        (
+            {"alpha_pattern": {"(?i)q_proj": 2}},
+            "alpha_pattern: '(?i)q_proj' is no regular expression: error: global flags",
+        ),
+        ({"target_modules": "*q_proj"}, "target_modules: '*q_proj' is no regular expression: error: nothing to repeat"),
+        ({"exclude_modules": "(" * 3000 + ")" * 3000}, "exclude_modules: '(((((("),
         ({"lora_alpha": "16"}, "lora_alpha must be a positive number, not '16'"),
         ({"bias": "all"}, "bias='all': it trains biases"),
     ],
@@ -255,10 +263,12 @@ def test_a_field_that_cannot_be_blended_is_refused_by_name(
     ("change", "message"),
     [
         ({"rank_pattern": ["q_proj"]}, "rank_pattern must map module names or regular expressions to positive numbers"),
-        ({"rank_pattern": {"[": 2}}, "rank_pattern must map module names or regular expressions to positive numbers"),
+        ({"rank_pattern": {"q_proj": True}}, "rank_pattern must map module names or regular expressions to positive"),
         ({"alpha_pattern": {"q_proj": "16"}}, "alpha_pattern must map module names"),
-        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern must map module names"),
-        ({"target_modules": "*q_proj"}, "target_modules must be a list of module names or a regular expression"),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern must map module names"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules must be a list of module names or a regular expression"),
+        ({"base_model_name_or_path": 123}, "base_model_name_or_path must be a text, not 123"),
+        ({"layers_to_transform": [True]}, "layers_to_transform must be a layer's number or a list of them, not [true]"),
         ({"exclude_modules": [7]}, "exclude_modules must be a list of module names or a regular expression, not [7]"),
         ({"layers_to_transform": "all"}, "layers_to_transform must be a layer's number or a list of them, not 'all'"),
     ],
@@ -301,9 +311,9 @@ def pickle_in_disguise(folder: Path) -> None:
 
 UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (remove("adapter_config.json"), "is not a PEFT folder: it has no adapter_config.json."),
-    "config not JSON": (lambda f: (f / "adapter_config.json").write_text("r: 4"), "adapter_config.json is not JSON: "),
+    "config not JSON": (lambda f: (f / "adapter_config.json").write_text("r: 4"), "cannot be read as JSON: "),
     "config a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "does not hold an object."),
-    "config not text": (lambda f: (f / "adapter_config.json").write_bytes(b"\xff{}"), "is not JSON: "),
+    "config not text": (lambda f: (f / "adapter_config.json").write_bytes(b"\xff{}"), "it is not UTF-8 (byte 0)"),
     "no weights": (remove("adapter_model.safetensors"), "has no adapter_model.safetensors."),
     "only a pickle": (only_pickle, "adapter_model.bin is a pickle, which can run code: load it with PEFT and save it"),
     "truncated": (truncate, "adapter_model.safetensors cannot be read: "),
@@ -413,3 +423,42 @@ def test_no_field_of_the_installed_pefts_config_is_unknown(folder: Path) -> None
 
     written = LoraConfig().to_dict().keys() | json.loads((folder / "adapter_config.json").read_text()).keys()
     assert written <= HARMLESS_FIELDS | REFUSED_FEATURES.keys()
+
+
+# --- numbers that overflow ------------------------------------------------------------------------------------------
+
+
+def scaled(side: str, factor: float) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: x * factor if f"lora_{side}" in key else x for key, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "edit"),
+    [
+        ({"lora_alpha": 1e300}, dict),
+        ({"alpha_pattern": {"q_proj": 1e300}}, dict),
+        ({}, scaled("A", 1e38)),  # finite numbers, an infinite product
+        ({}, scaled("B", 1e38)),
+        ({}, lambda tensors: scaled("A", 1e25)(scaled("B", 1e25)(tensors))),  # each factor alone is fine
+        ({}, lambda tensors: {key: x.double() * 1e200 for key, x in tensors.items()}),
+    ],
+    ids=["alpha", "alpha of a module", "A", "B", "A times B", "float64"],
+)
+def test_an_update_that_overflows_is_refused_by_name(
+    folder: Path, config: dict[str, object], edit: Callable[[Tensors], Tensors]
+) -> None:
+    edit_config(folder, **config)
+    edit_tensors(folder, edit)
+    problems = problems_of(folder)
+    assert problems[0].startswith("model.layers.0.self_attn.q_proj: its scale and factors reach ")
+    assert all("too large for float32" in problem for problem in problems)
+
+
+def test_an_update_that_overflows_in_the_models_dtype_alone_is_refused_on_attaching(folder: Path) -> None:
+    edit_tensors(folder, scaled("A", 3e4))
+    adapter = read_adapter(folder)
+    attach(tiny_llama(), [adapter]).detach()  # on a CPU, updates are computed in float32
+    check_range([adapter], torch.bfloat16)
+    with pytest.raises(AdapterError, match=r"(?s)math: model.layers.0.*too large for float16.*v_proj") as caught:
+        check_range([adapter], torch.float16)
+    assert len(str(caught.value).splitlines()) == 5

@@ -1,6 +1,7 @@
 """What was fitted is what is loaded, and nothing of a damaged bundle is loaded at all."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
@@ -190,6 +192,24 @@ def remove(name: str) -> Damage:
     return damage
 
 
+def folder_at(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def pipe_at(name: str) -> Damage:
+    """Put a pipe that nobody writes to in the place of a file: whoever opens it as a file waits for ever."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
 def truncate(name: str) -> Damage:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-40])
 
@@ -221,6 +241,19 @@ def centroids(
         given = {"names": json.dumps(list(SAMPLES)), "embedder_id": embedder_id} | metadata
         arrays = {key: np.array(array, order="C") for key, array in change(load_file(file)).items()}
         save_file(arrays, file, {key: value for key, value in given.items() if value is not None})
+
+    return damage
+
+
+def typed_means(dtype: torch.dtype) -> Damage:
+    """Store the means of the centroids file in another dtype."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "centroids.safetensors"
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_tensors(file)
+        save_tensors(tensors | {"means": tensors["means"].to(dtype)}, file, metadata)
 
     return damage
 
@@ -261,7 +294,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     # bundle.json
     "no bundle.json": (remove("bundle.json"), "is not a bundle: it has no bundle.json. `treadle fit` makes one."),
     "not JSON": (write("bundle.json", "{"), "bundle.json cannot be read as JSON"),
-    "not UTF-8": (lambda folder: (folder / "bundle.json").write_bytes(b'{"\xff": 1}'), "cannot be read as JSON"),
+    "not UTF-8": (lambda folder: (folder / "bundle.json").write_bytes(b'{"\xff": 1}'), "it is not UTF-8 (byte 2)"),
     "not an object": (write("bundle.json", "[]"), "bundle.json does not hold an object"),
     "unknown key": (top(adaptors=[]), "unknown key 'adaptors'. Did you mean 'adapters'?"),
     "missing key": (top(base_model=REMOVE), "bundle.json: key 'base_model' is missing"),
@@ -270,8 +303,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "adapter not an object": (top(adapters=["math"]), "adapters[0] is not an object"),
     "unknown adapter key": (entry(rank=4), "adapters[0]: unknown key 'rank'"),
     "missing adapter key": (entry(1, path=REMOVE), "adapters[1]: key 'path' is missing"),
-    "samples not a number": (entry(samples=True), "'samples' must be a int, not True"),
+    "samples not a number": (entry(samples=True), "'samples' must be a int, not true"),
+    "nested without end": (
+        write("bundle.json", "[" * 200_000),
+        "bundle.json cannot be read as JSON: it is nested deeper",
+    ),
+    "a number beyond floating point": (entry(samples=10**400), "a number of 401 digits is beyond floating point"),
+    "NaN": (top(routing={"every": float("nan")}), "bundle.json cannot be read as JSON: NaN is no number of JSON"),
+    "a key twice": (write("bundle.json", '{"routing": {}, "routing": {}}'), "the key 'routing' is there twice"),
+    "a folder instead of bundle.json": (folder_at("bundle.json"), "is not a bundle: it has no bundle.json"),
     # names and paths
+    "long path": (entry(path="a" * 5000), "leaves the bundle's folder"),
+    "half of a surrogate pair": (entry(path="\ud800"), "it holds half of a surrogate pair"),
+    "long name": (entry(name="a" * 101), "use letters, digits, '.', '_' and '-', at most 100"),
     "duplicate name": (entry(1, name="math"), "two adapters are called 'math'"),
     "bad name": (entry(name="../math"), "adapter name '../math': use letters, digits"),
     "reserved name": (entry(name="auto"), "adapter name 'auto' is reserved"),
@@ -286,7 +330,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "embedder symlink out": (linked_embedder, "embedder 'embedder' leaves the bundle's folder"),
     # adapters
     "no adapter folder": (remove("adapters/math"), "adapters/math is not a PEFT folder"),
-    "adapter config not JSON": (write("adapters/math/adapter_config.json", "x"), "adapter_config.json is not JSON"),
+    "adapter config not JSON": (
+        write("adapters/math/adapter_config.json", "x"),
+        "adapter_config.json cannot be read as JSON",
+    ),
     "no factors file": (remove("adapters/math/adapter_model.safetensors"), "has no adapter_model.safetensors"),
     "pickle only": (pickled, "adapter_model.bin is a pickle, which can run code"),
     "truncated factors": (
@@ -307,7 +354,23 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "bias": (config(bias="all"), "bias='all'"),
     "modules_to_save": (config(modules_to_save=["lm_head"]), "modules_to_save: it replaces whole modules"),
     "not a LoRA": (config(peft_type="IA3"), "its peft_type is IA3; only LORA can be blended"),
+    "deeply nested config": (write("adapters/math/adapter_config.json", "[" * 200_000), "it is nested deeper than 64"),
+    "a pipe for factors": (pipe_at("adapters/math/adapter_model.safetensors"), "has no adapter_model.safetensors"),
     # centroids
+    "a pipe for centroids": (pipe_at("centroids.safetensors"), "centroids.safetensors is missing"),
+    "centroids of eight bits": (typed_means(torch.float8_e4m3fn), "means, scatter, group_means must be floating-point"),
+    "counts of fractions": (
+        centroids(lambda a: a | {"counts": a["counts"].astype(np.float32)}),
+        "counts, group_owners and group_sizes must be whole numbers",
+    ),
+    "means of no vectors": (
+        centroids(lambda a: a | {"means": a["means"] * 1000}),
+        "means has a row longer than 1, which no mean of an embedder's vectors is",
+    ),
+    "scatter of no samples": (
+        centroids(lambda a: a | {"scatter": a["scatter"] * np.float32(1e30)}),
+        "scatter or counts are larger than those of any samples",
+    ),
     "no centroids": (remove("centroids.safetensors"), "centroids.safetensors is missing"),
     "truncated centroids": (truncate("centroids.safetensors"), "centroids.safetensors cannot be read"),
     "centroids without scatter": (
@@ -357,8 +420,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "another embedder": (other_embedder, "the centroids were made by the embedder 'static:"),
     "centroids of another embedder": (centroids(embedder_id="sentence:1"), "made by the embedder 'sentence:1', not 's"),
     "no embedder folder": (remove("embedder"), "embedder': no such folder"),
-    "no embedder config": (remove("embedder/config.json"), "its config.json cannot be read"),
-    "embedder config not an object": (write("embedder/config.json", "[]"), "its config.json does not hold an object"),
+    "no embedder config": (remove("embedder/config.json"), "config.json cannot be read: No such file"),
+    "deeply nested embedder config": (
+        write("embedder/config.json", "[" * 200_000),
+        "it is nested deeper than 64 levels",
+    ),
+    "embedder config not an object": (write("embedder/config.json", "[]"), "config.json does not hold an object"),
     "no embedder vectors": (remove("embedder/model.safetensors"), "cannot be loaded: Could not find expected model"),
     "truncated embedder": (truncate("embedder/model.safetensors"), "static embedder"),
     "embedder tokenizer damaged": (write("embedder/tokenizer.json", "{"), "static embedder"),
@@ -380,6 +447,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "samples not texts": (write("samples.json", '{"math": [1]}'), "samples.json: 'math' must be a list of texts"),
     "samples not JSON": (write("samples.json", "["), "samples.json cannot be read as JSON"),
 }
+
+
+def test_centroids_in_bfloat16_are_read_as_float32(bundle):
+    before = read_bundle(bundle).router.centroids.means
+    typed_means(torch.bfloat16)(bundle)
+    means = read_bundle(bundle).router.centroids.means
+    assert means.dtype == np.float32
+    np.testing.assert_allclose(means, before, atol=0.01)
 
 
 @pytest.mark.usefixtures("no_model")

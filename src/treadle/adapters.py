@@ -5,23 +5,25 @@ This module knows files and tensors; it does not know models: `treadle.blend` co
 """
 
 import hashlib
-import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from treadle.errors import AdapterError, problem_list
-from treadle.pages import side_by_side
+from treadle.documents import is_file, read_object
+from treadle.errors import SHOWN, AdapterError, problem_list, shown
+from treadle.magnitudes import range_problems
+from treadle.patterns import match_ends, match_whole
+from treadle.tensor_files import read_tensors
 
+MOST_CONFIG = 16 << 20
+"""Bytes of a config."""
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 REFUSED_FEATURES = {
@@ -51,6 +53,8 @@ HARMLESS_FIELDS = frozenset(
 TENSOR_NAME = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight$"
 )
+LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+"""The number of the layer in a module path, as PEFT finds it."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,23 @@ class Adapter:
     layers: tuple[int, ...] | None = None
     identity: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
 
-    def declares(self, module: str) -> bool:
-        """Return whether the config asks for factors on the module path `module`, by PEFT's rules of matching."""
-        if not _matches(self.targets, module) or _matches(self.excluded, module):
-            return False
+    def declared(self, modules: Sequence[str]) -> list[str]:
+        """Return those module paths that the config asks for factors on, by PEFT's rules of matching.
+
+        Raises:
+            AdapterError: one of its regular expressions takes too much time or memory.
+        """
+        excluded = _matched(self.excluded, modules)
+        return [
+            module
+            for module, is_target, is_excluded in zip(modules, _matched(self.targets, modules), excluded, strict=True)
+            if is_target and not is_excluded and self._has_layer(module)
+        ]
+
+    def _has_layer(self, module: str) -> bool:
         if self.layers is None:
             return True
-        index = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        index = LAYER_INDEX.match(module)
         return index is not None and int(index[1]) in self.layers
 
     def num_bytes(self) -> int:
@@ -124,13 +138,12 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
     folder = Path(path)
     name = name or folder.resolve().name
     config = _read_config(folder, name)
-    problems = list(_config_problems(config))
     unknown = sorted(key for key in config.keys() - HARMLESS_FIELDS - REFUSED_FEATURES.keys() if config[key])
     if unknown:
         warnings.warn(f"adapter {name!r}: unknown fields that may matter: {', '.join(unknown)}", stacklevel=2)
     tensors = _read_tensors(folder, name)
     pairs, tensor_problems = _pair_up(tensors, config)
-    problems += tensor_problems
+    problems = [*_config_problems(config), *tensor_problems, *_selection_problems(config, list(pairs))]
     if problems:
         raise AdapterError(problem_list(f"adapter {name!r} ({folder}) cannot be blended:", problems))
     layers = config.get("layers_to_transform")
@@ -158,81 +171,72 @@ def _identity(pairs: Mapping[str, LoraPair]) -> str:
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    if not is_file(file):
         raise AdapterError(f"adapter {name!r}: {folder} is not a PEFT folder: it has no {CONFIG_FILE}.")
     try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"adapter {name!r}: {file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"adapter {name!r}: {file} does not hold an object.")
+        config = read_object(file, AdapterError, MOST_CONFIG)
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r}: {error}") from error
     if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise AdapterError(f"adapter {name!r}: its peft_type is {kind}; only LORA can be blended.")
+        raise AdapterError(f"adapter {name!r}: its peft_type is {str(kind)[:SHOWN]}; only LORA can be blended.")
     if malformed := list(_malformed_fields(config)):
         raise AdapterError(problem_list(f"adapter {name!r}: {file} is malformed:", malformed))
     return config
 
 
 def _malformed_fields(config: dict[str, Any]) -> Iterator[str]:
-    """Yield the fields that select modules and hold something that the rest of this module could not read."""
+    """Yield the fields that hold something that the rest of this module could not read."""
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        yield f"base_model_name_or_path must be a text, not {shown(base)}"
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key) or {}
-        if not isinstance(value, dict) or not all(_is_expression(k) and _is_positive(v) for k, v in value.items()):
-            yield f"{key} must map module names or regular expressions to positive numbers, not {value!r}"
+        if not isinstance(value, dict) or not all(map(_is_positive, value.values())) or "" in value:
+            yield f"{key} must map module names or regular expressions to positive numbers, not {shown(value)}"
     for key in ("target_modules", "exclude_modules"):
         value = config.get(key) or []
-        names = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        if not names and not _is_expression(value):
-            yield f"{key} must be a list of module names or a regular expression, not {value!r}"
+        if not isinstance(value, str) and not (
+            isinstance(value, list) and all(isinstance(name, str) for name in value)
+        ):
+            yield f"{key} must be a list of module names or a regular expression, not {shown(value)}"
     layers = config.get("layers_to_transform")
-    if not all(isinstance(layer, int) for layer in (layers if isinstance(layers, list) else [layers or 0])):
-        yield f"layers_to_transform must be a layer's number or a list of them, not {layers!r}"
+    listed = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(type(layer) is int for layer in listed):
+        yield f"layers_to_transform must be a layer's number or a list of them, not {shown(layers)}"
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
-
-
-def _is_expression(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _config_problems(config: dict[str, Any]) -> Iterator[str]:
     if (config.get("bias") or "none") != "none":
-        yield f"bias={config['bias']!r}: it trains biases of the base model, which cannot be blended"
+        yield f"bias={shown(config['bias'])}: it trains biases of the base model, which cannot be blended"
     yield from (f"{key}: {why}" for key, why in REFUSED_FEATURES.items() if config.get(key))
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         yield f"init_lora_weights={init!r} changes the base weights; convert it to a plain LoRA with PEFT first"
     for key in ("r", "lora_alpha"):
         if not _is_positive(config.get(key)):
-            yield f"{key} must be a positive number, not {config.get(key)!r}"
+            yield f"{key} must be a positive number, not {shown(config.get(key))}"
 
 
 def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     file = folder / WEIGHTS_FILE
-    if not file.is_file():
+    if not is_file(file):
         hint = ""
-        if (folder / PICKLE_FILE).is_file():
+        if is_file(folder / PICKLE_FILE):
             hint = f" {PICKLE_FILE} is a pickle, which can run code: load it with PEFT and save it as safetensors."
         raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}.{hint}")
     try:
-        # copies: a mapped file that somebody truncates later ends the process with SIGBUS
-        return side_by_side(load_file(file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"adapter {name!r}: {file} cannot be read: {error}") from error
+        return read_tensors(file, AdapterError).tensors
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r}: {error}") from error
 
 
-def _pair_up(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[dict[str, LoraPair], list[str]]:
-    """Return the factor pairs of all modules, and everything that is wrong with the tensors."""
+def _sides(tensors: dict[str, torch.Tensor], problems: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the factors of each module by their side, A or B; what is none is added to `problems`."""
     sides: dict[str, dict[str, torch.Tensor]] = {}
-    problems: list[str] = []
     for key, tensor in tensors.items():
         found = TENSOR_NAME.match(key)
         if not found:
@@ -243,14 +247,28 @@ def _pair_up(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[
             problems.append(f"{key} is {tensor.dtype}; factors are float32, float16 or bfloat16")
         elif not torch.isfinite(tensor).all():
             problems.append(f"{key} holds NaN or infinite values")
+    return sides
+
+
+def _pair_up(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[dict[str, LoraPair], list[str]]:
+    """Return the factor pairs of all modules, and everything that is wrong with the tensors."""
+    problems: list[str] = []
+    sides = _sides(tensors, problems)
+    try:
+        ranks = _by_pattern(config, "rank_pattern", "r", list(sides))
+        alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", list(sides))
+    except AdapterError as error:
+        return {}, [*problems, str(error)]
     pairs: dict[str, LoraPair] = {}
-    for module, factors in sides.items():
-        if problem := _pair_problem(module, factors, config):
+    for (module, factors), rank, alpha in zip(sides.items(), ranks, alphas, strict=True):
+        if problem := _pair_problem(module, factors, rank):
             problems.append(problem)
         elif len(factors) == 2:
-            pairs[module] = LoraPair(factors["A"], factors["B"], _scale(module, factors["A"].shape[0], config))
+            pairs[module] = LoraPair(factors["A"], factors["B"], _scale(alpha, factors["A"].shape[0], config))
     if not problems and not pairs:
         problems.append("it holds no factors")
+    if not problems:
+        problems += range_problems(pairs, torch.float32)
     if pairs and not any(pair.b.any() for pair in pairs.values()):
         problems.append("all its B factors are zero: it changes nothing (was it saved before training?)")
     return pairs, problems
@@ -264,40 +282,51 @@ def _foreign_tensor(key: str) -> str:
     return f"{key}: not a LoRA factor"
 
 
-def _pair_problem(module: str, factors: dict[str, torch.Tensor], config: dict[str, Any]) -> str | None:
+def _pair_problem(module: str, factors: dict[str, torch.Tensor], expected: Any) -> str | None:
     if len(factors) < 2:
         missing = "B" if "A" in factors else "A"
         return f"{module}: lora_{missing} is missing"
     a, b = factors["A"], factors["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
         return f"{module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit: need (r, in), (out, r)"
-    expected = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
     if a.shape[0] != expected:
         return f"{module}: its factors have rank {a.shape[0]}, its config says {expected}"
     return None
 
 
-def _scale(module: str, rank: int, config: dict[str, Any]) -> float:
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float):
+def _scale(alpha: Any, rank: int, config: dict[str, Any]) -> float:
+    if not _is_positive(alpha):
         return 1.0  # reported by _config_problems
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a module path, as PEFT's get_pattern_key does."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _selection_problems(config: dict[str, Any], modules: Sequence[str]) -> Iterator[str]:
+    """Yield which of the fields that select modules hold a regular expression that cannot be used."""
+    for field_name in ("target_modules", "exclude_modules"):
+        try:
+            _matched(_pattern(config.get(field_name)), modules)
+        except AdapterError as error:
+            yield f"{field_name}: {error}"
+
+
+def _by_pattern(config: dict[str, Any], field: str, otherwise: str, modules: Sequence[str]) -> list[Any]:
+    """Return for each module the value of the first pattern of a field that matches it, or that of another field."""
+    patterns: dict[str, Any] = config.get(field) or {}
+    values, default = list(patterns.values()), config.get(otherwise)
+    try:
+        return [default if first is None else values[first] for first in match_ends(list(patterns), modules)]
+    except AdapterError as error:
+        raise AdapterError(f"{field}: {error}") from error
 
 
 def _pattern(value: Any) -> tuple[str, ...] | str:
     return value if isinstance(value, str) else tuple(value or ())
 
 
-def _matches(patterns: tuple[str, ...] | str, module: str) -> bool:
-    """Return whether PEFT's `target_modules` (a regular expression, or names of modules) matches a module path."""
+def _matched(patterns: tuple[str, ...] | str, modules: Sequence[str]) -> list[bool]:
+    """Return whether PEFT's `target_modules` (a regular expression, or names of modules) matches each module path."""
+    if patterns == "all-linear":
+        return [False] * len(modules)
     if isinstance(patterns, str):
-        return patterns != "all-linear" and re.fullmatch(patterns, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in patterns)
+        return match_whole(patterns, modules)
+    return [any(module == name or module.endswith(f".{name}") for name in patterns) for module in modules]

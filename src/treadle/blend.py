@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.adapters import Adapter, LoraPair
-from treadle.compatible import check_adapters, check_combine
+from treadle.compatible import check_adapters, check_combine, check_range
 from treadle.errors import AdapterError, OptionError, unknown_name
 from treadle.layers import BlendedLinear, Gates, Layout, Shrink
 from treadle.params import Combine
@@ -267,6 +267,9 @@ class Blend:
         check_adapters(self.model, adapters)
         check_combine(self.combine, adapters)
         targets = {module for adapter in adapters for module in adapter.pairs}
+        new = [adapter for adapter in adapters if adapter.identity not in {old.identity for old in self.adapters}]
+        for dtype in {_factor_dtype(self.model.get_submodule(path), self.model) for path in targets}:
+            check_range(new, dtype)
         for path in self._layers.keys() - targets:
             self._put(path, self._layers.pop(path).base)
         for path in sorted(targets - self._layers.keys()):

@@ -23,9 +23,9 @@ from treadle.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from treadle.centroid_files import read_centroids, write_centroids
 from treadle.centroids import Centroids
 from treadle.compatible import check_combine
+from treadle.documents import is_file, read_object
 from treadle.embed import load_embedder
-from treadle.errors import BundleError, collect, problem_list, unknown_name
-from treadle.files import read_object
+from treadle.errors import LONGEST_NAME, BundleError, collect, problem_list, shown, unknown_name
 from treadle.options import read_options
 from treadle.params import RoutingParams
 from treadle.routing import Router
@@ -37,6 +37,8 @@ BUNDLE_FILE, CENTROIDS_FILE, SAMPLES_FILE = "bundle.json", "centroids.safetensor
 KEYS = {"treadle": str, "base_model": str, "embedder": str, "adapters": list, "routing": dict}
 ADAPTER_KEYS = {"name": str, "path": str, "samples": int}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LONGEST_PATH = 1000
+"""Characters of a path inside a bundle."""
 RESERVED = ("base", "auto")
 """What a request calls the model without an adapter, and the routed one."""
 
@@ -182,7 +184,7 @@ def _replace(folder: Path, part: Path) -> None:
 
 def _read_document(folder: Path) -> dict[str, Any]:
     file = folder / BUNDLE_FILE
-    if not file.is_file():
+    if not is_file(file):
         raise BundleError(f"{folder} is not a bundle: it has no {BUNDLE_FILE}. `treadle fit` makes one.")
     return read_object(file, BundleError)
 
@@ -204,10 +206,10 @@ def _document_problems(document: dict[str, Any], folder: Path) -> list[str]:
     problems += _name_problems([entry["name"] for entry in entries])
     for entry in entries:
         if not _is_inside(folder, entry["path"]):
-            problems.append(f"adapter {entry['name']!r}: path {entry['path']!r} leaves the bundle's folder")
+            problems.append(f"adapter {entry['name']!r}: path {shown(entry['path'])} leaves the bundle's folder")
     embedder = document["embedder"].removeprefix("static:")
     if embedder.startswith((".", "/", "~")) or not _is_inside(folder, embedder):
-        problems.append(f"embedder {document['embedder']!r} leaves the bundle's folder")
+        problems.append(f"embedder {shown(document['embedder'])} leaves the bundle's folder")
     return problems
 
 
@@ -215,7 +217,7 @@ def _key_problems(given: dict[str, Any], expected: dict[str, type], where: str) 
     problems = [f"{where}: " + unknown_name("key", key, expected) for key in given if key not in expected]
     problems += [f"{where}: key {key!r} is missing" for key in expected if key not in given]
     problems += [
-        f"{where}: {key!r} must be a {kind.__name__}, not {given[key]!r}"
+        f"{where}: {key!r} must be a {kind.__name__}, not {shown(given[key])}"
         for key, kind in expected.items()
         if key in given and (not isinstance(given[key], kind) or isinstance(given[key], bool))
     ]
@@ -225,20 +227,25 @@ def _key_problems(given: dict[str, Any], expected: dict[str, type], where: str) 
 def _name_problems(names: Sequence[str]) -> list[str]:
     problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
     problems += [
-        f"adapter name {name!r}: use letters, digits, '.', '_' and '-'" for name in names if not NAME.fullmatch(name)
+        f"adapter name {shown(name)}: use letters, digits, '.', '_' and '-', at most {LONGEST_NAME}"
+        for name in names
+        if not NAME.fullmatch(name) or len(name) > LONGEST_NAME
     ]
     problems += [f"adapter name {name!r} is reserved" for name in names if name in RESERVED]
     return problems
 
 
 def _is_inside(folder: Path, path: str) -> bool:
-    return "\0" not in path and Path(os.path.realpath(folder / path)).is_relative_to(os.path.realpath(folder))
+    """Return whether a path, its links followed, stays below a folder; one that no system takes does not."""
+    if "\0" in path or len(path) > LONGEST_PATH:
+        return False
+    return Path(os.path.realpath(folder / path)).is_relative_to(os.path.realpath(folder))
 
 
 def _embedder_name(folder: Path, embedder: str) -> str:
     # absolute: where the folder is missing, a relative path would pass for a name on the hub
     inside = (folder / embedder).absolute()
-    return str(inside) if inside.is_dir() or embedder == "embedder" else embedder
+    return str(inside) if os.path.isdir(inside) or embedder == "embedder" else embedder
 
 
 def foreign_base(adapter: Adapter, base: str) -> str:
@@ -265,7 +272,7 @@ def _centroid_problems(centroids: Centroids, entries: Sequence[dict[str, Any]]) 
 
 def _read_samples(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     file = folder / SAMPLES_FILE
-    samples = read_object(file, BundleError) if file.is_file() else {}
+    samples = read_object(file, BundleError) if os.path.lexists(file) else {}
     for name, texts in samples.items():
         if name not in names:
             raise BundleError(f"{SAMPLES_FILE}: " + unknown_name("adapter", name, names))

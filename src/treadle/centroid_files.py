@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from treadle import __version__
 from treadle.centroids import Centroids, Groups
-from treadle.errors import AdapterError, BundleError
+from treadle.documents import is_file, parse_json
+from treadle.errors import AdapterError, BundleError, problem_list, shown
+from treadle.tensor_files import read_tensors
 
 CENTROID_FILE, RECORD_FILE = "centroid.safetensors", "treadle.json"
 ARRAYS = ("counts", "means", "scatter")
 GROUP_ARRAYS = ("group_means", "group_owners", "group_sizes")
 """Of files written since adapters have groups; without them each adapter is one."""
 FLOATS = ("means", "scatter", "group_means")
+WHOLE = (torch.int64, torch.int32)
+SLACK = 0.01
+"""Of rounding, in bfloat16 too."""
+MOST_SAMPLES = 1 << 40
 
 
 def save_centroid(folder: Path, own: Centroids, embedder: str, training: Mapping[str, Any]) -> None:
@@ -44,7 +51,7 @@ def save_centroid(folder: Path, own: Centroids, embedder: str, training: Mapping
 def read_centroid(folder: Path, name: str) -> Centroids:
     """Return the centroid that training left in a PEFT folder, for an adapter called `name`."""
     file = folder / CENTROID_FILE
-    if not file.is_file():
+    if not is_file(file):
         raise AdapterError(f"{folder} holds no {CENTROID_FILE}: give sample texts of {name!r}")
     centroids = read_centroids(file)
     if len(centroids.names) != 1:
@@ -54,31 +61,51 @@ def read_centroid(folder: Path, name: str) -> Centroids:
 
 def read_centroids(file: Path) -> Centroids:
     """Return the centroids of a file; a BundleError says what is wrong with it."""
-    if not file.is_file():
+    if not is_file(file):
         raise BundleError(f"{file.name} is missing")
-    try:
-        with safe_open(file, "numpy") as opened:
-            metadata = opened.metadata() or {}
-            arrays = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BundleError(f"{file.name} cannot be read: {error}") from error
-    has_groups = set(arrays) == {*ARRAYS, *GROUP_ARRAYS}
-    if (set(arrays) != {*ARRAYS} and not has_groups) or not {"names", "embedder_id"} <= set(metadata):
+    tensors, metadata = read_tensors(file, BundleError)
+    has_groups = set(tensors) == {*ARRAYS, *GROUP_ARRAYS}
+    if (set(tensors) != {*ARRAYS} and not has_groups) or not {"names", "embedder_id"} <= set(metadata):
         raise BundleError(
             f"{file.name} must hold {', '.join(ARRAYS)} and, as metadata, names and embedder_id; "
             f"{', '.join(GROUP_ARRAYS)} together or not at all"
         )
-    if not all(np.issubdtype(arrays[key].dtype, np.floating) for key in arrays.keys() & FLOATS):
-        raise BundleError(f"{file.name}: {', '.join(FLOATS)} must be floating-point")
+    if problems := _dtype_problems(tensors):
+        raise BundleError(problem_list(f"{file.name}:", problems))
+    floats = {key: tensors[key].to(torch.float32).numpy() for key in tensors.keys() & FLOATS}
+    wholes = {key: tensors[key].to(torch.int64).numpy() for key in tensors.keys() - FLOATS}
+    arrays: dict[str, NDArray[Any]] = {**floats, **wholes}
     if arrays["means"].ndim != 2:
         raise BundleError(f"{file.name}: means has shape {arrays['means'].shape}, expected (adapters, dimensions)")
-    groups = None
-    if has_groups:
-        groups = Groups(*(arrays[key] for key in GROUP_ARRAYS))
-        if not all(np.issubdtype(each.dtype, np.integer) for each in (groups.owners, groups.sizes)):
-            raise BundleError(f"{file.name}: group_owners and group_sizes must be whole numbers")
+    groups = Groups(*(arrays[key] for key in GROUP_ARRAYS)) if has_groups else None
     names, embedder_id = _read_names(metadata["names"], file), metadata["embedder_id"]
-    return Centroids(names, arrays["means"], arrays["counts"], arrays["scatter"], embedder_id, groups)
+    centroids = Centroids(names, arrays["means"], arrays["counts"], arrays["scatter"], embedder_id, groups)
+    if problems := _size_problems(centroids):
+        raise BundleError(problem_list(f"{file.name}:", problems))
+    return centroids
+
+
+def _dtype_problems(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return which arrays are not of numbers as they should be; eight bits hold neither."""
+    problems: list[str] = []
+    if not all(tensors[key].is_floating_point() and tensors[key].itemsize > 1 for key in tensors.keys() & FLOATS):
+        problems.append(f"{', '.join(FLOATS)} must be floating-point")
+    if not all(tensors[key].dtype in WHOLE for key in tensors.keys() - FLOATS):
+        problems.append("counts, group_owners and group_sizes must be whole numbers of 32 or 64 bits")
+    return problems
+
+
+def _size_problems(centroids: Centroids) -> list[str]:
+    """Return what cannot have come from vectors of length 1: scores would overflow, those of other adapters too."""
+    problems = [
+        f"{key} has a row longer than 1, which no mean of an embedder's vectors is"
+        for key, means in (("means", centroids.means), ("group_means", centroids.groups.means))
+        if not (np.linalg.norm(means, axis=-1) <= 1 + SLACK).all()
+    ]
+    most = 4 * (1 + SLACK) * centroids.counts[:, None, None]  # two vectors are at most 2 apart
+    if not (abs(centroids.scatter) <= most).all() or (centroids.counts > MOST_SAMPLES).any():
+        problems.append("scatter or counts are larger than those of any samples")
+    return problems
 
 
 def write_centroids(file: Path, centroids: Centroids) -> None:
@@ -94,9 +121,9 @@ def write_centroids(file: Path, centroids: Centroids) -> None:
 
 def _read_names(text: str, file: Path) -> tuple[str, ...]:
     try:
-        names = json.loads(text)
+        names = parse_json(text)
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in cast(list[Any], names)):
-        raise BundleError(f"{file.name}: its metadata names must be a list of names, not {text!r}")
+        raise BundleError(f"{file.name}: its metadata names must be a list of names, not {shown(text)}")
     return tuple(cast(list[str], names))

@@ -225,9 +225,15 @@ class Centroids:
         pooled = (self.scatter.sum(0, dtype=np.float64) - between) / freedom  # (D, D), within groups
         spherical = np.trace(pooled) / len(pooled) * np.eye(len(pooled))
         covariance = (1 - SHRINKAGE) * pooled + SHRINKAGE * spherical
-        slopes = np.linalg.solve(covariance + 1e-12 * np.eye(len(pooled)), groups.means.T.astype(np.float64))  # (D, P)
+        covariance += 1e-12 * np.eye(len(pooled))
+        try:
+            slopes = np.linalg.solve(covariance, groups.means.T.astype(np.float64))  # (D, P)
+        except np.linalg.LinAlgError as error:  # such a scatter is of no samples
+            raise OptionError(f"score lda: the scatter of the centroids cannot be inverted: {error}") from error
         offsets = -0.5 * np.einsum("pd,dp->p", groups.means, slopes)
         offsets += np.log(groups.sizes / self.counts[groups.owners])
+        if not all((abs(each) < np.finfo(np.float32).max).all() for each in (slopes, offsets)):
+            raise OptionError("score lda: the scatter of the centroids gives no finite scores; use cosine or centred.")
         return slopes.astype(np.float32), offsets.astype(np.float32)
 
 

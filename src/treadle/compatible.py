@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from treadle.adapters import Adapter
 from treadle.errors import AdapterError, OptionError, OptionProblem, problem_list, unknown_name
 from treadle.layers import BlendedLinear
+from treadle.magnitudes import range_problems
 from treadle.params import COMBINES
 
 
@@ -26,10 +28,21 @@ def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]
                 problems.append(f"{adapter.name}: the model has no linear layer {path}")
             elif shapes[path] != wanted:
                 problems.append(f"{adapter.name}: {path} is {shapes[path]} (in, out), its factors are {wanted}")
-        missing = [path for path in shapes if path not in adapter.pairs and adapter.declares(path)]
+        missing = [path for path in adapter.declared(list(shapes)) if path not in adapter.pairs]
         problems += [f"{adapter.name}: its config targets {path}, but it has no factors for it" for path in missing]
     if problems:
         raise AdapterError(problem_list("the adapters do not fit the model:", problems))
+
+
+def check_range(adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
+    """Raise an AdapterError that lists every update that may overflow in the dtype that it is computed in.
+
+    Adapters that were read are right in float32, and so in bfloat16, which has the same range.
+    """
+    if dtype == torch.float16:
+        problems = [f"{each.name}: {problem}" for each in adapters for problem in range_problems(each.pairs, dtype)]
+        if problems:
+            raise AdapterError(problem_list("the adapters do not fit the model's dtype:", problems))
 
 
 def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:

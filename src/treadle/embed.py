@@ -5,16 +5,17 @@ O(D) whatever the length of the text; the sentence embedder (`treadle.sentence`)
 """
 
 import hashlib
-import json
+import os
 import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from treadle.documents import read_object
 from treadle.errors import BundleError, ModelError, OptionError
 from treadle.sentence import SentenceEmbedder
 
@@ -225,16 +226,11 @@ def load_embedder(name: str | Path) -> Embedder:
     if text.startswith("static:"):
         return StaticEmbedder.load(text.removeprefix("static:"))
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if text.startswith((".", "/", "~")):
             raise OptionError(f"embedder {text!r}: no such folder.")
         return SentenceEmbedder(text)
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"embedder {text!r}: its config.json cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise BundleError(f"embedder {text!r}: its config.json does not hold an object.")
+    config = read_object(folder / "config.json", BundleError)
     # model2vec names its kind only in what it has distilled; every config of transformers names one
-    is_static = cast(dict[str, Any], config).get("model_type", "model2vec") == "model2vec"
+    is_static = config.get("model_type", "model2vec") == "model2vec"
     return StaticEmbedder.load(folder) if is_static else SentenceEmbedder(text)

@@ -1,11 +1,11 @@
-"""Folders and JSON documents that a person named, and digests of what is in them."""
+"""Folders that a person named, and digests of what is in documents."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from treadle.errors import OptionError, TreadleError
+from treadle.errors import OptionError
 
 
 def make_folder(path: Path) -> Path:
@@ -15,17 +15,6 @@ def make_folder(path: Path) -> Path:
     except OSError as error:  # a file has its name, or a folder above may not be written to
         raise OptionError(f"{path} cannot be a folder: {error.strerror}; name another.") from error
     return path
-
-
-def read_object(file: Path, error_type: type[TreadleError]) -> dict[str, Any]:
-    """Return the object that a JSON file holds; an error of `error_type` where it holds none or cannot be read."""
-    try:
-        document = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise error_type(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise error_type(f"{file} does not hold an object.")
-    return cast(dict[str, Any], document)
 
 
 def digest(document: Any) -> str:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from treadle.documents import read_object
 from treadle.errors import DataError
-from treadle.files import read_object
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from treadle.documents import read_object
 from treadle.errors import DataError, OptionError
-from treadle.files import read_object
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
