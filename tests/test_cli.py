@@ -39,6 +39,14 @@ def test_generate_takes_routing_flags_and_writes_a_trace(run: Run, bundle: Path,
     assert max(document["weights"][0]) == 1.0
 
 
+def test_generate_takes_the_smallest_top_p_and_is_greedy_then(run: Run, bundle: Path) -> None:
+    asked = ("generate", bundle, "--prompt", "add three", "--max-tokens", 4, "--json")
+    code, drawn, _ = run(*asked, "--temperature", 1, "--top-p", "1e-46")
+    _, greedy, _ = run(*asked)
+    assert code == 0
+    assert json.loads(drawn)["text"] == json.loads(greedy)["text"]
+
+
 def test_generate_in_chat_uses_the_template(run: Run, bundle: Path) -> None:
     _, plain, _ = run("generate", bundle, "--prompt", "user: add\nassistant:", "--max-tokens", 4, "--json")
     _, chat, _ = run("generate", bundle, "--prompt", "add", "--chat", "--max-tokens", 4, "--json")

@@ -119,6 +119,52 @@ def test_the_most_probable_token_always_stays():
         assert torch.isfinite(truncate(logits, params)).tolist() == [False, True, False]
 
 
+EXTREMES = [
+    {"top_p": 1e-46},
+    {"top_p": 5e-324},
+    {"top_p": 1e-46, "top_k": 3},
+    {"top_p": 1 - 1e-16},
+    {"temperature": 1e-3},
+    {"temperature": 1e-3, "top_p": 1e-46},
+    {"temperature": 1e308},
+    {"temperature": 1e308, "top_p": 1e-46},
+    {"temperature": 1e308, "top_k": 2},
+    {"top_k": 10**30},
+    {"seed": 2**63 - 1},
+    {"temperature": -0.0, "top_p": 1e-46},
+]
+LOGITS = {
+    "usual": [1.0, 3.0, 2.0, -1.0],
+    "ties": [2.0, 2.0, 2.0, 2.0],
+    "large": [3e38, -3e38, 3e38, 0.0],
+    "left out by the model": [-torch.inf, 1.0, -torch.inf, 0.0],
+    "one token": [-torch.inf, -torch.inf, -torch.inf, 0.0],
+    "subnormal": [1e-45, 0.0, -1e-45, -0.0],
+}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+def test_whatever_the_options_a_row_has_a_token_and_it_is_the_one_alone(kind):
+    options = [SamplingParams(**{"temperature": 1.0, "seed": 7, **extreme}) for extreme in EXTREMES]
+    logits = torch.tensor([LOGITS[kind]] * len(options))
+    tokens, logprobs = sample(logits, options, [new_generator(params, CPU) for params in options])
+    assert np.isfinite(logprobs).all()
+    for row, params in enumerate(options):
+        assert sample(logits[row : row + 1], [params], [new_generator(params, CPU)])[0] == [tokens[row]]
+        if params.top_p < 1e-40:
+            assert logits[row, tokens[row]] == logits[row].max()
+
+
+def test_a_row_that_overflows_leaves_the_streams_of_the_others_alone():
+    params = SamplingParams(temperature=1.0, seed=3)
+    good = logits_of(0, 1, 4)
+    for bad in (torch.nan, torch.inf):
+        logits = torch.cat([good, torch.full((1, 4), bad), good])
+        tokens, logprobs = sample(logits, [params] * 3, [new_generator(params, CPU) for _ in range(3)])
+        assert np.isfinite(logprobs).tolist() == [True, False, True]
+        assert tokens[0] == tokens[2] == sample(good, [params], [new_generator(params, CPU)])[0][0]
+
+
 @given(st.integers(0, 99))
 @quick
 def test_top_k_of_one_is_greedy(seed):

@@ -40,7 +40,7 @@ def sample(
     is_drawn = totals.isfinite().tolist() if any(generators) else []  # once for all: on a GPU it waits
     for row, (options, generator) in enumerate(zip(params, generators, strict=True)):
         if generator is not None and is_drawn[row]:
-            weights = torch.softmax(truncate(logits[row] / options.temperature, options), -1)
+            weights = torch.softmax(truncate(_tempered(logits[row], options.temperature), options), -1)
             tokens[row] = torch.multinomial(weights, 1, generator=generator)[0]
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - totals  # (B,)
     ids, values = torch.stack([tokens.double(), logprobs.double()]).tolist()  # to the host at once; both are exact
@@ -66,6 +66,11 @@ def score_tokens(logits: Tensor, tokens: Sequence[int]) -> list[float]:
     return (logits.gather(-1, index)[:, 0] - logits.logsumexp(-1)).tolist()
 
 
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits (V,) below their largest, over the temperature: no float32 of either overflows to NaN."""
+    return (logits - logits.max()) / min(temperature, torch.finfo(torch.float32).max)
+
+
 def truncate(logits: Tensor, params: SamplingParams) -> Tensor:
     """Return logits (V,) with -inf where `top_k` and `top_p` leave a token out; the most probable always stays."""
     if 0 < params.top_k < logits.shape[-1]:
@@ -75,5 +80,7 @@ def truncate(logits: Tensor, params: SamplingParams) -> Tensor:
         ordered, order = logits.sort(descending=True, stable=True)
         probabilities = torch.softmax(ordered, -1)
         before = probabilities.cumsum(-1) - probabilities  # mass of the tokens that come first
-        logits = logits.masked_fill((before >= params.top_p).scatter(-1, order, before >= params.top_p), -torch.inf)
+        is_out = before >= params.top_p
+        is_out[0] = False  # in float32, the smallest `top_p` are 0
+        logits = logits.masked_fill(torch.empty_like(is_out).scatter_(-1, order, is_out), -torch.inf)
     return logits
