@@ -17,6 +17,7 @@ from treadle.graph_step import GraphStep
 from treadle.kernels_plain import PlainKernels
 from treadle.params import RoutingParams, SamplingParams
 from treadle.rows import Row
+from treadle.transformers_names import cache_argument
 
 VARIANTS = {
     "Llama, 8 heads on 2": SMALL,
@@ -186,8 +187,8 @@ def one_step(step: GraphStep | None, engine: Engine, rows: int, length: int = 37
             input_ids=ids[:, None].to(DEVICE),
             attention_mask=mask,
             position_ids=length - left,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(model): cache},
         )
     return output.logits[:, -1]
 

@@ -16,6 +16,7 @@ from treadle.generate import Engine
 from treadle.graph_step import GraphStep
 from treadle.params import RoutingParams
 from treadle.timing import interleave
+from treadle.transformers_names import cache_argument
 from treadle.workbench import started, step_bytes
 
 SPARE = 3 << 30
@@ -68,9 +69,9 @@ class Lab:
         ids = torch.arange(batch) * 7 % model.config.vocab_size
         for arm, weights in {"routing off": None, "blended": draw_weights(batch, 0)}.items():
             logits = self.step(ids, [0] * batch, weights, self.cache(batch, context)).clone()
-            inputs, past = ids[:, None].to(DEVICE), self.cache(batch, context)
+            inputs, past = ids[:, None].to(DEVICE), {cache_argument(model): self.cache(batch, context)}
             with torch.inference_mode(), self.engine.blend.using(weights):
-                expected = model(input_ids=inputs, past_key_values=past, use_cache=True).logits[:, -1]
+                expected = model(input_ids=inputs, use_cache=True, **past).logits[:, -1]
             error = relative(logits, expected)
             agree = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
             self.report("compare", setting=self.name, batch=batch, arm=arm, relative_error=error, same_argmax=agree)

@@ -18,6 +18,7 @@ from treadle.adapters import Adapter, LoraPair, read_adapter
 from treadle.blend import Blend, attach
 from treadle.errors import AdapterError, OptionError
 from treadle.layers import BlendedLinear
+from treadle.transformers_names import cache_argument, find_cache
 
 from conftest import RANKS, SAMPLES, TARGETS, save_adapter, tiny_llama
 
@@ -442,8 +443,8 @@ def test_one_forward_with_weights_of_every_token_is_cached_decoding(
     with torch.no_grad():
         for t in range(IDS.shape[1]):
             with blend.using(weights[:, t]):
-                out = model(IDS[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+                out = model(IDS[:, t : t + 1], use_cache=True, **{cache_argument(model): cache})
+            cache = find_cache(out)
             steps.append(out.logits)
     assert_close(torch.cat(steps, 1), whole)
 

@@ -16,6 +16,7 @@ from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.rows import Report, Row
 from treadle.step_parts import ARCHITECTURES
+from treadle.transformers_names import cache_argument
 
 from test_fast_step import build, folders, make_engine  # noqa: F401 - fixtures
 
@@ -87,7 +88,7 @@ def test_in_bfloat16_a_chunk_is_as_close_as_forward(chunks: list[int], columns: 
         wanted = exact(input_ids=ids, logits_to_keep=1).logits[:, -1]
         plain = rounded(input_ids=ids, logits_to_keep=1).logits[:, -1]
         for model, cache in ((rounded, caches[0]), (exact, caches[1])):
-            model(input_ids=ids[:, :30], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :30], use_cache=True, **{cache_argument(model): cache})
         torch.testing.assert_close(read_chunk(exact, ids[:, 30:], caches[1]), wanted, atol=1e-5, rtol=1e-5)
         fast = read_chunk(rounded, ids[:, 30:], caches[0])
     assert columns not in COLUMN_ROWS[torch.bfloat16] or columns == 8  # both ways are tried

@@ -29,6 +29,7 @@ from treadle.pools import random_adapters
 from treadle.routing import Router, fit
 from treadle.step_parts import ARCHITECTURES, fits
 from treadle.timing import Counter
+from treadle.transformers_names import cache_argument
 
 from conftest import SAMPLES, TINY, save_adapter
 
@@ -152,7 +153,7 @@ def test_bfloat16_is_as_close_to_float32_as_forward_is(
         wanted = exact(input_ids=ids, logits_to_keep=1).logits[:, -1]
         plain = rounded(input_ids=ids, logits_to_keep=1).logits[:, -1]
         for model, cache in ((rounded, caches[0]), (exact, caches[1])):
-            model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
         positions = torch.full((num_rows, 1), 8)
         fast = FastStep(rounded, attach(rounded, []))(ids[:, -1:], positions, None, caches[0])
         equal = FastStep(exact, attach(exact, []))(ids[:, -1:], positions, None, caches[1])
@@ -170,12 +171,12 @@ def test_adapters_in_bfloat16_are_as_close_to_float32_as_forward_is(num_rows: in
         model, cache = build("LlamaForCausalLM", dtype), RowCache()
         blend = attach(model, random_adapters(model, "base", 3, rank=4, targets=ALL_LINEAR), combine)
         with torch.inference_mode(), blend.using(weights):
-            model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
             positions = torch.full((num_rows, 1), 8)
             if name == "fast":
                 found[name] = FastStep(model, blend)(ids[:, -1:], positions, None, cache).clone()
             else:
-                given = {"past_key_values": cache, "position_ids": positions, "logits_to_keep": 1}
+                given = {cache_argument(model): cache, "position_ids": positions, "logits_to_keep": 1}
                 found[name] = model(input_ids=ids[:, -1:], **given).logits[:, -1]
     fast, plain = ((found[name].float() - found["exact"]).abs().mean() for name in ("fast", "plain"))
     assert fast < 1.5 * plain
@@ -354,7 +355,7 @@ def counted(model: PreTrainedModel, blend: Blend, num_rows: int, weights: list[f
     step, cache = FastStep(model, blend), RowCache()
     ids = torch.zeros(num_rows, 4, dtype=torch.long)
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
 
     def one() -> None:
         with blend.using(weights):

@@ -20,6 +20,7 @@ from treadle.hf import Routed, routed
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Router, fit
 from treadle.text import Detokenizer
+from treadle.transformers_names import cache_argument, find_cache
 
 from conftest import BASE, SAMPLES, tiny_llama
 
@@ -291,7 +292,7 @@ def test_beam_search_is_followed(plain, bundle, tokenizer, monkeypatch) -> None:
 @torch.inference_mode()
 def step(model: Any, cache: Any, ids: list[int], past: int) -> None:
     mask = torch.ones(len(ids), past + 1, dtype=torch.long)
-    model(torch.tensor(ids)[:, None], attention_mask=mask, past_key_values=cache, use_cache=True)
+    model(torch.tensor(ids)[:, None], attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 1, 1], [2, 0], [0, 0, 1, 1, 2, 2]])
@@ -300,7 +301,7 @@ def test_rows_keep_their_text_wherever_they_go(plain, bundle, reference, tokeniz
     texts = [tokenizer(text).input_ids for text in ("add three four", "the planet cel", "def loop retur")]
     news = [tokenizer("abcdefgh"[: len(order)]).input_ids, tokenizer("zyxwvuts"[: len(order)]).input_ids]
     with routed(plain, bundle, tokenizer=tokenizer, routing=EVERY) as handle:
-        cache = plain(torch.tensor(texts), use_cache=True).past_key_values
+        cache = find_cache(plain(torch.tensor(texts), use_cache=True))
         step(plain, cache, [65, 66, 67], len(texts[0]))
         cache.batch_select_indices(torch.tensor(order))
         for index, new in enumerate(news):
@@ -316,7 +317,7 @@ def test_a_row_forgets_what_was_cropped(plain, bundle, reference, tokenizer) -> 
     ids = tokenizer("the planet").input_ids
     padded, mask = [258] * 3 + ids, [0] * 3 + [1] * len(ids)
     with routed(plain, bundle, tokenizer=tokenizer, routing=EVERY) as handle:
-        cache = plain(torch.tensor([padded]), attention_mask=torch.tensor([mask]), use_cache=True).past_key_values
+        cache = find_cache(plain(torch.tensor([padded]), attention_mask=torch.tensor([mask]), use_cache=True))
         step(plain, cache, [70], len(padded))
         step(plain, cache, [71], len(padded) + 1)
         cache.crop(-2)
@@ -329,22 +330,22 @@ def test_a_row_forgets_what_was_cropped(plain, bundle, reference, tokenizer) -> 
 @torch.inference_mode()
 def test_rows_that_cannot_be_told_apart_are_refused(plain, bundle, tokenizer) -> None:
     ids = torch.tensor([tokenizer(text).input_ids for text in ("add three", "the plane")])
-    outside = plain(ids, use_cache=True).past_key_values
+    outside = find_cache(plain(ids, use_cache=True))
     with routed(plain, bundle, tokenizer=tokenizer, routing=EVERY) as handle:
         for spoil in (
             lambda cache: cache.layers[-1].keys.add_(1),
             lambda cache: cache.crop(-1),
-            lambda cache: plain.model(input_ids=ids, past_key_values=cache),  # read behind the hooks' back
+            lambda cache: plain.model(ids, **{cache_argument(plain.model): cache}),  # read behind the hooks' back
         ):
-            cache = plain(ids, use_cache=True).past_key_values
+            cache = find_cache(plain(ids, use_cache=True))
             spoil(cache)
             for _ in range(2):  # a refusal does not make them known
                 with pytest.raises(OptionError, match="Beam search"):
                     step(plain, cache, [1, 2], int(cache.get_seq_length()))
-        for unknown in (outside, copy.deepcopy(plain(ids, use_cache=True).past_key_values)):
+        for unknown in (outside, copy.deepcopy(find_cache(plain(ids, use_cache=True)))):
             with pytest.raises(OptionError, match="a copied cache, one filled outside"):
                 step(plain, unknown, [1, 2], ids.shape[1])
-        cache = plain(ids, use_cache=True).past_key_values  # all is well afterwards
+        cache = find_cache(plain(ids, use_cache=True))  # all is well afterwards
         step(plain, cache, [1, 2], ids.shape[1])
         assert handle.weights.shape == (2, 3)
 
@@ -353,7 +354,7 @@ def test_rows_that_cannot_be_told_apart_are_refused(plain, bundle, tokenizer) ->
 def test_two_caches_may_take_turns(plain, bundle, reference, tokenizer) -> None:
     texts = [tokenizer(text).input_ids for text in PROMPTS[:2]]
     with routed(plain, bundle, tokenizer=tokenizer, routing=EVERY) as handle:
-        caches = [plain(torch.tensor([ids]), use_cache=True).past_key_values for ids in texts]
+        caches = [find_cache(plain(torch.tensor([ids]), use_cache=True)) for ids in texts]
         for added in range(1, 4):
             for ids, cache in zip(texts, caches, strict=True):
                 step(plain, cache, [70], len(ids) + added - 1)
@@ -370,8 +371,8 @@ def test_several_tokens_on_a_cache_are_running_text(plain, bundle, reference, to
     texts = [tokenizer(text).input_ids for text in ("add three four", "def loop retur")]
     more = [tokenizer(text).input_ids for text in ("the planet", "return add")]
     with routed(plain, bundle, tokenizer=tokenizer, routing=routing) as handle:
-        cache = plain(torch.tensor(texts), use_cache=True).past_key_values
-        logits = plain(torch.tensor(more), past_key_values=cache, use_cache=True).logits
+        cache = find_cache(plain(torch.tensor(texts), use_cache=True))
+        logits = plain(torch.tensor(more), use_cache=True, **{cache_argument(plain): cache}).logits
         weights = handle.weights
     for index in range(2):
         ids = texts[index] + more[index]
@@ -409,7 +410,7 @@ def test_a_chat_may_go_on_from_its_cache(plain, bundle, reference, tokenizer) ->
         first = plain.generate(**inputs, **options)
         ids = torch.cat([first.sequences, torch.tensor([tokenizer(" the atom").input_ids])], 1)
         mask = torch.ones_like(ids)
-        second = plain.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **options)
+        second = plain.generate(ids, attention_mask=mask, **options, **{cache_argument(plain): find_cache(first)})
     expected = trace(reference, second.sequences[0, :-1].tolist(), inputs["input_ids"].shape[1], EVERY)[-1]
     np.testing.assert_allclose(handle.weights[0], expected, atol=1e-6)
 

@@ -44,6 +44,7 @@ CORE = {
     ),
     *("centroid_files", "documents", "magnitudes", "patterns", "tensor_files"),
     "requested",
+    "transformers_names",
 }
 
 

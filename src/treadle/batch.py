@@ -23,6 +23,7 @@ from treadle.params import Combine
 from treadle.prefixes import Copy, PrefixCache, Text
 from treadle.rows import Row, TokenEvent, TokenScore, route
 from treadle.sampling import likeliest, new_generator, sample, score_tokens
+from treadle.transformers_names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +81,7 @@ class Batch:
         self._cache = RowCache()
         self._fast_step = fast_step
         self._prefixes = prefixes
+        self._cache_argument = cache_argument(model)
         self.route_seconds = 0.0  # spent on weights so far
 
     @torch.inference_mode()
@@ -233,9 +235,9 @@ class Batch:
                 input_ids=ids.to(device),
                 attention_mask=mask,
                 position_ids=positions.to(device),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=num_logits,
+                **{self._cache_argument: cache},
             )
         return output.logits[:, -num_logits:]  # (B, K, V)
 

@@ -24,6 +24,7 @@ from treadle.models import load_tokenizer
 from treadle.params import RoutingParams
 from treadle.routing import Router, finish_views
 from treadle.running import RunningRow
+from treadle.transformers_names import find_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,8 +60,8 @@ class Routed:
 
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the gates of the forward pass that is about to run: torch's forward pre-hook."""
-        call = self._signature.bind_partial(*args, **kwargs).arguments
-        ids, mask, cache = (call.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+        call = {**kwargs, **self._signature.bind_partial(*args, **kwargs).arguments}
+        ids, mask, cache = call.get("input_ids"), call.get("attention_mask"), find_cache(call)
         if ids is None:
             raise OptionError("routed() needs input_ids: from inputs_embeds alone the text cannot be read.")
         if getattr(cache, "is_compileable", False) or not (mask is None or (torch.is_tensor(mask) and mask.dim() == 2)):

@@ -16,6 +16,7 @@ from treadle.embed import Embedder, load_embedder
 from treadle.errors import TreadleError, reason_of
 from treadle.routing import Router, boosted
 from treadle.timing import Unit
+from treadle.transformers_names import cache_argument, find_cache
 
 if TYPE_CHECKING:
     from treadle.workbench import Lab
@@ -170,8 +171,9 @@ def merge_each_decision(merging: Merging, prompts: Sequence[Sequence[int]], toke
         if index % every == 0:
             text = str(merging.tokenizer.decode(ids[0].tolist()))
             merging.blend(merging.router.weights([text])[0].tolist())
-        output = merging.model(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, newest = output.past_key_values, output.logits[:, -1:].argmax(-1)  # (B, 1)
+        given = {cache_argument(merging.model): cache}
+        output = merging.model(input_ids=newest, use_cache=True, logits_to_keep=1, **given)
+        cache, newest = find_cache(output), output.logits[:, -1:].argmax(-1)  # (B, 1)
         ids = torch.cat((ids, newest), 1)
 
 
@@ -191,12 +193,12 @@ def cached_step(model: Any, prompts: Sequence[Sequence[int]]) -> Unit:
     """Return what makes one greedy token a row with transformers alone, after it has read the prompts."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache = {cache_argument(model): DynamicCache()}
     newest = [torch.tensor(prompts, device=model.device)]  # (B, T), then (B, 1)
 
     @torch.inference_mode()
     def step() -> None:
-        logits = model(newest[0], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(newest[0], use_cache=True, logits_to_keep=1, **cache).logits
         newest[0] = logits[:, -1].argmax(-1, keepdim=True)
 
     step()

@@ -1,0 +1,98 @@
+"""The cache has one name in each model, and our own calls use it: no release of transformers has anything to say."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from treadle.hf import routed
+from treadle.params import SamplingParams
+from treadle.peers import cached_step
+from treadle.transformers_names import CACHE_NAMES, cache_argument, find_cache
+
+from conftest import tiny_llama
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+class NewModel(nn.Module):
+    def forward(self, input_ids: Any, cache: Any = None) -> Any: ...
+
+
+class OldModel(nn.Module):
+    def forward(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any: ...
+
+
+class Wrapper(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Collect every warning, and every line that transformers logs; `warning_once` forgets that it has spoken."""
+    lines: list[str] = []
+    root = logging.getLogger("transformers")
+    catcher = logging.Handler()
+    monkeypatch.setattr(catcher, "emit", lambda record: lines.append(record.getMessage()))
+    logging.Logger.warning_once.cache_clear()
+    root.addHandler(catcher)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lines
+        lines += [str(each.message) for each in caught]
+    root.removeHandler(catcher)
+    assert not [line for line in lines if "cache" in line or "past_key_values" in line]
+
+
+def test_the_argument_is_read_off_the_model() -> None:
+    assert cache_argument(NewModel()) == "cache"
+    assert cache_argument(OldModel()) == "past_key_values"
+    assert cache_argument(Wrapper()) == cache_argument(tiny_llama())  # the library's own
+
+
+def test_a_cache_is_found_under_each_name() -> None:
+    cache = DynamicCache()
+    for name in CACHE_NAMES:
+        assert find_cache({"input_ids": 1, name: cache}) is cache
+    assert find_cache({"input_ids": 1}) is None
+
+
+@torch.inference_mode()
+def test_reading_outputs_and_passing_caches_is_silent(said: list[str]) -> None:
+    model = tiny_llama()
+    for use_cache in (True, False):
+        cache = find_cache(model(IDS, use_cache=use_cache))
+        assert (cache is not None) == use_cache
+    model(IDS, **{cache_argument(model): DynamicCache()})
+    model.generate(IDS, max_new_tokens=2, pad_token_id=0, **{cache_argument(model): DynamicCache()})
+    cached_step(model, IDS.tolist())()
+
+
+def test_the_engine_is_silent(said: list[str], engine: Any) -> None:
+    engine.fast_step = None  # the model's own forward
+    engine.generate(["add three", "the plane orbits"], sampling=SamplingParams(max_tokens=3))
+
+
+@torch.inference_mode()
+def test_calls_of_other_code_are_followed_under_both_names(bundle: Any, tokenizer: Any) -> None:
+    model = tiny_llama()
+
+    def weights_after(name: str) -> np.ndarray:
+        cache = DynamicCache()
+        with warnings.catch_warnings(), routed(model, bundle, tokenizer=tokenizer) as handle:
+            warnings.simplefilter("ignore")  # the name is the caller's, and may be an old one
+            for token in IDS[0].tolist():
+                model(torch.tensor([[token]]), use_cache=True, **{name: cache})
+        if not cache.get_seq_length():
+            pytest.skip(f"this transformers ignores {name}=")
+        return handle.weights
+
+    first, *others = [weights_after(name) for name in (cache_argument(model), *CACHE_NAMES)]
+    for other in others:
+        np.testing.assert_array_equal(first, other)
