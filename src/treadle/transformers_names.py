@@ -27,7 +27,7 @@ def _cache_argument(kind: "type[nn.Module]") -> str:
     from transformers import GenerationMixin
 
     # a wrapper such as PEFT's passes on what it is given: there the installed library's own name counts
-    for function in (kind.forward, GenerationMixin.prepare_inputs_for_generation):
+    for function in (kind.forward, vars(GenerationMixin)["prepare_inputs_for_generation"]):
         found = _present(inspect.signature(function).parameters)
         if found:
             return found
