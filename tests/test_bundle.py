@@ -21,7 +21,7 @@ from safetensors.torch import save_file as save_tensors
 import treadle
 from treadle.adapters import read_adapter
 from treadle.bundle import read_bundle, save_bundle
-from treadle.errors import BundleError
+from treadle.errors import BundleError, OptionError
 from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import fit
@@ -591,7 +591,7 @@ def test_an_interrupted_save_leaves_the_bundle_as_it_was(bundle, adapter_folders
 
     before = contents(bundle)
     router = replace(fit(SAMPLES, embedder), embedder=FullDisk())
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OptionError, match=f"{bundle} cannot be written: no space left on device; make room"):
         save_bundle(bundle, base=BASE, adapters=adapter_folders, router=router, overwrite=True)
     assert contents(bundle) == before
     save_bundle(bundle, base=BASE, adapters=adapter_folders, router=fit(SAMPLES, embedder), overwrite=True)

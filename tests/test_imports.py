@@ -42,7 +42,7 @@ CORE = {
         "products",
         "kernels_plain",
     ),
-    *("centroid_files", "documents", "magnitudes", "patterns", "tensor_files"),
+    *("bundle_files", "centroid_files", "documents", "magnitudes", "patterns", "tensor_files", "writing"),
     "requested",
     "transformers_names",
 }

@@ -11,15 +11,26 @@ Everything is checked before anything is used, and one message lists every probl
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from treadle import __version__
 from treadle.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from treadle.bundle_files import (
+    ADAPTERS,
+    BUNDLE_FILE,
+    CENTROIDS_FILE,
+    NAME,
+    SAMPLES_FILE,
+    finish_replacing,
+    has_bundle,
+    read_version,
+    replace_bundle,
+)
 from treadle.centroid_files import read_centroids, write_centroids
 from treadle.centroids import Centroids
 from treadle.compatible import check_combine
@@ -33,10 +44,8 @@ from treadle.routing import Router
 if TYPE_CHECKING:
     from treadle.generate import Engine
 
-BUNDLE_FILE, CENTROIDS_FILE, SAMPLES_FILE = "bundle.json", "centroids.safetensors", "samples.json"
 KEYS = {"treadle": str, "base_model": str, "embedder": str, "adapters": list, "routing": dict}
 ADAPTER_KEYS = {"name": str, "path": str, "samples": int}
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 LONGEST_PATH = 1000
 """Characters of a path inside a bundle."""
 RESERVED = ("base", "auto")
@@ -74,10 +83,15 @@ class Bundle:
 def read_bundle(path: str | Path) -> Bundle:
     """Read and check every file of a bundle; the base model is not touched.
 
+    A writer beside it does no harm: all files are of one version.
+
     Raises:
         BundleError: lists everything that is wrong with it.
     """
-    folder = Path(path)
+    return replace(read_version(Path(path), _read_version), folder=Path(path))
+
+
+def _read_version(folder: Path) -> Bundle:
     document = _read_document(folder)
     problems = _document_problems(document, folder)
     _stop(folder, problems)
@@ -122,7 +136,8 @@ def save_bundle(
         TreadleError: something does not fit; what was in the folder is as it was.
     """
     folder = Path(path)
-    if (folder / BUNDLE_FILE).exists() and not overwrite:
+    finish_replacing(folder)
+    if has_bundle(folder) and not overwrite:
         raise BundleError(f"{folder} holds a bundle already; name another folder, or overwrite it.")
     problems = _name_problems(list(adapters))
     if set(adapters) != set(router.names):
@@ -133,53 +148,36 @@ def save_bundle(
     if problems:
         raise BundleError(problem_list("the bundle cannot be written:", problems))
 
-    whole = folder.absolute()  # "." has no name
-    part = whole.with_name(whole.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        _write(part, base, {name: Path(source) for name, source in adapters.items()}, router, samples or {})
-        _replace(folder, part)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    sources = {name: Path(source) for name, source in adapters.items()}
+    write = partial(_write, base=base, adapters=sources, router=router, samples=samples or {})
+    replace_bundle(folder, write, overwrite=overwrite)
     return folder
 
 
 def _write(
-    part: Path, base: str, adapters: Mapping[str, Path], router: Router, samples: Mapping[str, Sequence[str]]
+    folder: Path, *, base: str, adapters: Mapping[str, Path], router: Router, samples: Mapping[str, Sequence[str]]
 ) -> None:
-    """Write all files of a bundle into the new folder `part`."""
-    part.mkdir(parents=True)
+    """Write all files of a bundle into an empty folder."""
     for name in router.names:
-        target = part / "adapters" / name
+        target = folder / ADAPTERS / name
         target.mkdir(parents=True)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(adapters[name] / file, target / file)
-    write_centroids(part / CENTROIDS_FILE, router.centroids)
+    write_centroids(folder / CENTROIDS_FILE, router.centroids)
     if samples:
-        _write_json(part / SAMPLES_FILE, {name: list(texts) for name, texts in samples.items()})
+        _write_json(folder / SAMPLES_FILE, {name: list(texts) for name, texts in samples.items()})
     counts = router.centroids.counts.tolist()
     document = {
         "treadle": __version__,
         "base_model": base,
-        "embedder": router.embedder.save(part),
+        "embedder": router.embedder.save(folder),
         "adapters": [
-            {"name": name, "path": f"adapters/{name}", "samples": count}
+            {"name": name, "path": f"{ADAPTERS}/{name}", "samples": count}
             for name, count in zip(router.names, counts, strict=True)
         ],
         "routing": asdict(router.params),
     }
-    _write_json(part / BUNDLE_FILE, document)
-
-
-def _replace(folder: Path, part: Path) -> None:
-    """Put the finished folder in place; files beside the bundle's own (a README, say) stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for entry in (BUNDLE_FILE, CENTROIDS_FILE, SAMPLES_FILE):
-        (folder / entry).unlink(missing_ok=True)
-    for entry in ("adapters", "embedder"):
-        shutil.rmtree(folder / entry, ignore_errors=True)
-    for entry in sorted(part.iterdir(), key=lambda entry: entry.name == BUNDLE_FILE):  # bundle.json last
-        entry.rename(folder / entry.name)
+    _write_json(folder / BUNDLE_FILE, document)
 
 
 def _read_document(folder: Path) -> dict[str, Any]:

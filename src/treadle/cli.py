@@ -54,7 +54,11 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     routing: dict[str, Any],
 ) -> None:
     """Generate from a prompt; the text streams in the colours of its leading adapters."""
+    from treadle.writing import check_writable, write_text
+
     options = read_options(SamplingParams, sampling)
+    if trace:
+        check_writable(trace)  # now, not after the text is generated
     text = sys.stdin.read() if prompt == "-" else prompt
     engine = lab.load_engine(bundle, device, dtype, pack)
     params = _routing(engine.router, routing)
@@ -62,7 +66,7 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     if as_json or trace:
         document = _document(engine, given, options, params)
         if trace:
-            trace.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+            write_text(trace, json.dumps(document, indent=2) + "\n")
         print(json.dumps(document) if as_json else document["text"])
         return
     _stream(engine, given, options, params)
@@ -127,8 +131,12 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 ) -> None:  # fmt: skip
     """Make a bundle from adapters and sample texts of each; nothing is trained."""
     from treadle.bundle import save_bundle
+    from treadle.bundle_files import finish_replacing
     from treadle.routing import fit
+    from treadle.writing import check_writable
 
+    check_writable(output / "bundle.json")  # now, not after the samples are embedded
+    finish_replacing(output)  # its own adapters may be among those that are given
     folders, files = _pairs(adapter, "--adapter"), _pairs(samples or [], "--samples")
     if not set(files) <= set(folders):
         raise OptionError(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
