@@ -321,13 +321,27 @@ def main() -> NoReturn:
         warnings.simplefilter("ignore", FutureWarning)  # what other libraries say to their callers
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments)
+        try:
+            app(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a full disk can still be told
     except TreadleError as error:
         if debug:
             raise
         print(f"treadle: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output has gone, as in `treadle ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()
+        sys.exit(1)
+    except OSError as error:  # standard output, or a file that nothing above has worded
+        if debug:
+            raise
+        print(f"treadle: {error.filename or 'output'} cannot be used: {error.strerror or error}", file=sys.stderr)
+        _leave_output()
         sys.exit(1)
     sys.exit(0)
+
+
+def _leave_output() -> None:
+    """Let what is still buffered go nowhere, as writing it when Python ends would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,7 +20,6 @@ import numpy as np
 from treadle.arms import Arm, read_routers
 from treadle.centroids import Floats
 from treadle.errors import OptionError, collect, problem_list
-from treadle.files import make_folder
 from treadle.metrics import METRICS, check_libraries
 from treadle.params import EvalParams, RoutingParams, SamplingParams
 from treadle.results import (
@@ -28,6 +27,7 @@ from treadle.results import (
     EvalResult,
     Fraction,
     interval,
+    keep_whole,
     read_results,
     read_settings,
     write_cell,
@@ -39,6 +39,7 @@ from treadle.sets import EvalSet
 from treadle.streams import score_streams
 from treadle.tasks import Example, Task
 from treadle.text import completion_ids, prompt_ids
+from treadle.writing import write_text
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
@@ -77,9 +78,7 @@ def evaluate(
     routers = _routers(engine, arms, sets)
     _check_sets(engine, sets, params)
     _check_settings(output, params, engine)
-    before = read_results(output)
-    write_results(output, before, append=False)  # without what a kill left of a cell
-    done = {(result.arm, result.task): result for result in before}
+    done = {(result.arm, result.task): result for result in keep_whole(output)}
     _check_same(done, arms, sets, {name: fingerprint(engine, router) for name, router in routers.items()})
     for arm, each in _cells(arms, sets):
         was_done = (arm.name, each.name) in done
@@ -286,10 +285,7 @@ def _check_settings(output: Path, params: EvalParams, engine: "Engine") -> None:
     settings = {**asdict(params), "adapters": list(engine.adapter_names), **what}
     file = output / SETTINGS_FILE
     if not file.exists():
-        make_folder(output)
-        half = file.with_suffix(".part")
-        half.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-        half.rename(file)
+        write_text(file, json.dumps(settings, indent=2) + "\n")
         return
     before = read_settings(output)
     changed = [

@@ -164,7 +164,10 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
     from treadle.quality import route_quality
     from treadle.sets import load_sets
     from treadle.show import quality_tables
+    from treadle.writing import check_writable, write_text
 
+    if output:
+        check_writable(output / QUALITY_FILE)
     examples: dict[str, tuple[Example, ...]] = {}
     asked = EvalParams(limit=limit)
     sets = load_sets(tasks, asked)
@@ -183,7 +186,7 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
     about = {"embedder": router.embedder.id, "asked": rows, "seed": asked.seed, "treadle": __version__}
     document = json.dumps([asdict(quality) | about for quality in qualities])
     if output:
-        (make_folder(output) / QUALITY_FILE).write_text(document + "\n", "utf-8")
+        write_text(output / QUALITY_FILE, document + "\n")
     if as_json:
         print(document)
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.errors import ModelError, OptionError
+from treadle.writing import check_writable, locked, put, workplace
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,7 @@ def convert_gguf(name: str, file: Path) -> Path:
 
     Does nothing where the folder is there already. The folder appears only when it is complete.
     """
-    folder = cached_folder(name)
+    folder = _new_folder(name)
     if (folder / "config.json").is_file():
         return folder
     from importlib.util import find_spec
@@ -134,17 +135,32 @@ def convert_gguf(name: str, file: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    check_writable(folder / "config.json")
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    origin = {"name": name, "file": file.name, "dtype": "bfloat16"}
-    (unfinished / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
-    unfinished.rename(folder)
+    with workplace(folder.parent) as place:
+        made = place / "model"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        origin = {"name": name, "file": file.name, "dtype": "bfloat16"}
+        (made / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", "utf-8")
+        with locked(folder.parent):
+            if not folder.exists():  # another process may have been faster
+                put(made, folder)
     return folder
+
+
+def _new_folder(name: str) -> Path:
+    """Return where the cache is to keep a model; an OptionError where its name is none of the hub's."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)  # which also has no "--", so two names never share a folder
+    except HFValidationError as error:
+        raise OptionError(f"model name {name!r}: give a name as on the hub, such as org/model.") from error
+    return cached_folder(name)
 
 
 def gguf_in_package(package: str) -> Path:

@@ -3,6 +3,7 @@
 Each figure is a function of results that returns a matplotlib figure, or None where the results do not hold it.
 """
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ from treadle.files import make_folder
 from treadle.quality import Quality
 from treadle.ratios import ratios_figure, read_benches
 from treadle.results import EvalResult, read_cell, read_results, read_settings
+from treadle.writing import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +97,9 @@ def draw_all(folders: Sequence[Path], output: Path) -> list[Path]:
     for name, draw in FIGURES.items():
         figure = draw(study)
         if figure is not None:
-            figure.savefig(output / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+            text = io.StringIO()
+            figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+            write_text(output / f"{name}.svg", text.getvalue())
             drawn.append(output / f"{name}.svg")
     return drawn
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from treadle.documents import read_object
 from treadle.errors import DataError
+from treadle.writing import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ def write_bench(folder: Path, suites: Sequence[str], facts: Mapping[str, Any], t
     batches = "-".join(map(str, facts["batch"]))
     file = folder / f"{PREFIX}{'-'.join(suites)}-{facts['dtype']}-batch-{batches}.json"
     document = {**facts, "tables": [asdict(table) for table in tables]}
-    file.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    write_text(file, json.dumps(document, indent=1) + "\n")
     return file
 
 

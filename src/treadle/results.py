@@ -20,6 +20,7 @@ import numpy as np
 
 from treadle.documents import read_object
 from treadle.errors import DataError, OptionError
+from treadle.writing import append_text, write_text
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
@@ -133,26 +134,27 @@ def read_results(output: Path) -> list[EvalResult]:
     return [result for result in results if (result.arm, result.task) in whole]
 
 
+def keep_whole(output: Path) -> list[EvalResult]:
+    """Return the results of a folder, whose file then holds nothing else: a kill may have cut a cell short."""
+    results = read_results(output)
+    file = output / RESULTS_FILE
+    if file.exists() and file.read_text("utf-8", "replace") != _lines(results):
+        write_results(output, results, append=False)
+    return results
+
+
 def write_results(output: Path, results: Sequence[EvalResult], *, append: bool) -> None:
     """Write results to a folder's file, after those that are there or instead of them."""
-    lines = "".join(json.dumps(asdict(result)) + "\n" for result in results)
-    file = output / RESULTS_FILE
-    if append:
-        with file.open("a", encoding="utf-8") as opened:
-            opened.write(lines)
-        return
-    half = file.with_suffix(".part")
-    half.write_text(lines, "utf-8")
-    half.rename(file)
+    (append_text if append else write_text)(output / RESULTS_FILE, _lines(results))
+
+
+def _lines(results: Sequence[EvalResult]) -> str:
+    return "".join(json.dumps(asdict(result)) + "\n" for result in results)
 
 
 def write_cell(output: Path, arm: str, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write all examples of a cell at once: a file that is there is whole."""
-    file = _cell_file(output, arm, task)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(".part")
-    half.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    half.rename(file)
+    write_text(_cell_file(output, arm, task), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_cell(output: Path, arm: str, task: str) -> list[dict[str, Any]]:
@@ -186,11 +188,14 @@ def _metrics_of(output: Path, arm: str, task: str) -> set[str]:
 
 
 def _cell_file(output: Path, arm: str, task: str) -> Path:
-    return output / CELLS / _file_name(quote(task, safe="")) / f"{_file_name(quote(arm, safe=' ='))}.jsonl"
+    return output / CELLS / _file_name(task, safe="") / f"{_file_name(arm, safe=' =')}.jsonl"
 
 
-def _file_name(name: str) -> str:
-    """Return a name that file systems take: a long one keeps its beginning and a digest."""
-    if len(name) <= LONGEST_NAME:
-        return name
-    return f"{name[: LONGEST_NAME - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+def _file_name(name: str, safe: str) -> str:
+    """Return a name that file systems take and that leaves no folder: a long one keeps its beginning and a digest."""
+    quoted = quote(name, safe=safe, errors="surrogatepass")
+    if not quoted.strip("."):  # "." and ".." are other folders
+        quoted = quoted.replace(".", "%2E") or "%"
+    if len(quoted) <= LONGEST_NAME:
+        return quoted
+    return f"{quoted[: LONGEST_NAME - 17]}-{hashlib.sha256(quoted.encode()).hexdigest()[:16]}"

@@ -15,15 +15,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treadle.adapters import CONFIG_FILE
 from treadle.centroid_files import save_centroid
 from treadle.centroids import Centroids
 from treadle.data import sample_texts
 from treadle.embed import load_embedder, num_words
 from treadle.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
-from treadle.files import digest, make_folder
+from treadle.files import digest
 from treadle.models import load_model, load_tokenizer
 from treadle.params import TrainParams
 from treadle.tasks import SEPARATOR, Example
+from treadle.writing import check_writable, put_all, workplace, write_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label that PyTorch's cross entropy skips."""
 CHECKPOINTS, RECIPE_FILE = "checkpoints", "recipe.json"
+"""Where a run that is not finished lies, and with which params it was started."""
 ALL = "all-linear"
 """PEFT's name for every linear layer but the last."""
-"""Where a run that is not finished lies, and with which params it was started."""
 
 
 def train_adapter(
@@ -65,25 +67,33 @@ def train_adapter(
     """
     _check_libraries()
     params = params or TrainParams()
-    if (output / "adapter_config.json").exists():
+    is_done = (output / CONFIG_FILE).exists()
+    if is_done and not (output / RECIPE_FILE).exists():
         raise OptionError(f"{output} holds an adapter already; name another folder or remove it.")
-    own = _centroid(output.name, examples, embedder) if embedder else None  # before the hours of training, not after
+    check_writable(output / CONFIG_FILE)  # before the hours of training, not after
     tokenizer = load_tokenizer(base)
     rows = list(training_rows(tokenizer, examples, others, params))
-    model = load_model(base, device="cpu", dtype=params.dtype)  # the trainer knows this process's GPU
-    _check_targets(model, params)
     recipe = json.dumps({"base": base, **asdict(params), "rows": digest(rows)}, indent=2) + "\n"
     _check_recipe(output, recipe)
+    if is_done:  # and was killed before it could clean up
+        _clean(output)
+        return output
+    own = _centroid(output.name, examples, embedder) if embedder else None
+    model = load_model(base, device="cpu", dtype=params.dtype)  # the trainer knows this process's GPU
+    _check_targets(model, params)
     trainer = _trainer(model, tokenizer, rows, output, params)
     if trainer.is_world_process_zero():
-        _keep_recipe(output, recipe)  # now that it can be trained
+        write_text(output / RECIPE_FILE, recipe)  # now that it can be trained
     _run(trainer, output / CHECKPOINTS)
     if trainer.is_world_process_zero():
-        _save(trainer.model, base, output)
-        _save_losses(trainer.state.log_history, output)
-        if own is not None:
-            training = {"base": base, "examples": len(rows), **asdict(params)}
-            save_centroid(output, own, str(embedder), training)
+        with workplace(output) as place:
+            made = place / "adapter"
+            _save(trainer.model, base, made)
+            _save_losses(trainer.state.log_history, made)
+            if own is not None:
+                training = {"base": base, "examples": len(rows), **asdict(params)}
+                save_centroid(made, own, str(embedder), training)
+            put_all(made, output, CONFIG_FILE)
         _clean(output)
     return output
 
@@ -110,12 +120,16 @@ def _trainer(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], output:
 
 
 def _run(trainer: "SFTTrainer", checkpoints: Path) -> None:
-    """Train, from the last checkpoint where there is one."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """Train, from the newest whole checkpoint where there is one."""
+    from treadle.checkpoints import CheckpointKeeper, keep_only, newest_whole
 
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    with redirect_stdout(sys.stderr):  # where its progress goes, too
-        trainer.train(resume_from_checkpoint=last)
+    last = newest_whole(checkpoints)
+    if trainer.is_world_process_zero():
+        keep_only(checkpoints, last)
+    keeper = CheckpointKeeper()
+    trainer.add_callback(keeper)
+    with redirect_stdout(sys.stderr), keeper.told(checkpoints):  # its progress goes there, too
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
 
 
 def _centroid(name: str, examples: Sequence[Example], embedder: str) -> Centroids:
@@ -130,7 +144,7 @@ def _save_losses(history: Sequence[dict[str, Any]], output: Path) -> None:
 
 
 def _clean(output: Path) -> None:
-    """Take away what only an unfinished run needs."""
+    """Take away what only an unfinished run needs; the recipe last, as it says whose the rest is."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     (output / RECIPE_FILE).unlink(missing_ok=True)
 
@@ -166,16 +180,12 @@ def _check_targets(model: "PreTrainedModel", params: TrainParams) -> None:
 
 
 def _check_recipe(output: Path, recipe: str) -> None:
-    """Refuse to go on with a run of another recipe."""
-    file = make_folder(output) / RECIPE_FILE
+    """Refuse to go on with a run of another recipe, or among checkpoints of somebody else."""
+    file, checkpoints = output / RECIPE_FILE, output / CHECKPOINTS
     if file.exists() and file.read_text("utf-8") != recipe:
         raise OptionError(f"{output} holds a run of another recipe ({file.name}); name another folder or remove it.")
-
-
-def _keep_recipe(output: Path, recipe: str) -> None:
-    half = output / f"{RECIPE_FILE}.part"  # another process of the run may be reading
-    half.write_text(recipe, "utf-8")
-    half.rename(output / RECIPE_FILE)
+    if not file.exists() and checkpoints.exists() and not (checkpoints.is_dir() and not any(checkpoints.iterdir())):
+        raise OptionError(f"{checkpoints} is there, but not of a run of treadle; name another folder or remove it.")
 
 
 def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
@@ -198,7 +208,6 @@ def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
         logging_steps=min(10, params.steps),
         save_strategy="steps",
         save_steps=max(10, params.steps // 4),
-        save_total_limit=1,
         report_to="none",
         dataloader_pin_memory=False,
         seed=params.seed,
