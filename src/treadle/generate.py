@@ -13,6 +13,7 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.batch import Batch
 from treadle.blend import Blend, attach
 from treadle.centroids import Centroids, Floats
+from treadle.chat import TokenPrompt, read_prompt, token_prompt
 from treadle.completion import Completion
 from treadle.embed import num_words
 from treadle.errors import (
@@ -32,7 +33,7 @@ from treadle.prefixes import PrefixCache
 from treadle.routing import Router
 from treadle.rows import Report, Row, TokenEvent
 from treadle.step_parts import is_hooked
-from treadle.text import Prompt, is_one_prompt, prompt_ids, token_ids
+from treadle.text import Prompt, is_one_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,6 +121,7 @@ class Engine:
 
         Args:
             prompt: a text; a list of texts; messages `[{"role": ..., "content": ...}, ...]`; or a list of these.
+                A chat is routed on the contents of its messages alone, joined by blank lines.
             sampling: for all rows, or one a row.
             routing: for all rows, or one a row; None takes the bundle's.
 
@@ -137,14 +139,14 @@ class Engine:
 
     def generate_ids(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | TokenPrompt],
         *,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         routing: RoutingParams | Sequence[RoutingParams] | None = None,
     ) -> list[Completion]:
         """Generate from prompts that are token ids already, each (T); see `generate`."""
         started = time.perf_counter()
-        return self._complete(self._rows(prompts, sampling, routing, read=token_ids), started)
+        return self._complete(self._rows(prompts, sampling, routing, read=token_prompt), started)
 
     def stream(
         self, prompt: Prompt, *, sampling: SamplingParams | None = None, routing: RoutingParams | None = None
@@ -231,23 +233,23 @@ class Engine:
 
     def new_rows(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | TokenPrompt],
         *,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         routing: RoutingParams | Sequence[RoutingParams] | None = None,
         report: Report | None = None,
         router: Router | None = None,
     ) -> list[Row]:
-        """Return rows of prompts that are token ids, each (T), to `hold` and then run in a batch of `new_batch`.
+        """Return rows of prompts that are tokens, each (T), to `hold` and then run in a batch of `new_batch`.
 
         Args:
-            prompts: token ids of each row.
+            prompts: token ids of each row; of a chat with what it says (`treadle.chat.read_prompt`).
             sampling: for all rows, or one a row.
             routing: for all rows, or one a row; None takes the router's.
             report: what the rows tell beyond their tokens.
             router: of some of the engine's adapters; None takes all.
         """
-        rows = self._rows(prompts, sampling, routing, read=token_ids, router=router)
+        rows = self._rows(prompts, sampling, routing, read=token_prompt, router=router)
         for row in rows:
             row.report = report or row.report
         return rows
@@ -278,7 +280,7 @@ class Engine:
         sampling: Any,
         routing: Any,
         *,
-        read: Callable[[Any], list[int]] | None = None,
+        read: Callable[[Any], TokenPrompt] | None = None,
         router: Router | None = None,
     ) -> list[Row]:
         """Make rows, or raise one error that lists what is wrong with any of them."""
@@ -291,16 +293,17 @@ class Engine:
         problems: list[str] = []
         for index, (prompt, each, params) in enumerate(zip(prompts, samplings, routings, strict=True)):
             try:
-                ids = read(prompt) if read else prompt_ids(self.tokenizer, prompt)
+                given = read(prompt) if read else read_prompt(self.tokenizer, prompt)
             except OptionError as error:
                 problems.append(f"prompt {index}: {error}")
                 continue
-            room = context - len(ids) if context else each.max_tokens
+            length = len(given.ids)
+            room = context - length if context else each.max_tokens
             if room < 1:
-                problems.append(f"prompt {index} has {len(ids)} tokens; the model reads at most {context}")
+                problems.append(f"prompt {index} has {length} tokens; the model reads at most {context}")
                 continue
             limited = replace(each, max_tokens=min(each.max_tokens, room))
-            rows.append(Row(ids, router, params, limited, self.tokenizer))
+            rows.append(Row(given, router, params, limited, self.tokenizer))
         if problems:
             raise OptionError(problem_list("prompts:", problems))
         return rows

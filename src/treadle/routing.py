@@ -55,8 +55,21 @@ def next_decision(position: int, prompt_tokens: int, params: RoutingParams) -> i
 
 
 def is_prompt_decision(length: int, prompt_tokens: int, params: RoutingParams) -> bool:
-    """Return whether a decision from `length` tokens is that of the prompt as a whole."""
+    """Return whether a decision from `length` tokens, or pieces, is that of the prompt as a whole."""
     return params.prefill == "prompt" and length <= prompt_tokens
+
+
+def num_pieces(length: int, ends: Sequence[int] | None) -> int:
+    """Return how many pieces of text the first `length` tokens have added.
+
+    Args:
+        length: tokens.
+        ends: how many of its pieces have been read with each token of the prompt; None = each adds one, as every token
+            behind the prompt does.
+    """
+    if ends is None or not length:
+        return length
+    return ends[length - 1] if length <= len(ends) else ends[-1] + length - len(ends)
 
 
 # Rules: scores (..., N) -> weights (..., N)
@@ -118,8 +131,8 @@ class RunningText:
         embedder = router.embedder
         self._router = router
         self._params = params
-        self._begin = 0  # the token that the text is read from
-        self._decided_at = -1  # tokens that the newest decision was made from; -1 = there was none
+        self._begin = 0  # the piece that the text is read from
+        self._decided_at = -1  # pieces that the newest decision was made from; -1 = there was none
         recent = params.recent
         self._has_whole = recent is not None and params.window is None  # then one track gives both views
         self._tracks = [embedder.track(recent if self._has_whole else params.window)]
@@ -139,19 +152,19 @@ class RunningText:
             return (None,) if recent is None else (None, recent)
         return (window,) if recent is None or recent >= window else (window, recent)
 
-    def decide(self, pieces: Sequence[str], length: int, prompt_tokens: int) -> tuple[Any, ...] | None:
-        """Read on to the first `length` tokens and return what `finish_views` needs, one entry for each of K views.
+    def decide(self, pieces: Sequence[str], length: int, prompt_pieces: int) -> tuple[Any, ...] | None:
+        """Read on to the first `length` pieces and return what `finish_views` needs, one entry for each of K views.
 
         None where the newest decision was made from just as many.
 
         Args:
-            pieces: the text that each token adds, from the first.
-            length: of `decision_length`; never less than before.
-            prompt_tokens: how many of the tokens are the prompt.
+            pieces: the text so far: what each token adds, of a chat's prompt what it says (`treadle.chat`).
+            length: how many pieces decide (`decision_length`, `num_pieces`); never less than before.
+            prompt_pieces: how many of the pieces are the prompt's.
         """
         if length == self._decided_at:
             return None
-        is_prompt = is_prompt_decision(length, prompt_tokens, self._params)
+        is_prompt = is_prompt_decision(length, prompt_pieces, self._params)
         if is_prompt:
             self._begin = self._last_change(pieces[:length])
         for track in self._tracks:
@@ -165,7 +178,7 @@ class RunningText:
         return tuple(track.snapshot() for track in self._tracks)
 
     def _last_change(self, pieces: Sequence[str]) -> int:
-        """Return the token that the last domain of a prompt begins with."""
+        """Return the piece that the last domain of a prompt begins with."""
         at = self._router.last_change("".join(pieces), self._params)
         return bisect_right(list(accumulate(map(len, pieces))), at) if at else 0
 
@@ -262,33 +275,47 @@ class Router:
             raise AdapterError(unknown[0] if len(unknown) == 1 else problem_list("fixed weights:", unknown))
         return np.array([fixed.get(name, 0.0) for name in self.names], np.float32)
 
-    def trace(self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams) -> Floats:
-        """Return the weights (T, N) under which each of T tokens is read, from the text that each token adds.
+    def trace(
+        self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams, *, ends: Sequence[int] | None = None
+    ) -> Floats:
+        """Return the weights (T, N) under which each of T tokens is read, from the text that the tokens add.
 
         The same numbers as the engine's step by step, computed at once: the forward pass over a finished text with
         these weights is what cached decoding did.
+
+        Args:
+            pieces: (T,) the text of each token, or that of a chat's prompt and of the tokens behind it.
+            prompt_tokens: how many of the tokens are the prompt.
+            params: how weights are made.
+            ends: of a chat's prompt, how many of the pieces have been read with each token (`num_pieces`).
         """
         if params.rule == "fixed":
-            return np.tile(self.fixed_weights(params), (len(pieces), 1))
-        embeddings, decisions = self.decisions(pieces, prompt_tokens, params)
+            length = len(pieces) if ends is None else len(pieces) - ends[-1] + prompt_tokens
+            return np.tile(self.fixed_weights(params), (length, 1))
+        embeddings, decisions = self.decisions(pieces, prompt_tokens, params, ends=ends)
         return self.weigh(embeddings, params)[decisions]
 
-    def trace_comparison(self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams) -> Comparison | None:
+    def trace_comparison(
+        self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams, *, ends: Sequence[int] | None = None
+    ) -> Comparison | None:
         """Return what `trace` makes the weights from, each (T, N); None where they are fixed."""
         if params.rule == "fixed":
             return None
-        embeddings, decisions = self.decisions(pieces, prompt_tokens, params)
+        embeddings, decisions = self.decisions(pieces, prompt_tokens, params, ends=ends)
         compared = self.compare(embeddings, params)
         return Comparison(compared.cosines[decisions], compared.scores[decisions])
 
     def decisions(
-        self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams
+        self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams, *, ends: Sequence[int] | None = None
     ) -> tuple[Floats, NDArray[np.int64]]:
         """Return the embeddings (decisions, K, D) that decide over T tokens, and which of them each token has (T,)."""
-        lengths = [decision_length(position, prompt_tokens, params) for position in range(len(pieces))]
+        num_tokens = len(pieces) if ends is None else len(pieces) - ends[-1] + prompt_tokens
+        tokens = [decision_length(position, prompt_tokens, params) for position in range(num_tokens)]
+        lengths = tokens if ends is None else [num_pieces(length, ends) for length in tokens]
         wanted = sorted(set(lengths))
         text = RunningText(self, params)
-        snapshots = [views for length in wanted if (views := text.decide(pieces, length, prompt_tokens)) is not None]
+        prompt = num_pieces(prompt_tokens, ends)
+        snapshots = [views for length in wanted if (views := text.decide(pieces, length, prompt)) is not None]
         return finish_views(self.embedder, snapshots), np.searchsorted(wanted, lengths)
 
 

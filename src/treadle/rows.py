@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from treadle.centroids import Floats
+from treadle.chat import RoutedText, TokenPrompt, token_prompt
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Comparison, Router, RunningText, decision_length
 from treadle.text import Detokenizer, StopStrings
@@ -78,15 +79,16 @@ class Row:
 
     def __init__(
         self,
-        ids: Sequence[int],
+        prompt: Sequence[int] | TokenPrompt,
         router: Router,
         routing: RoutingParams,
         sampling: SamplingParams,
         tokenizer: "PreTrainedTokenizerBase",
         report: Report | None = None,
     ) -> None:
-        self.ids = list(ids)  # prompt and generated tokens
-        self.prompt_tokens = len(ids)
+        prompt = token_prompt(prompt)
+        self.ids = list(prompt.ids)  # prompt and generated tokens
+        self.prompt_tokens = len(self.ids)
         self.router = router  # as it was when the row started: adapters that come and go later do not matter
         self.routing = routing
         self.sampling = sampling
@@ -102,15 +104,11 @@ class Row:
         self.read_after: Comparison | None = None  # what `read_under` was made from, if the report asks for it
         self._text = Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
-        self._pieces = [self._text.push(token_id) for token_id in ids]
+        self.prompt_pieces = [self._text.push(token_id) for token_id in self.ids]  # what each token of it adds
+        self._routed = RoutedText(prompt.chat, self.prompt_pieces, routing)
         self._running = RunningText(router, routing)
         self._without_lag = replace(routing, lag=0)
         self.ahead: Ahead | None = None  # what decides next, if that takes effect a decision late
-
-    @property
-    def prompt_pieces(self) -> list[str]:
-        """The text that each token of the prompt adds."""
-        return self._pieces[: self.prompt_tokens]
 
     @property
     def is_finished(self) -> bool:
@@ -128,7 +126,8 @@ class Row:
     def newest_snapshot(self) -> tuple[Any, ...] | None:
         """Return what the embedder needs for the newest decision, in force at once or late; None = it is made."""
         length = decision_length(len(self.ids) - 1, self.prompt_tokens, self._without_lag)
-        return self._running.decide(self._pieces, length, self.prompt_tokens)
+        routed = self._routed
+        return self._running.decide(routed.pieces, routed.count(length), routed.prompt_pieces)
 
     @property
     def is_late(self) -> bool:
@@ -138,13 +137,15 @@ class Row:
     def prompt_weights(self) -> Floats:
         """Return the weights (T, N), or (1, N) for all T alike, of the pass that reads all tokens so far."""
         if self.routing.prefill == "causal":
-            return self.router.trace(self._pieces, self.prompt_tokens, self.routing)
+            routed = self._routed
+            return self.router.trace(routed.pieces, self.prompt_tokens, self.routing, ends=routed.ends)
         return self.weights[None]
 
     def prompt_comparison(self) -> Comparison | None:
         """Return what `prompt_weights` are made from, each (T, N) or (1, N); None where they are fixed."""
         if self.routing.prefill == "causal":
-            return self.router.trace_comparison(self._pieces, self.prompt_tokens, self.routing)
+            routed = self._routed
+            return self.router.trace_comparison(routed.pieces, self.prompt_tokens, self.routing, ends=routed.ends)
         made_from = self.comparison
         return made_from and Comparison(made_from.cosines[None], made_from.scores[None])
 
@@ -152,7 +153,7 @@ class Row:
         """Append a generated token and return its event."""
         self.ids.append(token_id)
         piece = "" if is_end else self._text.push(token_id)
-        self._pieces.append(piece)
+        self._routed.add(piece)
         text = self._stops.push(piece)
         reason: FinishReason | None = None
         if is_end or self._stops.found:

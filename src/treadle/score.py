@@ -9,10 +9,11 @@ import numpy.typing as npt
 import torch
 
 from treadle.centroids import Floats
+from treadle.chat import ChatText, RoutedText, pieces_of, read_prompt
 from treadle.errors import OptionError, problem_list
 from treadle.params import RoutingParams
 from treadle.routing import decision_length
-from treadle.text import Detokenizer, Prompt, completion_ids, prompt_ids
+from treadle.text import Prompt, completion_ids
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
@@ -23,6 +24,8 @@ LISTED = 10
 """Rows that a message names at most."""
 Pair = tuple[list[int], list[int]]
 """Ids of a prompt and of the completion after it."""
+Chats = Sequence[ChatText | None]
+"""What each of some prompts says, where it is a chat."""
 Reader = Callable[[torch.Tensor, Sequence[int]], Floats]
 """What is kept (T, ...) of the logits (T, V) that gave tokens (T)."""
 
@@ -33,25 +36,33 @@ def score(
     """Return the log-probabilities (nats) of each completion's tokens, one array a row; see `Engine.score`."""
     if len(prompts) != len(completions):
         raise OptionError(f"{len(prompts)} prompts but {len(completions)} completions.")
+    read = [read_prompt(engine.tokenizer, prompt) for prompt in prompts]
     pairs = [
-        (prompt_ids(engine.tokenizer, prompt), completion_ids(engine.tokenizer, completion))
-        for prompt, completion in zip(prompts, completions, strict=True)
+        (list(prompt.ids), completion_ids(engine.tokenizer, completion))
+        for prompt, completion in zip(read, completions, strict=True)
     ]
     if empty := [index for index, (_, answer) in enumerate(pairs) if not answer]:
         raise OptionError(f"completions without a token: {', '.join(map(str, empty))}.")
-    return score_ids(engine, pairs, params)
+    return score_ids(engine, pairs, params, [prompt.chat for prompt in read])
 
 
 @torch.inference_mode()
-def score_ids(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams) -> list[Floats]:
-    """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair."""
+def score_ids(
+    engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats | None = None
+) -> list[Floats]:
+    """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair.
+
+    `chats` are what the prompts say, one a pair, None where a prompt is no chat.
+    """
+    chats = chats or [None] * len(pairs)
     check_context(engine, pairs)
     by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
     results: dict[int, Floats] = {}
     size = BATCH if engine.model.device.type == "cpu" else GPU_BATCH
     for start in range(0, len(pairs), size):
         chosen = by_length[start : start + size]
-        results |= zip(chosen, _score(engine, [pairs[index] for index in chosen], params, _chosen), strict=True)
+        some, own = [pairs[index] for index in chosen], [chats[index] for index in chosen]
+        results |= zip(chosen, _score(engine, some, params, own, _chosen), strict=True)
     return [results[index] for index in range(len(pairs))]
 
 
@@ -68,30 +79,38 @@ def check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
 
 @torch.inference_mode()
 def score_greedy(
-    engine: "Engine", pairs: Sequence[Pair], params: RoutingParams
+    engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats | None = None
 ) -> list[tuple[Floats, npt.NDArray[np.bool_]]]:
     """Return the log-probabilities (T,) of `score_ids`, and for each token (T,) whether greedy decoding takes it.
 
     The pairs are one batch, however many they are; pairs that differ in their last token only share a row of it.
     """
-    return [(both[:, 0], both[:, 1] == 1) for both in _score(engine, pairs, params, _chosen_and_greedy)]
+    scored = _score(engine, pairs, params, chats or [None] * len(pairs), _chosen_and_greedy)
+    return [(both[:, 0], both[:, 1] == 1) for both in scored]
 
 
-def trace_weights(engine: "Engine", ids: Sequence[int], prompt_tokens: int, params: RoutingParams) -> Floats:
-    """Return the weights (T, N) under which generation reads each of the tokens `ids`."""
-    text = Detokenizer(engine.tokenizer)
-    return engine.router.trace([text.push(token_id) for token_id in ids], prompt_tokens, params)
+def trace_weights(
+    engine: "Engine", ids: Sequence[int], prompt_tokens: int, params: RoutingParams, chat: ChatText | None = None
+) -> Floats:
+    """Return the weights (T, N) under which generation reads each of the tokens `ids`.
+
+    `chat` is what the prompt says where it is a chat.
+    """
+    own = pieces_of(engine.tokenizer, ids)
+    text = RoutedText(chat, own[:prompt_tokens], params)
+    for piece in own[prompt_tokens:]:
+        text.add(piece)
+    return engine.router.trace(text.pieces, prompt_tokens, params, ends=text.ends)
 
 
-def _score(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, read: Reader) -> list[Floats]:
-    run = _score_again if params.past == "recompute" and params.every is not None else _score_once
-    return run(engine, pairs, params, read)
-
-
-def _score_once(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, read: Reader) -> list[Floats]:
-    """One pass over all rows; with past="keep" this is what cached decoding computes."""
-    traces = [trace_weights(engine, prompt + answer[:-1], len(prompt), params) for prompt, answer in pairs]
-    return _score_under(engine, pairs, traces, params, read)
+def _score(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats, read: Reader) -> list[Floats]:
+    traces = [
+        trace_weights(engine, prompt + answer[:-1], len(prompt), params, chat)
+        for (prompt, answer), chat in zip(pairs, chats, strict=True)
+    ]
+    # past="keep" is one pass over all rows, which is what cached decoding computes
+    run = _score_again if params.past == "recompute" and params.every is not None else _score_under
+    return run(engine, pairs, traces, params, read)
 
 
 @torch.inference_mode()
@@ -113,8 +132,8 @@ def _score_under(
     engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
 ) -> list[Floats]:
     # the one-token options of a choice differ in what nobody reads: their rows are one row
-    keys = [(len(prompt), *prompt, *answer[:-1]) for prompt, answer in pairs]
-    rows = {key: (list(key[1:]), trace) for key, trace in zip(keys, traces, strict=True)}
+    keys = [((*prompt, *answer[:-1]), trace.tobytes()) for (prompt, answer), trace in zip(pairs, traces, strict=True)]
+    rows = {key: (list(key[0]), trace) for key, trace in zip(keys, traces, strict=True)}
     length, names = max(len(row) for row, _ in rows.values()), engine.blend.names
     ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in rows.values()])  # (rows, length)
     weights = np.zeros((len(rows), length, len(names)), np.float32)
@@ -129,13 +148,14 @@ def _score_under(
     ]
 
 
-def _score_again(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, read: Reader) -> list[Floats]:
+def _score_again(
+    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
+) -> list[Floats]:
     """Run a pass for each decision, over all the text so far under the newest weights: past="recompute"."""
     results: list[Floats] = []
     columns = [engine.blend.names.index(name) for name in engine.router.names]
-    for prompt, answer in pairs:
+    for (prompt, answer), trace in zip(pairs, traces, strict=True):
         ids = prompt + answer[:-1]
-        trace = trace_weights(engine, ids, len(prompt), params)
         scores: list[Floats] = []
         positions = range(len(prompt) - 1, len(ids))
         for _, group in groupby(positions, key=lambda p: decision_length(p, len(prompt), params)):

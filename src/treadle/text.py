@@ -10,8 +10,8 @@ from treadle.errors import ModelError, OptionError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""A text, or chat messages {"role": ..., "content": ...}."""
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or chat messages {"role": ..., "content": a text or parts {"type": "text", "text": ...}}."""
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
@@ -39,7 +39,7 @@ def is_one_prompt(prompt: Any) -> bool:
     return isinstance(cast(Sequence[Any], prompt)[0], Mapping)
 
 
-def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> str:
+def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]]) -> str:
     """Return chat messages as the text after which the assistant's answer begins, by the model's chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the tokenizer has no chat template: give the prompt as one text.")
