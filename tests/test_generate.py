@@ -275,8 +275,10 @@ def test_text_joins_to_the_decoded_tokens(engine: Engine) -> None:
 
 
 def test_chat_messages_go_through_the_chat_template(engine: Engine) -> None:
+    fixed = RoutingParams(rule="fixed", fixed={"math": 1.0})
+    done = engine.generate([{"role": "user", "content": "add three"}], sampling=GREEDY, routing=fixed)
+    assert_same(done, engine.generate("user: add three\nassistant:", sampling=GREEDY, routing=fixed))
     done = engine.generate([{"role": "user", "content": "add three"}], sampling=GREEDY)
-    assert_same(done, engine.generate("user: add three\nassistant:", sampling=GREEDY))
     many = engine.generate([[{"role": "user", "content": "add three"}]] * 2, sampling=GREEDY)
     assert [each.token_ids for each in many] == [done.token_ids] * 2
 

@@ -7,6 +7,7 @@ Only `prefill="causal"` asks where in the prompt each content stands.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
@@ -141,6 +142,16 @@ class RoutedText:
         """Return how many pieces the first `length` tokens have added."""
         return num_pieces(length, self.ends)
 
+    def first(self, length: int) -> "RoutedText":
+        """Return another text of the first `length` tokens."""
+        text = copy(self)
+        text.pieces = self.pieces[: self.count(length)]
+        text.prompt_pieces = min(self.prompt_pieces, len(text.pieces))
+        if self.ends is not None:
+            text.ends = self.ends[:length]
+            text._between = "" if length > len(self.ends) else BLANK_LINE
+        return text
+
 
 @dataclass(frozen=True)
 class TokenPrompt:
@@ -172,3 +183,27 @@ def pieces_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[
     """Return the text that each of some tokens (T,) adds."""
     text = Detokenizer(tokenizer)
     return [text.push(token_id) for token_id in ids]
+
+
+def only(own: Sequence[str], contents: Sequence[str]) -> list[str]:
+    """Return what tokens behind a chat's prompt say: contents, with blank lines before, and not the template's words.
+
+    Args:
+        own: (T,) the text that each token adds.
+        contents: of all messages of the chat, of which the last are looked for.
+    """
+    text, spans = "".join(own), list[tuple[int, int]]()
+    limit = len(text)
+    for content in (content.strip() for content in reversed(contents)):
+        limit = text.rfind(content, 0, limit) if content else limit
+        if limit < 0:
+            break
+        spans.append((limit, limit + len(content)))
+    said: list[str] = []
+    end = 0
+    for piece in own:
+        start, end = end, end + len(piece)
+        inside = next((span for span in spans if start < span[1] and span[0] < end), None)
+        begins = inside is not None and start <= inside[0]
+        said.append((BLANK_LINE if begins else "") + piece if inside else "")
+    return said

@@ -14,7 +14,7 @@ import typer
 
 from treadle import lab
 from treadle.errors import OptionError, TreadleError, collect, problem_list, unknown_name
-from treadle.flags import BundlePath, Device, Dtype, Json, Pack, takes
+from treadle.flags import BundlePath, Chat, Device, Dtype, Json, Pack, chat_messages, takes
 from treadle.options import read_options
 from treadle.params import RoutingParams, SamplingParams, TrainParams
 from treadle.server import command
@@ -43,7 +43,7 @@ app.add_typer(command.app)
 def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     bundle: BundlePath,
     prompt: Annotated[str, typer.Option(help="text to continue; - reads standard input")],
-    chat: Annotated[bool, typer.Option("--chat", help="send the prompt as a user's message")] = False,
+    chat: Chat = False,
     trace: Annotated[Path | None, typer.Option(help="write tokens, log-probabilities and weights to this file")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -62,7 +62,7 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     text = sys.stdin.read() if prompt == "-" else prompt
     engine = lab.load_engine(bundle, device, dtype, pack)
     params = _routing(engine.router, routing)
-    given = [{"role": "user", "content": text}] if chat else text
+    given = chat_messages(text) if chat else text
     if as_json or trace:
         document = _document(engine, given, options, params)
         if trace:
@@ -76,7 +76,8 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 @takes(routing=RoutingParams)
 def route(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     bundle: BundlePath,
-    text: Annotated[str | None, typer.Option(help="the text to route")] = None,
+    text: Annotated[str | None, typer.Option(help="the text to route; - reads standard input")] = None,
+    chat: Chat = False,
     evaluate: Annotated[bool, typer.Option("--eval", help="accuracy and confusion on held-out examples")] = False,
     tasks: Annotated[list[str] | None, typer.Option(help="with --eval: TASK=FILE, as treadle eval; repeatable")] = None,
     limit: Annotated[int, typer.Option(help="with --eval: examples a task")] = 300,
@@ -87,10 +88,11 @@ def route(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 ) -> None:
     """Show how the router weighs a text, and why, or how often it is right; the base model is not loaded."""
     from treadle.bundle import read_bundle
+    from treadle.chat import contents_of, joined
     from treadle.explain import explain
 
-    if evaluate != bool(tasks) or evaluate != (text is None):
-        raise typer.BadParameter("give --text, or --eval with --tasks")
+    if evaluate != bool(tasks) or evaluate != (text is None) or (evaluate and chat):
+        raise typer.BadParameter("give --text (and --chat), or --eval with --tasks")
     router = read_bundle(bundle).router
     params = _routing(router, routing)
     if evaluate:
@@ -98,7 +100,9 @@ def route(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
             raise OptionError(f"--eval measures every score by itself; leave out {', '.join(sorted(routing))}")
         lab.route_eval(router, tasks or [], limit, output, as_json)
         return
-    explanation = explain(router, text or "", params)
+    given = sys.stdin.read() if text == "-" else text or ""
+    said = joined(contents_of(chat_messages(given))) if chat else given
+    explanation = explain(router, said, params)
     if as_json:
         print(json.dumps(asdict(explanation)))
         return

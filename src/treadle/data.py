@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.errors import DataError, OptionError, problem_list
-from treadle.tasks import Example, Row, Task, as_text, find_task
+from treadle.tasks import ChatExample, Example, Row, Task, as_text, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,15 +71,25 @@ def chat_task(tokenizer: "PreTrainedTokenizerBase") -> Task:
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", row: Row) -> Example:
+    from treadle.chat import BLANK_LINE, joined
     from treadle.text import chat_text
 
     *before, last = row["messages"]
     if last["role"] != "assistant" or not before:
         raise ValueError("the last message must be the assistant's, with a message before it")
-    answer, asked = as_text(last["content"], "content"), as_text(before[-1]["content"], "content")
+    *asked, answer = _contents(row)
     prompt = chat_text(tokenizer, before)
     start = str(tokenizer.decode(tokenizer("").input_ids))  # what the tokenizer itself puts before every text
-    return Example(prompt.removeprefix(start), answer, bare=asked)
+    return ChatExample(prompt.removeprefix(start), answer, bare=asked[-1], said=joined(asked) + BLANK_LINE)
+
+
+def _contents(row: Row) -> list[str]:
+    """Return the texts of a row's messages; a ValueError where one has none."""
+    from treadle.chat import contents_of
+
+    contents = [message["content"] for message in row["messages"]]
+    texts = [each if isinstance(each, list) else as_text(each, "content") for each in contents]
+    return contents_of([{"content": text} for text in texts])
 
 
 def load_texts(source: str | Path) -> list[str]:
@@ -107,7 +117,7 @@ def sample_texts(examples: Sequence[Example], seed: int = 0) -> list[str]:
     choose = random.Random(seed)
     texts: list[str] = []
     for example in examples:
-        for prompt in filter(None, (example.prompt, example.bare)):
+        for prompt in filter(None, (example.routed, example.bare)):
             whole = prompt + example.completion
             texts += [whole, prompt] if example.completion else [whole]
             texts.append(_part(prompt, choose, from_start=True))
@@ -210,8 +220,11 @@ def _example_of(row: dict[str, Any]) -> Example:
         return Example(
             as_text(row["prompt"], "prompt"), as_text(row.get("completion", ""), "completion"), bare=_bare(row)
         )
-    *before, last = [as_text(message["content"], "content") for message in row["messages"]]
-    return Example("\n\n".join([*before, ""]), last) if before else Example(last, "")
+    from treadle.chat import BLANK_LINE, joined
+
+    *before, last = _contents(row)
+    said = joined(before)
+    return Example(said + BLANK_LINE, last) if said else Example(last, "")
 
 
 def _refuse(problems: Sequence[str], title: str) -> None:

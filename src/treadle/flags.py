@@ -1,10 +1,11 @@
 """Flags: those that commands share, and one for each field of an options dataclass."""
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_origin, get_type_hints
 
 import typer
 
@@ -21,7 +22,23 @@ Pack = Annotated[
         help="a second copy of the weights as oneDNN packs them; default: on AMD's CPUs, where it takes at most a GiB",
     ),
 ]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="take the text as a user's message, or as messages where it is a JSON list of them"),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU")]
+
+
+def chat_messages(text: str) -> list[dict[str, Any]]:
+    """Return the messages of a chat: those of a JSON list, else one user's message with this text."""
+    try:
+        given = json.loads(text) if text.lstrip().startswith("[") else None
+    except ValueError:
+        given = None
+    entries = cast(list[Any], given) if isinstance(given, list) else []
+    if entries and all(isinstance(entry, dict) and {"role", "content"} <= entry.keys() for entry in entries):
+        return entries
+    return [{"role": "user", "content": text}]
 
 
 def takes(**options: type) -> Callable[[Command], Command]:

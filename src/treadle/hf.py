@@ -22,8 +22,9 @@ from treadle.centroids import Floats
 from treadle.errors import ModelError, OptionError
 from treadle.models import load_tokenizer
 from treadle.params import RoutingParams
-from treadle.routing import Router, finish_views
-from treadle.running import RunningRow
+from treadle.rendered_chats import RenderedChats
+from treadle.routing import finish_views
+from treadle.running import RunningRow, Source
 from treadle.transformers_names import find_cache
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ LOST_ROWS = (
 class Routed:
     """What `routed` yields: the weights of the newest forward pass, to look at."""
 
-    def __init__(self, model: nn.Module, blend: Blend, source: tuple[Router, RoutingParams, Any]) -> None:
+    def __init__(self, model: nn.Module, blend: Blend, source: Source) -> None:
         self._blend = blend
         self._source = source
-        self._router, self._params, tokenizer = source
+        self._router, self._params, tokenizer, _ = source
         self._pads = {0, tokenizer.pad_token_id}  # what stands for padding where no mask tells
         self._signature = inspect.signature(model.forward)
         self._rows: list[RunningRow] = []
@@ -77,11 +78,9 @@ class Routed:
         if cache is not None and past:
             rows = self._continued(cache, past, len(ids))
         else:
-            rows = [RunningRow(*self._source) for _ in is_real]
-        starts = [row.read(*columns) for row, *columns in zip(rows, ids.tolist(), is_real, strict=True)]
-        if not past:
-            for row, real in zip(rows, is_real, strict=True):
-                row.prompt_tokens = sum(real[: len(real) - ahead])
+            rows = [RunningRow(self._source) for _ in is_real]
+        prompts = [None if past else sum(real[: len(real) - ahead]) for real in is_real]
+        starts = [row.read(*columns) for row, *columns in zip(rows, ids.tolist(), is_real, prompts, strict=True)]
         weights = self._weigh(rows, starts, is_real)  # (B, 1|T, N)
         self._rows = rows
         self._blend.set_weights(weights if weights.any() else None, self._params.combine)
@@ -164,6 +163,11 @@ def routed(
     the first chunk is the prompt. Where a call fills an empty cache that it was given and keeps k > 1 logits, as
     assisted decoding does, its last k - 1 tokens are running text already. In a batch without a mask and without a
     cache, a run of id 0 or of the padding id at a row's right end is taken for padding, which is how lm-eval pads.
+
+    A prompt that the tokenizer's chat template has made of messages, as in pipelines, is routed on their contents
+    alone, as `Engine.generate` routes messages. Of a chat that another template has made, all words count: give the
+    tokenizer that has this template.
+
     Use the model from one thread at a time.
 
     Args:
@@ -182,11 +186,12 @@ def routed(
     router, params = bundle.router, routing or bundle.router.params
     _check_followed(model, params)
     tokenizer = tokenizer or load_tokenizer(bundle.base_model)
-    RunningRow(router, params, tokenizer)  # refuses unknown names and slow tokenizers before anything is attached
+    source: Source = (router, params, tokenizer, RenderedChats(tokenizer))
+    RunningRow(source)  # refuses unknown names and slow tokenizers before anything is attached
     if params.rule != "fixed":
         router.weigh(np.zeros((1, 1, router.embedder.dim), np.float32), params)
     blend = attach(model, sorted(bundle.adapters, key=lambda each: router.names.index(each.name)), params.combine)
-    handle = Routed(model, blend, (router, params, tokenizer))
+    handle = Routed(model, blend, source)
     hooks = [
         model.register_forward_pre_hook(handle.before, with_kwargs=True),
         model.register_forward_hook(handle.after, with_kwargs=True, always_call=True),

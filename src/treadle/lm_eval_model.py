@@ -21,10 +21,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warni
 from tqdm import tqdm
 
 from treadle.bundle import read_bundle
+from treadle.chat import TokenPrompt
 from treadle.errors import OptionError, TreadleError
 from treadle.generate import MAX_BATCH, Completion, Engine
 from treadle.options import parse, read_options
 from treadle.params import RoutingParams, SamplingParams
+from treadle.rendered_chats import RenderedChats
 from treadle.score import BATCH, score_greedy
 
 
@@ -34,7 +36,8 @@ class TreadleLM(TemplateLM):
 
     `batch_size` is rows of a forward pass; for none and `auto` it is `max_batch_size`, or else treadle's own numbers.
     The other keywords are fields of RoutingParams over the default routing. The context decides the first weights: an
-    empty one, such as the start of a text in `loglikelihood_rolling`, is the prefix token, which has no text.
+    empty one, such as the start of a text in `loglikelihood_rolling`, is the prefix token, which has no text. A context
+    that the chat template has made (`--apply_chat_template`) is routed on the contents of its messages.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TreadleLM(TemplateLM):
         self.engine = loaded if isinstance(loaded, Engine) else loaded.engine(device=device, dtype=dtype)
         self.engine.check_routing([self._routing])
         self.tokenizer: Any = self.engine.tokenizer
+        self._chats = RenderedChats(self.tokenizer)
         self.max_length = resolve_max_length(self.engine.model.config, self.tokenizer)  # tokens
 
     @property
@@ -119,7 +123,8 @@ class TreadleLM(TemplateLM):
         for start in tqdm(range(0, len(order), size), desc="treadle: generate", disable=disable_tqdm):
             chosen = order[start : start + size]
             options = [samplings[index] for index in chosen]
-            done = self.engine.generate_ids([prompts[i] for i in chosen], sampling=options, routing=self._routing)
+            contexts = [TokenPrompt(prompts[i], self._chats.read(prompts[i])) for i in chosen]
+            done = self.engine.generate_ids(contexts, sampling=options, routing=self._routing)
             for index, completion in zip(chosen, done, strict=True):
                 texts[index] = self._text(completion, samplings[index].stop)
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
@@ -139,7 +144,9 @@ class TreadleLM(TemplateLM):
         size = self._rows or BATCH
         for start in tqdm(range(0, len(shared), size), desc="treadle: score", disable=disable_tqdm):
             chosen = [index for group in shared[start : start + size] for index in group]
-            scores = score_greedy(self.engine, [pairs[index] for index in chosen], self._routing)
+            some = [pairs[index] for index in chosen]
+            said = {tuple(context): self._chats.read(context) for context, _ in some}
+            scores = score_greedy(self.engine, some, self._routing, [said[tuple(context)] for context, _ in some])
             for index, (logprobs, is_greedy) in zip(chosen, scores, strict=True):
                 answers[index] = (float(logprobs.sum()), bool(is_greedy.all()))
                 if (key := requests[index][0]) is not None:

@@ -4,27 +4,32 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from treadle.centroids import Floats
+from treadle.chat import RoutedText, only
 from treadle.params import RoutingParams
+from treadle.rendered_chats import RenderedChats
 from treadle.routing import Router, RunningText, decision_length
 from treadle.text import Detokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Source = tuple[Router, RoutingParams, "PreTrainedTokenizerBase", RenderedChats]
+"""What a row is weighed by: a router, its params, the model's tokenizer, and what finds chats in its tokens."""
+
 
 class RunningRow:
     """The text of one row as far as the model has read it; decides when the engine's rows (`treadle.rows`) do."""
 
-    def __init__(self, router: Router, params: RoutingParams, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.prompt_tokens = 0
-        self.weights: Floats = router.fixed_weights(params)  # (N,) of the newest token; zeros where none are fixed
+    def __init__(self, source: Source) -> None:
+        router, self._params, tokenizer, self._chats = source
+        self.weights: Floats = router.fixed_weights(self._params)  # (N,) of the newest token; zeros if none are fixed
         self.is_real: list[bool] = []  # of each column of the cache: a token, or padding
-        self._source = router, params, tokenizer
-        self._params = params
+        self.prompt_tokens = 0
+        self._source = source
         self._text = Detokenizer(tokenizer)
-        self._running = RunningText(router, params)
+        self._running = RunningText(router, self._params)
         self._ids: list[int] = []
-        self._pieces: list[str] = []
+        self._routed = RoutedText(None, [], self._params)
 
     def due(self, start: int) -> tuple[list[int], list[tuple[int, tuple[Any, ...]]]]:
         """Return what decides the weights of the tokens from `start` on.
@@ -36,25 +41,47 @@ class RunningRow:
         lengths = [decision_length(position, self.prompt_tokens, self._params) for position in positions]
         snapshots: list[tuple[int, tuple[Any, ...]]] = []
         for length in sorted(set(lengths)) if self._params.rule != "fixed" else ():
-            views = self._running.decide(self._pieces, length, self.prompt_tokens)
+            routed = self._routed
+            views = self._running.decide(routed.pieces, routed.count(length), routed.prompt_pieces)
             if views is not None:
                 snapshots.append((length, views))
         return lengths, snapshots
 
-    def read(self, ids: Sequence[int], is_real: Sequence[bool]) -> int:
-        """Append the columns of one pass, padding included; return how many tokens there were before."""
+    def read(self, ids: Sequence[int], is_real: Sequence[bool], prompt_tokens: int | None = None) -> int:
+        """Append the columns of one pass, padding included; return how many tokens there were before.
+
+        Args:
+            ids: (T,) of the pass.
+            is_real: (T,) which of them are tokens.
+            prompt_tokens: with the first pass, how many of the tokens are the prompt.
+        """
         start = len(self._ids)
-        self._ids += [token_id for token_id, real in zip(ids, is_real, strict=True) if real]
-        self._pieces += [self._text.push(token_id) for token_id in self._ids[start:]]
         self.is_real += is_real
+        new = [token_id for token_id, real in zip(ids, is_real, strict=True) if real]
+        self._ids += new
+        pieces = [self._text.push(token_id) for token_id in new]
+        if prompt_tokens is not None:
+            self.prompt_tokens = prompt_tokens
+            chat = self._chats.read(self._ids[:prompt_tokens])
+            self._routed = RoutedText(chat, pieces[:prompt_tokens], self._params)
+            pieces = pieces[prompt_tokens:]
+        elif len(new) > 1 and self._routed.ends is not None:  # a chat that goes on in its cache
+            pieces = only(pieces, self._chats.contents(self._ids) or [])
+        for piece in pieces:
+            self._routed.add(piece)
         return start
 
     def copy(self, columns: int) -> "RunningRow":
         """Return another row with the first `columns` columns of this one."""
-        row = RunningRow(*self._source)
-        row.is_real = self.is_real[:columns]
-        row._ids = self._ids[: sum(row.is_real)]
-        row._pieces = [row._text.push(token_id) for token_id in row._ids]
-        row.prompt_tokens = min(self.prompt_tokens, len(row._ids))
+        row = RunningRow(self._source)
+        is_real = self.is_real[:columns]
+        count = sum(is_real)
+        row.is_real, row._ids = is_real, self._ids[:count]
+        row.prompt_tokens = min(self.prompt_tokens, count)
+        for token_id in row._ids:
+            row._text.push(token_id)
+        row._routed = routed = self._routed.first(count)
         row.weights = self.weights
+        if self._params.prefill == "prompt" and self._params.rule != "fixed":  # where its last domain begins
+            row._running.decide(routed.pieces, routed.prompt_pieces, routed.prompt_pieces)
         return row

@@ -38,9 +38,26 @@ class Example:
     tests: tuple[str, ...] = ()
 
     @property
+    def routed(self) -> str:
+        """What a router reads of the prompt."""
+        return self.prompt
+
+    @property
     def references(self) -> tuple[str, ...]:
         """The accepted answers; the completion where no others are known."""
         return self.answers or (self.completion,)
+
+
+@dataclass(frozen=True)
+class ChatExample(Example):
+    """An example whose prompt is a chat: a router reads the contents of its messages alone, `said`."""
+
+    said: str = ""
+
+    @property
+    def routed(self) -> str:
+        """What a router reads of the prompt."""
+        return self.said
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.bundle import NAME, RESERVED, foreign_base
 from treadle.centroid_files import read_centroid
 from treadle.centroids import Centroids
+from treadle.chat import joined
 from treadle.embed import num_words
 from treadle.errors import LONGEST_NAME, AdapterError, TreadleError, listed, shown
 from treadle.explain import explain
@@ -52,7 +53,7 @@ def _card(state: State, name: str) -> Json:
 
 
 async def route(request: Request) -> Response:
-    """POST /v1/route: how a text is weighed, and why."""
+    """POST /v1/route: how a text, or what the messages of a chat say, is weighed, and why."""
     state, caller = State.of(request), Visit.of(request).caller
     body, problems = await read(request, RouteBody)
     names, is_known = state.targets.names, not state.targets.unknown(body.model, caller)
@@ -60,16 +61,14 @@ async def route(request: Request) -> Response:
         problems.append(Problem("model", f"model: got {body.model!r}, which is not routed; allowed: {listed(names)}"))
     model = AUTO if is_known else body.model  # one that is not routed is refused once, its options as if it were
     target = state.targets.read(model, body.treadle, problems, caller)
-    most = _most_letters(state)
-    if most is not None and len(body.text) > most:
-        problems.append(Problem("text", f"text: got {len(body.text)} characters; allowed: at most {most}"))
+    text = _text_to_weigh(body, problems, _most_letters(state))
     if problems:
         raise refusal(problems)
 
     def weigh() -> Json:
         router = state.routers.among(target.adapters)
         state.engine.check_routing([target.routing], router)
-        return asdict(explain(router, body.text, target.routing))
+        return asdict(explain(router, text, target.routing))
 
     seconds = state.params.request_timeout
     try:
@@ -80,6 +79,21 @@ async def route(request: Request) -> Response:
     except TimeoutError as error:
         raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout") from error
     return JSONResponse({"object": "route", "routing": asdict(target.routing), **explanation})
+
+
+def _text_to_weigh(body: RouteBody, problems: Problems, most: int | None) -> str:
+    """Return the text of a body, or what its messages say; adds to its problems."""
+    wrong = {problem.place.partition("[")[0] for problem in problems}
+    if (body.text is None) == (body.messages is None) and not wrong & {"text", "messages"}:
+        given = "neither" if body.text is None else "both"
+        problems.append(Problem("text", f"text and messages: got {given}; allowed: one of them"))
+    if body.messages is None:
+        place, text = "text", body.text or ""
+    else:
+        place, text = "messages", joined([message.content for message in body.messages])
+    if most is not None and len(text) > most:
+        problems.append(Problem(place, f"{place}: got {len(text)} characters; allowed: at most {most}"))
+    return text
 
 
 def _most_letters(state: State) -> int | None:

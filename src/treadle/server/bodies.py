@@ -145,6 +145,13 @@ class Message(Body):
     ]
 
 
+Messages = Annotated[
+    list[Annotated[Message, Field(description='an object like {"role": "user", "content": "Hello"}')]],
+    Field(min_length=1),
+    BeforeValidator(AtMost("max_messages")),
+]
+
+
 class StreamOptions(Body):
     """What a stream carries besides its text."""
 
@@ -189,11 +196,7 @@ class ChatBody(Generating):
 
     EXAMPLE: ClassVar[Json] = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}
 
-    messages: Annotated[
-        list[Annotated[Message, Field(description='an object like {"role": "user", "content": "Hello"}')]],
-        Field(min_length=1, description="a list of 1 to --max-messages messages"),
-        BeforeValidator(AtMost("max_messages")),
-    ]
+    messages: Annotated[Messages, Field(description="a list of 1 to --max-messages messages")]
     max_completion_tokens: Tokens = None
     logprobs: Annotated[bool | None, Field(description="true or false")] = False
     top_logprobs: Annotated[
@@ -245,7 +248,10 @@ class RouteBody(Body):
 
     EXAMPLE: ClassVar[Json] = {"text": "Hello"}
 
-    text: Annotated[str, Field(description="a text")]
+    text: Annotated[str | None, Field(description="a text, or messages instead")] = None
+    messages: Annotated[
+        Messages | None, Field(description="a list of 1 to --max-messages messages, or a text instead")
+    ] = None
     model: Annotated[str, Field(description="'auto' or the bundle's name")] = "auto"
     treadle: Annotated[
         dict[str, Any] | None, Field(description="an object of routing options; also 'adapters' (a list of names)")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from treadle.chat import TokenPrompt
 from treadle.params import RoutingParams, SamplingParams
 from treadle.rows import Report, Row, TokenEvent
 
@@ -15,7 +16,7 @@ class Work:
     """What is to be generated.
 
     Attributes:
-        prompts: token ids (T) of each sequence.
+        prompts: tokens (T) of each sequence, of a chat with what it says.
         sampling: of each sequence.
         routing: of all sequences.
         report: what each tells beyond its tokens.
@@ -23,7 +24,7 @@ class Work:
         owner: whose sequences may share keys and values of common beginnings.
     """
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Sequence[int] | TokenPrompt]
     sampling: Sequence[SamplingParams]
     routing: RoutingParams
     report: Report = Report()

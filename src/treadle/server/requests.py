@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from treadle.chat import TokenPrompt, read_prompt
 from treadle.errors import TreadleError
 from treadle.generate import Engine
 from treadle.params import SamplingParams
@@ -15,7 +16,6 @@ from treadle.server.keys import Caller
 from treadle.server.params import ServeParams
 from treadle.server.reading import with_limits
 from treadle.server.targets import Targets
-from treadle.text import prompt_ids
 
 LONGEST_STOP = 256
 """Characters of a stop string."""
@@ -71,15 +71,15 @@ class Reader:
         _check_pairs(body, problems)
         n = body.n or 1
         sampling = self._sampling(body, problems, len(prompts) * n)
-        ids = self._ids(prompts, problems)
+        read = self._read_prompts(prompts, problems)
         is_echo = isinstance(body, CompletionBody) and bool(body.echo)
         if target.routing.past == "recompute" and target.routing.every is not None:
-            self._check_recompute(ids, sampling, problems)
+            self._check_recompute(read, sampling, problems)
         if problems:
             raise refusal(problems)
         report = Report(likeliest or 0, is_echo and likeliest is not None, target.has_trace)
         echo = tuple(self._text(prompt) for prompt in prompts) if is_echo else ()
-        each = [prompt for prompt in ids for _ in range(n)]
+        each = [prompt for prompt in read for _ in range(n)]
         return Asked(
             model=body.model,
             work=Work(each, sampling, target.routing, report, target.adapters, caller.id),
@@ -129,12 +129,12 @@ class Reader:
     def _allowed(self, body: Generating, field: str) -> str:
         return with_limits(type(body).model_fields[field].description or "", self.params)
 
-    def _ids(self, prompts: Sequence[Any], problems: Problems) -> list[list[int]]:
-        """Return the token ids of prompts, where they are not too long."""
+    def _read_prompts(self, prompts: Sequence[Any], problems: Problems) -> list[TokenPrompt]:
+        """Return the tokens of prompts, where they are not too long."""
         room = self.engine.context and self.engine.context - 1  # for one token of the answer
         most = min((limit for limit in (self.params.max_prompt_tokens, room) if limit), default=None)
         vocabulary = len(self.engine.tokenizer)
-        found: list[list[int]] = []
+        found: list[TokenPrompt] = []
         for index, prompt in enumerate(prompts):
             field = "messages" if isinstance(prompt, list) and not isinstance(prompt[0], int) else "prompt"
             place = f"prompt[{index}]" if len(prompts) > 1 else field
@@ -143,33 +143,34 @@ class Reader:
                 problems.append(Problem(field, f"{place}: got {letters} characters; allowed: at most {most} tokens"))
                 continue
             try:
-                ids = self._read_prompt(prompt)
+                read = self._read_prompt(prompt)
             except TreadleError as error:
                 problems.append(Problem(field, f"{place}: {error}"))
                 continue
+            ids = read.ids
             if bad := [each for each in ids if not 0 <= each < vocabulary]:
                 problems.append(Problem(field, f"{place}: got token id {bad[0]}; allowed: 0 to {vocabulary - 1}"))
             elif most is not None and len(ids) > most:
                 problems.append(Problem(field, f"{place}: got {len(ids)} tokens; allowed: at most {most}"))
             else:
-                found.append(ids)
+                found.append(read)
         return found
 
-    def _read_prompt(self, prompt: Any) -> list[int]:
+    def _read_prompt(self, prompt: Any) -> TokenPrompt:
         if isinstance(prompt, list) and isinstance(prompt[0], int):
-            return prompt
+            return TokenPrompt(prompt)
         if isinstance(prompt, list):
-            return prompt_ids(self.engine.tokenizer, [message.model_dump() for message in prompt])
-        return prompt_ids(self.engine.tokenizer, prompt)
+            return read_prompt(self.engine.tokenizer, [message.model_dump() for message in prompt])
+        return read_prompt(self.engine.tokenizer, prompt)
 
     def _text(self, prompt: Any) -> str:
         return str(self.engine.tokenizer.decode(prompt)) if isinstance(prompt, list) else prompt
 
     def _check_recompute(
-        self, ids: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], problems: Problems
+        self, prompts: Sequence[TokenPrompt], sampling: Sequence[SamplingParams], problems: Problems
     ) -> None:
         limit = self.params.max_recompute_tokens
-        longest = max((len(each) for each in ids), default=0) + sampling[0].max_tokens
+        longest = max((len(each.ids) for each in prompts), default=0) + sampling[0].max_tokens
         if longest > limit:
             given = f"treadle.past: got 'recompute', to read {longest} tokens of prompt and answer again and again"
             problems.append(Problem("treadle", f"{given}; allowed: at most {limit} tokens, or 'keep'"))

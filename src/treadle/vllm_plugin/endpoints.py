@@ -14,6 +14,7 @@ from typing import Any, cast
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from treadle.chat import contents_of
 from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.text import prompt_ids
 from treadle.vllm_plugin import figures
@@ -143,21 +144,27 @@ async def route(request: Request, state: State) -> dict[str, Any]:
     body = await _body(request)
     if unknown := [unknown_name("field", name, ROUTE_KEYS) for name in body if name not in ROUTE_KEYS]:
         raise OptionError(problem_list("route:", unknown))
-    if ("prompt" in body) == ("messages" in body):
-        raise OptionError("route: give one of prompt (a text or token ids) and messages")
-    prompt = body.get("prompt", body.get("messages"))
-    return await asyncio.to_thread(_route, state, prompt, body.get("token_ids") or [], body.get(KEY))
+    prompt, messages = body.get("prompt"), body.get("messages")
+    if prompt is messages is None or not (messages is None or prompt is None or _are_ids(prompt)):
+        raise OptionError("route: give a prompt (a text or token ids), messages, or messages and their token ids")
+    return await asyncio.to_thread(_route, state, (prompt, messages), body.get("token_ids") or [], body.get(KEY))
 
 
-def _route(state: State, prompt: Any, generated: Any, given: Any) -> dict[str, Any]:
-    ids = list(prompt) if _are_ids(prompt) else prompt_ids(state.tokenizer, _checked_prompt(state, prompt))
+def _route(state: State, asked: tuple[Any, Any], generated: Any, given: Any) -> dict[str, Any]:
+    """Return the weights of a prompt, of messages, or of messages that were rendered as the prompt's token ids."""
+    prompt, messages = asked
+    contents = None if messages is None else contents_of(_checked_prompt(state, messages))
+    if _are_ids(prompt):
+        ids = list(prompt)
+    else:
+        ids = prompt_ids(state.tokenizer, messages if prompt is None else _checked_prompt(state, prompt))
     if not _are_ids(generated) and generated != []:
         raise OptionError("route: token_ids must be a list of token ids")
     whole = [*ids, *generated]
     if problems := _token_problems(state, whole):
         raise OptionError(problem_list("route:", problems))
     schedule = Schedule(state.asked.mixture, state.tokenizer)
-    stream = schedule.open(given, len(ids))
+    stream = schedule.open(given, len(ids), contents)
     schedule.decide([(stream, whole, len(whole))])
     return {
         "adapters": list(stream.mixture.names),
@@ -179,18 +186,18 @@ def _token_problems(state: State, ids: Sequence[int]) -> list[str]:
 def _checked_prompt(state: State, prompt: Any) -> Any:
     """Return a prompt that is worth tokenising: a text, or messages whose contents are."""
     messages = _messages(prompt)
-    length = sum(len(each["content"]) for each in messages)
+    length = sum(map(len, contents_of(messages)))
     if length > state.max_tokens * state.longest_piece:
         raise OptionError(f"route: {length} characters cannot be {state.max_tokens} tokens (--max-model-len) or fewer")
     return prompt
 
 
-def _messages(prompt: Any) -> Sequence[Mapping[str, str]]:
+def _messages(prompt: Any) -> Sequence[Mapping[str, Any]]:
     """Return a prompt as messages; an OptionError where it is neither a text nor messages."""
     if isinstance(prompt, str):
         return [{"content": prompt}]
     messages = cast(Sequence[Any], prompt) if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(each, Mapping) and isinstance(each.get("content"), str) for each in messages):  # type: ignore[union-attr]
+    if not messages or not all(isinstance(each, Mapping) and "content" in each for each in messages):
         raise OptionError("route: prompt is a text or token ids; messages are objects with role and content")
     return messages
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from treadle.errors import ModelError, OptionError, TreadleError, problem_list
-from treadle.vllm_plugin.params import KEY, PluginParams, read_plugin_params
+from treadle.vllm_plugin.chats import with_contents
+from treadle.vllm_plugin.params import CONTENTS, KEY, PluginParams, read_plugin_params
 from treadle.vllm_plugin.places import PLACES, START, Place, version_problems
 from treadle.vllm_plugin.refusals import base_problems, refusals, tokenizer_problems
 
@@ -40,6 +41,8 @@ def install() -> None:
     _wrap(PLACES["hash"], _hash)
     _wrap(PLACES["processor"], _processor)
     _wrap(PLACES["validate"], _validate)
+    _wrap(PLACES["render"], _render)
+    _wrap(PLACES["render_async"], _render_async)
     for name in ("completion", "chat", "responses"):
         _wrap(PLACES[name], _sampling)
     for name in ("completion_beams", "chat_beams"):
@@ -107,6 +110,22 @@ def _sampling(original: Any) -> Any:
     return to_sampling_params
 
 
+def _render(original: Any) -> Any:
+    def render_chat(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rendered = original(self, *args, **kwargs)
+        return with_contents(*rendered) if blending else rendered
+
+    return render_chat
+
+
+def _render_async(original: Any) -> Any:
+    async def render_chat_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rendered = await original(self, *args, **kwargs)
+        return with_contents(*rendered) if blending else rendered
+
+    return render_chat_async
+
+
 def _beams(original: Any) -> Any:
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         params = original(self, *args, **kwargs)
@@ -139,7 +158,7 @@ def _validate(original: Any) -> Any:
 
         asked = Asked.of(self)
         if getattr(params, "extra_args", None) or (asked is not None and hasattr(params, "extra_args")):
-            params = _checked(asked, params, kwargs)
+            params = _checked(asked, params, kwargs, prompt.get(CONTENTS) if isinstance(prompt, dict) else None)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if asked is not None and request.prompt_embeds is not None:
             raise _client_error("prompt embeddings have no text to route on; give text or token ids")
@@ -148,10 +167,14 @@ def _validate(original: Any) -> Any:
     return process_inputs
 
 
-def _checked(asked: Any, params: Any, options: dict[str, Any]) -> Any:
-    """Return sampling params whose treadle options have been read, or raise vLLM's error for a 400."""
+def _checked(asked: Any, params: Any, options: dict[str, Any], contents: list[str] | None) -> Any:
+    """Return sampling params whose treadle options have been read, or raise vLLM's error for a 400.
+
+    With them go the contents of a chat's messages; None = the prompt is no chat.
+    """
     extra = dict(params.extra_args or {})
     named = extra.pop(NAMED, None)
+    extra.pop(CONTENTS, None)  # nobody's to give but the renderer's
     params = params.clone()
     params.extra_args = extra or None
     if asked is None:
@@ -162,7 +185,8 @@ def _checked(asked: Any, params: Any, options: dict[str, Any]) -> Any:
         raise _client_error(str(error)) from error
     if options.get("resumable"):
         raise _client_error("a resumable session changes its prompt, and the weights with it: not with treadle")
-    params.extra_args = {**extra, KEY: given}
+    said = {} if contents is None else {CONTENTS: contents}
+    params.extra_args = {**extra, KEY: given, **said}
     return params
 
 

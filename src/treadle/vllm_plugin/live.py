@@ -6,7 +6,7 @@ from typing import Any
 from treadle.errors import AdapterError, TreadleError
 from treadle.vllm_plugin.joining import read_newcomer, with_adapter, without_adapter
 from treadle.vllm_plugin.mixture import Mixture, open_bundle
-from treadle.vllm_plugin.params import KEY, PluginParams
+from treadle.vllm_plugin.params import CONTENTS, KEY, PluginParams
 from treadle.vllm_plugin.schedule import Plan, Schedule
 from treadle.vllm_plugin.stream import Stream
 from treadle.vllm_plugin.tokens import tokenizer_of
@@ -35,8 +35,8 @@ class Core:
         """Give a request its stream and decide its prompt's weights, unless it has them."""
         if hasattr(request, KEY):
             return
-        given = (request.sampling_params.extra_args or {}).get(KEY) if request.sampling_params else None
-        stream = self.schedule.open(given, request.num_prompt_tokens)
+        extra = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
+        stream = self.schedule.open(extra.get(KEY), request.num_prompt_tokens, extra.get(CONTENTS))
         request.treadle = Hashed(self.schedule, stream)
         self.schedule.decide([(stream, request.all_token_ids, request.num_prompt_tokens)])
 

@@ -12,6 +12,8 @@ from treadle.params import COMBINES, Combine
 
 KEY = "treadle"
 """Of `--additional-config`, of a request's `vllm_xargs`, and of what is attached to vLLM's objects."""
+CONTENTS = "treadle_contents"
+"""Of a rendered chat and of its request's extra arguments: the contents of its messages, which are routed on."""
 VARIABLE = "TREADLE_VLLM"
 """The environment variable that says the same: a bundle's folder, or a JSON object of options."""
 

@@ -68,6 +68,10 @@ PLACES = {
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         ("self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request"),
     ),
+    "render": Place("vllm.renderers.base:BaseRenderer.render_chat", ("self", "conversations", "chat_params")),
+    "render_async": Place(
+        "vllm.renderers.base:BaseRenderer.render_chat_async", ("self", "conversations", "chat_params")
+    ),
     "completion": Place(
         "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
         ("self", "max_tokens", "default_sampling_params"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from treadle.centroids import Floats
+from treadle.chat import ChatText
 from treadle.embed import StaticEmbedder
 from treadle.params import RoutingParams
 from treadle.routing import finish_views
@@ -83,15 +84,21 @@ class Schedule:
             self._mixture, self._kinds = mixture, {}
             self.counts.rename(mixture.names)
 
-    def open(self, given: Any, prompt_tokens: int) -> Stream:
-        """Return the stream of a new request; see `Mixture.read_request` for `given` and errors."""
+    def open(self, given: Any, prompt_tokens: int, contents: Sequence[str] | None = None) -> Stream:
+        """Return the stream of a new request; see `Mixture.read_request` for `given` and errors.
+
+        `contents` are those of a chat's messages, which alone count of its prompt; None = the prompt is no chat.
+        """
         with self._lock:
             kind = Kind(self._mixture, self._mixture.read_request(given))
             if kind.params.rule != "fixed":  # those need no product
                 if len(self._kinds) >= MAX_PARAMS:
                     self._kinds.clear()
                 kind = self._kinds.setdefault(kind.params, kind)
-        return Stream(kind, prompt_tokens, Detokenizer(self._tokenizer))
+        chat = None
+        if contents is not None and kind.params.rule != "fixed":
+            chat = ChatText.of(self._tokenizer, contents)
+        return Stream(kind, prompt_tokens, Detokenizer(self._tokenizer), chat)
 
     def decide(self, needs: Sequence[Need]) -> None:
         """Give weights to all positions that need them; one product for all streams of a kind that are due.

@@ -14,9 +14,10 @@ from typing import Any, cast
 import numpy as np
 
 from treadle.centroids import Floats
+from treadle.chat import BLANK_LINE, ChatText
 from treadle.embed import StaticTrack
 from treadle.params import RoutingParams
-from treadle.routing import RunningText, decision_length, next_decision
+from treadle.routing import RunningText, decision_length, next_decision, num_pieces
 from treadle.text import Detokenizer
 from treadle.vllm_plugin.mixture import Mixture
 from treadle.vllm_plugin.texts import MOST_ROOM, Texts
@@ -49,7 +50,7 @@ class Kind:
 class Stream:
     """One request: its text so far, and every decision that has been made on it."""
 
-    def __init__(self, kind: Kind, prompt_tokens: int, detokenizer: Detokenizer) -> None:
+    def __init__(self, kind: Kind, prompt_tokens: int, detokenizer: Detokenizer, chat: ChatText | None = None) -> None:
         self.kind = kind
         self.decided = 0  # positions that have weights
         self.texts: Texts | None = None  # where it is followed together with others, in `row`
@@ -60,6 +61,10 @@ class Stream:
         self._behind = kind.params.lag * self._every  # tokens that a decision comes late
         self._pieces: list[str] = []
         self._length = 0  # tokens that have been read
+        self._pushed = 0  # tokens that the detokenizer has seen: at once all of a chat's prompt
+        self._chat = chat
+        self._ends: list[int] | None = None  # of a chat, how many pieces each token of its prompt has read
+        self._between = "" if chat is None else BLANK_LINE  # before the answer
         self._starts: list[int] = []  # the first position of each decision
         self._keys: list[bytes] = []  # of each decision (`keys_of`)
         self._newest: Floats = np.zeros(0, np.float32)  # (G, slots) of the newest decision
@@ -88,7 +93,8 @@ class Stream:
         while self._running is not None and self.decided < end:
             position, pieces = self._follow(token_ids)
             self._pieces += pieces
-            view = self._running.decide(self._pieces, self._length, self._prompt_tokens)
+            length, prompt = (num_pieces(tokens, self._ends) for tokens in (self._length, self._prompt_tokens))
+            view = self._running.decide(self._pieces, length, prompt)
             if view is not None:
                 starts.append(position if self._starts or starts else 0)
                 views.append(view)
@@ -110,11 +116,26 @@ class Stream:
             raise RuntimeError(
                 f"weights of position {position} are asked for, but only {len(token_ids)} tokens are known"
             )
-        known, push = self._length, self._push
-        self._length = length
+        if self._between:
+            return self._read_chat(token_ids, length)
+        known, push = self._pushed, self._push
+        self._length = self._pushed = length
         if length == known + 1:  # almost always
             return [push(token_ids[known])]
         return [push(each) for each in token_ids[known:length]]
+
+    def _read_chat(self, token_ids: Sequence[int], length: int) -> list[str]:
+        """Do what `_read` does, up to the first token of the answer of a chat."""
+        self._length = length
+        if self._chat is not None:
+            own = [self._push(each) for each in token_ids[: self._prompt_tokens]]
+            self._pieces = list(self._chat.pieces)
+            self._ends, self._pushed, self._chat = self._chat.ends(own, self.kind.params), self._prompt_tokens, None
+        if length <= self._prompt_tokens:
+            return []
+        before, self._between = self._between, ""
+        first, *others = self._read(token_ids, length, length - 1)
+        return [before + first, *others]
 
     def follow_on(self, token_ids: Sequence[int]) -> tuple[int, list[str]]:
         """Do what `_follow` does, where the prompt is decided: decisions then are `every` tokens apart."""
