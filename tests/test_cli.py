@@ -48,9 +48,23 @@ def test_generate_takes_the_smallest_top_p_and_is_greedy_then(run: Run, bundle: 
 
 
 def test_generate_in_chat_uses_the_template(run: Run, bundle: Path) -> None:
-    _, plain, _ = run("generate", bundle, "--prompt", "user: add\nassistant:", "--max-tokens", 4, "--json")
-    _, chat, _ = run("generate", bundle, "--prompt", "add", "--chat", "--max-tokens", 4, "--json")
+    flags = ["--max-tokens", 4, "--json", "--fixed", "math=1"]
+    _, plain, _ = run("generate", bundle, "--prompt", "user: add\nassistant:", *flags)
+    _, chat, _ = run("generate", bundle, "--prompt", "add", "--chat", *flags)
     assert json.loads(plain)["token_ids"] == json.loads(chat)["token_ids"]
+
+
+def test_a_chat_is_routed_as_what_it_says(run: Run, bundle: Path) -> None:
+    messages = [{"role": "system", "content": "the atom"}, {"role": "user", "content": "add the sum"}]
+    given = {"add the sum": "add the sum", json.dumps(messages): "the atom\n\nadd the sum", "[1, 2]": "[1, 2]"}
+    for text, said in given.items():
+        answers = [run("route", bundle, "--text", *flags, "--json") for flags in ([text, "--chat"], [said])]
+        assert answers[0] == answers[1]
+        assert answers[0][0] == 0
+    _, out, _ = run("generate", bundle, "--prompt", json.dumps(messages), "--chat", "--max-tokens", 1, "--json")
+    weights = json.loads(run("route", bundle, "--text", "the atom\n\nadd the sum", "--json")[1])["weights"]
+    assert json.loads(out)["weights"][0] == pytest.approx(weights, abs=1e-5)
+    assert run("route", bundle, "--chat", "--eval", "--tasks", "x=y")[0] == 2
 
 
 def test_route_shows_weights_and_the_words_that_decided(

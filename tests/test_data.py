@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from treadle.chat import read_prompt
 from treadle.data import CHAT, chat_task, load_examples, load_texts, read_rows, sample_texts
 from treadle.errors import DataError, OptionError
 from treadle.tasks import TASKS, Example, find_task
@@ -357,6 +358,27 @@ def test_a_chat_is_trained_on_as_it_is_generated(tmp_path: Path, begins: bool) -
         "Hi\n\nHello\n\nWhat is 2 + 2?\n\n4",
         "Hi\n\nHello\n\nWhat is 2 + 2?\n\n",
     ]
+
+
+def test_a_router_is_fitted_on_what_chats_say(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    asked = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 2?"}]
+    row = {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": asked},
+            *chat("", "4")["messages"][1:],
+        ]
+    }
+    file = write(tmp_path / "chats.jsonl", [row])
+    trained = sample_texts(load_examples(file, chat_task(tokenizer)))
+    assert trained[:2] == load_texts(file)[:2] == ["What is 2 + 2?\n\n4", "What is 2 + 2?\n\n"]
+    assert not any("user" in text or "assistant" in text for text in trained)
+    prompt = read_prompt(tokenizer, row["messages"][:-1])
+    assert prompt.chat is not None
+    assert "".join(prompt.chat.pieces) + "\n\n" == trained[1]
+    with pytest.raises(DataError, match=r"row 1: .*message 0: content is \[7\]"):
+        load_texts(write(tmp_path / "bad.jsonl", [{"messages": [{"role": "user", "content": [7]}]}]))
 
 
 def test_chats_that_end_in_no_answer_are_named(tmp_path: Path) -> None:

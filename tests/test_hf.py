@@ -22,7 +22,7 @@ from treadle.routing import Router, fit
 from treadle.text import Detokenizer
 from treadle.transformers_names import cache_argument, find_cache
 
-from conftest import BASE, SAMPLES, tiny_llama
+from conftest import BASE, SAMPLES, byte_tokenizer, tiny_llama
 
 PROMPTS = ["add three plus four", "the planet", "def loop return list of the cell, and then some more text"]
 STEPS = 14
@@ -201,6 +201,50 @@ def test_a_streamer_and_a_pipeline_say_what_the_engine_says(plain, bundle, refer
         pipe = pipeline("text-generation", model=plain, tokenizer=tokenizer, device="cpu")
         (said,) = pipe(PROMPTS[0], return_full_text=False, max_new_tokens=STEPS, do_sample=False)
     assert said["generated_text"] == done.text
+
+
+CHAT = [{"role": "user", "content": "add three plus four"}]
+CODED = "{% for m in messages %}<unused>{{ m.role }} def loop\n{{ m.content }}<end>\n{% endfor %}<unused>assistant\n"
+
+
+@pytest.mark.parametrize("name", ["default", "every token", "causal", "window"])
+def test_a_pipeline_of_messages_is_the_engines_chat(plain, bundle, reference, name) -> None:
+    reference.tokenizer = tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CODED
+    done = reference.generate(CHAT, sampling=GREEDY, routing=ROUTINGS[name])
+    with routed(plain, bundle, tokenizer=tokenizer, routing=ROUTINGS[name]) as handle:
+        pipe = pipeline("text-generation", model=plain, tokenizer=tokenizer, device="cpu")
+        (said,) = pipe(CHAT, max_new_tokens=1, do_sample=False)
+        np.testing.assert_array_equal(handle.weights[0], done.weights[0])
+        (said,) = pipe(CHAT, return_full_text=False, max_new_tokens=STEPS, do_sample=False)
+        np.testing.assert_allclose(handle.weights[0], done.weights[-1], atol=1e-6)
+    assert said["generated_text"] == done.text
+
+
+def test_a_chat_that_goes_on_in_its_cache_says_what_its_messages_do(plain, bundle, reference) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CODED
+    routing = RoutingParams(every=1, recent=None)
+    turns = [*CHAT, {"role": "assistant", "content": "heat"}, {"role": "user", "content": "the planet"}]
+    first, both = (
+        tokenizer.apply_chat_template(each, add_generation_prompt=True)["input_ids"] for each in (CHAT, turns)
+    )
+    cache = DynamicCache(config=plain.config)
+    with torch.inference_mode(), routed(plain, bundle, tokenizer=tokenizer, routing=routing) as handle:
+        plain(torch.tensor([first]), past_key_values=cache, use_cache=True)
+        plain(torch.tensor([both[len(first) :]]), past_key_values=cache, use_cache=True)
+    expected = bundle.router.weights(["add three plus four\n\nheat\n\nthe planet"], routing)[0]
+    np.testing.assert_allclose(handle.weights[0], expected, atol=1e-5)
+
+
+def test_beams_of_a_chat_are_followed(plain, bundle) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CODED
+    inputs = tokenizer.apply_chat_template([CHAT], add_generation_prompt=True, return_tensors="pt")
+    with routed(plain, bundle, tokenizer=tokenizer, routing=EVERY) as handle:
+        ids = plain.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=3)
+    assert ids.shape[1] > inputs["input_ids"].shape[1]
+    assert handle.weights.shape == (3, 3)
 
 
 # Calls without a cache

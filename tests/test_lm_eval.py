@@ -254,6 +254,17 @@ def test_chat_messages_become_one_text(engine: Engine, reference: HFLM) -> None:
     assert lm.tokenizer_name == reference.tokenizer_name
 
 
+def test_a_rendered_chat_is_routed_on_what_it_says(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "add three"}]
+    lm = TreadleLM(engine, every=1)
+    context = lm.apply_chat_template(messages)
+    (text,) = lm.generate_until(instances("generate_until", [(context, {"until": [], "max_gen_toks": 5})]))
+    params = RoutingParams(every=1)
+    assert text == engine.generate(messages, sampling=SamplingParams(max_tokens=5), routing=params).text
+    ((nats, _),) = lm.loglikelihood(instances("loglikelihood", [(context, " four")]))
+    assert nats == pytest.approx(float(engine.score([messages], [" four"], routing=params)[0].sum()), abs=1e-3)
+
+
 def test_a_text_that_begins_with_the_first_token_gets_no_second_one(
     engine: Engine, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,28 @@ def test_routing_options_of_a_request_act(served: Serving, expected: Any) -> Non
     np.testing.assert_allclose(weights, routed.weights, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"prefill": "causal", "every": 1, "recent": None}])
+def test_a_chat_is_weighed_as_its_text(served: Serving, options: dict[str, Any]) -> None:
+    extra = {"treadle": {**options, "trace": True}}
+    answer = served.client().chat.completions.create(model="auto", messages=CHAT, extra_body=extra, **GREEDY)
+    weights = answer.choices[0].model_extra["treadle"]["weights"][0]
+    text = served.client().completions.create(model="auto", prompt=CHAT[0]["content"], extra_body=extra, **GREEDY)
+    assert weights == text.choices[0].model_extra["treadle"]["weights"][0]
+    routed = [served.post("/v1/route", {**given, "treadle": options}).json() for given in (
+        {"messages": CHAT}, {"text": CHAT[0]["content"]}
+    )]  # fmt: skip
+    assert routed[0] == routed[1]
+    if "window" not in options:
+        np.testing.assert_allclose(routed[0]["weights"], weights, atol=1e-5)
+
+
+def test_messages_are_weighed_as_their_contents(served: Serving) -> None:
+    messages = [{"role": "system", "content": "the atom"}, *CHAT, {"role": "assistant", "content": "def loop"}]
+    text = f"the atom\n\n{CHAT[0]['content']}\n\ndef loop"
+    routed = [served.post("/v1/route", given).json() for given in ({"messages": messages}, {"text": text})]
+    assert routed[0] == routed[1]
+
+
 @pytest.mark.parametrize(("score", "recent"), [("lda", None), ("cosine", None), ("centred", 3)])
 def test_a_trace_says_what_the_weights_were_made_from(served: Serving, score: Any, recent: int | None) -> None:
     options = {"score": score, "every": 1, "recent": recent, "temperature": 2}

@@ -88,6 +88,19 @@ def http(state: State) -> TestClient:
     return TestClient(app, raise_server_exceptions=False)
 
 
+def test_a_chat_is_routed_as_its_text(state: State, http: TestClient) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "def loop"}]}]
+    text = http.post("/route", json={"prompt": "def loop"}).json()
+    chat = http.post("/route", json={"messages": messages}).json()
+    assert chat["weights"][-1] == text["weights"][-1]
+    assert chat["prompt_tokens"] > text["prompt_tokens"]
+    other = state.tokenizer("<|a|>def loop<|template|> of heat of planets").input_ids  # as another template has it
+    rendered = http.post("/route", json={"messages": messages, "prompt": other}).json()
+    assert (rendered["prompt_tokens"], rendered["weights"][-1]) == (len(other), text["weights"][-1])
+    for body in ({}, {"messages": messages, "prompt": "def loop"}, {"messages": [{"role": "user"}]}, {"messages": [7]}):
+        assert http.post("/route", json=body).status_code == 400
+
+
 def held(state: State) -> list[tuple[str, ...]]:
     """The adapters that the server and each engine know."""
     return [state.asked.mixture.names, *(engine.names for engine in state.client.engines)]

@@ -8,6 +8,9 @@ import pytest
 
 from treadle.errors import ModelError
 from treadle.vllm_plugin import hooks
+from treadle.vllm_plugin.asked import Asked
+from treadle.vllm_plugin.chats import with_contents
+from treadle.vllm_plugin.params import CONTENTS, PluginParams
 from treadle.vllm_plugin.refusals import refusals, tokenizer_problems
 
 from conftest import BASE
@@ -124,3 +127,20 @@ def test_a_step_without_weights_is_never_computed() -> None:
     with pytest.raises(ModelError, match="'mine' did not lay the adapters"):
         hooks._fill(plain, planned, ["a"])
     assert len(board.filled) == 1
+
+
+def test_what_a_chat_says_goes_from_the_renderer_to_the_engine(bundle_folder: Path) -> None:
+    prompts = [{"prompt_token_ids": [1]}, {"prompt_token_ids": [2]}]
+    with_contents([[{"role": "user", "content": "add"}], [{"role": "user", "content": None}]], prompts)
+    assert [prompt[CONTENTS] for prompt in prompts] == [["add"], [""]]
+    asked = Asked.open(PluginParams(bundle=str(bundle_folder)))
+
+    class Params(SimpleNamespace):
+        def clone(self) -> "Params":
+            return Params(**vars(self))
+
+    given = Params(extra_args={CONTENTS: ["not the client's to say"], "mine": 1})
+    assert hooks._checked(asked, given, {}, None).extra_args == {"mine": 1, "treadle": "auto"}
+    said = hooks._checked(asked, given, {}, prompts[0][CONTENTS]).extra_args
+    assert said == {"mine": 1, "treadle": "auto", CONTENTS: ["add"]}
+    assert given.extra_args == {CONTENTS: ["not the client's to say"], "mine": 1}

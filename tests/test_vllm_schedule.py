@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from treadle.chat import RoutedText, contents_of, pieces_of, read_prompt
 from treadle.errors import OptionError, TreadleError
 from treadle.params import RoutingParams
 from treadle.vllm_plugin.joining import without_adapter
@@ -86,6 +87,36 @@ def test_weights_do_not_depend_on_how_they_are_asked_for(schedule: Schedule, tok
             assert [stream.key(at, at + 16) for at in range(0, 96, 16)] == [
                 expected.key(at, at + 16) for at in range(0, 96, 16)
             ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_at_once", [True, False], ids=["at once", "token by token"])
+def test_a_chats_weights_are_those_of_the_engines_row(
+    schedule: Schedule, tokenizer, mode: str, is_at_once: bool
+) -> None:
+    messages = [{"role": "user", "content": "the atom"}, {"role": "assistant", "content": "heat"},
+                {"role": "user", "content": "def loop return"}]  # fmt: skip
+    prompt = read_prompt(tokenizer, messages)
+    ids = [*prompt.ids, *tokenizer("list of the planet four plus").input_ids]
+    stream = schedule.open(MODES[mode], len(prompt.ids), contents_of(messages))
+    for end in [len(ids)] if is_at_once else range(len(prompt.ids), len(ids) + 1):
+        schedule.decide([(stream, ids[:end], end)])
+    params = stream.kind.params
+    text = RoutedText(prompt.chat, pieces_of(tokenizer, prompt.ids), params)
+    for piece in pieces_of(tokenizer, ids[len(prompt.ids) :]):
+        text.add(piece)
+    expected = schedule.mixture.router.trace(text.pieces, len(prompt.ids), params, ends=text.ends)
+    np.testing.assert_array_equal(stream.weights(0, len(ids)), expected)
+
+
+def test_a_chat_of_one_message_is_weighed_as_its_text(schedule: Schedule, tokenizer) -> None:
+    messages = [{"role": "user", "content": "def loop return"}]
+    chat, text = read_prompt(tokenizer, messages).ids, tokenizer("def loop return").input_ids
+    for given in (None, {"window": 5, "recent": 2}):
+        streams = [schedule.open(given, len(chat), contents_of(messages)), schedule.open(given, len(text))]
+        for stream, ids in zip(streams, (chat, text), strict=True):
+            schedule.decide([(stream, ids, len(ids))])
+        assert streams[0].newest_key == streams[1].newest_key
 
 
 def test_weights_of_tokens_that_are_not_known_are_never_guessed(schedule: Schedule, tokenizer) -> None:

@@ -36,7 +36,7 @@ def contents_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
             problems.append(f"message {index}: content is {content!r:.60}; allowed: a text, or a list of parts")
         contents.append("".join(filter(None, texts)))
     if problems:
-        raise OptionError(problem_list("messages:", problems))
+        raise OptionError(problems[0] if len(problems) == 1 else problem_list("messages:", problems))
     return contents
 
 

@@ -84,9 +84,11 @@ async def route(request: Request) -> Response:
 def _text_to_weigh(body: RouteBody, problems: Problems, most: int | None) -> str:
     """Return the text of a body, or what its messages say; adds to its problems."""
     wrong = {problem.place.partition("[")[0] for problem in problems}
-    if (body.text is None) == (body.messages is None) and not wrong & {"text", "messages"}:
-        given = "neither" if body.text is None else "both"
-        problems.append(Problem("text", f"text and messages: got {given}; allowed: one of them"))
+    if not wrong & {"text", "messages"}:
+        if body.text is None and body.messages is None:
+            problems.append(Problem("text", "text is missing; allowed: a text, or messages instead"))
+        elif body.text is not None and body.messages is not None:
+            problems.append(Problem("messages", "messages: got messages and a text; allowed: one of them"))
     if body.messages is None:
         place, text = "text", body.text or ""
     else:
