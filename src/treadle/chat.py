@@ -186,11 +186,11 @@ def pieces_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[
 
 
 def only(own: Sequence[str], contents: Sequence[str]) -> list[str]:
-    """Return what tokens behind a chat's prompt say: contents, with blank lines before, and not the template's words.
+    """Return what each token of a chat says, (T,): contents, with blank lines before, and not the template's words.
 
     Args:
         own: (T,) the text that each token adds.
-        contents: of all messages of the chat, of which the last are looked for.
+        contents: of the chat's messages; where one is not found, those before it are not looked for.
     """
     text, spans = "".join(own), list[tuple[int, int]]()
     limit = len(text)

@@ -44,7 +44,7 @@ class Routed:
         self._blend = blend
         self._source = source
         self._router, self._params, tokenizer, _ = source
-        self._pads = {0, tokenizer.pad_token_id}  # what stands for padding where no mask tells
+        self._pads: set[Any] = {0, tokenizer.pad_token_id}  # what stands for padding where no mask tells
         self._signature = inspect.signature(model.forward)
         self._rows: list[RunningRow] = []
         self._cached: WeakKeyDictionary[Cache, tuple[list[RunningRow], Tensor | None]] = WeakKeyDictionary()
@@ -80,7 +80,10 @@ class Routed:
         else:
             rows = [RunningRow(self._source) for _ in is_real]
         prompts = [None if past else sum(real[: len(real) - ahead]) for real in is_real]
-        starts = [row.read(*columns) for row, *columns in zip(rows, ids.tolist(), is_real, prompts, strict=True)]
+        starts = [
+            row.read(own, real, prompt)
+            for row, own, real, prompt in zip(rows, ids.tolist(), is_real, prompts, strict=True)
+        ]
         weights = self._weigh(rows, starts, is_real)  # (B, 1|T, N)
         self._rows = rows
         self._blend.set_weights(weights if weights.any() else None, self._params.combine)

@@ -29,20 +29,21 @@ class RunningRow:
         self._text = Detokenizer(tokenizer)
         self._running = RunningText(router, self._params)
         self._ids: list[int] = []
+        self._own: list[str] = []  # the text that each token adds
         self._routed = RoutedText(None, [], self._params)
 
     def due(self, start: int) -> tuple[list[int], list[tuple[int, tuple[Any, ...]]]]:
         """Return what decides the weights of the tokens from `start` on.
 
         Returns:
-            (T,) decision lengths, one a token, and (length, snapshot) of those that the embedder has yet to finish.
+            (T,) how many pieces decide for each token, and (pieces, snapshot) of what the embedder has yet to finish.
         """
+        routed, params = self._routed, self._params
         positions = range(start, len(self._ids))
-        lengths = [decision_length(position, self.prompt_tokens, self._params) for position in positions]
+        lengths = [routed.count(decision_length(position, self.prompt_tokens, params)) for position in positions]
         snapshots: list[tuple[int, tuple[Any, ...]]] = []
-        for length in sorted(set(lengths)) if self._params.rule != "fixed" else ():
-            routed = self._routed
-            views = self._running.decide(routed.pieces, routed.count(length), routed.prompt_pieces)
+        for length in sorted(set(lengths)) if params.rule != "fixed" else ():
+            views = self._running.decide(routed.pieces, length, routed.prompt_pieces)
             if views is not None:
                 snapshots.append((length, views))
         return lengths, snapshots
@@ -59,14 +60,15 @@ class RunningRow:
         self.is_real += is_real
         new = [token_id for token_id, real in zip(ids, is_real, strict=True) if real]
         self._ids += new
-        pieces = [self._text.push(token_id) for token_id in new]
+        self._own += [self._text.push(token_id) for token_id in new]
+        pieces = self._own[start:]
         if prompt_tokens is not None:
             self.prompt_tokens = prompt_tokens
             chat = self._chats.read(self._ids[:prompt_tokens])
             self._routed = RoutedText(chat, pieces[:prompt_tokens], self._params)
             pieces = pieces[prompt_tokens:]
         elif len(new) > 1 and self._routed.ends is not None:  # a chat that goes on in its cache
-            pieces = only(pieces, self._chats.contents(self._ids) or [])
+            pieces = only(self._own, self._chats.contents(self._ids) or [])[start:]
         for piece in pieces:
             self._routed.add(piece)
         return start
@@ -78,8 +80,7 @@ class RunningRow:
         count = sum(is_real)
         row.is_real, row._ids = is_real, self._ids[:count]
         row.prompt_tokens = min(self.prompt_tokens, count)
-        for token_id in row._ids:
-            row._text.push(token_id)
+        row._own = [row._text.push(token_id) for token_id in row._ids]
         row._routed = routed = self._routed.first(count)
         row.weights = self.weights
         if self._params.prefill == "prompt" and self._params.rule != "fixed":  # where its last domain begins

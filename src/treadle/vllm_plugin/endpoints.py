@@ -157,7 +157,7 @@ def _route(state: State, asked: tuple[Any, Any], generated: Any, given: Any) -> 
     if _are_ids(prompt):
         ids = list(prompt)
     else:
-        ids = prompt_ids(state.tokenizer, messages if prompt is None else _checked_prompt(state, prompt))
+        ids = prompt_ids(state.tokenizer, _checked_prompt(state, messages if prompt is None else prompt))
     if not _are_ids(generated) and generated != []:
         raise OptionError("route: token_ids must be a list of token ids")
     whole = [*ids, *generated]
