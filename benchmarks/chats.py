@@ -3,11 +3,12 @@
     python benchmarks/chats.py --data ../shared/data
 
 A chat is a user's message, alone or behind a system message of the user's own. "rendered" is what the base's chat
-template makes of the message, read as a plain text: how chats were routed before 0.2. No base model is run; only its
-tokenizer is loaded.
+template makes of the message, read as a plain text: how chats were routed at first. No base model is run; only its
+tokenizer is loaded. ARC's questions are asked without their choices too.
 """
 
 import argparse
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 import treadle
 from treadle.chat import contents_of, joined, read_prompt
-from treadle.data import load_examples
+from treadle.data import load_examples, read_rows
 from treadle.models import load_tokenizer
 from treadle.params import SamplingParams
 from treadle.routing import Router
@@ -51,6 +52,9 @@ def main() -> None:
         shares.append(measure(router, tokenizer, task, [each.bare for each in examples]))
         print_row(task, shares[-1])
     print_row("mean", np.mean(shares, 0).tolist())
+    rows = islice(read_rows(options.data / f"{FILES['science']}.jsonl.gz"), ROWS)
+    questions = [str(row["question"]) for row in rows]
+    print_row("science, questions alone", measure(router, tokenizer, "science", questions))
 
 
 def measure(router: Router, tokenizer: Any, task: str, asked: list[str]) -> list[float]:

@@ -221,6 +221,21 @@ def test_a_pipeline_of_messages_is_the_engines_chat(plain, bundle, reference, na
     assert said["generated_text"] == done.text
 
 
+def test_a_chat_that_goes_on_in_its_cache_says_what_its_messages_do(plain, bundle, reference) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CODED
+    routing = RoutingParams(every=1, recent=None)
+    turns = [*CHAT, {"role": "assistant", "content": "heat"}, {"role": "user", "content": "the planet"}]
+    first, both = (
+        tokenizer.apply_chat_template(each, add_generation_prompt=True)["input_ids"] for each in (CHAT, turns)
+    )
+    with torch.inference_mode(), routed(plain, bundle, tokenizer=tokenizer, routing=routing) as handle:
+        read = plain(torch.tensor([first]), use_cache=True)
+        plain(torch.tensor([both[len(first) :]]), use_cache=True, **{cache_argument(plain): find_cache(read)})
+    expected = bundle.router.weights(["add three plus four\n\nheat\n\nthe planet"], routing)[0]
+    np.testing.assert_allclose(handle.weights[0], expected, atol=1e-5)
+
+
 def test_beams_of_a_chat_are_followed(plain, bundle) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CODED

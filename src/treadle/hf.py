@@ -44,7 +44,8 @@ class Routed:
         self._blend = blend
         self._source = source
         self._router, self._params, tokenizer, _ = source
-        self._pads: set[Any] = {0, tokenizer.pad_token_id}  # what stands for padding where no mask tells
+        pad_id: Any = tokenizer.pad_token_id
+        self._pads = {0, pad_id}  # what stands for padding where no mask tells
         self._signature = inspect.signature(model.forward)
         self._rows: list[RunningRow] = []
         self._cached: WeakKeyDictionary[Cache, tuple[list[RunningRow], Tensor | None]] = WeakKeyDictionary()
