@@ -21,9 +21,10 @@ UV = (sys.executable, "-m", "uv")
 def resolve(which: str) -> dict[str, str]:
     """Return the version of each package."""
     resolution = "lowest-direct" if which == "oldest" else "highest"
+    chosen = [name for name in DEV_EXTRAS if which == "newest" or name != "dev"]  # the tests' own tools stay as locked
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     options = ("--resolution", resolution, "--no-annotate", "--constraints", "requirements/torch.in")
-    text = compiled(PROJECT, *extras(DEV_EXTRAS), *options, *left_out(torch_names()), python=version)
+    text = compiled(PROJECT, *extras(chosen), *options, *left_out(torch_names()), python=version)
     return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, re.MULTILINE))
 
 
