@@ -66,6 +66,29 @@ ARCHITECTURES = [
     ),
     Architecture("Phi3", SIZES, targets=(["qkv_proj", "o_proj"], ["qkv_proj", "gate_up_proj"])),
     Architecture("GPT2", GPT2_SIZES, targets=(["c_attn", "attn.c_proj"], ["c_attn", "c_fc", "mlp.c_proj"])),
+    # rows and tokens are one axis where these layers read
+    Architecture(
+        "OPT",
+        {"vocab_size": 260, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"word_embed_proj_dim": 32, "max_position_embeddings": 32, "init_std": 0.12, "eos_token_id": 257},
+        targets=(["fc1", "fc2"], ["q_proj", "fc2"]),
+    ),
+    Architecture(
+        "Qwen2Moe",
+        SIZES
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 24},
+        targets=(["shared_expert.up_proj", "q_proj"], ["shared_expert.down_proj", "v_proj"]),
+    ),
+    # values are shorter than keys
+    Architecture(
+        "DeepseekV2",
+        SIZES
+        | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+        | {"qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "topk_group": 1},
+        targets=(["q_a_proj", "o_proj"], ["q_b_proj", "kv_a_proj_with_mqa"]),
+    ),
 ]
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from treadle.adapters import Adapter, LoraPair
-from treadle.compatible import check_adapters, check_combine, check_range
+from treadle.compatible import check_adapters, check_combine, check_range, is_routed
 from treadle.errors import AdapterError, OptionError, unknown_name
-from treadle.layers import BlendedLinear, Gates, Layout, Shrink
+from treadle.layers import BlendedLinear, Gates, LayerRole, Layout, Shrink
 from treadle.params import Combine
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -272,9 +272,11 @@ class Blend:
             check_range(new, dtype)
         for path in self._layers.keys() - targets:
             self._put(path, self._layers.pop(path).base)
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         for path in sorted(targets - self._layers.keys()):
             base = self.model.get_submodule(path)
-            self._layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates)
+            role = LayerRole(path, is_head=base is head, is_routed=is_routed(path))
+            self._layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates, role)
             self._put(path, self._layers[path])
         self._names = tuple(adapter.name for adapter in adapters)
         self._ranks = [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]

@@ -33,13 +33,14 @@ class RowLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the keys and values (B, H, T, head) of T new tokens; return those of all tokens."""
         start, end = self._end, self._end + key_states.shape[-2]
+        new = key_states, value_states
         if self._buffers is None:
             self._num_rows = len(key_states)
-            self._reserve(key_states, self._num_rows, 0, end)
+            self._reserve(new, self._num_rows, 0, end)
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         elif end > self._buffers[0].shape[-2]:
             length = self.get_seq_length()
-            self._reserve(key_states, len(self._buffers[0]), 0, length + key_states.shape[-2])
+            self._reserve(new, len(self._buffers[0]), 0, length + key_states.shape[-2])
             start, end = length, length + key_states.shape[-2]
         keys, values = cast(tuple[Tensor, Tensor], self._buffers)
         rows = self._num_rows
@@ -52,7 +53,7 @@ class RowLayer(DynamicLayer):
         """Make one more column part of the window, for somebody else to write; `keys` and `values` lag behind."""
         keys, _ = self.buffers
         if self._end == keys.shape[-2]:
-            self._reserve(keys, len(keys), 0, self.get_seq_length() + 1)
+            self._reserve(self.buffers, len(keys), 0, self.get_seq_length() + 1)
             self.show()  # what it showed would keep the old buffers
         self._end += 1
 
@@ -83,7 +84,7 @@ class RowLayer(DynamicLayer):
         if num_rows > len(self._buffers[0]) or missing > self._start:
             growth = ROW_GROWTH * (4 if keys.device.type == "cpu" else 1)
             capacity = len(self._buffers[0]) if num_rows <= len(self._buffers[0]) else num_rows + growth
-            self._reserve(keys, capacity, missing, max(self.get_seq_length(), length))
+            self._reserve((keys, values), capacity, missing, max(self.get_seq_length(), length))
         before, self._start = self._start, self._start - missing
         for buffer, states in zip(self._buffers, (keys, values), strict=True):
             buffer[: self._num_rows, :, self._start : before] = 0
@@ -105,15 +106,17 @@ class RowLayer(DynamicLayer):
         self._start += drop
         self.show()
 
-    def _reserve(self, like: Tensor, num_rows: int, left: int, columns: int) -> None:
-        """Move to new buffers (num_rows, H, columns and more, head), the columns in use behind `left` free ones.
+    def _reserve(self, like: tuple[Tensor, Tensor], num_rows: int, left: int, columns: int) -> None:
+        """Move to new buffers (num_rows, H, columns and more, head), each as `like`, the columns in use behind `left` free ones.
 
         They are not filled: what becomes visible later is written first.
         """
         before, length = self._buffers, self.get_seq_length()
-        spare = max(GROWTH, columns if like.device.type == "cpu" else columns // 4)
-        shape = (num_rows, like.shape[1], columns + spare, like.shape[-1])
-        self._buffers = new_pages(shape, like), new_pages(shape, like)
+        spare = max(GROWTH, columns if like[0].device.type == "cpu" else columns // 4)
+        keys, values = (  # latent attention: values are shorter than keys
+            new_pages((num_rows, each.shape[1], columns + spare, each.shape[-1]), each) for each in like
+        )
+        self._buffers = keys, values
         if before is not None:
             for old, new in zip(before, self._buffers, strict=True):
                 new[: self._num_rows, :, left : left + length] = old[: self._num_rows, :, self._start : self._end]

@@ -44,7 +44,7 @@ def read_chunk(model: "PreTrainedModel", ids: Tensor, cache: RowCache) -> Tensor
         gate, up = _results(layer.gate_up, layer.second_norm(x))
         (made,) = _results(layer.down, functional.silu(gate) * up)
         x = x + made
-    return outer.lm_head(inner.norm(x[-1:]))
+    return outer.lm_head(inner.norm(x[None, -1:]))[0]
 
 
 def _results(layers: tuple[nn.Module, ...], x: Tensor) -> list[Tensor]:

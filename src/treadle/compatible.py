@@ -1,6 +1,7 @@
 """Whether adapters fit a model and each other; every way in which they do not is in one error."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,6 +11,14 @@ from treadle.errors import AdapterError, OptionError, OptionProblem, problem_lis
 from treadle.layers import BlendedLinear
 from treadle.magnitudes import range_problems
 from treadle.params import COMBINES
+
+ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+"""In the path of a layer that belongs to one of several experts."""
+
+
+def is_routed(path: str) -> bool:
+    """Return whether the layer at `path` reads only the tokens that a router sends to it."""
+    return ROUTED_EXPERT.search(path) is not None
 
 
 def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
@@ -43,6 +52,24 @@ def check_range(adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
         problems = [f"{each.name}: {problem}" for each in adapters for problem in range_problems(each.pairs, dtype)]
         if problems:
             raise AdapterError(problem_list("the adapters do not fit the model's dtype:", problems))
+
+
+def check_tokens(adapters: Sequence[Adapter], rereading: Collection[str]) -> None:
+    """Raise an AdapterError that names adapters of layers where a token's weights cannot follow it.
+
+    Args:
+        adapters: to be blended by row and token.
+        rereading: paths of layers that read all tokens again in each step.
+    """
+    problems: list[str] = []
+    for adapter in adapters:
+        routed = sum(map(is_routed, adapter.pairs))
+        again = [path for path in adapter.pairs if path in rereading]
+        problems += [f"{adapter.name}: {routed} layers of routed experts"] if routed else []
+        problems += [f"{adapter.name}: {len(again)} layers that read the past again ({again[0]})"] if again else []
+    if problems:
+        head = "these layers cannot be blended by row and token; train adapters without them:"
+        raise AdapterError(problem_list(head, problems))
 
 
 def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:

@@ -14,11 +14,11 @@ from treadle.batch import Batch
 from treadle.blend import Blend, attach
 from treadle.centroids import Centroids, Floats
 from treadle.chat import TokenPrompt, read_prompt, token_prompt
+from treadle.compatible import check_tokens
 from treadle.completion import Completion
 from treadle.embed import num_words
 from treadle.errors import (
     AdapterError,
-    ModelError,
     OptionError,
     OptionProblem,
     TreadleError,
@@ -33,6 +33,7 @@ from treadle.prefixes import PrefixCache
 from treadle.routing import Router
 from treadle.rows import Report, Row, TokenEvent
 from treadle.step_parts import is_hooked
+from treadle.supported import check_supported, rereading_layers
 from treadle.text import Prompt, is_one_prompt
 
 if TYPE_CHECKING:
@@ -68,15 +69,13 @@ class Engine:
                 CPUs up to twice as fast; None = there, where it takes at most a GiB.
 
         Raises:
-            ModelError: the model has no key-value cache.
-            AdapterError: router and adapters differ.
+            ModelError: the engine cannot run the model (`treadle.supported`).
+            AdapterError: router and adapters differ, or an adapter targets layers that cannot be blended by token.
             OptionError: `pack` is true and nothing reads packed weights, or the adapters cannot be combined so.
         """
-        if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
-            raise ModelError(
-                f"{type(model).__name__} keeps a recurrent state or has an encoder; the engine needs a decoder with "
-                "a key-value cache. treadle.attach works on any model."
-            )
+        check_supported(model)
+        self._rereading = frozenset[str]() if step_parts.fits(model) else rereading_layers(model)
+        check_tokens(adapters, self._rereading)
         if sorted(adapter.name for adapter in adapters) != sorted(router.names):
             raise AdapterError(
                 f"the router knows {', '.join(router.names)}; the adapters are {', '.join(a.name for a in adapters)}."
@@ -188,6 +187,7 @@ class Engine:
         On an error nothing has changed.
         """
         self._check_new(adapter.name)
+        check_tokens([adapter], self._rereading)
         joined = self.router.centroids.join(centroids)
         if joined.names != (*self.router.names, adapter.name):
             raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from treadle.errors import OptionError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -65,10 +67,25 @@ class Gates:
     fold: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of each gate, (B|1, T|1, R)."""
+        gate = self.inner if self.direct is None else self.direct
+        assert gate is not None
+        num_rows, num_tokens, size = gate.shape
+        return num_rows, num_tokens, size
+
+    @property
     def size(self) -> int:
         """How many rows of a stack the gates are for: R."""
-        gate = self.inner if self.direct is None else self.direct
-        return 0 if gate is None else gate.shape[-1]
+        return self.shape[-1]
+
+    def last(self, num_tokens: int) -> "Gates":
+        """Return the gates of the last tokens; gates that all tokens share stay as they are."""
+        if self.shape[1] <= num_tokens:
+            return self
+        given = (self.direct, self.inner, self.outer)
+        parts = [None if gate is None else gate[:, -num_tokens:] for gate in given]
+        return Gates(*parts, self.num_blocks, self.fold)
 
     def apply(self, h: Tensor) -> Tensor:
         """Return the gated `h` (B, T, R)."""
@@ -141,15 +158,52 @@ class Shrink(nn.Module):
         return cast(Tensor, product)
 
 
+@dataclass(frozen=True)
+class LayerRole:
+    """A layer's part in its model, which decides how the tokens that it reads are laid out.
+
+    Attributes:
+        path: of the layer.
+        is_head: it makes the logits, and may read the last tokens only.
+        is_routed: it belongs to an expert, which reads the tokens that are sent to it, in any order.
+    """
+
+    path: str
+    is_head: bool = False
+    is_routed: bool = False
+
+    def apply(self, gates: Gates, h: Tensor) -> Tensor:
+        """Return the gated `h` (..., R) of a layer whose input has not the shape (B, T, in).
+
+        A model may flatten rows and tokens into one axis (B * T); the gates follow. An error where they cannot.
+        """
+        lead = h.shape[:-1]
+        if self.is_head:
+            gates = gates.last(lead[-1])
+        num_rows, num_tokens, size = gates.shape
+        if (num_rows, num_tokens) == (1, 1):
+            return gates.apply(h.reshape(1, -1, size)).view(h.shape)
+        if self.is_head and len(lead) > 1:
+            return gates.apply(h)
+        row = num_tokens if num_tokens > 1 else lead[0] // num_rows  # tokens of a row
+        if self.is_routed or len(lead) > 1 or lead[0] != row * (num_rows if num_rows > 1 else lead[0] // max(row, 1)):
+            raise OptionError(
+                f"{self.path} reads tokens in the shape {tuple(lead)}; weights of {num_rows} rows and {num_tokens} "
+                "tokens cannot follow them there. Give all tokens the same weights, or take adapters without this layer."
+            )
+        return gates.apply(h.view(-1, row, size)).view(h.shape)
+
+
 class BlendedLinear(nn.Module):
     """A linear layer of the base model and, beside it, the stacked factors of all adapters that target it."""
 
     b: Tensor
     every_b: Tensor
 
-    def __init__(self, base: nn.Module, dtype: torch.dtype, gates: dict[int, Gates]) -> None:
+    def __init__(self, base: nn.Module, dtype: torch.dtype, gates: dict[int, Gates], role: LayerRole) -> None:
         super().__init__()
         self.base = base
+        self.role = role
         self.gates = gates  # the blend's own: what it puts there acts on the next forward pass
         self.dtype = dtype
 
@@ -194,7 +248,13 @@ class BlendedLinear(nn.Module):
     def gated(self, x: Tensor) -> Tensor | None:
         """Return the gated A x (B, T, R) of x (B, T, in), which B takes to the update; None where no adapter acts."""
         gates = self.gates.get(self.slot)
-        return None if gates is None else gates.apply(self.shrink.product(x, self.index))
+        if gates is None:
+            return None
+        h = self.shrink.product(x, self.index)  # (B, T, R), or as the model shapes its tokens
+        num_rows, num_tokens, _ = gates.shape
+        if h.dim() == 3 and num_rows in (1, h.shape[0]) and num_tokens in (1, h.shape[1]) and not self.role.is_routed:
+            return gates.apply(h)
+        return self.role.apply(gates, h)
 
     @property
     def weight(self) -> Tensor:

@@ -1,0 +1,81 @@
+"""Which models the engine refuses by name: their state is more than keys and values, or padding moves their tokens."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from treadle.adapters import Adapter, LoraPair
+from treadle.blend import attach
+from treadle.compatible import check_tokens
+from treadle.errors import AdapterError, ModelError, OptionError
+from treadle.supported import check_supported, rereading_layers
+
+from conftest import TINY, tiny_llama
+
+BART = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 260}
+REFUSED = {
+    "Lfm2": ("Lfm2", TINY | {"layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer|conv"),
+    "MiniMax": ("MiniMax", TINY | {"layer_types": ["linear_attention", "full_attention"]}, "inear"),
+    "OpenAIGPT": ("OpenAIGPT", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 260}, "takes no cache"),
+    "Bart": ("Bart", BART, "counts padding as tokens"),
+}
+
+
+def made(name: str, options: dict[str, object]) -> PreTrainedModel:
+    kind = f"{name}LMHeadModel" if name == "OpenAIGPT" else f"{name}ForCausalLM"
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**options)).eval()
+
+
+@pytest.mark.parametrize(("name", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_model_that_the_engine_cannot_run_is_refused_by_name(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"(?s)cannot run {name}\w+;.*{message}"):
+        check_supported(made(name, options))
+
+
+def test_a_model_that_takes_no_positions_but_minds_its_padding_is_run() -> None:
+    options = {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 260}
+    check_supported(made("Bloom", options))
+
+
+def expert(path: str) -> Adapter:
+    pair = LoraPair(torch.randn(2, 32), torch.randn(32, 2), 1.0)
+    return Adapter("one", "base", {path: pair}, source=None)  # type: ignore[arg-type]
+
+
+def test_adapters_of_routed_experts_are_refused_by_name_and_those_of_shared_ones_are_not() -> None:
+    with pytest.raises(AdapterError, match="one: 1 layers of routed experts"):
+        check_tokens([expert("model.layers.0.mlp.experts.3.up_proj")], ())
+    check_tokens([expert("model.layers.0.mlp.shared_experts.up_proj"), expert("model.layers.0.experts_norm.0.a")], ())
+
+
+def test_layers_that_read_the_past_again_are_found_and_their_adapters_refused_by_name() -> None:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    sizes = TINY | {"num_key_value_heads": 4, "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1}
+    found = rereading_layers(made("DeepseekV2", sizes | latent))
+    if not found:  # transformers before 5.20 caches whole keys and values
+        return
+    assert found == {f"model.layers.{index}.self_attn.kv_b_proj" for index in range(2)}
+    message = r"one: 1 layers that read the past again \(model.layers.1.self_attn.kv_b_proj\)"
+    with pytest.raises(AdapterError, match=message):
+        check_tokens([expert("model.layers.1.self_attn.kv_b_proj")], found)
+    assert not rereading_layers(tiny_llama())
+
+
+def test_an_expert_follows_weights_that_are_the_same_for_all_and_refuses_others() -> None:
+    model = tiny_llama()
+    model.model.layers[0].experts = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+    layer, tokens = model.model.layers[0].experts, torch.randn(3, 32)  # 3 of 4 tokens were sent to it
+    blend = attach(model, [expert("model.layers.0.experts.0")])
+    base = layer[0].base(tokens)
+    with blend.using([1.0]), torch.no_grad():
+        pair = blend.adapters[0].pairs["model.layers.0.experts.0"]
+        torch.testing.assert_close(layer[0](tokens), base + tokens @ pair.a.T @ pair.b.T)
+    message = re.escape("model.layers.0.experts.0 reads tokens in the shape (3,)")
+    with blend.using(torch.tensor([[1.0], [0.5], [0.2]])), pytest.raises(OptionError, match=message):
+        layer[0](tokens)
