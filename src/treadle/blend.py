@@ -272,7 +272,8 @@ class Blend:
             check_range(new, dtype)
         for path in self._layers.keys() - targets:
             self._put(path, self._layers.pop(path).base)
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        model: Any = self.model
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         for path in sorted(targets - self._layers.keys()):
             base = self.model.get_submodule(path)
             role = LayerRole(path, is_head=base is head, is_routed=is_routed(path))

@@ -5,7 +5,7 @@ computed once a step and shared by all modules of the same layout. Base weights 
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
@@ -83,9 +83,11 @@ class Gates:
         """Return the gates of the last tokens; gates that all tokens share stay as they are."""
         if self.shape[1] <= num_tokens:
             return self
-        given = (self.direct, self.inner, self.outer)
-        parts = [None if gate is None else gate[:, -num_tokens:] for gate in given]
-        return Gates(*parts, self.num_blocks, self.fold)
+
+        def cut(gate: Tensor | None) -> Tensor | None:
+            return None if gate is None else gate[:, -num_tokens:]
+
+        return replace(self, direct=cut(self.direct), inner=cut(self.inner), outer=cut(self.outer))
 
     def apply(self, h: Tensor) -> Tensor:
         """Return the gated `h` (B, T, R)."""
