@@ -20,6 +20,7 @@ CORE = {
         "layers",
         "blend",
         "compatible",
+        "supported",
         "chunk_step",
         "fast_step",
         "centroids",

@@ -107,7 +107,7 @@ class RowLayer(DynamicLayer):
         self.show()
 
     def _reserve(self, like: tuple[Tensor, Tensor], num_rows: int, left: int, columns: int) -> None:
-        """Move to new buffers (num_rows, H, columns and more, head), each as `like`, the columns in use behind `left` free ones.
+        """Move to new buffers (num_rows, H, columns and more, head), the columns in use behind `left` free ones.
 
         They are not filled: what becomes visible later is written first.
         """

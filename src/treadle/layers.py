@@ -191,7 +191,7 @@ class LayerRole:
         if self.is_routed or len(lead) > 1 or lead[0] != row * (num_rows if num_rows > 1 else lead[0] // max(row, 1)):
             raise OptionError(
                 f"{self.path} reads tokens in the shape {tuple(lead)}; weights of {num_rows} rows and {num_tokens} "
-                "tokens cannot follow them there. Give all tokens the same weights, or take adapters without this layer."
+                "tokens cannot follow them there. Give all the same weights, or take adapters without this layer."
             )
         return gates.apply(h.view(-1, row, size)).view(h.shape)
 

@@ -1,4 +1,4 @@
-"""Whether the engine can run a model: it needs a decoder whose whole state is keys and values, and its rows need padding.
+"""Whether the engine can run a model: a decoder whose whole state is keys and values, and which minds its padding.
 
 The questions go to transformers and to the model itself. No list of names would stay complete.
 """
@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from treadle.cache import RowCache
 from treadle.compatible import linear_shape
 from treadle.errors import ModelError, problem_list
+from treadle.transformers_names import CACHE_NAMES, cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,8 +24,6 @@ HELD_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 """The layers of transformers' caches that `treadle.cache` can stand for: keys and values of each token, or nothing."""
 STATES = ("conv", "linear_attention", "mamba", "recurrent")
 """Layer types of a configuration that keep a state; before transformers 5.6 their caches do not tell."""
-CACHE_NAMES = ("cache", "past_key_values")
-"""What models call the argument with their keys and values."""
 PADDING = 3
 """Columns of padding that the probe puts before a text."""
 
@@ -86,12 +85,11 @@ def rereading_layers(model: "PreTrainedModel") -> frozenset[str]:
 
     linear = [(path, module, shape) for path, module in model.named_modules() if (shape := linear_shape(module))]
     hooks = [module.register_forward_pre_hook(partial(note, path, shape[0])) for path, module, shape in linear]
-    argument = next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
     cache, ids = RowCache(), torch.arange(1, 5, device=model.device)[None]
     try:
         for part in (ids[:, :-1], ids[:, -1:]):  # the last pass reads one token
             seen.clear()
-            model(input_ids=part, use_cache=True, **{argument: cache})
+            model(input_ids=part, use_cache=True, **{cache_argument(model): cache})
     finally:
         for hook in hooks:
             hook.remove()
