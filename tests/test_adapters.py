@@ -364,8 +364,8 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         "all its B factors are zero: it changes nothing (was it saved before training?)",
     ),
     "foreign": (
-        lambda t: t | {"base_model.model.lm_head.weight": torch.ones(260, 32)},
-        "base_model.model.lm_head.weight: not a LoRA factor",
+        lambda t: t | {"base_model.model.lm_head.scale": torch.ones(260, 32)},
+        "base_model.model.lm_head.scale: not a LoRA factor",
     ),
     "bias": (lambda t: t | {Q_B.replace("weight", "bias"): torch.ones(32)}, f"{Q_B[:-6]}bias: not a LoRA factor"),
     "DoRA magnitude": (

@@ -50,6 +50,10 @@ HARMLESS_FIELDS = frozenset(
     "lora_ga_config velora_config qalora_group_size runtime_config ensure_weight_tying".split()
 )
 """Fields that are read above, or that matter to training only."""
+BASE_WEIGHT = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight$")
+"""A whole weight: PEFT saves the base's own beside factors of the head, or where the vocabulary was resized."""
+MATRIX = 2
+"""Axes of a whole weight."""
 TENSOR_NAME = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight$"
 )
@@ -89,6 +93,7 @@ class Adapter:
         targets: `target_modules` of its config: module names, or a regular expression.
         excluded: `exclude_modules` of its config, in the same form.
         layers: `layers_to_transform` of its config; None = all.
+        weights: module path -> whole weight (out, in) that was saved beside the factors; it must be the base's own.
         identity: the same for the same factors and scales, whatever the name; of one made by hand, its own.
     """
 
@@ -99,6 +104,7 @@ class Adapter:
     targets: tuple[str, ...] | str = ()
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor], compare=False, repr=False)
     identity: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
 
     def declared(self, modules: Sequence[str]) -> list[str]:
@@ -142,6 +148,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
     if unknown:
         warnings.warn(f"adapter {name!r}: unknown fields that may matter: {', '.join(unknown)}", stacklevel=2)
     tensors = _read_tensors(folder, name)
+    weights = _take_weights(tensors)
     pairs, tensor_problems = _pair_up(tensors, config)
     problems = [*_config_problems(config), *tensor_problems, *_selection_problems(config, list(pairs))]
     if problems:
@@ -155,6 +162,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
         targets=_pattern(config.get("target_modules")),
         excluded=_pattern(config.get("exclude_modules")),
         layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        weights=weights,
         identity=_identity(pairs),
     )
 
@@ -232,6 +240,12 @@ def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
         return read_tensors(file, AdapterError).tensors
     except AdapterError as error:
         raise AdapterError(f"adapter {name!r}: {error}") from error
+
+
+def _take_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the whole weights, by module path, out of what a file holds; a model says whether they are its own."""
+    names = {key: found for key in tensors if ".lora_" not in key and (found := BASE_WEIGHT.match(key))}
+    return {found["module"]: tensors.pop(key) for key, found in names.items() if tensors[key].dim() == MATRIX}
 
 
 def _sides(tensors: dict[str, torch.Tensor], problems: list[str]) -> dict[str, dict[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.adapters import Adapter, LoraPair
-from treadle.compatible import check_adapters, check_combine, check_range, is_routed
+from treadle.compatible import check_adapters, check_combine, check_range, is_routed, with_model_names
 from treadle.errors import AdapterError, OptionError, unknown_name
 from treadle.layers import BlendedLinear, Gates, LayerRole, Layout, Shrink
 from treadle.params import Combine
@@ -264,6 +264,7 @@ class Blend:
 
     def _replace_all(self, adapters: tuple[Adapter, ...]) -> None:
         """Check, then stack the factors of `adapters` and leave exactly the layers that they target replaced."""
+        adapters = tuple(with_model_names(self.model, adapter) for adapter in adapters)
         check_adapters(self.model, adapters)
         check_combine(self.combine, adapters)
         targets = {module for adapter in adapters for module in adapter.pairs}
@@ -313,7 +314,7 @@ class Blend:
                 pairs[path] = replace(
                     pair, a=layer.shrink.every_a[first + start : first + end], b=layer.every_b[:, start:end]
                 )
-            views.append(replace(adapter, pairs=pairs))
+            views.append(replace(adapter, pairs=pairs, weights={}))  # compared, and let go
         return tuple(views)
 
     def _put(self, path: str, module: nn.Module) -> None:

@@ -2,16 +2,20 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from treadle.adapters import Adapter
 from treadle.errors import AdapterError, OptionError, OptionProblem, problem_list, unknown_name
 from treadle.layers import BlendedLinear
 from treadle.magnitudes import range_problems
 from treadle.params import COMBINES
+from treadle.transformers_names import checkpoint_renamer
 
+LAYER_STACK = re.compile(r"(.*?)\.\d+\.")
+"""In the path of a layer: where a stack of numbered layers begins."""
 ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 """In the path of a layer that belongs to one of several experts."""
 
@@ -23,7 +27,34 @@ def is_routed(path: str) -> bool:
 
 def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
     """Raise an AdapterError that lists every way in which the adapters do not fit the model or each other."""
-    check_fit(linear_shapes(model), adapters)
+    check_fit(linear_shapes(model), [replace(adapter, weights={}) for adapter in adapters])
+    modules = dict(model.named_modules())
+    problems = [
+        f"{adapter.name}: it replaces {path}.weight {problem}"
+        for adapter in adapters
+        for path, weight in adapter.weights.items()
+        if (problem := weight_problem(modules.get(path), weight))
+    ]
+    if problems:
+        head = "adapters that change whole weights of the base cannot be blended; save them without these weights:"
+        raise AdapterError(problem_list(head, problems))
+
+
+def weight_problem(module: nn.Module | None, weight: Tensor) -> str | None:
+    """Return how a saved weight (out, in) differs from that of the base's module; None where it is the same.
+
+    The weights are compared in the coarser of both dtypes: an adapter may be trained in another one than it runs in.
+    """
+    own = getattr(module, "weight", None)
+    if not isinstance(own, Tensor):
+        return "which the model does not have"
+    if own.shape != weight.shape:
+        return f"of shape {tuple(own.shape)} by one of {tuple(weight.shape)} (was the vocabulary resized?)"
+    if not own.is_floating_point() or own.element_size() < 2:
+        return "which is quantised, so that nothing tells whether it is the base's own"
+    dtypes = sorted({own.dtype, weight.dtype}, key=lambda dtype: (dtype.itemsize, dtype == torch.float16))
+    saved, held = (each.to(own.device, dtypes[0]) for each in (weight, own.detach()))
+    return None if torch.equal(saved, held) else "by another one (was it trained too?)"
 
 
 def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]) -> None:
@@ -37,10 +68,22 @@ def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]
                 problems.append(f"{adapter.name}: the model has no linear layer {path}")
             elif shapes[path] != wanted:
                 problems.append(f"{adapter.name}: {path} is {shapes[path]} (in, out), its factors are {wanted}")
+        problems += [f"{adapter.name}: it holds {path}.weight, which is not compared here" for path in adapter.weights]
+        trained = {_tower(path) for path in adapter.pairs}
         missing = [path for path in adapter.declared(list(shapes)) if path not in adapter.pairs]
+        missing = [path for path in missing if _tower(path) in {None, *trained}]
         problems += [f"{adapter.name}: its config targets {path}, but it has no factors for it" for path in missing]
     if problems:
         raise AdapterError(problem_list("the adapters do not fit the model:", problems))
+
+
+def _tower(path: str) -> str | None:
+    """Return the stack of numbered layers that a layer is in; names such as q_proj match a vision tower's too.
+
+    An adapter without any factors in a tower was trained without that tower, and PEFT leaves the tower as it is.
+    """
+    found = LAYER_STACK.match(path)
+    return found and found[1]
 
 
 def check_range(adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
@@ -70,6 +113,26 @@ def check_tokens(adapters: Sequence[Adapter], rereading: Collection[str]) -> Non
     if problems:
         head = "these layers cannot be blended by row and token; train adapters without them:"
         raise AdapterError(problem_list(head, problems))
+
+
+def with_model_names(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Return the adapter with the module paths that the model has today, by transformers' own table of renamings.
+
+    Paths that the model has, and those whose new name it has not either, stay as they are.
+    """
+    known = {path for path, _ in model.named_modules()}
+    if all(path in known for path in (*adapter.pairs, *adapter.weights)):
+        return adapter
+    renamed = checkpoint_renamer(model)
+
+    def name(path: str) -> str:
+        return path if path in known or (new := renamed(path)) not in known else new
+
+    pairs = {name(path): pair for path, pair in adapter.pairs.items()}
+    if len(pairs) < len(adapter.pairs):
+        raise AdapterError(f"{adapter.name}: two of its modules are one in this model: old and new names are mixed.")
+    weights = {name(path): weight for path, weight in adapter.weights.items()}
+    return replace(adapter, pairs=pairs, weights=weights)
 
 
 def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:

@@ -5,7 +5,7 @@ spells them.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -42,3 +42,22 @@ def find_cache(values: Mapping[str, Any]) -> "Cache | None":
 
 def _present(names: Iterable[str]) -> str | None:
     return next((name for name in CACHE_NAMES if name in names), None)
+
+
+def checkpoint_renamer(model: "nn.Module") -> Callable[[str], str]:
+    """Return what takes the path of a module in an older release to its path in this model.
+
+    The table is the one by which transformers loads old checkpoints, and PEFT old adapters.
+    """
+    from transformers import PreTrainedModel
+
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # another release, without a table
+        return str
+    if not isinstance(model, PreTrainedModel):
+        return str
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    suffix = ".weight"  # the table is of parameters
+    return lambda path: rename_source_key(path + suffix, renamings, [])[0].removesuffix(suffix)
