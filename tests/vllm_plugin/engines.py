@@ -117,10 +117,10 @@ def serving(bundle: Path | None, model: Path | str | None = None, **options: Any
 
 
 def reference(
-    engine: Any, prompts: Sequence[str], routing: Any = None, tokens: int = 48, *, together: bool = False
+    engine: Any, prompts: Sequence[Any], routing: Any = None, tokens: int = 48, *, together: bool = False
 ) -> list[list[int]]:
     """Return what the embedded engine generates greedily, past the end of text: each prompt alone, or all together."""
-    ids = [engine.tokenizer(prompt).input_ids for prompt in prompts]
+    ids = [engine.tokenizer(each).input_ids if isinstance(each, str) else each for each in prompts]
     each = routing if isinstance(routing, list) else [routing or engine.router.params] * len(ids)
     groups = [(ids, each)] if together else [([one], [params]) for one, params in zip(ids, each, strict=True)]
     made: list[list[int]] = []
