@@ -223,7 +223,7 @@ def test_a_sweep_is_tasks_and_arms_and_options(tmp_path):
     [
         ('task = ["math"]', ("unknown key 'task'. Did you mean 'tasks'?", "tasks names no task")),
         ("tasks = 5\nalso = [1]", ("tasks must be a list of texts", "also must be a list of texts")),
-        ('tasks = ["math"]\nlimit = 0', ("limit must be at least 1, not 0",)),
+        ('tasks = ["math"]\nlimit = 0', ("limit must be a whole number of at least 1, not 0",)),
         ('tasks = []\nlimit = "x"', ("tasks names no task", "limit: expected int, got 'x'.")),
         ('tasks = ["math"]\nalso = ["bas"]', ("unknown arm 'bas'. Did you mean 'base'?",)),
     ],

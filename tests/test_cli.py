@@ -129,7 +129,11 @@ def test_doctor_reports_and_finds_the_adapter_that_moves_nothing(
         (["generate", "BUNDLE", "--prompt", "x", "--every", "often"], 1, "every: expected int, got 'often'"),
         (["generate", "BUNDLE", "--prompt", "x", "--every", "0", "--rule", "sofmax"], 1, "Did you mean 'softmax'"),
         (["generate", "BUNDLE", "--prompt", "x", "--fixed", "maths=1"], 1, "Did you mean 'math'"),
-        (["generate", "BUNDLE", "--prompt", "x", "--max-tokens", "-1", "--top-p", "7"], 1, "top_p must be above 0"),
+        (
+            ["generate", "BUNDLE", "--prompt", "x", "--max-tokens", "-1", "--top-p", "7"],
+            1,
+            "top_p must be a finite number above 0",
+        ),
         (["generate", "BUNDLE", "--prompt", ""], 1, "the prompt is empty"),
         (["generate", "BUNDLE", "--prompt", "x", "--dtype", "float12"], 1, "allowed are float32"),
         (["generate", "BUNDLE"], 2, "--prompt"),

@@ -6,13 +6,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import OptionError, TreadleError, listed, problem_list, shown, unknown_name
-from treadle.options import allowed_values, meanings, option, parse, read_options
-from treadle.params import RoutingParams, SamplingParams
+from treadle.options import allowed_values, check_fields, meanings, option, parse, raise_problems, read_options
+from treadle.params import BenchParams, EvalParams, RoutingParams, SamplingParams, TrainParams
+from treadle.server.params import ServeParams
+from treadle.vllm_plugin.params import PluginParams
 
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Weights = Mapping[str, float]
@@ -23,9 +26,15 @@ Colour = Literal["red", "green"]
 @dataclass(frozen=True)
 class Paint:
     colour: Colour = option("red", "of the wall")
-    layers: int | None = option(2, "how many")
-    share: float = option(0.5, "of white")
+    layers: int | None = option(2, "how many", at_least=1)
+    share: float = option(0.5, "of white", at_least=0, at_most=1)
     is_dry: bool = option(False, "touch it")
+    names: tuple[str, ...] = option((), "who paints")
+    doors: tuple[int, ...] = option((), "which ones", at_least=0)
+    mix: Mapping[str, float] | None = option(None, "name=share", at_least=0)
+
+    def __post_init__(self) -> None:
+        raise_problems("paint:", check_fields(self))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +187,7 @@ def test_an_error_of_options_has_its_parts_for_those_who_name_options_otherwise(
         ("every",): (0, "a whole number of at least 1, or none"),
         ("fixed.math",): (-1.0, "a finite number of at least 0"),
     }
-    assert caught.value.problems[1].fields == {"fixed"}
+    assert caught.value.problems[0].fields == {"fixed"}
     plain = OptionError(problem_list("options:", ["one", "two"]))
     assert [problem.text for problem in plain.problems] == ["one", "two"]
     assert [problem.text for problem in pickle.loads(pickle.dumps(caught.value)).problems] == [
@@ -189,18 +198,72 @@ def test_an_error_of_options_has_its_parts_for_those_who_name_options_otherwise(
 def test_the_values_of_an_option_are_said_by_its_declaration_or_its_type():
     assert allowed_values(Paint) == {
         "colour": "'red' or 'green'",
-        "layers": "int, or none",
-        "share": "float",
+        "layers": "a whole number of at least 1, or none",
+        "share": "a finite number from 0 to 1",
         "is_dry": "true or false",
+        "names": "a text or a list of texts",
+        "doors": "whole numbers of at least 0",
+        "mix": 'an object like {"math": 0.7}, each a finite number of at least 0, or none',
     }
     assert allowed_values(RoutingParams)["every"] == "a whole number of at least 1, or none"
 
 
 def test_every_option_says_what_it_means():
-    assert meanings(Paint) == {"colour": "of the wall", "layers": "how many", "share": "of white", "is_dry": "touch it"}
+    assert list(meanings(Paint).values())[:4] == ["of the wall", "how many", "of white", "touch it"]
     for options in (RoutingParams, SamplingParams):
         assert all(meanings(options).values())
         assert list(meanings(options)) == [entry.name for entry in fields(options)]
+
+
+OPTIONS = {
+    RoutingParams: {},
+    SamplingParams: {},
+    EvalParams: {},
+    BenchParams: {},
+    TrainParams: {},
+    ServeParams: {},
+    PluginParams: {"bundle": "b"},
+    Paint: {},
+}
+"""Every class of options that people fill in, with what it needs."""
+NOTHING_LIKES = (object(), b"bytes", 1j, float("nan"), [[]], {3: 4}, -(10**5000))
+"""Values that no option of any class may have."""
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_value_of_the_wrong_type_from_python_is_refused_by_name(options):
+    for entry in fields(options):
+        for value in (*NOTHING_LIKES, *([] if isinstance(entry.default, bool) else [True])):
+            with pytest.raises(OptionError) as caught:
+                options(**{**OPTIONS[options], entry.name: value})
+            assert entry.name in {field for problem in caught.value.problems for field in problem.fields}
+            assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_all_fields_of_the_wrong_type_are_one_message(options):
+    names = [entry.name for entry in fields(options)]
+    with pytest.raises(OptionError) as caught:
+        options(**dict.fromkeys(names, 1j))
+    assert {field for problem in caught.value.problems for field in problem.fields} == set(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("layers", 1.0), ("layers", "2"), ("layers", 0), ("share", "0.5"), ("share", 1.5), ("share", 10**400),
+     ("is_dry", 1), ("is_dry", "yes"), ("names", ["a", 1]), ("names", {"a"}), ("doors", [1.5]), ("doors", [-1]),
+     ("doors", "1"), ("mix", {"a": "1"}), ("mix", {"a": -1}), ("mix", [("a", 1)]), ("colour", None)],
+)  # fmt: skip
+def test_python_is_not_read_like_text(name, value):
+    with pytest.raises(OptionError, match=f"(paint:\n  - {name}|unknown {name})"):
+        Paint(**{name: value})
+
+
+def test_numbers_of_numpy_and_lists_become_plain_python():
+    paint = Paint(layers=np.int64(3), share=np.float32(0.5), names=["a", "b"], doors=[np.int8(2)], mix={"a": 1})
+    assert paint == Paint(layers=3, share=0.5, names=("a", "b"), doors=(2,), mix={"a": 1})
+    assert [type(paint.layers), type(paint.share), type(paint.names), type(paint.doors[0])] == [int, float, tuple, int]
+    assert (Paint(names="a").names, Paint(doors=4).doors) == (("a",), (4,))
 
 
 # Messages

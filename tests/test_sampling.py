@@ -178,15 +178,15 @@ def test_top_k_of_one_is_greedy(seed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be 0 (greedy) or finite and at least 0.001, not -0.1"),
-        ({"temperature": float("nan")}, "temperature must be 0 (greedy) or finite and at least 0.001, not nan"),
-        ({"temperature": float("inf")}, "temperature must be 0 (greedy) or finite and at least 0.001, not inf"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
-        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
-        ({"top_k": -1}, "top_k must be at least 0, not -1"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
-        ({"stop": ("a", "")}, "a stop string is empty"),
-        ({"stop": ""}, "a stop string is empty"),
+        ({"temperature": -0.1}, "temperature must be a finite number of at least 0, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a finite number of at least 0, not nan"),
+        ({"temperature": float("inf")}, "temperature must be a finite number of at least 0, not inf"),
+        ({"top_p": 0.0}, "top_p must be a finite number above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.1}, "top_p must be a finite number above 0 and at most 1, not 1.1"),
+        ({"top_k": -1}, "top_k must be a whole number of at least 0, not -1"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1, not 0"),
+        ({"stop": ("a", "")}, "stop must be texts that are not empty"),
+        ({"stop": ""}, "stop must be texts that are not empty"),
     ],
 )
 def test_params_refuse(options, message):

@@ -183,7 +183,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
         TEXTS,
         {"treadle": {"temperature": -1}},
         "treadle",
-        ["treadle.temperature: got -1; allowed: a finite number of at least 1e-06, or null"],
+        ["treadle.temperature: got -1; allowed: a finite number from 1e-06 to 1000000, or null"],
     ),
     (
         TEXTS,
@@ -200,7 +200,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ),
     (TEXTS, {"treadle": {"fixed": {"math": 1e30}}}, "treadle", ["treadle.fixed.math: got 1e+30", "at most 100"]),
     (TEXTS, {"treadle": {"window": 10**30}}, "treadle", ["treadle.window: got 1000", "at most 1000000"]),
-    (TEXTS, {"treadle": {"boost": 1e300}}, "treadle", ["treadle.boost: got 1e+300", "at most 1000"]),
+    (TEXTS, {"treadle": {"boost": 1e300}}, "treadle", ["treadle.boost: got 1e+300", "from 1e-06 to 1000"]),
     (TEXTS, {"treadle": {"trace": "yes"}}, "treadle", ["treadle.trace: got 'yes'", "true or false"]),
     (TEXTS, {"treadle": {"score": None}}, "treadle", ["score: got null; allowed: 'cosine', 'centred' or 'lda'"]),
     (TEXTS, {"treadle": {"unit_scale": None}}, "treadle", ["treadle.unit_scale: got null; allowed: true or false"]),
@@ -308,7 +308,8 @@ NO_CAUSE_TWICE: list[tuple[str, dict[str, Any], str]] = [
     (
         TEXTS,
         {"treadle": {"fixed": {"math": None}}},
-        'treadle.fixed: got {"math": null}; allowed: an object like {"math": 0.7}, or null',
+        'treadle.fixed: got {"math": null}; allowed: an object like {"math": 0.7}, each a finite number of at least 0, '
+        "or null",
     ),
     (
         TEXTS,

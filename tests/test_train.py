@@ -77,11 +77,11 @@ def test_params_refuse_nonsense_all_at_once() -> None:
     with pytest.raises(OptionError) as caught:
         TrainParams(rank=0, steps=-1, join=2.0, targets=(), seed=-1)
     for part in (
-        "seed must be from 0",
-        "rank must be positive",
-        "steps must be positive",
-        "join is a share",
-        "targets names no module",
+        "seed must be a whole number from 0",
+        "rank must be a whole number of at least 1",
+        "steps must be a whole number",
+        "join must be a finite number from 0 to 1",
+        "targets must be the name of one module or more",
     ):
         assert part in str(caught.value)
     assert TrainParams(targets=("q_proj,v_proj", "o_proj")).targets == ("q_proj", "v_proj", "o_proj")
@@ -204,7 +204,7 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> N
         train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(targets=("all-linear", "q_proj")))
     assert not (tmp_path / "own").exists()
     for rate in (float("nan"), float("inf"), 0.0):
-        with pytest.raises(OptionError, match="learning_rate must be positive"):
+        with pytest.raises(OptionError, match="learning_rate must be a finite number above 0"):
             TrainParams(learning_rate=rate)
 
 

@@ -92,6 +92,15 @@ def shown(value: Any) -> str:
     return text
 
 
+def told(value: Any) -> str:
+    """Return a value of Python for a message, as its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write numbers of thousands of digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."
+
+
 def reason_of(error: Exception) -> str:
     """Return an error as one line: its type, and the first line of what it says."""
     said = str(error).strip().splitlines()

@@ -9,6 +9,8 @@ from treadle.params import RoutingParams
 
 LARGEST_WEIGHT = 100
 """Of an adapter; larger ones make activations overflow."""
+LARGEST_COUNT = 1_000_000
+"""Tokens or adapters that an option of a request may name."""
 
 
 def requested(default: RoutingParams, options: Mapping[str, Any]) -> RoutingParams:
@@ -27,9 +29,8 @@ def requested(default: RoutingParams, options: Mapping[str, Any]) -> RoutingPara
 
 def too_large(params: RoutingParams) -> list[str]:
     """Return the values that a request may not give, because they would overflow in the arithmetic of its row."""
-    million = 1_000_000
-    limits = {"boost": 1000, **dict.fromkeys(("temperature", "every", "window", "recent", "top_k"), million)}
-    given = {name: getattr(params, name) for name in limits}
+    given = {name: getattr(params, name) for name in ("every", "window", "recent", "top_k")}
+    limits = dict.fromkeys(given, LARGEST_COUNT)
     given |= {f"fixed.{name}": weight for name, weight in (params.fixed or {}).items()}
     return [
         f"{name}: got {shown(value)}; allowed: at most {limits.get(name, LARGEST_WEIGHT)}"

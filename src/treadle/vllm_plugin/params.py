@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from treadle.errors import OptionError, problem_list, unknown_name
-from treadle.options import option, read_options
+from treadle.errors import OptionError, OptionProblem, unknown_name
+from treadle.options import check_fields, option, raise_problems, read_options
 from treadle.params import COMBINES, Combine
 
 KEY = "treadle"
@@ -25,25 +25,27 @@ class PluginParams:
     bundle: str = option("", "folder of the bundle")
     base_model: str | None = option(None, "the bundle's base, where this server's --model has another name for it")
     combines: tuple[str, ...] = option((), "combines that requests may ask for beside the bundle's own and sum")
-    max_adapters: int | None = option(None, "slots for adapters that come later; none = the bundle's adapters, fixed")
-    max_rank: int | None = option(None, "ranks that a slot has room for; none = the largest of the bundle's")
+    max_adapters: int | None = option(
+        None, "slots for adapters that come later; none = the bundle's adapters, fixed", at_least=1
+    )
+    max_rank: int | None = option(
+        None, "ranks that a slot has room for; none = the largest of the bundle's", at_least=1
+    )
     adapter_dir: str | None = option(None, "folder below which adapters that are added must lie; none = none can be")
 
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""
-        problems = [unknown_name("combine", name, COMBINES) for name in self.combines
-                    if name not in COMBINES]  # fmt: skip
-        if not self.bundle:
-            problems.append("bundle is missing: name the folder of a bundle")
-        problems += [
-            f"{name} must be at least 1, or none, not {value}"
-            for name in ("max_adapters", "max_rank")
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
+        problems = check_fields(self)
+        wrong = {problem.options[0] for problem in problems}
+        if "combines" not in wrong:
+            unknown = [unknown_name("combine", name, COMBINES) for name in self.combines if name not in COMBINES]
+            problems += [OptionProblem(("combines",), text) for text in unknown]
+        if self.bundle == "":
+            problems.append(OptionProblem(("bundle",), "bundle is missing: name the folder of a bundle"))
         if self.max_adapters is None and (self.max_rank is not None or self.adapter_dir is not None):
-            problems.append("max_rank and adapter_dir are for adapters that come later: give max_adapters too")
-        if problems:
-            raise OptionError(problem_list(f"{KEY} in --additional-config:", problems))
+            text = "max_rank and adapter_dir are for adapters that come later: give max_adapters too"
+            problems.append(OptionProblem(("max_adapters",), text))
+        raise_problems(f"{KEY} in --additional-config:", problems)
 
     @property
     def is_hot(self) -> bool:
