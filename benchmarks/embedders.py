@@ -16,10 +16,11 @@ from model2vec import StaticModel
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from treadle.data import load_examples, sample_texts
+from treadle.data import load_examples
 from treadle.embed import Embedder, SentenceEmbedder, StaticEmbedder
 from treadle.params import RoutingParams
 from treadle.routing import fit
+from treadle.samples import sample_texts
 from treadle.tasks import Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
@@ -61,9 +62,9 @@ def main() -> None:
     }
     fitted = {
         "whole texts": {task: [e.prompt + e.completion for e in examples] for task, examples in train.items()},
-        "prompts, parts and whole": {task: sample_texts(examples) for task, examples in train.items()},
+        "prompts, parts and whole": {task: sample_texts(examples).texts for task, examples in train.items()},
         "these, with the template only": {
-            task: sample_texts([replace(each, bare="") for each in examples]) for task, examples in train.items()
+            task: sample_texts([replace(each, bare="") for each in examples]).texts for task, examples in train.items()
         },
     }
     embedders: dict[str, Embedder] = {

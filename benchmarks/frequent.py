@@ -22,10 +22,10 @@ from model2vec import StaticModel
 import treadle
 from treadle import routing
 from treadle.centroids import Centroids
-from treadle.data import sample_texts
 from treadle.embed import StaticEmbedder, num_words
 from treadle.models import load_tokenizer
 from treadle.routing import Router
+from treadle.samples import sample_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
@@ -44,7 +44,7 @@ def main() -> None:
     data, rows = read_arguments(__doc__)
     bundle = treadle.read_bundle(BUNDLE)
     parts = {task: split(data, task, SAMPLES) for task in ADAPTERS}
-    some = {task: sample_texts(fitted) for task, (fitted, _) in parts.items()}
+    some = {task: sample_texts(fitted).texts for task, (fitted, _) in parts.items()}
     train, streams = training_texts(data), joined(rows, STREAMS)
     tokenizer = load_tokenizer(bundle.base_model)
     views = list(VIEWS)[:2]

@@ -19,11 +19,12 @@ import numpy as np
 
 import treadle
 from treadle import centroids, routing
-from treadle.data import load_examples, sample_texts
+from treadle.data import load_examples
 from treadle.embed import num_words
 from treadle.models import load_tokenizer
 from treadle.params import EvalParams
 from treadle.routing import Router
+from treadle.samples import sample_texts
 from treadle.sets import load_sets
 from treadle.streams import join_streams
 from treadle.tasks import PAPER, SEPARATOR, Example
@@ -67,7 +68,9 @@ def read_arguments(description: str | None) -> tuple[Path, dict[str, Sequence[Ex
 
 def training_texts(data: Path) -> dict[str, list[str]]:
     """Return the texts of each task that the demo's router is fitted on."""
-    return {task: sample_texts(load_examples(data / ADAPTERS[task][0], task, limit=SAMPLES, seed=1)) for task in PAPER}
+    return {
+        task: sample_texts(load_examples(data / ADAPTERS[task][0], task, limit=SAMPLES, seed=1)).texts for task in PAPER
+    }
 
 
 def joined(rows: Mapping[str, Sequence[Example]], count: int) -> list[list[tuple[str, Example]]]:

@@ -19,9 +19,10 @@ import numpy as np
 
 import treadle
 from treadle.centroids import Centroids
-from treadle.data import load_examples, read_rows, sample_texts
+from treadle.data import load_examples, read_rows
 from treadle.embed import num_words
 from treadle.routing import Router
+from treadle.samples import sample_texts
 from treadle.tasks import TASKS, Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
@@ -47,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = {task: split(options.data, task, options.samples) for task in ADAPTERS}
     router = treadle.read_bundle(BUNDLE).router
-    texts = {task: sample_texts(fitted) for task, (fitted, _) in rows.items()}
+    texts = {task: sample_texts(fitted).texts for task, (fitted, _) in rows.items()}
     vectors = {task: router.embedder.encode(each) for task, each in texts.items()}
     asked = {
         name: {task: router.embedder.encode(["".join(view(each)) for each in held]) for task, (_, held) in rows.items()}

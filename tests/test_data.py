@@ -11,10 +11,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from treadle.chat import read_prompt
-from treadle.data import CHAT, chat_task, load_examples, load_texts, read_rows, sample_texts
+from treadle.data import CHAT, chat_task, load_examples, load_samples, load_texts, read_rows
 from treadle.errors import DataError, OptionError
+from treadle.samples import sample_texts
 from treadle.tasks import TASKS, Example, find_task
-from treadle.text import prompt_ids
 from treadle.train import TrainParams, training_rows
 
 from conftest import byte_tokenizer
@@ -273,7 +273,7 @@ def words(count: int) -> str:
 
 def test_samples_hold_each_whole_and_each_prompt_with_and_without_the_template():
     examples = [Example("Question: a b", " c", "a b"), Example("just text", "")]
-    texts = sample_texts(examples)
+    texts = sample_texts(examples).texts
     for text in ("Question: a b c", "Question: a b", "a b c", "a b", "just text"):
         assert text in texts
 
@@ -281,7 +281,7 @@ def test_samples_hold_each_whole_and_each_prompt_with_and_without_the_template()
 def test_samples_hold_a_beginning_of_the_prompt_and_any_part_of_the_whole():
     prompt, completion = words(100), " and then " + words(100)
     whole = prompt + completion
-    rest = [text for text in sample_texts([Example(prompt, completion)] * 20) if text not in (prompt, whole)]
+    rest = [text for text in sample_texts([Example(prompt, completion)] * 20).texts if text not in (prompt, whole)]
     assert len(rest) == 40
     assert {len(text.split()) for text in rest} == {8, 16, 32, 64}
     assert all(text in whole for text in rest)
@@ -307,7 +307,7 @@ def test_samples_are_the_same_every_time():
 )
 def test_sample_files_hold_texts_or_pairs(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
-    texts = load_texts(tmp_path / name)
+    texts = sample_texts(load_samples(tmp_path / name)).texts
     assert set(expected) <= set(texts)
     assert all(any(text in whole for whole in expected) for text in texts)
 
@@ -352,9 +352,9 @@ def test_a_chat_is_trained_on_as_it_is_generated(tmp_path: Path, begins: bool) -
     (example,) = load_examples(write(tmp_path / "chats.jsonl", rows), chat_task(tokenizer))
     assert (example.completion, example.bare) == ("4", "What is 2 + 2?")
     (row,) = training_rows(tokenizer, [example], (), TrainParams(join=0.0))
-    asked = prompt_ids(tokenizer, rows[0]["messages"][:-1])
+    asked = read_prompt(tokenizer, rows[0]["messages"][:-1]).ids
     assert row["input_ids"] == [*asked, *tokenizer("4", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    assert load_texts(tmp_path / "chats.jsonl")[:2] == [
+    assert sample_texts(load_samples(tmp_path / "chats.jsonl")).texts[:2] == [
         "Hi\n\nHello\n\nWhat is 2 + 2?\n\n4",
         "Hi\n\nHello\n\nWhat is 2 + 2?\n\n",
     ]

@@ -59,6 +59,8 @@ CORE = {
     *("bundle_files", "centroid_files", "documents", "magnitudes", "patterns", "tensor_files", "writing"),
     "requested",
     "transformers_names",
+    "samples",
+    "fitting",
 }
 
 
@@ -89,7 +91,8 @@ def test_errors_and_options_stand_below_everything():
     assert imported("errors") == set()
     assert imported("options") == {"errors"}
     assert imported("params") == {"errors", "options"}
-    assert imported("tasks") == {"errors", "metrics"}
+    assert imported("tasks") == {"errors", "metrics", "samples"}
+    assert imported("samples") == set()
 
 
 def modules_after(statement: str) -> set[str]:

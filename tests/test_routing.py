@@ -288,13 +288,31 @@ def test_fit_knows_its_own_samples(routed):
 
 
 def test_weights_of_texts_are_the_rule_of_the_scores_of_their_embeddings(routed):
-    texts = ["add three", "the planet loop", ""]
+    texts = ["add three", "the planet loop", "heat"]
     for score in ("cosine", "centred", "lda"):
         params = RoutingParams(score=score, rule="top_k", temperature=0.7)
         embeddings = routed.embedder.encode(texts)
         expected = apply_rule(routed.centroids.score(embeddings, score), params)
         np.testing.assert_allclose(routed.weights(texts, params), expected, rtol=1e-5)
         np.testing.assert_allclose(routed.weigh(embeddings[:, None], params), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["cosine", "centred", "lda"])
+@pytest.mark.parametrize("rule", ["softmax", "top_k", "boosted"])
+def test_a_text_without_a_known_word_is_evidence_for_nobody(routed, score, rule):
+    if (score, rule) == ("lda", "boosted"):
+        return
+    params = RoutingParams(score=score, rule=rule, top_k=1)
+    silent = ["", "  \n", "\U0001f389"]
+    assert not routed.embedder.encode(silent[:2]).any()
+    vectors = np.zeros((2, 2, routed.embedder.dim), np.float32)
+    vectors[1, 0] = routed.embedder.encode(["add three"])[0]  # the whole text has words, its newest tokens none
+    np.testing.assert_allclose(routed.weights(silent[:2], params), np.full((2, 3), 1 / 3), rtol=1e-6)
+    weights = routed.weigh(vectors, params)
+    np.testing.assert_allclose(weights[0], [1 / 3] * 3, rtol=1e-6)
+    assert weights[1].argmax() == routed.weights(["add three"], params)[0].argmax()
+    assert weights[1].max() > 0.4
+    np.testing.assert_allclose(routed.trace(["", "\n"], 1, params), np.full((2, 3), 1 / 3), rtol=1e-6)
 
 
 def test_fixed_weights_follow_the_routers_order(routed):

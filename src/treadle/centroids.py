@@ -185,24 +185,30 @@ class Centroids:
                    embedder_id)  # fmt: skip
 
     def score(self, embeddings: Floats, score: Score) -> Floats:
-        """Return the scores (..., N) of embeddings (..., D): cosines, or log-posteriors for `lda`."""
+        """Return the scores (..., N) of embeddings (..., D): cosines, or log-posteriors for `lda`.
+
+        The vector 0 is a text without a known word: it is no evidence for anybody, so all its scores are alike.
+        """
         if not self.names:
             return np.zeros((*embeddings.shape[:-1], 0), np.float32)
         if score == "cosine":
             return _cosine(embeddings, self.means)
         if score == "centred":
             middle = self.means.mean(0)
-            return _cosine(embeddings - middle, self.means - middle)
+            return _cosine(embeddings - middle, self.means - middle) * embeddings.any(-1, keepdims=True)
         return log_softmax(self.evidence(embeddings))
 
     def evidence(self, embeddings: Floats) -> Floats:
-        """Return log p(embedding | adapter) (..., N) of embeddings (..., D), up to a term that all adapters share."""
+        """Return log p(embedding | adapter) (..., N) of embeddings (..., D), up to a term that all adapters share.
+
+        It is 0 for the vector 0, a text without a known word.
+        """
         slopes, offsets = self._discriminant
         each = embeddings @ slopes + offsets  # (..., P)
         if len(self.groups.owners) > len(self.names):
             beside = np.exp(np.maximum(each - each.max(-1, keepdims=True), LEAST))
             each = np.log(np.add.reduceat(beside, self._starts, -1) + TINY)
-        return each
+        return each * embeddings.any(-1, keepdims=True)
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:

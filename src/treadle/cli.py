@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from treadle.centroids import Centroids
     from treadle.generate import Engine
     from treadle.routing import Router
+    from treadle.samples import Sample
 
 OTHERS = 2000
 """Examples of each other task, from which joined sequences choose."""
@@ -147,23 +148,30 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     params = read_options(RoutingParams, _implied(routing))
     texts, fitted = _fitting(folders, files)
     router = fit(texts, embedder, params, fitted=fitted)
-    kept = {name: each[:keep_samples] for name, each in texts.items()} if keep_samples else None
+    kept = (
+        {name: [each.whole for each in given[:keep_samples]] for name, given in texts.items()} if keep_samples else None
+    )
+    kept = kept if keep_samples else None
     save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
     counts = dict(zip(router.names, router.centroids.counts.tolist(), strict=True))
-    print(json.dumps({"bundle": str(output), "texts": counts}) if as_json else f"wrote {output}: texts {counts}")
+    rows = {name: len(given) for name, given in texts.items()}
+    if as_json:
+        print(json.dumps({"bundle": str(output), "samples": rows, "texts": counts}))
+    else:
+        print(f"wrote {output}: samples {rows}, texts made of them {counts}")
 
 
-def _fitting(folders: dict[str, str], files: dict[str, str]) -> "tuple[dict[str, list[str]], list[Centroids]]":
+def _fitting(folders: dict[str, str], files: dict[str, str]) -> "tuple[dict[str, list[Sample]], list[Centroids]]":
     """Return the sample texts of the adapters that have some and the centroids of the others, or list all problems."""
     from treadle.centroid_files import read_centroid
-    from treadle.data import load_texts
+    from treadle.data import load_samples
 
     problems = [
         f"adapter {name!r}: {path} is not a folder" for name, path in folders.items() if not Path(path).is_dir()
     ]
     sampled = [name for name in folders if name in files]
     trained = [name for name in folders if name not in files and Path(folders[name]).is_dir()]
-    texts = collect(problems, [partial(load_texts, files[name]) for name in sampled])
+    texts = collect(problems, [partial(load_samples, files[name]) for name in sampled])
     fitted = collect(problems, [partial(read_centroid, Path(folders[name]), name) for name in trained])
     if problems:
         raise OptionError(problem_list("no bundle can be made:", problems))

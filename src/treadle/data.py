@@ -6,19 +6,20 @@ Reads `.jsonl`, `.jsonl.gz` and plain `.txt` (one sample text a line) from disk,
 import gzip
 import json
 import random
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from treadle.errors import DataError, OptionError, problem_list
+from treadle.samples import Sample
 from treadle.tasks import ChatExample, Example, Row, Task, as_text, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AnySample = TypeVar("AnySample", bound=Sample)
 CHAT = "chat"
 """The name of rows that hold chat messages."""
 MAX_REPORTED = 10
@@ -92,45 +93,24 @@ def _contents(row: Row) -> list[str]:
     return contents_of([{"content": text} for text in texts])
 
 
-def load_texts(source: str | Path) -> list[str]:
-    """Return the texts that a router is fitted on, made of the samples in a file by `sample_texts`.
+def load_samples(source: str | Path) -> list[Sample]:
+    """Return the samples of a file, one a row.
 
-    A `.txt` holds one text a line; rows of JSON lines hold `text`, chat `messages`, or
-    `prompt` and `completion` (and `bare`).
+    A `.txt` holds one text a line; rows of JSON lines hold `text`, chat `messages`, or `prompt` and `completion`
+    (and `bare`).
     """
     if str(source).endswith(".txt"):
-        examples = [Example(line.strip(), "") for line in _lines(_existing(source)) if line.strip()]
+        samples = [Sample(line.strip()) for line in _lines(_existing(source)) if line.strip()]
     else:
-        examples = _examples_of(read_rows(source), source)
-    if not examples:
+        samples = _samples_of(read_rows(source), source)
+    if not samples:
         raise DataError(f"{source}: no sample texts in it")
-    return sample_texts(examples)
+    return samples
 
 
-def sample_texts(examples: Sequence[Example], seed: int = 0) -> list[str]:
-    """Return the texts that a router is fitted on: of each example the whole, its prompt, a beginning and a part.
-
-    A router meets prompts, running texts and windows of them; fitted on whole texts alone it takes the traits of the
-    answers for those of the domain (0.740 against 0.966 of held-out bare prompts: `benchmarks/embedders.py`). Where an
-    example has a `bare` form, its texts are there without the template's words too.
-    """
-    choose = random.Random(seed)
-    texts: list[str] = []
-    for example in examples:
-        for prompt in filter(None, (example.routed, example.bare)):
-            whole = prompt + example.completion
-            texts += [whole, prompt] if example.completion else [whole]
-            texts.append(_part(prompt, choose, from_start=True))
-            texts.append(_part(whole, choose, from_start=False))
-    return texts
-
-
-def _part(text: str, choose: random.Random, from_start: bool) -> str:
-    """Return 8, 16, 32 or 64 words of a text, its first or any."""
-    words = re.findall(r"\S+\s*", text)
-    length = choose.choice((8, 16, 32, 64))
-    start = 0 if from_start else choose.randint(0, max(0, len(words) - length))
-    return "".join(words[start : start + length])
+def load_texts(source: str | Path) -> list[str]:
+    """Return the samples of a file (`load_samples`) as plain texts, one a row."""
+    return [sample.whole for sample in load_samples(source)]
 
 
 def read_rows(source: str | Path) -> Iterator[dict[str, Any]]:
@@ -191,21 +171,21 @@ def _bare(row: dict[str, Any]) -> str:
     return as_text(row.get("bare", ""), "bare")
 
 
-def _examples_of(rows: Iterable[dict[str, Any]], source: str | Path) -> list[Example]:
-    """Return rows of samples as examples; a DataError lists the first bad ones."""
-    examples: list[Example] = []
+def _samples_of(rows: Iterable[dict[str, Any]], source: str | Path) -> list[Sample]:
+    """Return rows as samples; a DataError lists the first bad ones."""
+    samples: list[Sample] = []
     problems: list[str] = []
     for number, row in enumerate(rows, 1):
         try:
-            examples.append(_check_text(_example_of(row)))
+            samples.append(_check_text(_sample_of(row)))
         except (KeyError, ValueError, TypeError) as error:
             problems.append(f"row {number}: {error}; fields: {', '.join(row)}")
     _refuse(problems, f"{source}: rows need a field 'text', 'messages', or 'prompt' and 'completion':")
-    return examples
+    return samples
 
 
-def _check_text(example: Example) -> Example:
-    """Return an example; a ValueError where it holds half a surrogate pair, which is JSON but no text."""
+def _check_text(example: AnySample) -> AnySample:
+    """Return a sample; a ValueError where it holds half a surrogate pair, which is JSON but no text."""
     try:
         "".join((example.prompt, example.completion, example.bare)).encode()
     except UnicodeEncodeError as error:
@@ -213,18 +193,17 @@ def _check_text(example: Example) -> Example:
     return example
 
 
-def _example_of(row: dict[str, Any]) -> Example:
+def _sample_of(row: dict[str, Any]) -> Sample:
     if "text" in row:
-        return Example(as_text(row["text"], "text"), "", bare=_bare(row))
+        return Sample(as_text(row["text"], "text"), bare=_bare(row))
     if "prompt" in row:
-        return Example(
-            as_text(row["prompt"], "prompt"), as_text(row.get("completion", ""), "completion"), bare=_bare(row)
-        )
+        completion = as_text(row.get("completion", ""), "completion")
+        return Sample(as_text(row["prompt"], "prompt"), completion, _bare(row))
     from treadle.chat import BLANK_LINE, joined
 
     *before, last = _contents(row)
     said = joined(before)
-    return Example(said + BLANK_LINE, last) if said else Example(last, "")
+    return Sample(said + BLANK_LINE, last) if said else Sample(last)
 
 
 def _refuse(problems: Sequence[str], title: str) -> None:

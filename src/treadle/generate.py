@@ -16,7 +16,6 @@ from treadle.centroids import Centroids, Floats
 from treadle.chat import TokenPrompt, read_prompt, token_prompt
 from treadle.compatible import check_tokens
 from treadle.completion import Completion
-from treadle.embed import num_words
 from treadle.errors import (
     AdapterError,
     OptionError,
@@ -26,12 +25,14 @@ from treadle.errors import (
     unknown_name,
 )
 from treadle.fast_step import FastStep
+from treadle.fitting import centroid_of
 from treadle.graph_step import GraphStep
 from treadle.packs import can_pack
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import Router
 from treadle.rows import Report, Row, TokenEvent
+from treadle.samples import Sample
 from treadle.step_parts import is_hooked
 from treadle.supported import check_supported, rereading_layers
 from treadle.text import Prompt, is_one_prompt
@@ -170,16 +171,14 @@ class Engine:
         self.check_routing([params])
         return score(self, prompts, completions, params)
 
-    def add_adapter(self, name: str, path: str | Path, samples: Sequence[str]) -> None:
+    def add_adapter(self, name: str, path: str | Path, samples: Sequence[str | Sample]) -> None:
         """Attach one more adapter and fit its centroid to sample texts; running rows go on without it.
 
         On an error nothing has changed.
         """
         self._check_new(name)
         adapter = read_adapter(path, name)
-        embedder = self.router.embedder
-        own = Centroids.empty(embedder.id, embedder.dim).add(name, embedder.encode(samples), num_words(samples))
-        self.join_adapter(adapter, own)
+        self.join_adapter(adapter, centroid_of(name, samples, self.router.embedder))
 
     def join_adapter(self, adapter: Adapter, centroids: Centroids) -> None:
         """Attach an adapter that has been read, with its centroid; running rows go on without it.

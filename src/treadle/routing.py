@@ -7,7 +7,8 @@ the centroids, the params and the text, which is what lets a cached prefix, a re
 import sys
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 
 from treadle.centroids import Centroids, Floats, log_softmax
 from treadle.change import last_change
-from treadle.embed import Embedder, Track, load_embedder, num_words
-from treadle.errors import AdapterError, OptionError, problem_list, unknown_name
+from treadle.embed import Embedder, Track, load_embedder
+from treadle.errors import AdapterError, OptionError, collect, problem_list, unknown_name
+from treadle.fitting import centroid_of
 from treadle.params import DEFAULT_TEMPERATURE, RoutingParams, Score
+from treadle.samples import Sample
 
 RECENT_SHARE = 0.75
 """Of the score of running text, what its recent tokens give; chosen on mixed streams of validation rows."""
@@ -247,13 +250,18 @@ class Router:
     def weigh(self, embeddings: Floats, params: RoutingParams) -> Floats:
         """Return the weights (..., N) of texts under params whose rule is not `fixed`.
 
+        A text without any known word weighs all adapters alike.
+
         Args:
             embeddings: (..., K, D) of the K views of each text (`RunningText`), the recent tokens last.
             params: score and rule.
         """
         # no rule but `floor` asks how large scores are: what all adapters have in common may stay away
         scores = self._scores_of(embeddings, params.score, is_relative=params.floor is None)
-        return apply_rule(scores, params)
+        weights = apply_rule(scores, params)
+        if params.rule == "top_k" and not (heard := embeddings.any((-1, -2))).all():
+            weights[~heard] = apply_rule(scores[~heard], replace(params, rule="softmax"))  # not the first k
+        return weights
 
     def compare(self, embeddings: Floats, params: RoutingParams) -> Comparison:
         """Return what `weigh` makes weights from, each (..., N), of embeddings (..., K, D)."""
@@ -320,7 +328,7 @@ class Router:
 
 
 def fit(
-    samples: Mapping[str, Sequence[str]],
+    samples: Mapping[str, Sequence[str | Sample]],
     embedder: Embedder | str,
     params: RoutingParams | None = None,
     *,
@@ -329,7 +337,8 @@ def fit(
     """Make a router from sample texts of each adapter; nothing is trained.
 
     Args:
-        samples: adapter name -> texts of the kind it was trained for; tens are enough.
+        samples: adapter name -> texts of the kind it was trained for, or `Sample`s, which tell prompt and answer
+            apart; tens are enough. Each becomes several texts (`treadle.samples.sample_texts`).
         embedder: an Embedder, a model2vec folder, or the name of a sentence-transformers model.
         params: the routing params to use by default.
         fitted: centroids of further adapters, made by the same embedder (`treadle.centroid_files`).
@@ -338,11 +347,10 @@ def fit(
         raise OptionError("fit needs sample texts of at least one adapter.")
     loaded = load_embedder(embedder) if isinstance(embedder, str) else embedder
     centroids = Centroids.empty(loaded.id, loaded.dim)
-    for name, texts in samples.items():
-        if isinstance(texts, str):
-            raise OptionError(f"samples of {name!r} are one text; give a list of texts.")
-        embeddings = loaded.encode(texts) if len(texts) else np.zeros((0, loaded.dim), np.float32)
-        centroids = centroids.add(name, embeddings, num_words(texts))
-    for each in fitted:
+    problems: list[str] = []
+    own = collect(problems, [partial(centroid_of, name, texts, loaded) for name, texts in samples.items()])
+    if problems:
+        raise OptionError(problems[0] if len(problems) == 1 else problem_list("the samples:", problems))
+    for each in (*own, *fitted):
         centroids = centroids.join(each)
     return Router(centroids, loaded, params or RoutingParams())

@@ -12,35 +12,24 @@ from pathlib import Path
 from typing import Any, cast
 
 from treadle.errors import DataError, OptionError, problem_list, unknown_name
+from treadle.samples import Sample
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Example:
-    """One prompt and the completion that a model should give; `prompt + completion` is the running text.
+class Example(Sample):
+    """One prompt and the completion that a model should give, of which the NLL is taken.
 
     Attributes:
-        prompt: what the model reads.
-        completion: the reference, of which the NLL is taken.
-        bare: the same question without the template's words (`Question:`, `Choices:` ...): a router that is fitted on
-            both forms learns the domain, not the template.
         answers: all accepted answers, where there are several.
         options: the completions to choose from, where the task is a choice.
         tests: statements that a generated program must pass.
     """
 
-    prompt: str
-    completion: str
-    bare: str = ""
     answers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
-
-    @property
-    def routed(self) -> str:
-        """What a router reads of the prompt."""
-        return self.prompt
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from treadle.adapters import CONFIG_FILE
 from treadle.centroid_files import save_centroid
 from treadle.centroids import Centroids
-from treadle.data import sample_texts
-from treadle.embed import load_embedder, num_words
+from treadle.embed import load_embedder
 from treadle.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.files import digest
+from treadle.fitting import centroid_of
 from treadle.models import load_model, load_tokenizer
 from treadle.params import TrainParams
 from treadle.tasks import SEPARATOR, Example
@@ -134,8 +134,7 @@ def _run(trainer: "SFTTrainer", checkpoints: Path) -> None:
 
 def _centroid(name: str, examples: Sequence[Example], embedder: str) -> Centroids:
     """Return the centroid of an adapter's own examples."""
-    loaded, texts = load_embedder(embedder), sample_texts(examples)
-    return Centroids.empty(loaded.id, loaded.dim).add(name, loaded.encode(texts), num_words(texts))
+    return centroid_of(name, examples, load_embedder(embedder))
 
 
 def _save_losses(history: Sequence[dict[str, Any]], output: Path) -> None:

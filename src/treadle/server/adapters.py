@@ -15,10 +15,11 @@ from treadle.bundle import NAME, RESERVED, foreign_base
 from treadle.centroid_files import read_centroid
 from treadle.centroids import Centroids
 from treadle.chat import joined
-from treadle.embed import num_words
 from treadle.errors import LONGEST_NAME, AdapterError, TreadleError, listed, shown
 from treadle.explain import explain
+from treadle.fitting import centroid_from
 from treadle.routing import Router
+from treadle.samples import sample_texts
 from treadle.server.bodies import NAMING, AdapterBody, Json, LoadBody, RouteBody, UnloadBody
 from treadle.server.failures import Failure, Problem, Problems, failure_of, refusal
 from treadle.server.gate import Visit
@@ -196,9 +197,10 @@ async def _add(state: State, new: New, problems: Problems) -> None:
             own = await state.prepare(partial(read_centroid, folder, name))
         else:
             embedder = state.engine.router.embedder
-            slices = [samples[start : start + SLICE] for start in range(0, len(samples), SLICE)]
+            made = await state.prepare(partial(sample_texts, samples))
+            slices = [made.texts[start : start + SLICE] for start in range(0, len(made.texts), SLICE)]
             vectors = [await state.weigh(partial(embedder.encode, texts)) for texts in slices]
-            own = Centroids.empty(embedder.id, embedder.dim).add(name, np.concatenate(vectors), num_words(samples))
+            own = centroid_from(name, made, np.concatenate(vectors), embedder)
         await state.between_steps(partial(_attach, state, adapter, own))
     except TreadleError as error:
         raise Failure(400, str(error), param=new.path_field, code="adapter_refused") from error

@@ -8,8 +8,8 @@ from treadle.adapters import Adapter, read_adapter
 from treadle.bundle import NAME, RESERVED, foreign_base
 from treadle.centroid_files import read_centroid
 from treadle.centroids import Centroids
-from treadle.embed import num_words
 from treadle.errors import LONGEST_NAME, AdapterError, OptionError, problem_list, shown, unknown_name
+from treadle.fitting import centroid_of
 from treadle.vllm_plugin.mixture import FIELDS, Mixture, largest_rank, main_scale
 from treadle.vllm_plugin.params import PluginParams
 
@@ -61,7 +61,7 @@ def read_newcomer(
         raise AdapterError(problem_list("the adapter cannot join:", [problem for problem in problems if problem]))
     embedder = mixture.router.embedder
     if samples:
-        own = Centroids.empty(embedder.id, embedder.dim).add(name, embedder.encode(samples), num_words(samples))
+        own = centroid_of(name, samples, embedder)
     else:
         own = read_centroid(Path(path), name)
     mixture.router.centroids.join(own)
