@@ -264,6 +264,37 @@ def test_what_the_hub_says_is_passed_on(monkeypatch):
         load_examples("owner/name")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path, name):
+    content = b"\xef\xbb\xbf" + (b"add three\n" if name == "a.txt" else b'{"prompt": "add", "completion": " three"}\n')
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert load_texts(tmp_path / name) == ["add three"]
+    if name != "a.txt":
+        assert load_examples(tmp_path / name)[0].prompt == "add"
+
+
+@pytest.mark.parametrize("missing", ["NaN", "Infinity", "-Infinity", "null", "[]"])
+@pytest.mark.parametrize("field", ["prompt", "completion", "bare"])
+def test_a_missing_value_is_no_text(tmp_path, field, missing):
+    row = {"prompt": '"add"', "completion": '" three"', "bare": '"add"', field: missing}
+    line = "{" + ", ".join(f'"{key}": {value}' for key, value in row.items()) + "}\n"
+    (tmp_path / "a.jsonl").write_text(line)
+    for read in (load_examples, load_samples):
+        with pytest.raises(DataError, match=rf"row 1: .*{field} is .*, not a text"):
+            read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("missing", [float("nan"), float("inf"), None])
+def test_a_missing_value_is_no_text_in_a_task_of_ones_own(tmp_path, missing):
+    task = {"name": "own", "prompt": "Q: {q}", "completion": "{a[0]}", "answers": "a"}
+    (tmp_path / "own.json").write_text(json.dumps(task))
+    own = find_task(str(tmp_path / "own.json"))
+    for row in ({"q": missing, "a": ["x"]}, {"q": "x", "a": [missing]}):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match=r"row 1: .*, not a text"):
+            load_examples(tmp_path / "a.jsonl", own)
+
+
 # Sample texts of a router
 
 

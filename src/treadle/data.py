@@ -135,7 +135,8 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    encoding = "utf-8-sig"  # Windows' editors and Excel begin a file with a byte order mark
+    opened = gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding)
     try:
         with opened as lines:
             yield from lines

@@ -8,6 +8,7 @@ import json
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -232,7 +233,7 @@ def _answers(name: str, row: Row) -> tuple[str, ...]:
 
 
 def as_text(value: Any, name: str) -> str:
-    """Return a field's value as text; a ValueError where it is none (null, a list, an object)."""
-    if not isinstance(value, str | int | float):
+    """Return a field's value as text; a ValueError where it is none (null, NaN as pandas leaves it, a list)."""
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not isfinite(value)):
         raise ValueError(f"{name} is {json.dumps(value, default=repr)[:40]}, not a text")
     return str(value)
