@@ -402,10 +402,8 @@ def test_a_router_is_fitted_on_what_chats_say(tmp_path: Path) -> None:
         ]
     }
     file = write(tmp_path / "chats.jsonl", [row])
-    trained = sample_texts(load_examples(file, chat_task(tokenizer)))
-    assert (
-        trained.texts[:2] == sample_texts(load_samples(file)).texts[:2] == ["What is 2 + 2?\n\n4", "What is 2 + 2?\n\n"]
-    )
+    trained = sample_texts(load_examples(file, chat_task(tokenizer))).texts
+    assert trained[:2] == sample_texts(load_samples(file)).texts[:2] == ["What is 2 + 2?\n\n4", "What is 2 + 2?\n\n"]
     assert not any("user" in text or "assistant" in text for text in trained)
     prompt = read_prompt(tokenizer, row["messages"][:-1])
     assert prompt.chat is not None
