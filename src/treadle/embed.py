@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.documents import read_object
-from treadle.errors import BundleError, ModelError, OptionError
+from treadle.embedder_files import PROBES, check_folder, is_foreign_fault, reason, table_problems
+from treadle.errors import BundleError, ModelError, OptionError, problem_list
 from treadle.sentence import SentenceEmbedder
 
 if TYPE_CHECKING:
@@ -98,10 +99,17 @@ class StaticEmbedder:
         """Load a model2vec folder or hub id."""
         from model2vec import StaticModel
 
+        if os.path.isdir(name):
+            check_folder(Path(name))
         try:
             model = StaticModel.from_pretrained(name)
-        except Exception as error:  # the errors of safetensors and of tokenizers have no narrower base in common
-            raise ModelError(f"static embedder {str(name)!r} cannot be loaded: {error}") from error
+            model.tokenize(PROBES)
+        except BaseException as error:
+            if not is_foreign_fault(error):
+                raise
+            raise ModelError(f"static embedder {str(name)!r} cannot be loaded: {reason(error)}") from error
+        if problems := table_problems(model):
+            raise ModelError(problem_list(f"static embedder {str(name)!r} cannot be used:", problems))
         return cls(model)
 
     def encode(self, texts: Sequence[str]) -> Floats:

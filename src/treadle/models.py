@@ -49,9 +49,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
-    if trust_remote_code:
-        options["trust_remote_code"] = True
-    return _load(AutoTokenizer.from_pretrained, name, **options)
+    return _load(AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code, **options)
 
 
 def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> "PreTrainedModel":
@@ -71,7 +69,9 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    model = _load(AutoModelForCausalLM.from_pretrained, name, dtype=resolve_dtype(dtype, device))
+    model = _load(
+        AutoModelForCausalLM.from_pretrained, name, dtype=resolve_dtype(dtype, device), trust_remote_code=False
+    )
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 

@@ -5,6 +5,7 @@ A text's cost grows with its length, so texts are cut to their last pieces and b
 
 import hashlib
 import logging
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from treadle.embedder_files import PROBES, check_folder, is_foreign_fault, reason
 from treadle.errors import ModelError
 
 Floats = NDArray[np.float32]
@@ -36,17 +38,24 @@ class SentenceEmbedder:
             raise ModelError("the sentence embedder needs: pip install 'treadle[sentence]'") from error
         from treadle.models import cached_folder
 
-        local = Path(name) if Path(name).is_dir() else cached_folder(name)
+        local = Path(name) if os.path.isdir(name) else cached_folder(name)
+        is_local = os.path.isdir(local)
+        if is_local:
+            check_folder(local)
         try:
             self.model = SentenceTransformer(
-                str(local) if local.is_dir() else name,
+                str(local) if is_local else name,
                 device=device,
                 model_kwargs={"use_safetensors": True},  # pytorch_model.bin is a pickle
+                trust_remote_code=False,
+                local_files_only=is_local,  # a folder names nothing that is fetched
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            self.model.encode(list(PROBES[:1]), show_progress_bar=False)
+        except BaseException as error:
+            if not is_foreign_fault(error):
+                raise
             raise ModelError(
-                f"sentence embedder {name!r} cannot be loaded: {reason}\n"
+                f"sentence embedder {name!r} cannot be loaded: {reason(error)}\n"
                 f"  What to do: name a folder that holds it, put it into {cached_folder(name)}, or go online."
             ) from error
         self.name = name
