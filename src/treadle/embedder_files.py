@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from treadle.documents import is_file, read_json, read_object
-from treadle.errors import BundleError, TreadleError, problem_list, shown
+from treadle.errors import ModelError, TreadleError, problem_list, shown
 
 if TYPE_CHECKING:
     from model2vec import StaticModel
@@ -31,12 +34,12 @@ MOST_BYTES = 64 << 20
 
 
 def check_folder(folder: Path) -> None:
-    """Raise a BundleError that lists everything in an embedder's folder that is not plain data to be read."""
+    """Raise a ModelError that lists everything in an embedder's folder that is not plain data to be read."""
     problems = list(_file_problems(folder))
     if not problems:
         problems += _module_problems(folder)
     if problems:
-        raise BundleError(problem_list(f"embedder {str(folder)!r} cannot be loaded:", problems))
+        raise ModelError(problem_list(f"embedder {str(folder)!r} cannot be loaded:", problems))
 
 
 def _file_problems(folder: Path) -> Iterator[str]:
@@ -61,7 +64,7 @@ def _module_problems(folder: Path) -> Iterator[str]:
     """Yield what the modules of a sentence-transformers folder would run, unpickle or fetch."""
     modules = [(folder, "Transformer")]
     if is_file(folder / MODULES_FILE):
-        listed = cast(list[Any], read_json(folder / MODULES_FILE, BundleError))
+        listed = cast(list[Any], read_json(folder / MODULES_FILE, ModelError))
         if not isinstance(listed, list) or not all(_is_module(each) for each in listed):
             yield f"{MODULES_FILE} must be a list of objects with the texts 'type' and 'path'"
             return
@@ -90,7 +93,7 @@ def _weight_problems(folder: Path, place: Path, kind: str) -> Iterator[str]:
         yield f"{pickled} is a pickle, which can run code; save it as safetensors"
     if not is_file(place / CONFIG_FILE):
         return
-    config = read_object(place / CONFIG_FILE, BundleError)
+    config = read_object(place / CONFIG_FILE, ModelError)
     if (attention := config.get("attn_implementation")) is not None and attention not in ATTENTIONS:
         yield f"attn_implementation {shown(attention)} is code of somebody else's; allowed: {', '.join(ATTENTIONS)}"
     if not str(config.get("activation_function", "torch.nn.")).startswith("torch.nn."):
@@ -104,7 +107,7 @@ def table_problems(model: "StaticModel") -> list[str]:
     problems: list[str] = []
     if vectors.ndim != 2 or not vectors.size or vectors.dtype.kind not in "fiu":
         return [f"its embeddings are {vectors.dtype} of shape {vectors.shape}, expected numbers (tokens, dimensions)"]
-    if not (abs(vectors) <= LARGEST).all():
+    if not _largest(vectors) <= LARGEST:
         problems.append(f"its embeddings hold NaN, infinity or numbers beyond {LARGEST:.0e}")
     rows = len(vectors)
     if mapping is not None:
@@ -113,9 +116,15 @@ def table_problems(model: "StaticModel") -> list[str]:
             problems.append(f"its mapping must hold one of {len(vectors)} rows for each token")
     if rows < tokens:
         problems.append(f"its tokenizer has ids up to {tokens - 1}; there are vectors for {rows}")
-    if weights is not None and not (weights.shape == (rows,) and (abs(weights) <= LARGEST).all()):
+    if weights is not None and not (weights.shape == (rows,) and _largest(weights) <= LARGEST):
         problems.append(f"its weights must be {rows} finite numbers")
     return problems
+
+
+def _largest(array: NDArray[Any]) -> float:
+    """Return the largest absolute value of an array; NaN where it holds one."""
+    low, high = array.min().astype(np.float64), array.max().astype(np.float64)
+    return float(np.maximum(high, -low))
 
 
 def reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from treadle.errors import AdapterError, shown
 
-SECONDS, CPU_SECONDS, MEMORY = 5, 2, 1 << 29
+SECONDS, CPU_SECONDS, MEMORY = 4, 1, 1 << 29
 """Wall-clock and processor time, and bytes of address space, that all expressions of a config have together."""
 MOST_LETTERS = 100_000
 """Characters of one expression."""
