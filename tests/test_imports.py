@@ -92,7 +92,8 @@ def test_errors_and_options_stand_below_everything():
     assert imported("errors") == set()
     assert imported("options") == {"errors"}
     assert imported("params") == {"errors", "options"}
-    assert imported("tasks") == {"errors", "metrics", "samples"}
+    assert imported("documents") == {"errors"}
+    assert imported("tasks") == {"documents", "errors", "metrics", "samples"}
     assert imported("samples") == set()
 
 

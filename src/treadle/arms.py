@@ -19,11 +19,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 from treadle.adapters import Adapter
 from treadle.bundle import read_bundle
+from treadle.documents import check_depth, read_text
 from treadle.errors import OptionError, TreadleError, collect, problem_list, unknown_name
 from treadle.options import parse, read_options
 from treadle.params import RoutingParams
@@ -31,6 +33,10 @@ from treadle.routing import Router
 
 EVERY = (1, 2, 3, 4, 6, 8, 16)
 WINDOWS = (16, 32, 64, 128)
+MOST_ARMS = 10_000
+"""Combinations of a grid: to measure so many takes months."""
+MOST_FILE = 1 << 20
+"""Bytes of a file of arms."""
 BOOSTS = (1, 2, 3, 4, 5, 6, 8)
 
 
@@ -145,7 +151,11 @@ def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams, fou
     problems = list(found)
     tables = dict(_tables(document, "arms", problems))
     for name, table in _tables(document, "grid", problems).items():
-        rows = expand(table)
+        try:
+            rows = expand(table)
+        except OptionError as error:
+            problems.append(f"{name}: {error}")
+            continue
         tables |= {f"{name}/{label}": row for label, row in rows.items()}
         if not rows:
             problems.append(f"{name}: an empty list leaves no combination")
@@ -195,7 +205,9 @@ def _read_arm(name: str, table: Mapping[str, Any], default: RoutingParams) -> Ar
 
 def expand(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return every combination of a grid's lists, under a label such as `every=2 window=64` of what varies."""
-    axes = {key: value if isinstance(value, list) else [value] for key, value in grid.items()}
+    axes = {key: cast(list[Any], value if isinstance(value, list) else [value]) for key, value in grid.items()}
+    if (number := prod(map(len, axes.values()))) > MOST_ARMS:
+        raise OptionError(f"the grid has {number} combinations; allowed: {MOST_ARMS}")
     rows = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     varies = [key for key, values in axes.items() if len(values) > 1] or list(axes)
     return {" ".join(f"{key}={row[key]}" for key in varies): row for row in rows}
@@ -203,10 +215,15 @@ def expand(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def read_toml(file: Path) -> dict[str, Any]:
     """Return the document of a TOML file; an OptionError where it cannot be read."""
+    text = read_text(file, OptionError, MOST_FILE)
     try:
-        return tomllib.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        document = tomllib.loads(text)
+        check_depth(document)
+    except RecursionError as error:
+        raise OptionError(f"{file} cannot be read: it is nested too deeply") from error
+    except ValueError as error:
         raise OptionError(f"{file} cannot be read: {error}") from error
+    return document
 
 
 def _tables(document: Mapping[str, Any], key: str, problems: list[str]) -> dict[str, Mapping[str, Any]]:

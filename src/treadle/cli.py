@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -331,6 +332,8 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv
     if not debug:
         warnings.simplefilter("ignore", FutureWarning)  # what other libraries say to their callers
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused where texts are checked
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         try:

@@ -4,14 +4,15 @@ Reads `.jsonl`, `.jsonl.gz` and plain `.txt` (one sample text a line) from disk,
 """
 
 import gzip
-import json
+import io
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
+from treadle.documents import is_file, open_file, parse_json
 from treadle.errors import DataError, OptionError, problem_list
 from treadle.samples import Sample
 from treadle.tasks import ChatExample, Example, Row, Task, as_text, find_task
@@ -24,6 +25,8 @@ CHAT = "chat"
 """The name of rows that hold chat messages."""
 MAX_REPORTED = 10
 """How many bad rows one message lists."""
+MOST_LETTERS = 1 << 26
+"""Characters of a line."""
 
 
 def load_examples(
@@ -115,7 +118,7 @@ def load_texts(source: str | Path) -> list[str]:
 
 def read_rows(source: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON-lines file or of a hub data set (`name[:config]:split`)."""
-    if str(source).endswith((".jsonl", ".jsonl.gz", ".json")) or Path(source).exists():
+    if str(source).endswith((".jsonl", ".jsonl.gz", ".json")) or is_file(source):
         yield from _read_file(_existing(source))
     else:
         yield from _read_hub(str(source))
@@ -126,8 +129,8 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line, allow_nan=True)
+        except ValueError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
@@ -135,13 +138,17 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    encoding = "utf-8-sig"  # Windows' editors and Excel begin a file with a byte order mark
-    opened = gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding)
-    try:
-        with opened as lines:
-            yield from lines
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a damaged archive, or not UTF-8
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    """Yield the lines of a text file, packed or not; a line longer than MOST_LETTERS is an error."""
+    with open_file(path, DataError) as raw:
+        unpacked = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        lines = io.TextIOWrapper(cast(BinaryIO, unpacked), encoding="utf-8-sig")
+        try:
+            while line := lines.readline(MOST_LETTERS):
+                if len(line) == MOST_LETTERS:
+                    raise DataError(f"{path}: a line has more than {MOST_LETTERS} characters")
+                yield line
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a damaged archive, or not UTF-8
+            raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_hub(source: str) -> Iterator[dict[str, Any]]:
@@ -159,7 +166,7 @@ def _read_hub(source: str) -> Iterator[dict[str, Any]]:
 
 def _existing(source: str | Path) -> Path:
     path = Path(source)
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{source}: no such file")
     return path
 

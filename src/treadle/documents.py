@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
-from treadle.errors import TreadleError, shown
+from treadle.errors import OptionError, TreadleError, shown
 
 MOST_BYTES = 256 << 20
 """Of a document or a text that is read as a whole."""
@@ -68,18 +68,22 @@ def read_text(file: str | Path, error_type: type[TreadleError], most_bytes: int 
         raise error_type(f"{file} cannot be read: it is not UTF-8 (byte {error.start})") from error
 
 
-def read_json(file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES) -> Any:
+def read_json(
+    file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES, *, allow_nan: bool = False
+) -> Any:
     """Return what a JSON file holds; an error of `error_type` says why it cannot be read."""
     text = read_text(file, error_type, most_bytes)
     try:
-        return parse_json(text)
+        return parse_json(text, allow_nan=allow_nan)
     except ValueError as error:
         raise error_type(f"{file} cannot be read as JSON: {error}") from error
 
 
-def read_object(file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def read_object(
+    file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES, *, allow_nan: bool = False
+) -> dict[str, Any]:
     """Return the object that a JSON file holds; an error of `error_type` where it holds none or cannot be read."""
-    document = read_json(file, error_type, most_bytes)
+    document = read_json(file, error_type, most_bytes, allow_nan=allow_nan)
     if not isinstance(document, dict):
         raise error_type(f"{file} does not hold an object.")
     return cast(dict[str, Any], document)
@@ -151,3 +155,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {shown(twice)} is there twice")
     return found
+
+
+def check_text(value: Any) -> None:
+    """Raise an OptionError where a value is no text; half of a surrogate pair is none (bytes other than UTF-8)."""
+    if not isinstance(value, str):
+        raise OptionError(f"got {shown(value)}; allowed: a text.")
+    try:
+        if not value.isascii():
+            value.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"character {error.start} of the text is half of a surrogate pair; give UTF-8.") from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.documents import read_object
+from treadle.documents import check_text, read_object
 from treadle.embedder_files import PROBES, check_folder, is_foreign_fault, reason, table_problems
 from treadle.errors import BundleError, ModelError, OptionError, problem_list
 from treadle.sentence import SentenceEmbedder
@@ -114,6 +114,8 @@ class StaticEmbedder:
 
     def encode(self, texts: Sequence[str]) -> Floats:
         """Return the vectors (B, D) of whole texts."""
+        for text in texts:
+            check_text(text)
         return self.finish([self.sum_words(WORD.findall(text)) for text in texts])
 
     def track(self, window: int | None) -> "StaticTrack":

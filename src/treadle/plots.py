@@ -5,6 +5,7 @@ Each figure is a function of results that returns a matplotlib figure, or None w
 
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from treadle.documents import read_json
 from treadle.errors import DataError, TreadleError
 from treadle.files import make_folder
 from treadle.quality import Quality
@@ -71,12 +73,9 @@ class Study:
 
 def _read_qualities(file: Path) -> list[dict[str, Any]]:
     """Return what a file of `treadle route --eval` holds, one a score; nothing where it is not there."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+    found = read_json(file, DataError, allow_nan=True)
     keys = {each.name for each in fields(Quality)}
     if not isinstance(found, list) or not all(isinstance(each, dict) and keys <= set(each) for each in found):
         raise DataError(f"{file} is not what treadle route --eval writes")

@@ -45,7 +45,7 @@ def read_benches(folder: Path) -> list[dict[str, Any]]:
     """Return the tables of all runs in a folder, in the order of the files' names."""
     tables: list[dict[str, Any]] = []
     for file in sorted(folder.glob(f"{PREFIX}*.json")):
-        found = read_object(file, DataError).get("tables")
+        found = read_object(file, DataError, allow_nan=True).get("tables")
         each = cast(list[Any], found if isinstance(found, list) else [None])
         if not all(isinstance(table, dict) and table.keys() >= KEYS and _has_lines(table) for table in each):
             raise DataError(f"{file} is not what treadle bench -o writes")
@@ -55,7 +55,17 @@ def read_benches(folder: Path) -> list[dict[str, Any]]:
 
 def _has_lines(table: Mapping[str, Any]) -> bool:
     lines = table["lines"]
-    return isinstance(lines, list) and all(isinstance(line, dict) and line.keys() >= LINE_KEYS for line in lines)
+    return isinstance(lines, list) and all(isinstance(line, dict) and _is_line(line) for line in lines)
+
+
+def _is_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line has what is drawn of it: names, and numbers or nothing."""
+    texts, numbers = ("arm", "setting"), ("seconds", "low", "high", "ratio")
+    return (
+        line.keys() >= LINE_KEYS
+        and all(isinstance(line[key], str) for key in texts)
+        and all(line[key] is None or type(line[key]) in (int, float) for key in numbers)
+    )
 
 
 def ratios_figure(tables: Sequence[Mapping[str, Any]]) -> "Figure | None":

@@ -10,6 +10,7 @@ the second: nats over tokens for `nll`, points over examples for the others.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from treadle.documents import read_object
+from treadle.documents import MOST_BYTES, open_file, parse_json, read_object, read_text
 from treadle.errors import DataError, OptionError
 from treadle.writing import append_text, write_text
 
@@ -27,6 +28,10 @@ RESAMPLES = 2000
 LONGEST_NAME = 200
 """Characters of a file's name, but for its ending."""
 Fraction = tuple[float, float]
+TEXTS = ("arm", "task", "metric", "source", "rows")
+NUMBERS = ("value", "low", "high", "seconds", "tokens_per_second")
+WHOLE = ("n", "tokens", "seed")
+"""Fields of a result by their type."""
 RESULTS_FILE, SETTINGS_FILE, CELLS = "results.jsonl", "settings.json", "cells"
 
 
@@ -107,7 +112,7 @@ def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) 
 
 def read_settings(output: Path) -> dict[str, Any]:
     """Return what a folder of results says of itself; a DataError where it does not."""
-    return read_object(output / SETTINGS_FILE, DataError)
+    return read_object(output / SETTINGS_FILE, DataError, allow_nan=True)
 
 
 def read_results(output: Path) -> list[EvalResult]:
@@ -117,14 +122,16 @@ def read_results(output: Path) -> list[EvalResult]:
         DataError: the file holds something else.
     """
     file = output / RESULTS_FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
+    with open_file(file, DataError, MOST_BYTES) as opened:
+        text = opened.read().decode("utf-8", "replace")
     results: list[EvalResult] = []
-    for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
         if not line.endswith("\n"):
             continue  # the last line, while it was being written
         try:
-            results.append(EvalResult(**json.loads(line)))
+            results.append(_result_of(parse_json(line, allow_nan=True)))
         except (ValueError, TypeError) as error:
             raise DataError(f"{file}: not a result: {line[:60]!r} ({error})") from error
     metrics: dict[tuple[str, str], set[str]] = {}
@@ -141,6 +148,23 @@ def keep_whole(output: Path) -> list[EvalResult]:
     if file.exists() and file.read_text("utf-8", "replace") != _lines(results):
         write_results(output, results, append=False)
     return results
+
+
+def _result_of(document: Any) -> EvalResult:
+    """Return a line as a result; a TypeError or ValueError where it is none."""
+    result = EvalResult(**document)
+    wrong = [name for name in TEXTS if not isinstance(getattr(result, name), str)]
+    wrong += [name for name in NUMBERS if not is_number(getattr(result, name))]
+    wrong += [name for name in WHOLE if type(getattr(result, name)) is not int]
+    wrong += [name for name in ("routing", "versions") if not isinstance(getattr(result, name) or {}, dict)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} of another type")
+    return result
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON document is a number; a truth value is none."""
+    return type(value) in (int, float)
 
 
 def write_results(output: Path, results: Sequence[EvalResult], *, append: bool) -> None:
@@ -160,15 +184,25 @@ def write_cell(output: Path, arm: str, task: str, rows: Sequence[Mapping[str, An
 def read_cell(output: Path, arm: str, task: str) -> list[dict[str, Any]]:
     """Return the examples of a finished cell: `index`, `values` {metric: [numerator, denominator]}, text, weights."""
     file = _cell_file(output, arm, task)
-    if not file.exists():
+    if not os.path.lexists(file):
         raise DataError(f"{file}: no such cell")
+    text = read_text(file, DataError, MOST_BYTES)
     try:
-        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        rows = [parse_json(line, allow_nan=True) for line in text.splitlines()]
     except ValueError as error:
         raise DataError(f"{file} is damaged: {error}; remove it, and its cell is measured again") from error
-    if not rows or not all(isinstance(row, dict) and "values" in row for row in rows):
+    if not rows or not all(_is_example(row) and row["values"].keys() == rows[0]["values"].keys() for row in rows):
         raise DataError(f"{file} holds no examples; remove it, and its cell is measured again")
     return rows
+
+
+def _is_example(row: Any) -> bool:
+    """Whether a line of a cell has values that are fractions."""
+    values = cast(dict[str, Any], row).get("values") if isinstance(row, dict) else None
+    if not isinstance(values, dict):
+        return False
+    fractions = cast(dict[str, Any], values).values()
+    return all(isinstance(each, list) and len(each) == 2 and all(map(is_number, each)) for each in fractions)
 
 
 def fractions_of(output: Path, arm: str, task: str, metric: str) -> list[Fraction]:
@@ -181,7 +215,7 @@ def fractions_of(output: Path, arm: str, task: str, metric: str) -> list[Fractio
 
 def _metrics_of(output: Path, arm: str, task: str) -> set[str]:
     """Return the metrics that apply to some example of a cell; none where there is no cell."""
-    if not _cell_file(output, arm, task).exists():
+    if not os.path.lexists(_cell_file(output, arm, task)):
         return set()
     rows = read_cell(output, arm, task)
     return {name for name in rows[0]["values"] if any(row["values"][name][1] > 0 for row in rows)}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from treadle.documents import check_text
 from treadle.embedder_files import PROBES, check_folder, is_foreign_fault, reason
 from treadle.errors import ModelError
 
@@ -68,6 +69,8 @@ class SentenceEmbedder:
         """Return the vectors (B, D) of whole texts, of long ones of their last pieces; any thread may call it."""
         if not texts:
             return np.zeros((0, self.dim), np.float32)
+        for text in texts:
+            check_text(text)
         vectors = np.empty((len(texts), self.dim), np.float32)
         with self._turn:
             cut, sizes = zip(*map(self._last_pieces, texts), strict=True)

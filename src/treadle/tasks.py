@@ -12,7 +12,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
-from treadle.errors import DataError, OptionError, problem_list, unknown_name
+from treadle.documents import read_object
+from treadle.errors import DataError, OptionError, problem_list, shown, unknown_name
 from treadle.samples import Sample
 
 Row = Mapping[str, Any]
@@ -131,6 +132,8 @@ TASKS: dict[str, Task] = {  # CodeAlpaca has a training split alone: its rows ar
         Task("mbpp", "google-research-datasets/mbpp:full:validation", _mbpp, ("pass_at_1", "parses"), 192, CODE, NEXT),
     )
 }
+MOST_TASK = 1 << 20
+"""Bytes of a task's file."""
 SEPARATOR = "\n\n"
 """Between the examples of a joined text: of a training sequence, a mixed stream, or shots before a prompt."""
 PAPER = ("math", "science", "code", "reading")
@@ -158,12 +161,9 @@ def read_task(file: str | Path) -> Task:
 
     judges = [name for name in METRICS if name != "pass_at_1"]  # which needs tests, that a task file cannot name
     try:
-        given = json.loads(Path(file).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"task file {file} cannot be read: {error}") from error
-    if not isinstance(given, dict):
-        raise DataError(f"task file {file}: expected an object with {', '.join(FILE_KEYS)}")
-    given = cast(dict[str, Any], given)
+        given = read_object(file, DataError, MOST_TASK)
+    except DataError as error:
+        raise DataError(f"task file {error} It needs {', '.join(FILE_KEYS)}.") from error
     problems = [unknown_name("key", key, FILE_KEYS) for key in given if key not in FILE_KEYS]
     problems += [f"{key} is missing or empty" for key in ("name", "prompt", "completion") if not given.get(key)]
     texts = {key: given.get(key, "") for key in FILE_KEYS if key not in {"metrics", "max_tokens", "stop"}}
@@ -177,7 +177,7 @@ def read_task(file: str | Path) -> Task:
     if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
         problems.append("stop must be a list of texts")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        problems.append(f"max_tokens must be a whole number of at least 1, not {tokens!r}")
+        problems.append(f"max_tokens must be a whole number of at least 1, not {shown(tokens)}")
     if problems:
         raise DataError(problem_list(f"task file {file}:", problems))
 
@@ -194,11 +194,14 @@ def _template(text: Any, problems: list[str]) -> Callable[[Row], str]:
     """Return a function that fills the `{field}`s of a text from a row; a missing field is a KeyError."""
     names: list[str] = []
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(str(text)) if name is not None]
+        fields = [field for field in string.Formatter().parse(str(text)) if field[1] is not None]
+        names = [str(name) for _, name, _, _ in fields]
+        if any(spec or conversion for _, _, spec, conversion in fields):  # a width may be of any number of characters
+            problems.append(f"{shown(text)}: braces hold the name of a field and nothing else, no : and no !")
     except ValueError as error:  # a lone brace
-        problems.append(f"{text!r} is not a template: {error}; write {{{{ and }}}} for braces")
+        problems.append(f"{shown(text)} is not a template: {error}; write {{{{ and }}}} for braces")
     if "" in names:
-        problems.append(f"{text!r}: braces need the name of a field; write {{{{ and }}}} for braces themselves")
+        problems.append(f"{shown(text)}: braces need the name of a field; write {{{{ and }}}} for braces themselves")
 
     return lambda row: _Fields().vformat(str(text), (), row)
 

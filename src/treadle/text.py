@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers.decoders import DecodeStream
 
-from treadle.errors import ModelError, OptionError
+from treadle.documents import check_text
+from treadle.errors import ModelError, OptionError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,10 @@ Prompt = str | Sequence[Mapping[str, Any]]
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
     """Return the token ids of a prompt: a text as the tokenizer begins texts, messages by its chat template."""
     if isinstance(prompt, str):
+        check_text(prompt)
         ids = tokenizer(prompt).input_ids
+    elif not isinstance(prompt, Sequence) or not all(isinstance(each, Mapping) for each in prompt):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"got {shown(prompt)}; allowed: a text, or a list of chat messages.")
     else:
         ids = tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False).input_ids
     return token_ids(ids)
@@ -49,13 +53,16 @@ def chat_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[s
     errors = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
     given = [dict(message) for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
     except errors as error:  # such as roles that do not alternate
         raise OptionError(f"the chat template refuses these messages: {error}") from error
+    check_text(text)
+    return text
 
 
 def completion_ids(tokenizer: "PreTrainedTokenizerBase", completion: str) -> list[int]:
     """Return the token ids of a text that continues a prompt."""
+    check_text(completion)
     return list(tokenizer(completion, add_special_tokens=False).input_ids)
 
 

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from treadle.documents import read_text
 from treadle.errors import OptionError, problem_list
 from treadle.server.params import ServeParams
 
 KEY_ID_LENGTH = 8
 """Characters of a key's hash by which the log names it."""
+MOST_FILE = 16 << 20
+"""Bytes of a key file."""
 COMMENT = re.compile(r"(^|\s)#.*")
 
 
@@ -83,9 +86,9 @@ def read_keys(file: Path, taken: Mapping[str, str] | None = None) -> list[tuple[
     """
     taken = taken or {}
     try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"api_key_file {str(file)!r} cannot be read: {error}") from error
+        lines = read_text(file, OptionError, MOST_FILE).splitlines()
+    except OptionError as error:
+        raise OptionError(f"api_key_file {error}") from error
     entries = [(number, words) for number, line in enumerate(lines, 1) if (words := COMMENT.sub("", line).split())]
     problems = [f"line {number}: expected KEY, or KEY ADAPTER,ADAPTER" for number, words in entries if len(words) > 2]
     keys = [words[0] for _, words in entries]

@@ -6,12 +6,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast, get_origin, get_type_hints
 
+from treadle.documents import check_depth, read_text
 from treadle.errors import OptionError, problem_list, unknown_name
 from treadle.options import meanings, read_options
 from treadle.server.params import SECRETS, ServeParams
 
 PREFIX = "TREADLE_"
 """Of the environment variables: TREADLE_PORT, TREADLE_API_KEY ..."""
+MOST_FILE = 1 << 20
+"""Bytes of the file."""
 CONFIG_VARIABLE = "TREADLE_CONFIG"
 
 
@@ -58,9 +61,15 @@ def read_file(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        document: Any = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = read_text(file, OptionError, MOST_FILE)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise OptionError("an alias (*name) is not read, as a few may stand for more than memory holds")
+        document: Any = yaml.safe_load(text)
+        check_depth(document)
+    except (ValueError, yaml.YAMLError) as error:  # yaml makes dates and numbers by Python's own constructors
         raise OptionError(f"config {str(file)!r} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise OptionError(f"config {str(file)!r} cannot be read: it is nested too deeply") from error
     if not isinstance(document, dict):
         raise OptionError(f"config {str(file)!r} holds no keys; expected lines like port: 8000")
     given = {str(key).replace("-", "_"): value for key, value in cast(dict[Any, Any], document).items()}
