@@ -129,7 +129,7 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line, allow_nan=True)
+            row = parse_json(line, strict=False)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):

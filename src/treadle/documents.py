@@ -69,34 +69,34 @@ def read_text(file: str | Path, error_type: type[TreadleError], most_bytes: int 
 
 
 def read_json(
-    file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES, *, allow_nan: bool = False
+    file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES, *, strict: bool = True
 ) -> Any:
     """Return what a JSON file holds; an error of `error_type` says why it cannot be read."""
     text = read_text(file, error_type, most_bytes)
     try:
-        return parse_json(text, allow_nan=allow_nan)
+        return parse_json(text, strict=strict)
     except ValueError as error:
         raise error_type(f"{file} cannot be read as JSON: {error}") from error
 
 
 def read_object(
-    file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES, *, allow_nan: bool = False
+    file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES, *, strict: bool = True
 ) -> dict[str, Any]:
     """Return the object that a JSON file holds; an error of `error_type` where it holds none or cannot be read."""
-    document = read_json(file, error_type, most_bytes, allow_nan=allow_nan)
+    document = read_json(file, error_type, most_bytes, strict=strict)
     if not isinstance(document, dict):
         raise error_type(f"{file} does not hold an object.")
     return cast(dict[str, Any], document)
 
 
-def parse_json(text: str, *, allow_nan: bool = False) -> Any:
+def parse_json(text: str, *, strict: bool = True) -> Any:
     """Return what a JSON text says; a ValueError says why it cannot be read.
 
     Args:
         text: of one document.
-        allow_nan: whether NaN and Infinity are numbers, as in what Python itself has written.
+        strict: False takes what Python's own json may have written: NaN, Infinity and halves of surrogate pairs.
     """
-    constant, number = (None, None) if allow_nan else (_no_constant, _finite)
+    constant, number = (_no_constant, _finite) if strict else (None, None)
     try:
         document = json.loads(
             text, parse_constant=constant, parse_float=number, parse_int=_integer, object_pairs_hook=_unique
@@ -104,7 +104,7 @@ def parse_json(text: str, *, allow_nan: bool = False) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels") from None
     check_depth(document)
-    if SURROGATE.search(text):
+    if strict and SURROGATE.search(text):
         _check_surrogates(document)
     return document
 

@@ -64,7 +64,7 @@ def _module_problems(folder: Path) -> Iterator[str]:
     """Yield what the modules of a sentence-transformers folder would run, unpickle or fetch."""
     modules = [(folder, "Transformer")]
     if is_file(folder / MODULES_FILE):
-        listed = cast(list[Any], read_json(folder / MODULES_FILE, ModelError))
+        listed: Any = read_json(folder / MODULES_FILE, ModelError)
         if not isinstance(listed, list) or not all(_is_module(each) for each in listed):
             yield f"{MODULES_FILE} must be a list of objects with the texts 'type' and 'path'"
             return

@@ -75,7 +75,7 @@ def _read_qualities(file: Path) -> list[dict[str, Any]]:
     """Return what a file of `treadle route --eval` holds, one a score; nothing where it is not there."""
     if not os.path.lexists(file):
         return []
-    found = read_json(file, DataError, allow_nan=True)
+    found = read_json(file, DataError, strict=False)
     keys = {each.name for each in fields(Quality)}
     if not isinstance(found, list) or not all(isinstance(each, dict) and keys <= set(each) for each in found):
         raise DataError(f"{file} is not what treadle route --eval writes")

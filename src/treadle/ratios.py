@@ -45,7 +45,7 @@ def read_benches(folder: Path) -> list[dict[str, Any]]:
     """Return the tables of all runs in a folder, in the order of the files' names."""
     tables: list[dict[str, Any]] = []
     for file in sorted(folder.glob(f"{PREFIX}*.json")):
-        found = read_object(file, DataError, allow_nan=True).get("tables")
+        found = read_object(file, DataError, strict=False).get("tables")
         each = cast(list[Any], found if isinstance(found, list) else [None])
         if not all(isinstance(table, dict) and table.keys() >= KEYS and _has_lines(table) for table in each):
             raise DataError(f"{file} is not what treadle bench -o writes")

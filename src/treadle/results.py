@@ -112,7 +112,7 @@ def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) 
 
 def read_settings(output: Path) -> dict[str, Any]:
     """Return what a folder of results says of itself; a DataError where it does not."""
-    return read_object(output / SETTINGS_FILE, DataError, allow_nan=True)
+    return read_object(output / SETTINGS_FILE, DataError, strict=False)
 
 
 def read_results(output: Path) -> list[EvalResult]:
@@ -131,7 +131,7 @@ def read_results(output: Path) -> list[EvalResult]:
         if not line.endswith("\n"):
             continue  # the last line, while it was being written
         try:
-            results.append(_result_of(parse_json(line, allow_nan=True)))
+            results.append(_result_of(parse_json(line, strict=False)))
         except (ValueError, TypeError) as error:
             raise DataError(f"{file}: not a result: {line[:60]!r} ({error})") from error
     metrics: dict[tuple[str, str], set[str]] = {}
@@ -188,7 +188,7 @@ def read_cell(output: Path, arm: str, task: str) -> list[dict[str, Any]]:
         raise DataError(f"{file}: no such cell")
     text = read_text(file, DataError, MOST_BYTES)
     try:
-        rows = [parse_json(line, allow_nan=True) for line in text.splitlines()]
+        rows = [parse_json(line, strict=False) for line in text.splitlines()]
     except ValueError as error:
         raise DataError(f"{file} is damaged: {error}; remove it, and its cell is measured again") from error
     if not rows or not all(_is_example(row) and row["values"].keys() == rows[0]["values"].keys() for row in rows):

@@ -5,6 +5,7 @@ and MBPP are built in; any other is a few lines of JSON. This module knows rows 
 """
 
 import json
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
-from treadle.documents import read_object
+from treadle.documents import read_json
 from treadle.errors import DataError, OptionError, problem_list, shown, unknown_name
 from treadle.samples import Sample
 
@@ -132,6 +133,8 @@ TASKS: dict[str, Task] = {  # CodeAlpaca has a training split alone: its rows ar
         Task("mbpp", "google-research-datasets/mbpp:full:validation", _mbpp, ("pass_at_1", "parses"), 192, CODE, NEXT),
     )
 }
+WIDE = re.compile(r"\d{4}")
+"""In a format, a width or precision that nobody means."""
 MOST_TASK = 1 << 20
 """Bytes of a task's file."""
 SEPARATOR = "\n\n"
@@ -161,9 +164,12 @@ def read_task(file: str | Path) -> Task:
 
     judges = [name for name in METRICS if name != "pass_at_1"]  # which needs tests, that a task file cannot name
     try:
-        given = read_object(file, DataError, MOST_TASK)
+        given = read_json(file, DataError, MOST_TASK)
     except DataError as error:
-        raise DataError(f"task file {error} It needs {', '.join(FILE_KEYS)}.") from error
+        raise DataError(f"task file {error}") from error
+    if not isinstance(given, dict):
+        raise DataError(f"task file {file}: expected an object with {', '.join(FILE_KEYS)}")
+    given = cast(dict[str, Any], given)
     problems = [unknown_name("key", key, FILE_KEYS) for key in given if key not in FILE_KEYS]
     problems += [f"{key} is missing or empty" for key in ("name", "prompt", "completion") if not given.get(key)]
     texts = {key: given.get(key, "") for key in FILE_KEYS if key not in {"metrics", "max_tokens", "stop"}}
@@ -177,7 +183,7 @@ def read_task(file: str | Path) -> Task:
     if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
         problems.append("stop must be a list of texts")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        problems.append(f"max_tokens must be a whole number of at least 1, not {shown(tokens)}")
+        problems.append(f"max_tokens must be a whole number of at least 1, not {tokens!r:.60}")
     if problems:
         raise DataError(problem_list(f"task file {file}:", problems))
 
@@ -194,10 +200,7 @@ def _template(text: Any, problems: list[str]) -> Callable[[Row], str]:
     """Return a function that fills the `{field}`s of a text from a row; a missing field is a KeyError."""
     names: list[str] = []
     try:
-        fields = [field for field in string.Formatter().parse(str(text)) if field[1] is not None]
-        names = [str(name) for _, name, _, _ in fields]
-        if any(spec or conversion for _, _, spec, conversion in fields):  # a width may be of any number of characters
-            problems.append(f"{shown(text)}: braces hold the name of a field and nothing else, no : and no !")
+        names = [name for _, name, _, _ in string.Formatter().parse(str(text)) if name is not None]
     except ValueError as error:  # a lone brace
         problems.append(f"{shown(text)} is not a template: {error}; write {{{{ and }}}} for braces")
     if "" in names:
@@ -213,6 +216,11 @@ class _Fields(string.Formatter):
         value = _field(kwargs, field_name)
         as_text(value, field_name)
         return value, field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if WIDE.search(format_spec):
+            raise ValueError(f"{shown(format_spec)} asks for more than 999 characters")
+        return super().format_field(value, format_spec)
 
 
 def _field(row: Row, name: str) -> Any:
