@@ -5,49 +5,15 @@ server's own limits stand in the place of its options' names.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
-from treadle.errors import LONGEST_NAME, listed
-
-Json: TypeAlias = dict[str, Any]
-NAMING = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {LONGEST_NAME} characters"
-
-
-class Body(BaseModel):
-    """A JSON object whose fields are all known; numbers are not read from texts."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    EXAMPLE: ClassVar[Json] = {}
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _asks_for_nothing_unsupported(cls, value: Any, info: ValidationInfo) -> Any:
-        extra = cls.model_fields[info.field_name or ""].json_schema_extra
-        if isinstance(extra, dict) and value not in cast(list[Any], extra.get("enum", [value])):
-            raise ValueError("unsupported")
-        return value
-
+from treadle.errors import LONGEST_NAME
+from treadle.server.neutral import Body, Json, NeutralChatFields, NeutralFields, NeutralMessageFields, unsupported
 
 BodyKind = TypeVar("BodyKind", bound=Body)
-
-
-def unsupported(*neutral: Any) -> Any:
-    """Declare a field of OpenAI's API that treadle does not have: it may only have values that ask for nothing."""
-    values = [*neutral, None]
-    return Field(
-        default=None, description=f"only {listed(values)}: it is not supported", json_schema_extra={"enum": values}
-    )
+NAMING = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {LONGEST_NAME} characters"
 
 
 @dataclass(frozen=True)
@@ -79,9 +45,10 @@ def _parts(value: Any) -> Any:
 
 
 def _is_text_part(part: Any) -> bool:
-    if not isinstance(part, dict) or set(cast(Json, part)) != {"type", "text"}:
+    if not isinstance(part, dict):
         return False
-    return part["type"] == "text" and isinstance(part["text"], str)
+    given = {name: value for name, value in cast(Json, part).items() if value is not None and name not in CACHE_HINTS}
+    return given.keys() == {"type", "text"} and given["type"] == "text" and isinstance(given["text"], str)
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -99,6 +66,8 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(each) is int for each in cast(list[Any], value))
 
 
+CACHE_HINTS = ("cache_control", "prompt_cache_breakpoint")
+"""Fields of a part that say what a provider should cache; they change no answer."""
 STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
 IDS: Json = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 PROMPT: Json = {
@@ -114,7 +83,11 @@ PARTS: Json = {
     "minItems": 1,
     "items": {
         "type": "object",
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "properties": {
+            "type": {"const": "text"},
+            "text": {"type": "string"},
+            **{name: {"type": ["object", "null"]} for name in CACHE_HINTS},
+        },
         "required": ["type", "text"],
         "additionalProperties": False,
     },
@@ -133,16 +106,26 @@ Tokens = Annotated[
 ]
 
 
-class Message(Body):
+class Message(NeutralMessageFields):
     """One message of a chat."""
 
-    role: Annotated[Literal["system", "user", "assistant"], Field(description="'system', 'user' or 'assistant'")]
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        Field(description="'system', 'developer', 'user' or 'assistant'"),
+    ]
     content: Annotated[
         str,
         BeforeValidator(_parts),
         WithJsonSchema({"anyOf": [{"type": "string"}, PARTS]}),
         Field(description='a text, or a list of parts like {"type": "text", "text": "Hello"}; no images, no sound'),
     ]
+    name: Annotated[str | None, Field(description="a text, which the chat template may show")] = None
+
+    def turn(self, *, has_developers: bool) -> dict[str, str]:
+        """Return the message for a chat template, which may or may not know developers."""
+        role = "system" if self.role == "developer" and not has_developers else self.role
+        turn = {"role": role, "content": self.content}
+        return turn if self.name is None else {**turn, "name": self.name}
 
 
 Messages = Annotated[
@@ -155,10 +138,12 @@ Messages = Annotated[
 class StreamOptions(Body):
     """What a stream carries besides its text."""
 
-    include_usage: Annotated[bool, Field(description="true or false")] = False
+    include_usage: Annotated[bool | None, Field(description="true or false")] = False
+    include_obfuscation: Annotated[bool | None, Field(description="true or false; it is not used")] = None
+    continuous_usage_stats: Any = unsupported(False)
 
 
-class Generating(Body):
+class Generating(NeutralFields):
     """What /v1/completions and /v1/chat/completions have in common."""
 
     model: Annotated[str, Field(description="the bundle's name or 'auto' (routed), an adapter's name, or 'base'")]
@@ -170,7 +155,7 @@ class Generating(Body):
         float | None, Field(ge=0, le=2, description="0 (greedy), or a number from 0.001 to 2; 1 where it is not given")
     ] = None
     top_p: Annotated[float | None, Field(gt=0, le=1, description="a number above 0, at most 1")] = None
-    top_k: Annotated[int | None, Field(ge=0, description="a whole number of at least 0 (= all)")] = None
+    top_k: Annotated[int | None, Field(ge=-1, description="a whole number of at least 1; 0 or -1 = all")] = None
     seed: Annotated[
         int | None, Field(ge=-(2**63), lt=2**63, description="a whole number from -2**63 to below 2**63")
     ] = None
@@ -185,13 +170,9 @@ class Generating(Body):
         dict[str, Any] | None,
         Field(description="an object of routing options, 'adapters' (a list of names) and 'trace' (true or false)"),
     ] = None
-    user: Annotated[str | None, Field(description="a text; it is not used")] = None
-    presence_penalty: Any = unsupported(0)
-    frequency_penalty: Any = unsupported(0)
-    logit_bias: Any = unsupported({})
 
 
-class ChatBody(Generating):
+class ChatBody(NeutralChatFields, Generating):
     """POST /v1/chat/completions."""
 
     EXAMPLE: ClassVar[Json] = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}
@@ -204,16 +185,6 @@ class ChatBody(Generating):
         Field(ge=0, description='a whole number from 0 to --max-logprobs, only with "logprobs": true'),
         BeforeValidator(AtMost("max_logprobs")),
     ] = None
-    tools: Any = unsupported([])
-    tool_choice: Any = unsupported("none", "auto")
-    parallel_tool_calls: Any = unsupported(True, False)
-    functions: Any = unsupported([])
-    function_call: Any = unsupported("none", "auto")
-    response_format: Any = unsupported({"type": "text"})
-    modalities: Any = unsupported(["text"])
-    store: Any = unsupported(False)
-    metadata: Any = unsupported({})
-    service_tier: Any = unsupported("auto", "default")
 
 
 class CompletionBody(Generating):

@@ -83,12 +83,15 @@ class Failure(Exception):
 
 
 def refusal(problems: Problems) -> Failure:
-    """Return the failure for what is wrong with a body; a model that does not exist makes it a 404."""
+    """Return the failure for what is wrong with a body; a model that does not exist makes it a 404.
+
+    Its field and code are those of the first problem of the highest status, of one with a code where there is any.
+    """
     messages = [problem.message for problem in problems if problem.message][:MOST_LISTED]
     if more := sum(problem.count for problem in problems) - len(messages):
         messages.append(f"... and {more} more")
     text = messages[0] if len(messages) == 1 else problem_list("the request has several problems:", messages)
-    worst = max(problems, key=lambda problem: problem.status)  # the first, where all have the same
+    worst = max(problems, key=lambda problem: (problem.status, problem.code is not None))
     return Failure(worst.status, text, param=worst.field, code=worst.code)
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from treadle.errors import shown, unknown_name
 from treadle.server.bodies import Body, BodyKind, Json
 from treadle.server.failures import MOST_LISTED, Failure, Problem, Problems, cut
+from treadle.server.neutral import NEUTRAL
 from treadle.server.params import ServeParams
 
 MOST_FIELDS = 256
@@ -115,7 +116,7 @@ def _describe(schema: Json, loc: tuple[int | str, ...]) -> tuple[str, list[str]]
         if isinstance(part, int):
             node = inner.get("items", node)
         else:
-            known = list(inner.get("properties", {}))
+            known = [name for name, each in inner.get("properties", {}).items() if NEUTRAL not in each]
             node = inner.get("properties", {}).get(part, node)
         description = node.get("description", description)
     return description, known

@@ -101,7 +101,7 @@ class Reader:
             temperature = 1.0
         top_p = 1.0 if body.top_p is None else body.top_p
         most, stop = self._most_tokens(body, problems), self._stops(body, problems)
-        one = SamplingParams(temperature, top_p, body.top_k or 0, most, stop)
+        one = SamplingParams(temperature, top_p, max(0, body.top_k or 0), most, stop)
         seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(count)]
         return [replace(one, seed=seed) for seed in seeds]
 
@@ -131,8 +131,12 @@ class Reader:
 
     def _read_prompts(self, prompts: Sequence[Any], problems: Problems) -> list[TokenPrompt]:
         """Return the tokens of prompts, where they are not too long."""
-        room = self.engine.context and self.engine.context - 1  # for one token of the answer
+        context = self.engine.context
+        room = context and context - 1  # for one token of the answer
         most = min((limit for limit in (self.params.max_prompt_tokens, room) if limit), default=None)
+        allowed = f"at most {most} tokens"
+        if most == room:  # some clients look for these words
+            allowed += f" (this model's maximum context length is {context} tokens)"
         vocabulary = len(self.engine.tokenizer)
         found: list[TokenPrompt] = []
         for index, prompt in enumerate(prompts):
@@ -140,7 +144,7 @@ class Reader:
             place = f"prompt[{index}]" if len(prompts) > 1 else field
             letters = _num_letters(prompt)
             if most is not None and letters > most * LONGEST_TOKEN:  # nobody waits while it is tokenised
-                problems.append(Problem(field, f"{place}: got {letters} characters; allowed: at most {most} tokens"))
+                problems.append(_too_long(field, f"{place}: got {letters} characters; allowed: {allowed}"))
                 continue
             try:
                 read = self._read_prompt(prompt)
@@ -151,7 +155,7 @@ class Reader:
             if bad := [each for each in ids if not 0 <= each < vocabulary]:
                 problems.append(Problem(field, f"{place}: got token id {bad[0]}; allowed: 0 to {vocabulary - 1}"))
             elif most is not None and len(ids) > most:
-                problems.append(Problem(field, f"{place}: got {len(ids)} tokens; allowed: at most {most}"))
+                problems.append(_too_long(field, f"{place}: got {len(ids)} tokens; allowed: {allowed}"))
             else:
                 found.append(read)
         return found
@@ -160,7 +164,9 @@ class Reader:
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             return TokenPrompt(prompt)
         if isinstance(prompt, list):
-            return read_prompt(self.engine.tokenizer, [message.model_dump() for message in prompt])
+            has_developers = "developer" in str(self.engine.tokenizer.chat_template)
+            turns = [message.turn(has_developers=has_developers) for message in prompt]
+            return read_prompt(self.engine.tokenizer, turns)
         return read_prompt(self.engine.tokenizer, prompt)
 
     def _text(self, prompt: Any) -> str:
@@ -174,6 +180,11 @@ class Reader:
         if longest > limit:
             given = f"treadle.past: got 'recompute', to read {longest} tokens of prompt and answer again and again"
             problems.append(Problem("treadle", f"{given}; allowed: at most {limit} tokens, or 'keep'"))
+
+
+def _too_long(field: str, message: str) -> Problem:
+    """Return the problem of a prompt that has too many tokens, with OpenAI's code of it."""
+    return Problem(field, message, code="context_length_exceeded")
 
 
 def _num_letters(prompt: Any) -> int:
@@ -198,6 +209,11 @@ def _check_pairs(body: Generating, problems: Problems) -> None:
         problems.append(Problem.of("best_of", body.best_of, f"the same as n ({n})"))
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         problems.append(Problem.of("top_logprobs", body.top_logprobs, 'only with "logprobs": true'))
+    if isinstance(body, ChatBody):
+        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+            if (given := getattr(body, tools)) and getattr(body, choice) != "none":
+                allowed = f'only [] or null, or any with "{choice}": "none": it is not supported'
+                problems.append(Problem.of(tools, given, allowed))
     if body.stream_options is not None and not body.stream:
         given = body.stream_options.model_dump(exclude_unset=True)
         problems.append(Problem.of("stream_options", given, 'only with "stream": true'))
