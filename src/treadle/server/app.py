@@ -102,7 +102,7 @@ async def _refused(request: Request, failure: Failure) -> Response:
 
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
-    given = f"{request.method} {request.url.path[:100]}"
+    given = f"{request.method} {request.scope['path'][:100]}"
     if error.status_code == 405:
         allowed = ", ".join(sorted(_methods(request)))
         failure = Failure(405, f"got {given}; allowed: {allowed}", code="method_not_allowed")

@@ -1,4 +1,4 @@
-"""What every request passes: its id, its key, the size and time of its body, and the line that is logged of it."""
+"""What every request passes: its id, its origin, its key, the size and time of its body, and its line in the log."""
 
 import asyncio
 import json
@@ -19,6 +19,7 @@ from treadle.server import tracing
 from treadle.server.failures import Failure
 from treadle.server.keys import Caller, Keyring
 from treadle.server.metrics import Metrics
+from treadle.server.origins import PagePolicy
 from treadle.server.page import is_page
 from treadle.server.params import ServeParams
 from treadle.server.protocol import HEADER_BYTES
@@ -68,6 +69,7 @@ class Gate:
         self._keys = keys
         self._metrics = metrics
         self._is_ready = is_ready
+        self._pages = PagePolicy.of(params, is_open=keys.is_open)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -110,6 +112,7 @@ class Gate:
         visit: Visit = scope["visit"]
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
             raise Failure(431, f"the headers are longer than {HEADER_BYTES} bytes", code="headers_too_long")
+        self._pages.check(scope["method"], scope["http_version"], headers)
         if not self._is_open(scope["path"]):
             caller = self._keys.caller(headers.get("authorization"))
             if caller is None:

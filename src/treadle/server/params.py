@@ -5,6 +5,7 @@ from typing import Literal
 
 from treadle.errors import OptionProblem
 from treadle.options import check_fields, option, raise_problems
+from treadle.server.hosts import is_pattern
 
 SECRETS = ("api_key", "admin_key")
 """Fields that are never printed."""
@@ -53,6 +54,9 @@ class ServeParams:
     tls_cert: str | None = option(None, "file with the TLS certificate chain")
     tls_key: str | None = option(None, "file with the TLS private key")
     cors_origin: tuple[str, ...] = option((), "web origin that may call the server")
+    allowed_host: tuple[str, ...] = option(
+        (), "name of this server in requests (Host), besides localhost and addresses; *.NAME = all below it, * = any"
+    )
     page: bool = option(True, "serve the page at /, which shows the routing")
     log_format: Literal["text", "json"] = option("text", "text or json: one line a request")
     log_prompts: bool = option(False, "write prompts and answers to the log")
@@ -60,8 +64,11 @@ class ServeParams:
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""
         problems = check_fields(self)
-        if not {"tls_cert", "tls_key", *SECRETS} & {problem.options[0] for problem in problems}:
+        wrong = {problem.options[0] for problem in problems}
+        if not {"tls_cert", "tls_key", *SECRETS} & wrong:
             problems += [OptionProblem((), text) for text in self._key_problems()]
+        if "allowed_host" not in wrong:
+            problems += [OptionProblem(("allowed_host",), text) for text in self._host_problems()]
         if self.model_name == BASE:
             text = f"model_name {BASE!r} is what requests call the base model; give another one"
             problems.append(OptionProblem(("model_name",), text))
@@ -77,3 +84,11 @@ class ServeParams:
         if len(set(keys)) < len(keys):
             problems.append("a key is given twice; the admin key must be one of its own")
         return problems
+
+    def _host_problems(self) -> list[str]:
+        allowed = "give it without scheme and path, such as treadle.example.org"
+        return [
+            f"allowed_host {host!r} is not a host's name; {allowed}"
+            for host in self.allowed_host
+            if not is_pattern(host)
+        ]

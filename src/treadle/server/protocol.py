@@ -1,9 +1,14 @@
-"""HTTP/1.1 connections whose heads are limited in bytes and seconds; uvicorn's own reads a head without an end."""
+"""HTTP/1.1 connections whose heads are limited in bytes and seconds; uvicorn's own reads a head without an end.
+
+Offers of other protocols (HTTP/2, WebSocket) are left alone, and clients of HTTP/1.0 get no chunks.
+"""
 
 import asyncio
+import re
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from httptools import HttpParserError, HttpParserUpgrade
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from treadle.server.failures import Failure
 
@@ -11,6 +16,8 @@ HEADER_BYTES = 32 << 10
 """Of a request's line and all its headers."""
 HEAD_SECONDS = 30.0
 """In which a head must have arrived, from the connection or from its own first byte on."""
+AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+"""The host in a request's line, as clients of a proxy write it."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -35,18 +42,51 @@ class Protocol(HttpToolsProtocol):
         if self._is_in_head:
             self._head_bytes += len(data)
             self._wait()
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except HttpParserError as error:
+            self.send_400_response(f"{str(error).rstrip('.')}.")
+            return
         if self._is_in_head and self._head_bytes > HEADER_BYTES:
             self.transport.close()
 
+    def _parse(self, data: bytes) -> None:
+        """Read requests; where the parser stops at an offer of another protocol, it is told to go on in this one."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except HttpParserUpgrade as offer:
+                if self.scope["method"] == "CONNECT":
+                    raise HttpParserError("CONNECT is for proxies.") from offer
+                rest = rest[offer.args[0] :]
+                self.parser.feed_data(self._head_without_offer())
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.scope["method"].encode(), self.url, version)]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
     def on_headers_complete(self) -> None:
         """Pass the request on."""
+        if self.parser.should_upgrade():
+            self.scope["method"] = self.parser.get_method().decode()
+            return  # the same head comes again, without the offer
         self._stop()
         self._head_bytes, self._is_in_head = 0, False
+        if found := AUTHORITY.match(self.url):  # counts for more than Host (RFC 9112, section 3.2.2)
+            self.headers[:] = [(b"host", found[1]), *(each for each in self.headers if each[0] != b"host")]
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            _end_with_connection(self.cycle)
 
     def on_message_complete(self) -> None:
         """Expect another head, which may come later: until then uvicorn's keep-alive counts."""
+        if self.parser.should_upgrade():
+            return
         self._is_in_head = True
         super().on_message_complete()
 
@@ -66,3 +106,19 @@ class Protocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _end_with_connection(cycle: RequestResponseCycle) -> None:
+    """Let an answer of unknown length end where its connection does, for a client that knows no chunks."""
+    send, has_length = cycle.send, False
+
+    async def send_unchunked(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = None if has_length else False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_unchunked

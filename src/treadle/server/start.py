@@ -10,6 +10,7 @@ from pathlib import Path
 
 from treadle.bundle import Bundle
 from treadle.errors import OptionError, collect, problem_list, unknown_name
+from treadle.server.hosts import is_loopback
 from treadle.server.keys import Keyring
 from treadle.server.params import BASE, ServeParams
 
@@ -17,7 +18,6 @@ logger = logging.getLogger("treadle.server")
 
 MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Of an address that this machine does not have, such as localhost's second."""
-LOCAL = ("127.0.0.1", "localhost", "::1")
 BACKLOG = 2048
 """Connections that the system holds until they are accepted; uvicorn's default."""
 
@@ -134,6 +134,6 @@ def _warnings(bundle: Bundle, params: ServeParams, keys: Keyring) -> list[str]:
     names = bundle.router.names
     unknown = sorted(keys.adapters - set(names))
     warnings = [f"api_key_file: {unknown_name('adapter', name, names)} It counts once it is added." for name in unknown]
-    if params.host not in LOCAL and keys.is_open:
+    if keys.is_open and not is_loopback(params.host):
         warnings.append(f"listening on {params.host} without an API key: everybody who can reach it may use it")
     return warnings
