@@ -9,6 +9,8 @@ import pytest
 
 from treadle.sandbox import FILE_SIZE, passes
 
+from conftest import Run
+
 ADD = "def add(a, b):\n    return a + b"
 TESTS = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
 
@@ -125,3 +127,9 @@ def test_a_program_lives_in_a_folder_of_its_own(tmp_path, monkeypatch):
 def test_our_environment_is_not_its(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert passes("import os", ["assert 'HF_TOKEN' not in os.environ"])
+
+
+def test_the_command_says_that_programs_run_without_a_sandbox(run: Run) -> None:
+    code, out, _ = run("eval", "--help")
+    assert code == 0
+    assert "there is no sandbox" in " ".join(out.split())

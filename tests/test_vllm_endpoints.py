@@ -1,7 +1,11 @@
 """The plugin's routes over two engines that are stubs: adapters come and go in all of them or in none."""
 
 import asyncio
+import json
 import threading
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +28,7 @@ from treadle.vllm_plugin.schedule import Schedule
 
 from conftest import BASE, save_adapter
 
+ADMIN = "root-of-this-test"
 NEW = {"name": "late", "path": "late", "samples": ["sum planet loop", "planet loop sum"]}
 
 
@@ -66,7 +71,8 @@ class Client:
 
 
 @pytest.fixture
-def state(bundle_folder: Path, tokenizer: Any, tmp_path: Path) -> State:
+def state(bundle_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
+    monkeypatch.setenv(endpoints.ADMIN_VARIABLE, ADMIN)
     save_adapter(tmp_path / "late", seed=9, r=2)
     for name in ("math", "code"):
         save_adapter(tmp_path / name, seed=9, r=2)
@@ -85,7 +91,7 @@ def http(state: State) -> TestClient:
         ]
     )
     app.state.treadle = state
-    return TestClient(app, raise_server_exceptions=False)
+    return TestClient(app, raise_server_exceptions=False, headers={"X-Admin-Key": ADMIN})
 
 
 def test_a_chat_is_routed_as_its_text(state: State, http: TestClient) -> None:
@@ -157,6 +163,63 @@ def test_names_that_mean_something_else_are_a_400(state: State, http: TestClient
     assert held(state) == [("math", "science", "code")] * 3
 
 
+@pytest.mark.parametrize(
+    ("headers", "may"),
+    [
+        ({"X-Admin-Key": ADMIN}, True),
+        ({"X-Admin-Key": ADMIN, "Authorization": "Bearer a-key-of-vllm"}, True),
+        ({"X-Admin-Key": "", "Authorization": f"Bearer {ADMIN}"}, True),
+        ({"X-Admin-Key": "", "Authorization": "Bearer a-key-of-vllm"}, False),
+        ({"X-Admin-Key": "", "Authorization": f"Basic {ADMIN}"}, False),
+        ({"X-Admin-Key": "wrong", "Authorization": f"Bearer {ADMIN}"}, False),
+        ({"X-Admin-Key": ADMIN[:-1]}, False),
+        ({"X-Admin-Key": ""}, False),
+    ],
+)
+def test_only_the_admin_key_changes_adapters(
+    state: State, http: TestClient, headers: dict[str, str], may: bool
+) -> None:
+    answers = [http.post("/adapters", json=NEW, headers=headers), http.delete("/adapters/math", headers=headers)]
+    assert [answer.status_code for answer in answers] == [200 if may else 403] * 2
+    assert held(state) == [("science", "code", "late") if may else ("math", "science", "code")] * 3
+    assert all("TREADLE_ADMIN_KEY" in answer.json()["error"]["message"] for answer in answers if not may)
+    assert http.get("/adapters", headers=headers).status_code == 200  # to see them needs vLLM's key alone
+
+
+def test_without_an_admin_key_or_a_folder_nobody_changes_adapters(state: State, http: TestClient) -> None:
+    state.admin_key = None
+    for headers in ({}, {"X-Admin-Key": ""}, {"X-Admin-Key": "None"}):
+        assert http.post("/adapters", json=NEW, headers=headers).status_code == 403
+    state.admin_key = ADMIN
+    state.asked.params = replace(state.asked.params, adapter_dir=None)
+    assert http.post("/adapters", json=NEW).status_code == http.delete("/adapters/math").status_code == 403
+    assert held(state) == [("math", "science", "code")] * 3
+
+
+@pytest.mark.parametrize("path", ["..", ".", "", "/etc", "late/..", "late\0", "x" * 5000, "nowhere", 7, None])
+def test_an_adapter_lies_below_its_folder(state: State, http: TestClient, tmp_path: Path, path: Any) -> None:
+    (tmp_path / "out").symlink_to("/etc")
+    for given in (path, "out"):
+        answer = http.post("/adapters", json={**NEW, "path": given})
+        assert answer.status_code == 400
+        assert "allowed: a folder below adapter_dir" in answer.json()["error"]["message"]
+    assert held(state) == [("math", "science", "code")] * 3
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[" * 100_000, b"\xff", b"[]", b'"x"', b"1"])
+def test_a_body_that_is_no_object_is_a_400(http: TestClient, raw: bytes) -> None:
+    for route in ("/adapters", "/route"):
+        assert http.post(route, content=raw).status_code == 400
+
+
+def test_what_is_too_much_is_refused(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    for samples in ([], ["a"] * 1001):
+        answer = http.post("/adapters", json={**NEW, "samples": samples})
+        assert (answer.status_code, "1 to 1000 texts" in answer.json()["error"]["message"]) == (400, True)
+    monkeypatch.setattr(endpoints, "MAX_BODY", 1000)
+    assert http.post("/route", json={"prompt": "a" * 1000}).status_code == 413
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "outside the vocabulary": ({"prompt": [3, 260]}, "token id 260; allowed: 0 to 259"),
     "far outside": ({"prompt": [3], "token_ids": [1 << 70]}, "allowed: 0 to 259"),
@@ -218,11 +281,16 @@ def test_a_step_does_not_wait_for_a_prompt(state: State, monkeypatch: pytest.Mon
 def test_engines_are_asked_one_after_the_other(state: State, http: TestClient) -> None:
     """Two adapters that join at once get slots of their own."""
 
+    async def sent(body: Any) -> AsyncIterator[bytes]:
+        yield json.dumps(body).encode()
+
     async def both() -> None:
         async with asyncio.TaskGroup() as group:
             for name in ("late", "later"):
                 body = {**NEW, "name": name}
-                request: Any = SimpleNamespace(method="POST", json=lambda body=body: asyncio.sleep(0, body))
+                request: Any = SimpleNamespace(
+                    method="POST", headers={"x-admin-key": ADMIN}, stream=partial(sent, body)
+                )
                 group.create_task(endpoints.adapters(request, state))
 
     with pytest.raises(ExceptionGroup) as raised:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ def make_folder(path: Path) -> Path:
     except OSError as error:  # a file has its name, or a folder above may not be written to
         raise OptionError(f"{path} cannot be a folder: {error.strerror}; name another.") from error
     return path
+
+
+def folder_below(root: Path, path: str) -> Path | None:
+    """Return the folder that a path means, links followed; None where there is none below the root."""
+    if "\0" in path:
+        return None
+    top = Path(os.path.realpath(root))
+    folder = Path(os.path.realpath(top / path))
+    is_below = folder.is_relative_to(top) and folder != top
+    return folder if is_below and os.path.isdir(folder) else None  # False, too, where a name is too long for a file
 
 
 def digest(document: Any) -> str:

@@ -56,7 +56,11 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     *,
     evaluation: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept."""
+    """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept.
+
+    The task mbpp runs programs that a model wrote. Limits on time, memory and files stop accidents, but there is no
+    sandbox: such a program can read, change and send what you can. Run models that you do not trust in a container.
+    """
     from treadle.arms import choose_arms
     from treadle.bundle import read_bundle
 

@@ -1,7 +1,7 @@
 """Runs a generated program against tests in a process of its own, with limits on time, memory and files.
 
-The limits stop accidents (endless loops, memory bombs), not attackers: a hostile program can still read files that the
-user can. Run untrusted models in a container.
+This is no sandbox against attackers. The limits stop accidents (endless loops, memory bombs); a hostile program can
+still read, change and send what the user can. Run untrusted models in a container.
 """
 
 import os

@@ -28,7 +28,7 @@ from treadle.vllm_plugin import figures
 from conftest import SAMPLES, save_adapter
 from vllm_plugin.engines import ALL, BASE, PROMPTS, reference, small_llama
 
-KEY = "a-key-of-this-test"
+KEY, ADMIN = "a-key-of-this-test", "the-admin-of-this-test"
 MODELS = ["demo", "auto", "base", "math", "science", "code"]
 
 
@@ -36,11 +36,17 @@ class Server:
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
 
-    def call(self, path: str, body: Any = None, *, method: str | None = None, key: str = KEY) -> tuple[int, Any]:
+    def call(
+        self, path: str, body: Any = None, *, method: str | None = None, key: str = KEY, admin: str = ADMIN
+    ) -> tuple[int, Any]:
         request = urllib.request.Request(
             self.url + path,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+            headers={
+                "Content-Type": "application/json",
+                "Authorization": f"Bearer {key}",
+                "X-Admin-Key": admin,
+            },
             method=method,
         )
         try:
@@ -93,7 +99,12 @@ def running(bundle: Path, *flags: str, **options: Any) -> Generator[Server]:
         "float32", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16",
         "--api-key", KEY, "--additional-config", config, *flags,
     ]  # fmt: skip
-    environment = {**os.environ, "VLLM_PLUGINS": "treadle", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": "treadle",
+        "TREADLE_ADMIN_KEY": ADMIN,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
     log = (bundle.parent / f"server-{port}.log").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     served = Server(port)
@@ -235,6 +246,8 @@ def test_figures_of_engines_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) 
 def test_adapters_come_and_go_over_http(server: Server, late: Path) -> None:
     before = server.ids()
     new = {"name": "late", "path": "late", "samples": ["sum planet loop", "planet loop sum"]}
+    assert server.call("/v1/treadle/adapters", new, admin="no")[0] == 403
+    assert server.call("/v1/treadle/adapters/math", method="DELETE", admin=KEY)[0] == 403
     assert server.call("/v1/treadle/adapters", {**new, "path": "../.."})[0] == 400
     assert server.call("/v1/treadle/adapters", {**new, "name": "math"})[0] == 400
     status, body = server.call("/v1/treadle/adapters", new)

@@ -1,7 +1,6 @@
 """The routes of adapters: what there is, how a text is weighed, and adding and removing while requests run."""
 
 import asyncio
-import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from treadle.centroids import Centroids
 from treadle.chat import joined
 from treadle.errors import LONGEST_NAME, AdapterError, TreadleError, listed, shown
 from treadle.explain import explain
+from treadle.files import folder_below
 from treadle.fitting import centroid_from
 from treadle.routing import Router
 from treadle.samples import sample_texts
@@ -185,7 +185,7 @@ async def _add(state: State, new: New, problems: Problems) -> None:
     wrong = {problem.place for problem in problems}
     if new.name_field not in wrong:
         problems += _name_problems(state, new)
-    folder = _folder(Path(state.params.adapter_dir), new.path)
+    folder = folder_below(Path(state.params.adapter_dir), new.path)
     if folder is None and new.path_field not in wrong:
         problems.append(Problem.of(new.path_field, new.path, "a folder below --adapter-dir"))
     if folder is None or problems:
@@ -244,13 +244,3 @@ def _name_problems(state: State, new: New) -> Problems:
         return []
     taken = ", ".join(dict.fromkeys([*others, *adapters]))
     return [Problem(new.name_field, f"{what}; allowed: {NAMING}, not a name that is taken ({taken})")]
-
-
-def _folder(root: Path, path: str) -> Path | None:
-    """Return the folder that a path means, links followed; None where there is none below the root."""
-    if "\0" in path:
-        return None
-    top = Path(os.path.realpath(root))
-    folder = Path(os.path.realpath(top / path))
-    is_below = folder.is_relative_to(top) and folder != top
-    return folder if is_below and os.path.isdir(folder) else None  # False, too, where a name is too long for a file

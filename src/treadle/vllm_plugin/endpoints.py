@@ -6,6 +6,10 @@ vLLM's has no place for weights; but they are a function of options and token id
 """
 
 import asyncio
+import hmac
+import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +19,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from treadle.chat import contents_of
-from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, unknown_name
+from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, shown, unknown_name
+from treadle.files import folder_below
 from treadle.text import prompt_ids
 from treadle.vllm_plugin import figures
 from treadle.vllm_plugin.asked import Asked
@@ -24,6 +29,12 @@ from treadle.vllm_plugin.params import KEY
 from treadle.vllm_plugin.schedule import Schedule
 from treadle.vllm_plugin.tokens import tokenizer_of
 
+ADMIN_VARIABLE = "TREADLE_ADMIN_KEY"
+"""The environment variable with the key that may add and remove adapters; an option would be in vLLM's log."""
+MAX_BODY = 4 << 20
+"""Bytes of a request's body."""
+MAX_SAMPLES = 1000
+"""Sample texts of an adapter that joins."""
 ROUTE_KEYS = ("prompt", "messages", "token_ids", KEY)
 
 
@@ -60,6 +71,7 @@ class State:
         self.longest_piece = max(map(len, self.tokenizer.get_vocab()))  # characters
         served: str | Sequence[str] | None = model.served_model_name
         self.served = (served,) if isinstance(served, str) else tuple(served or ())
+        self.admin_key = os.environ.get(ADMIN_VARIABLE, "").strip() or None
         self.changing = asyncio.Lock()  # one adapter at a time
 
     @property
@@ -212,6 +224,7 @@ async def adapters(request: Request, state: State) -> dict[str, Any]:
     """GET: the adapters and what the router has done. POST {"name", "path", "samples"}: one more."""
     if request.method == "GET":
         return await state.call("treadle_adapters")
+    _check_admin(request, state)
     body = await _body(request)
     allowed = ("name", "path", "samples")
     if unknown := [unknown_name("field", name, allowed) for name in body if name not in allowed]:
@@ -219,8 +232,9 @@ async def adapters(request: Request, state: State) -> dict[str, Any]:
     name, samples = body.get("name"), body.get("samples")
     path = _inside(state, body.get("path"))
     is_list = isinstance(samples, list) and all(isinstance(each, str) for each in cast(list[Any], samples))
+    is_list = is_list and 1 <= len(cast(list[str], samples)) <= MAX_SAMPLES
     if not isinstance(name, str) or not name or not (samples is None or is_list):
-        raise OptionError("adapters: name is a text, samples are a list of texts")
+        raise OptionError(f"adapters: name is a text, samples are a list of 1 to {MAX_SAMPLES} texts")
     async with state.changing:
         mixture, params = state.asked.mixture, state.asked.params
         check_name(name, state.taken)
@@ -233,35 +247,43 @@ async def adapters(request: Request, state: State) -> dict[str, Any]:
 async def remove(request: Request, state: State) -> dict[str, Any]:
     """DELETE: take an adapter out of the requests that begin from now on."""
     name = str(request.path_params["name"])
-    _admin_folder(state)
+    _check_admin(request, state)
     async with state.changing:
         if name not in state.asked.mixture.names:
             raise Refused(404, unknown_name("adapter", name, state.asked.mixture.names))
         return await state.remove(name)
 
 
-def _admin_folder(state: State) -> Path:
-    folder = state.asked.params.adapter_dir
-    if folder is None:
-        raise Refused(403, "adapters cannot come and go here: start the server with max_adapters and adapter_dir")
-    return Path(folder).expanduser().resolve()
+def _check_admin(request: Request, state: State) -> None:
+    """Raise a Refused unless adapters can come and go here, and the request has the key for it."""
+    if state.asked.params.adapter_dir is None or state.admin_key is None:
+        needs = f"max_adapters and adapter_dir, and a key in {ADMIN_VARIABLE}"
+        raise Refused(403, f"adapters cannot come and go here: start the server with {needs}")
+    bearer = re.fullmatch(r"[Bb]earer +(\S+) *", request.headers.get("authorization", ""))
+    given = request.headers.get("x-admin-key") or (bearer[1] if bearer else "")
+    if not hmac.compare_digest(given.encode(), state.admin_key.encode()):
+        how = f"send X-Admin-Key: KEY, or Authorization: Bearer KEY, with the key of {ADMIN_VARIABLE}"
+        raise Refused(403, f"this needs the admin key: {how}")
 
 
 def _inside(state: State, path: Any) -> str:
     """Return an adapter's folder, which must lie below `adapter_dir`."""
-    folder = _admin_folder(state)
-    if not isinstance(path, str) or "\0" in path:
-        raise OptionError("adapters: path is a folder below adapter_dir")
-    found = (folder / path).resolve()
-    if not found.is_relative_to(folder) or not found.is_dir():
-        raise OptionError(f"adapters: {path!r} is no folder below adapter_dir")
-    return str(found)
+    root = Path(state.asked.params.adapter_dir or "").expanduser()
+    folder = folder_below(root, path) if isinstance(path, str) else None
+    if folder is None:
+        raise OptionError(f"adapters: path: got {shown(path)}; allowed: a folder below adapter_dir")
+    return str(folder)
 
 
 async def _body(request: Request) -> dict[str, Any]:
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > MAX_BODY:
+            raise Refused(413, f"the body is longer than {MAX_BODY} bytes, the most that is allowed")
     try:
-        body = await request.json()
-    except ValueError as error:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise OptionError("the body is not an object")
