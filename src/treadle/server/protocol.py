@@ -23,6 +23,7 @@ AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 class Protocol(HttpToolsProtocol):
     """Closes a connection whose head is too long or too slow; bodies are limited by the gate."""
 
+    parser: Any  # None once the connection is lost, when nothing comes any more
     _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_in_head = True
