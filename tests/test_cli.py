@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from treadle.cli import main
+
 from conftest import SAMPLES, Run
 
 
@@ -171,3 +173,29 @@ def test_fit_lists_everything_that_is_missing(run: Run, bundle: Path, tmp_path: 
     for part in ("'a': nowhere is not a folder", "give sample texts of 'math'", "no.jsonl: no such file"):
         assert part in err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_a_full_disk_behind_standard_output_is_told_in_one_line(monkeypatch, capfd):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "argv", ["treadle", "serve", "nowhere", "--print-config"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 1
+    assert capfd.readouterr().err == "treadle: output cannot be used: No space left on device\n"
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_done(run: Run, tmp_path, bundle_folder):
+    (tmp_path / "file").touch()
+    for arguments in (
+        ["fit", "--base", "nowhere", "--adapter=a=nowhere", "-o", tmp_path / "file/bundle"],
+        ["generate", bundle_folder, "--prompt", "add", "--trace", tmp_path / "file/trace.json"],
+        ["generate", bundle_folder, "--prompt", "add", "--trace", tmp_path],
+        ["route", bundle_folder, "--eval", "--tasks", "math=nowhere", "-o", tmp_path / "file/results"],
+        ["base", "../model", "--gguf", "nowhere.gguf"],
+    ):
+        code, _, err = run(*arguments)
+        assert code == 1
+        assert err.count("\n") == 1
+        assert "name another" in err or "name a file" in err or "as on the hub" in err

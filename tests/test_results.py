@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from killing import kills
 
 from treadle.errors import DataError, OptionError
 from treadle.results import (
@@ -16,6 +17,7 @@ from treadle.results import (
     difference,
     fractions_of,
     interval,
+    keep_whole,
     read_cell,
     read_results,
     write_cell,
@@ -183,3 +185,33 @@ def test_a_cell_gives_the_fractions_of_each_metric(tmp_path):
         fractions_of(tmp_path, "base", "math", "chrf")
     with pytest.raises(DataError, match="no such cell"):
         fractions_of(tmp_path, "oracle", "math", "nll")
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "...", "../../up", "/etc/passwd", "a\0b", "\ud800", "x" * 500, "é" * 300, ""]
+)
+def test_no_name_of_a_task_or_an_arm_leaves_the_folder_of_cells(tmp_path, name):
+    for task, arm in ((name, "base"), ("math", name)):
+        write_cell(tmp_path / "out", arm, task, ROWS)
+        assert read_cell(tmp_path / "out", arm, task) == ROWS
+    files = [file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 2
+    assert all(file.parts[:2] == ("out", "cells") and len(file.parts) == 4 for file in files)
+
+
+def test_a_killed_writer_leaves_whole_cells_and_a_file_that_is_added_to(tmp_path):
+    first, second = cell(tmp_path), cell(tmp_path, "oracle")
+    write_results(tmp_path, first, append=True)
+
+    def write() -> None:
+        write_cell(tmp_path, "oracle", "code", ROWS)
+        write_results(tmp_path, second, append=True)
+
+    for _ in kills(write):
+        assert read_results(tmp_path) in (first, first + second)
+        with (tmp_path / RESULTS_FILE).open("a") as file:
+            file.write('{"arm": "half')
+        kept = keep_whole(tmp_path)
+        assert kept == read_results(tmp_path)
+        assert (tmp_path / RESULTS_FILE).read_text().endswith("\n")
+        write_results(tmp_path, first, append=False)

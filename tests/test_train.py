@@ -2,12 +2,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from killing import kills
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -15,8 +20,10 @@ from treadle.adapters import read_adapter
 from treadle.blend import attach
 from treadle.centroid_files import read_centroid
 from treadle.centroids import Centroids
+from treadle.checkpoints import MARK_FILE, CheckpointKeeper, keep_only, mark_whole, newest_whole
 from treadle.embed import StaticEmbedder, load_embedder
 from treadle.errors import AdapterError, DataError, OptionError
+from treadle.files import digest
 from treadle.routing import fit
 from treadle.tasks import Example
 from treadle.train import IGNORED, TrainParams, train_adapter, training_rows
@@ -191,6 +198,91 @@ def test_a_stopped_run_goes_on_and_leaves_losses_and_a_centroid(
         Centroids.empty("another embedder", 8).join(router.centroids)
     with pytest.raises(AdapterError, match="adapter 'own' has a centroid already"):
         router.centroids.join(router.centroids)
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    made = folder / f"checkpoint-{step}"
+    (made / "deep").mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "optimizer.pt", "deep/trainer_state.json"):
+        (made / name).write_text(f"{name} of {step}")
+    return made
+
+
+DAMAGES = {
+    "never marked": lambda each: (each / MARK_FILE).unlink(),
+    "mark cut short": lambda each: (each / MARK_FILE).write_text("{"),
+    "mark of nothing": lambda each: (each / MARK_FILE).write_text("{}"),
+    "file missing": lambda each: (each / "optimizer.pt").unlink(),
+    "file cut short": lambda each: (each / "deep/trainer_state.json").write_text(""),
+    "file of the same size": lambda each: (each / "optimizer.pt").write_text("optimizer.pt of 99"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    assert newest_whole(tmp_path / "nowhere") is None
+    whole = mark_whole(checkpoint(tmp_path, 9))
+    newer = mark_whole(checkpoint(tmp_path, 20))
+    (tmp_path / "checkpoint-best").mkdir()
+    assert newest_whole(tmp_path) == newer
+    damage(newer)
+    assert newest_whole(tmp_path) == whole
+    keep_only(tmp_path, whole)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint-9", "checkpoint-best"]
+
+
+def test_the_checkpoint_before_stays_until_the_new_one_is_marked(tmp_path: Path) -> None:
+    mark_whole(checkpoint(tmp_path, 10))
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    state, control = SimpleNamespace(global_step=20, is_world_process_zero=True), SimpleNamespace(should_save=True)
+
+    def write() -> None:
+        keeper = CheckpointKeeper()
+        keeper.on_step_end(args, state, control)
+        checkpoint(tmp_path, 20)
+        keeper.on_save(args, state, control)
+
+    found = []
+    for _ in kills(write):
+        newest = newest_whole(tmp_path)
+        found.append(newest and newest.name)
+        keep_only(tmp_path, None)
+        mark_whole(checkpoint(tmp_path, 10))
+    assert set(found) == {"checkpoint-10", "checkpoint-20"}
+    assert sorted(found) == found
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint-20"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 576 vs 534"), OSError(28, "No space left on device")])
+def test_only_what_fails_while_a_checkpoint_is_written_is_said_of_it(tmp_path: Path, error: Exception) -> None:
+    keeper = CheckpointKeeper()
+    with pytest.raises(type(error)), keeper.told(tmp_path):
+        raise error
+    keeper.on_step_end(None, None, SimpleNamespace(should_save=True))
+    with pytest.raises(OptionError, match=r"a checkpoint in .* cannot be written: (unexpected|No space)") as caught:
+        with keeper.told(tmp_path):
+            raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_a_result_that_is_whole_needs_only_tidying_up_and_others_files_stay(tmp_path: Path) -> None:
+    base, output = tmp_path / BASE, tmp_path / "own"
+    tiny_llama().save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    (output / "checkpoints/mine").mkdir(parents=True)
+    with pytest.raises(OptionError, match="checkpoints is there, but not of a run of treadle"):
+        train_adapter(str(base), OWN, output)
+    params = TrainParams(steps=2)
+    rows = list(training_rows(TOKENIZER, OWN, (), params))
+    recipe = {"base": str(base), **asdict(params), "rows": digest(rows)}
+    (output / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    (output / "adapter_config.json").write_text("{}")
+    (output / "README.md").write_text("mine")
+    assert train_adapter(str(base), OWN, output, params=params) == output
+    assert {each.name for each in output.iterdir()} == {"adapter_config.json", "README.md"}
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="cannot hold files"):
+        train_adapter(str(base), OWN, tmp_path / "file/own", params=params)
 
 
 def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> None:
