@@ -24,16 +24,15 @@ def test_chats_are_the_embedded_engines(small: Path, embedded: Any) -> None:
     from vllm import SamplingParams
 
     own = embedded.tokenizer.chat_template
-    for options in ({}, {"prefill": "causal", "every": 4}):
-        params = SamplingParams(
-            temperature=0, max_tokens=24, ignore_eos=True, logprobs=3, extra_args={"treadle": options}
-        )
-        routing = embedded.router.params if not options else replace(embedded.router.params, **options)
-        with serving(small) as served:
-            for template in (own, TEMPLATE):
-                embedded.tokenizer.chat_template = template
-                prompts = [read_prompt(embedded.tokenizer, messages) for messages in CHATS]
-                embedded.tokenizer.chat_template = own
+    with serving(small) as served:
+        for template in (own, TEMPLATE):
+            embedded.tokenizer.chat_template = template
+            prompts = [read_prompt(embedded.tokenizer, messages) for messages in CHATS]
+            embedded.tokenizer.chat_template = own
+            for options in ({}, {"prefill": "causal", "every": 4}):
+                extra = {"treadle": options}
+                params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=3, extra_args=extra)
+                routing = replace(embedded.router.params, **options)
                 outputs = served.llm.chat(CHATS, params, chat_template=template, use_tqdm=False)
                 assert [list(each.prompt_token_ids) for each in outputs] == [list(each.ids) for each in prompts]
                 expected = reference(embedded, prompts, routing, tokens=24)
