@@ -21,6 +21,7 @@ CORE = {
         "blend",
         "compatible",
         "supported",
+        "rope",
         "chunk_step",
         "fast_step",
         "centroids",

@@ -6,6 +6,7 @@ its own, and the rows that run do not notice.
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from treadle.fast_step import FastStep
 from treadle.graph_step import GraphStep
 from treadle.params import Combine
 from treadle.prefixes import Copy, PrefixCache, Text
+from treadle.rope import LengthRope
 from treadle.rows import Row, TokenEvent, TokenScore, route
 from treadle.sampling import likeliest, new_generator, sample, score_tokens
 from treadle.transformers_names import cache_argument
@@ -34,16 +36,20 @@ Events = list[tuple[Row, TokenEvent]]
 class Reading:
     """Rows whose texts are being read into a cache of their own, padded on the left to the longest."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        """Start at the first column; the rows' weights must have been decided."""
+    def __init__(self, rows: Sequence[Row], *, is_again: bool = False) -> None:
+        """Start at the first column; the rows' weights must have been decided.
+
+        `is_again` keeps the weights under which each token was read before.
+        """
         self.rows = list(rows)
         self.length = max(len(row.ids) for row in rows)
         self.pads = [self.length - len(row.ids) for row in rows]
-        self.weights = [row.prompt_weights() for row in rows]  # (T, N) or (1, N) for all T alike
+        # (T, N) or (1, N) for all T alike
+        self.weights = [row.weights_again() if is_again else row.prompt_weights() for row in rows]
         self.done = 0  # columns that have been read; the cache does not tell once it is the batch's
         self.cache = RowCache()
         self.copy: Copy | None = None  # for the prefixes, of a single row
-        for row, weights in zip(rows, self.weights, strict=True):
+        for row, weights in zip(() if is_again else rows, self.weights, strict=False):
             row.read_under = weights
 
     @property
@@ -82,6 +88,7 @@ class Batch:
         self._fast_step = fast_step
         self._prefixes = prefixes
         self._cache_argument = cache_argument(model)
+        self._rope = LengthRope.of(model)
         self.route_seconds = 0.0  # spent on weights so far
 
     @torch.inference_mode()
@@ -126,15 +133,17 @@ class Batch:
         """Give every row its next token."""
         changed = self._route(self.rows)
         again = [row for row in changed if row.routing.past == "recompute"]
-        if again:
-            self._keep([row for row in self.rows if row not in again])
+        grown = [row for row in self.rows if row not in again and self._has_grown(row)]
+        if again or grown:
+            self._keep([row for row in self.rows if row not in again and row not in grown])
         going = list(self.rows)
         logits = [self._read_newest()] if going else []
-        if again:
-            reading = Reading(again)
-            logits.append(self._read_on(reading, reading.length))
-            self._append(reading)
-        return self._advance([*going, *again], torch.cat(logits))
+        for rows, is_again in ((again, False), (grown, True)):
+            if rows:
+                reading = Reading(rows, is_again=is_again)
+                logits.append(self._read_on(reading, reading.length))
+                self._append(reading)
+        return self._advance([*going, *again, *grown], torch.cat(logits))
 
     @torch.inference_mode()
     def leave(self, rows: Sequence[Row]) -> None:
@@ -145,6 +154,10 @@ class Batch:
         """Return how many tokens, and how many columns of padding, there are if a row of `length` tokens joins."""
         lengths = [*(len(row.ids) for row in self.rows), length]
         return sum(lengths), len(lengths) * max(lengths) - sum(lengths)
+
+    def _has_grown(self, row: Row) -> bool:
+        """Whether the newest token makes the text so long that all of it is rotated otherwise, and read again."""
+        return self._rope is not None and len(row.ids) == self._rope.limit + 1
 
     def _route(self, rows: Sequence[Row]) -> list[Row]:
         started = time.perf_counter()
@@ -226,7 +239,8 @@ class Batch:
         positions = (torch.arange(start, start + new) - left).clamp(min=0)  # (B, T)
         mask = (torch.arange(start + new) >= left).long().to(device) if any(pads) else None  # (B, L)
         among = [row.router.names for row in rows]
-        with self._blend.using(stacked, combines, among):
+        rope = self._rope.using([len(row.ids) for row in rows]) if self._rope else nullcontext()
+        with self._blend.using(stacked, combines, among), rope:
             if isinstance(step, FastStep):
                 return step(ids, positions, mask, cache)[:, None]
             if isinstance(self._fast_step, FastStep) and is_chunk:
@@ -267,7 +281,8 @@ class Batch:
 
     def _text(self, row: Row) -> Text:
         """Return the tokens of a row that have been read, or are about to be, with their weights."""
-        return Text.of(row, self._blend)
+        read = len(row.ids) - bool(row.events)
+        return Text.of(row, self._blend, "long" if self._rope and self._rope.is_long(read) else "")
 
     def _remember(self, row: Row, cache: RowCache, index: int, copy: Copy | None = None) -> None:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""

@@ -46,13 +46,13 @@ class Text:
         ids: (T,) tokens.
         weights: adapter -> (T,) its weights; only of adapters that act somewhere.
         present: the adapters that the combine brings in whatever their weights.
-        way: combine and owner.
+        way: combine, owner, and which rotary factors.
     """
 
     ids: NDArray[np.int64]
     weights: Mapping[Key, Floats]
     present: tuple[Key, ...]
-    way: tuple[str, str]
+    way: tuple[str, str, str]
 
     @cached_property
     def head(self) -> bytes:
@@ -60,7 +60,7 @@ class Text:
         return self.ids[:SHORTEST].tobytes()
 
     @classmethod
-    def of(cls, row: Row, blend: Blend) -> "Text":
+    def of(cls, row: Row, blend: Blend, rope: str = "") -> "Text":
         """Return the tokens of a row but the newest generated one, which no pass has read yet."""
         ids = np.array(row.ids[: len(row.ids) - bool(row.events)])
         later = [event.weights for event in row.events[1:]]
@@ -70,7 +70,7 @@ class Text:
         # the paper's combine adds the B of every adapter that the row knows of, whatever its weight
         present = tuple(keys[name] for name in row.router.names) if row.routing.combine == "paper" else ()
         acting = {keys[name]: weights[:, i] for i, name in enumerate(row.router.names) if weights[:, i].any()}
-        return cls(ids, acting, present, (row.routing.combine, row.owner))
+        return cls(ids, acting, present, (row.routing.combine, row.owner, rope))
 
     def shared(self, other: "Text") -> int:
         """Return how many tokens at the beginning are the same and read in the same way; 0 if fewer than `SHORTEST`."""

@@ -141,6 +141,13 @@ class Row:
             return self.router.trace(routed.pieces, self.prompt_tokens, self.routing, ends=routed.ends)
         return self.weights[None]
 
+    def weights_again(self) -> Floats:
+        """Return the weights (T, N) under which each token so far was read, and the newest will be."""
+        if self.routing.past == "recompute":
+            return self.prompt_weights()
+        prompt = np.broadcast_to(self.read_under, (self.prompt_tokens, len(self.router.names)))
+        return np.concatenate([prompt, *(event.weights[None] for event in self.events[1:]), self.weights[None]])
+
     def prompt_comparison(self) -> Comparison | None:
         """Return what `prompt_weights` are made from, each (T, N) or (1, N); None where they are fixed."""
         if self.routing.prefill == "causal":

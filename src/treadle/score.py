@@ -12,6 +12,7 @@ from treadle.centroids import Floats
 from treadle.chat import ChatText, RoutedText, pieces_of, read_prompt
 from treadle.errors import OptionError, problem_list
 from treadle.params import RoutingParams
+from treadle.rope import LengthRope
 from treadle.routing import decision_length
 from treadle.text import Prompt, completion_ids
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 BATCH, GPU_BATCH = 8, 32
 """Rows of one forward pass, on a CPU and on a GPU."""
+MAX_AXES = 3
+"""Axes of weights that differ by token."""
 LISTED = 10
 """Rows that a message names at most."""
 Pair = tuple[list[int], list[int]]
@@ -171,6 +174,11 @@ def _score_again(
 def _logits(
     engine: "Engine", ids: torch.Tensor, weights: Floats, params: RoutingParams, first: int
 ) -> torch.Tensor:  # (B, T) -> (B, T - first, V)
+    rope, length = LengthRope.of(engine.model), ids.shape[1]
+    if rope and first < rope.limit < length:  # the text grew in between, and was read again with other factors
+        short = weights[:, : rope.limit] if weights.ndim == MAX_AXES else weights
+        before = _logits(engine, ids[:, : rope.limit], short, params, first)
+        return torch.cat([before, _logits(engine, ids, weights, params, rope.limit)], 1)
     device = engine.model.device
     with engine.blend.using(weights if weights.any() else None, params.combine, [engine.router.names]):
         output = engine.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=ids.shape[1] - first)

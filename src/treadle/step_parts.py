@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.layers import BlendedLinear
+from treadle.rope import LONGROPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +29,8 @@ def fits(model: "PreTrainedModel", device: str = "cpu") -> bool:
     if is_windowed or config.hidden_act != "silu" or attention != "sdpa":
         return False
     linear = [module for module in model.modules() if hasattr(module, "in_features")]
+    if any(getattr(module, "rope_type", None) == LONGROPE for module in model.modules()):
+        return False
     is_plain = all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in linear)
     places = {(parameter.device, parameter.dtype) for parameter in model.parameters()}
     return is_plain and len(places) == 1 and next(iter(places))[0].type == device

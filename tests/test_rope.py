@@ -1,0 +1,105 @@
+"""Longrope: whatever shares a pass with a text, and however it is read, its factors are those of its own length."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedTokenizerFast
+
+from treadle.adapters import read_adapter
+from treadle.embed import StaticEmbedder
+from treadle.generate import Engine
+from treadle.params import RoutingParams, SamplingParams
+from treadle.prefixes import PrefixCache
+from treadle.routing import fit
+from treadle.score import score_ids
+
+from conftest import SAMPLES, TINY, save_adapter
+
+LIMIT = 24
+LENGTHS = {"short": 5, "grows": 18, "at the limit": LIMIT, "just over": LIMIT + 1, "long": 40}
+CHANGING = RoutingParams(every=1, window=4, temperature=5.0)
+SAMPLING = SamplingParams(max_tokens=12)
+
+
+def phi() -> transformers.Phi3ForCausalLM:
+    torch.manual_seed(0)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 10.0], "factor": 4.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": LIMIT, **factors}
+    sizes = TINY | {"initializer_range": 0.2, "max_position_embeddings": 96}
+    config = transformers.Phi3Config(**sizes, rope_parameters=rope, original_max_position_embeddings=LIMIT)
+    return transformers.Phi3ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def phi_engine(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, embedder: StaticEmbedder
+) -> Engine:
+    root = tmp_path_factory.mktemp("phi")
+    targets = ["qkv_proj", "o_proj"]
+    adapters = [
+        read_adapter(save_adapter(root / name, phi(), seed=seed, target_modules=targets), name)
+        for seed, name in enumerate(("one", "two"), 1)
+    ]
+    router = fit({"one": SAMPLES["math"], "two": SAMPLES["code"]}, embedder)
+    return Engine(phi(), tokenizer, adapters, router)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> dict[str, list[int]]:
+    generator = np.random.default_rng(0)
+    return {name: generator.integers(97, 122, length).tolist() for name, length in LENGTHS.items()}
+
+
+def tokens_in_chunks(engine: Engine, ids: Sequence[int], known: PrefixCache | None = None) -> tuple[int, ...]:
+    """Generate from a prompt that is read seven tokens at a time."""
+    (row,) = engine.new_rows([ids], sampling=SAMPLING, routing=CHANGING)
+    batch = engine.new_batch(prefixes=known)
+    reading = batch.begin([row])
+    while not reading.is_finished:
+        batch.read(reading, 7)
+    while not row.is_finished:
+        batch.step()
+    return tuple(event.token_id for event in row.events)
+
+
+def test_greedy_text_is_that_of_transformers_before_across_and_beyond_the_limit(
+    phi_engine: Engine, prompts: dict[str, list[int]]
+) -> None:
+    plain = phi()
+    for ids in prompts.values():
+        expected = plain.generate(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+        )[0, len(ids) :].tolist()
+        (done,) = phi_engine.generate_ids([ids], sampling=SAMPLING, routing=RoutingParams.base())
+        assert list(done.token_ids) == expected
+
+
+def test_a_batch_is_its_rows_alone_and_a_text_scores_as_it_was_generated(
+    phi_engine: Engine, prompts: dict[str, list[int]]
+) -> None:
+    together = phi_engine.generate_ids(list(prompts.values()), sampling=SAMPLING, routing=CHANGING)
+    assert any(len(np.unique(done.weights.round(4), axis=0)) > 1 for done in together), "the weights never change"
+    for ids, done in zip(prompts.values(), together, strict=True):
+        (alone,) = phi_engine.generate_ids([ids], sampling=SAMPLING, routing=CHANGING)
+        assert alone.token_ids == done.token_ids
+        (scores,) = score_ids(phi_engine, [(ids, list(done.token_ids))], CHANGING)
+        np.testing.assert_allclose(done.logprobs, scores, atol=1e-4)
+
+
+def test_a_prompt_in_chunks_or_behind_a_known_beginning_reads_as_at_once(
+    phi_engine: Engine, prompts: dict[str, list[int]]
+) -> None:
+    known = PrefixCache(10**7)
+    for ids in prompts.values():
+        (alone,) = phi_engine.generate_ids([ids], sampling=SAMPLING, routing=CHANGING)
+        assert tokens_in_chunks(phi_engine, ids) == alone.token_ids
+    for name in ("long", "at the limit"):  # keys of a long text are not those of a short one that begins alike
+        beginning = prompts["long"][: LENGTHS[name]]
+        (alone,) = phi_engine.generate_ids([beginning], sampling=SAMPLING, routing=CHANGING)
+        assert tokens_in_chunks(phi_engine, beginning, known) == alone.token_ids
