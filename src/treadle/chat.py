@@ -170,8 +170,8 @@ def read_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> TokenPr
     """Return the tokens of a text or of chat messages, and of messages what they say."""
     if isinstance(prompt, str):
         return TokenPrompt(prompt_ids(tokenizer, prompt))
-    contents = contents_of(prompt)
-    return TokenPrompt(prompt_ids(tokenizer, prompt), ChatText.of(tokenizer, contents))
+    ids = prompt_ids(tokenizer, prompt)  # first: it refuses what is no prompt at all
+    return TokenPrompt(ids, ChatText.of(tokenizer, contents_of(prompt)))
 
 
 def token_prompt(prompt: Sequence[int] | TokenPrompt) -> TokenPrompt:
