@@ -186,7 +186,7 @@ def changed(document: Any, chooser: random.Random) -> Any:
             document[key] = changed(document[key], chooser)
         return document
     if chooser.random() < 0.05:
-        for _ in range(chooser.choice([40, 70, 500])):
+        for _ in range(chooser.choice([40, 70, 200])):
             document = [document]
         return document
     return copy.deepcopy(chooser.choice(ODD))

@@ -17,15 +17,15 @@ HALF = "a\ud800b"
 
 @pytest.mark.parametrize("given", [HALF, [{"role": "user", "content": HALF}], ["add", None], ["add", 7], [HALF, "add"]])
 def test_a_prompt_that_is_no_text_is_refused(engine: Engine, given: Any) -> None:
-    with pytest.raises(OptionError, match="half of a surrogate pair|allowed: a text"):
+    with pytest.raises(OptionError, match=r"half of a surrogate pair|allowed: a text"):
         engine.generate(given)
 
 
 @pytest.mark.parametrize("given", [HALF, None, 7])
 def test_a_text_to_route_or_score_that_is_none_is_refused(engine: Engine, given: Any) -> None:
-    with pytest.raises(OptionError, match="half of a surrogate pair|allowed: a text"):
+    with pytest.raises(OptionError, match=r"half of a surrogate pair|allowed: a text"):
         engine.router.scores([given])
-    with pytest.raises(OptionError, match="half of a surrogate pair|allowed: a text"):
+    with pytest.raises(OptionError, match=r"half of a surrogate pair|allowed: a text"):
         engine.score(["add"], [given])
 
 
