@@ -159,7 +159,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (TEXTS, {"prompt": [1, True]}, "prompt", ["prompt: got [1, true]"]),
     (TEXTS, {"prompt": [5, 260]}, "prompt", ["prompt: got token id 260", "0 to 258"]),
     (TEXTS, {"prompt": [-1]}, "prompt", ["prompt: got token id -1"]),
-    (TEXTS, {"prompt": "x" * 101}, "prompt", ["prompt: got 101 tokens", "at most 100"]),
+    (TEXTS, {"prompt": "x" * 101}, "prompt", ["prompt: got at least 101 tokens", "at most 100"]),
     (TEXTS, {"prompt": "x" * 13_000}, "prompt", ["prompt: got 13000 characters", "at most 100 tokens"]),
     (TEXTS, {"prompt": ["a"] * 4}, "prompt", ["prompt: got a list of 4", "a list of at most 3"]),
     (TEXTS, {"logprobs": 8}, "logprobs", ["logprobs: got 8", "from 0 to 7"]),
@@ -421,14 +421,15 @@ def test_a_refusal_is_short_whatever_the_request(
 def test_a_body_with_too_much_in_it_is_refused_before_it_is_read() -> None:
     refused = [
         (b'{"prompt": [' + b"[]," * 30_000 + b"[]]}", "got 30003 lists and objects; allowed: at most 20000"),
+        (b'{"prompt": [' + b"1," * 500_000 + b"1]}", "got 500001 values; allowed: at most 500000"),
         (json.dumps(dict.fromkeys(map(str, range(257)))).encode(), "an object of 257 fields; allowed: at most 256"),
     ]
     for raw, message in refused:
         with pytest.raises(Failure, match=message) as caught:
             read_object(raw)
         assert caught.value.status == 400
-    text = '[{\\"' * 30_000  # brackets in a text are no lists
-    assert read_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+    for text in ('[{\\"' * 30_000, '\\\\"[' * 30_000, "," * 600_000):  # in a text these are no lists and no values
+        assert read_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
 
 
 @pytest.mark.parametrize("path", [CHATS, TEXTS, ROUTE])

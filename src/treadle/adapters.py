@@ -173,7 +173,7 @@ def _identity(pairs: Mapping[str, LoraPair]) -> str:
     for module, pair in sorted(pairs.items()):
         digest.update(f"{module} {pair.scale} {pair.rank} {pair.a.dtype} {pair.b.dtype}".encode())
         for factor in (pair.a, pair.b):
-            digest.update(factor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(factor.contiguous().view(torch.uint8).numpy().data)  # hashed where it lies
     return digest.hexdigest()
 
 

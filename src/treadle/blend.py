@@ -24,6 +24,8 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_
 """Names of the linear layers of a block that read one input; a layer given another input computes its own product."""
 FEW_ROWS = 128
 """Rows of a stack up to which all adapters are laid out, used or not."""
+MOST_CHECKED = 1024
+"""Combines and sets of adapters that are remembered as checked."""
 Weights = Tensor | np.ndarray[Any, Any] | Sequence[float]
 Among = Sequence[Sequence[str]]
 """The names of the adapters that each row knows of, or those of one row for all."""
@@ -147,6 +149,8 @@ class Blend:
         pairs = zip(combines, among, strict=True) if is_each else product(combines, among)
         for combine, names in {(combine, tuple(names)) for combine, names in pairs} - self._combinable:
             self.check_combine(combine, names)
+            if len(self._combinable) >= MOST_CHECKED:  # requests choose from 2**N sets of adapters
+                self._combinable.clear()
             self._combinable.add((combine, names))
 
     def _present(self, among: Among) -> Tensor:

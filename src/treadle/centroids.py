@@ -3,8 +3,10 @@
 A score takes embeddings (..., D) to (..., N): in closed form, without a gradient.
 """
 
+from collections.abc import Collection
 from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +80,7 @@ class Centroids:
         means: (N, D) float32; not normalised again, as in the paper.
         counts: (N,) samples of each adapter.
         scatter: (N, D, D) float32, sum over samples of (x - mean)(x - mean)^T; the part of it within groups counts a
-            sample by its words.
+            sample by its words. Of chosen adapters (`among`) only their sum, (1, D, D) float64.
         embedder_id: which embedder made them; another one's embeddings mean something else.
         given_groups: the samples of each adapter in groups; None = one each.
         groups: the same, as it was read.
@@ -95,7 +97,8 @@ class Centroids:
     def __post_init__(self, given_groups: Groups | None) -> None:
         """Check shapes and values; one message lists all problems."""
         n, d = len(self.names), self.means.shape[-1]
-        shapes = {"means": (n, d), "counts": (n,), "scatter": (n, d, d)}
+        is_pooled = self.scatter.dtype == np.float64 and len(self.scatter) == 1
+        shapes = {"means": (n, d), "counts": (n,), "scatter": (1 if is_pooled else n, d, d)}
         problems = [
             f"{name} has shape {getattr(self, name).shape}, expected {shape}"
             for name, shape in shapes.items()
@@ -164,19 +167,30 @@ class Centroids:
             given_groups=self.groups.join(other.groups, len(self.names)),
         )
 
-    def remove(self, name: str) -> "Centroids":
-        """Return centroids without one adapter; the others' numbers do not change."""
-        if name not in self.names:
-            raise AdapterError(unknown_name("adapter", name, self.names))
-        keep = [index for index, other in enumerate(self.names) if other != name]
+    def among(self, names: Collection[str]) -> "Centroids":
+        """Return centroids of some adapters, to score with and not to change: of their scatter they keep the sum."""
+        keep = [index for index, name in enumerate(self.names) if name in names]
+        chosen = np.isin(np.arange(len(self.names)), keep)[:, None, None]
+        pooled = self.scatter.sum(0, dtype=np.float64, keepdims=True, where=chosen)  # (1, D, D)
+        return self._of(keep, pooled)
+
+    def _of(self, keep: list[int], scatter: Any) -> "Centroids":
+        """Return the centroids of some adapters, by index, with their scatter."""
         return replace(
             self,
             names=tuple(self.names[index] for index in keep),
             means=self.means[keep],
             counts=self.counts[keep],
-            scatter=self.scatter[keep],
+            scatter=scatter,
             given_groups=self.groups.keep(keep),
         )
+
+    def remove(self, name: str) -> "Centroids":
+        """Return centroids without one adapter; the others' numbers do not change."""
+        if name not in self.names:
+            raise AdapterError(unknown_name("adapter", name, self.names))
+        keep = [index for index, other in enumerate(self.names) if other != name]
+        return self._of(keep, self.scatter[keep])
 
     @classmethod
     def empty(cls, embedder_id: str, dim: int) -> "Centroids":

@@ -28,6 +28,8 @@ Floats = NDArray[np.float32]
 WORD = re.compile(r"\w{1,40}|[^\w\s]")
 """A run of letters and digits, or one other visible character: what a text's vector is summed over."""
 MAX_CACHED_WORDS = 20_000
+WORDS_AT_ONCE = 4096
+"""Words that are summed up in one go: of a long text, no more are kept than of many short ones."""
 
 
 class Track(Protocol):
@@ -144,6 +146,14 @@ class StaticEmbedder:
         sums = self._sums
         if len(words) == 1 and words[0] in sums:  # almost every token of a running text
             return sums[words[0]]
+        total = np.zeros(self.dim)
+        for start in range(0, len(words), WORDS_AT_ONCE):
+            total += self._sum_some(words[start : start + WORDS_AT_ONCE])
+        return total
+
+    def _sum_some(self, words: Sequence[str]) -> NDArray[np.float64]:
+        """Return the sum (D,) of the vectors of at most WORDS_AT_ONCE words."""
+        sums = self._sums
         if new := [word for word in dict.fromkeys(words) if word not in sums]:
             if len(sums) + len(new) > MAX_CACHED_WORDS:
                 sums = self._sums = {}  # not emptied: another thread may be reading

@@ -1,6 +1,5 @@
 """The routes of adapters: what there is, how a text is weighed, and adding and removing while requests run."""
 
-import asyncio
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,21 +11,26 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from treadle.adapters import Adapter, read_adapter
 from treadle.bundle import NAME, RESERVED, foreign_base
 from treadle.centroid_files import read_centroid
-from treadle.centroids import Centroids
+from treadle.centroids import Centroids, Floats
 from treadle.chat import joined
+from treadle.compatible import linear_shapes
 from treadle.errors import LONGEST_NAME, AdapterError, TreadleError, listed, shown
 from treadle.explain import explain
 from treadle.files import folder_below
 from treadle.fitting import centroid_from
 from treadle.routing import Router
 from treadle.samples import sample_texts
+from treadle.server.attending import while_connected, within
 from treadle.server.bodies import NAMING, AdapterBody, Json, LoadBody, RouteBody, UnloadBody
 from treadle.server.failures import Failure, Problem, Problems, failure_of, refusal
 from treadle.server.gate import Visit
 from treadle.server.generating import read
+from treadle.server.lines import Check, Client
+from treadle.server.outlines import Shapes, check_outline
 from treadle.server.requests import LONGEST_TOKEN
 from treadle.server.state import State
 from treadle.server.targets import AUTO
+from treadle.server.weighing import attended
 
 SLICE = 16
 """Sample texts that are embedded at a time."""
@@ -55,7 +59,12 @@ def _card(state: State, name: str) -> Json:
 
 async def route(request: Request) -> Response:
     """POST /v1/route: how a text, or what the messages of a chat say, is weighed, and why."""
-    state, caller = State.of(request), Visit.of(request).caller
+    return await while_connected(request, _route(request))
+
+
+async def _route(request: Request) -> Response:
+    state, visit = State.of(request), Visit.of(request)
+    caller = visit.caller
     body, problems = await read(request, RouteBody)
     names, is_known = state.targets.names, not state.targets.unknown(body.model, caller)
     if is_known and body.model not in names:
@@ -66,19 +75,16 @@ async def route(request: Request) -> Response:
     if problems:
         raise refusal(problems)
 
-    def weigh() -> Json:
-        router = state.routers.among(target.adapters)
+    def weigh(check: Check) -> Json:
+        router = attended(state.routers.among(target.adapters), check)
         state.engine.check_routing([target.routing], router)
         return asdict(explain(router, text, target.routing))
 
-    seconds = state.params.request_timeout
     try:
-        async with asyncio.timeout(seconds):
-            explanation = await state.weigh(weigh)
+        async with within(state.params.request_timeout):
+            explanation = await state.weigh(weigh, visit.client, len(text))
     except TreadleError as error:
         raise failure_of(error) from error
-    except TimeoutError as error:
-        raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout") from error
     return JSONResponse({"object": "route", "routing": asdict(target.routing), **explanation})
 
 
@@ -116,7 +122,8 @@ async def add(request: Request) -> Response:
     """POST /v1/adapters: read an adapter's folder and let new requests use it."""
     _check_admin(request)
     body, problems = await read(request, AdapterBody)
-    await _add(State.of(request), New(body.name, body.path, body.samples), problems)
+    new = New(body.name, body.path, body.samples)
+    await while_connected(request, _add(request, new, problems))
     return await adapters(request)
 
 
@@ -132,7 +139,7 @@ async def load(request: Request) -> Response:
     _check_admin(request)
     body, problems = await read(request, LoadBody)
     new = New(body.lora_name, body.lora_path, body.samples, "lora_name", "lora_path")
-    await _add(State.of(request), new, problems)
+    await while_connected(request, _add(request, new, problems))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -178,8 +185,9 @@ class New:
     path_field: str = "path"
 
 
-async def _add(state: State, new: New, problems: Problems) -> None:
+async def _add(request: Request, new: New, problems: Problems) -> None:
     """Read and embed beside the running requests; only the last moment, when it is attached, is between steps."""
+    state, client = State.of(request), Visit.of(request).client
     if state.params.adapter_dir is None:
         raise Failure(403, "adapters cannot be added: start the server with --adapter-dir", code="no_adapter_dir")
     wrong = {problem.place for problem in problems}
@@ -192,15 +200,12 @@ async def _add(state: State, new: New, problems: Problems) -> None:
         raise refusal(problems)
     name, samples = new.name, new.samples
     try:
-        adapter = await state.prepare(partial(_read, state, name, folder))
+        shapes = await state.between_steps(lambda: linear_shapes(state.engine.model))
+        adapter = await state.reading.run(partial(_read, state, name, folder, shapes), client)
         if samples is None:
-            own = await state.prepare(partial(read_centroid, folder, name))
+            own = await state.reading.run(lambda _: read_centroid(folder, name), client)
         else:
-            embedder = state.engine.router.embedder
-            made = await state.prepare(partial(sample_texts, samples))
-            slices = [made.texts[start : start + SLICE] for start in range(0, len(made.texts), SLICE)]
-            vectors = [await state.weigh(partial(embedder.encode, texts)) for texts in slices]
-            own = centroid_from(name, made, np.concatenate(vectors), embedder)
+            own = await _centroid(state, name, samples, client)
         await state.between_steps(partial(_attach, state, adapter, own))
     except TreadleError as error:
         raise Failure(400, str(error), param=new.path_field, code="adapter_refused") from error
@@ -209,11 +214,27 @@ async def _add(state: State, new: New, problems: Problems) -> None:
         raise Failure(400, message, param=new.path_field) from error
 
 
-def _read(state: State, name: str, folder: Path) -> Adapter:
+def _read(state: State, name: str, folder: Path, shapes: Shapes, check: Check) -> Adapter:
+    """Read an adapter for a model whose linear layers have these shapes; one that cannot fit is not read whole."""
+    check_outline(folder, name, shapes)
+    check()
     adapter = read_adapter(folder, name)
     if problem := foreign_base(adapter, state.bundle.base_model):
         raise AdapterError(problem)
     return adapter
+
+
+async def _centroid(state: State, name: str, samples: list[str], client: Client) -> Centroids:
+    """Return the centroid of sample texts, embedded some at a time."""
+    embedder, size = state.engine.router.embedder, sum(map(len, samples))
+    made = await state.preparing.run(lambda _: sample_texts(samples), client, size)
+    vectors: list[Floats] = []
+    for start in range(0, len(made.texts), SLICE):
+        texts = made.texts[start : start + SLICE]
+        vectors.append(await state.weigh(lambda _, texts=texts: embedder.encode(texts), client, sum(map(len, texts))))
+    return await state.weighing.run(
+        lambda _: centroid_from(name, made, np.concatenate(vectors), embedder), client, size
+    )
 
 
 def _attach(state: State, adapter: Adapter, own: Centroids) -> None:

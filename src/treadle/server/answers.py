@@ -3,7 +3,8 @@
 import time
 import uuid
 from codecs import getincrementaldecoder
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 from pydantic_core import to_json
 
@@ -15,6 +16,8 @@ from treadle.server.tokens import TokenTexts
 
 DONE = b"data: [DONE]\n\n"
 """The event that ends a stream."""
+DEEPEST, ENTRIES_A_PIECE = 4, 256
+"""Where the long lists of an answer are, and how much of one is written at a time."""
 
 
 class Answer:
@@ -189,6 +192,27 @@ def _repeated(rows: Floats | None, length: int) -> list[list[float] | None]:
     if rows is None or not length:
         return [None] * length
     return [_rounded(row) for row in rows] if len(rows) > 1 else [_rounded(rows[0])] * length
+
+
+def json_pieces(value: Any, depth: int = 0) -> Iterator[bytes]:
+    """Yield a document in pieces, so that other threads run while a long one is written."""
+    if depth == DEEPEST and isinstance(value, list):
+        entries = cast(list[Any], value)
+        for start in range(0, len(entries) or 1, ENTRIES_A_PIECE):
+            yield (b"," if start else b"[") + to_json(entries[start : start + ENTRIES_A_PIECE])[1:-1]
+        yield b"]"
+    elif depth < DEEPEST and isinstance(value, list):
+        for index, each in enumerate(cast(list[Any], value)):
+            yield b"," if index else b"["
+            yield from json_pieces(each, depth + 1)
+        yield b"]" if value else b"[]"
+    elif depth < DEEPEST and isinstance(value, dict):
+        for index, (key, each) in enumerate(cast(Json, value).items()):
+            yield (b"," if index else b"{") + to_json(key) + b":"
+            yield from json_pieces(each, depth + 1)
+        yield b"}" if value else b"{}"
+    else:
+        yield to_json(value)
 
 
 def event_line(document: Json) -> bytes:

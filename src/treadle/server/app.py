@@ -72,8 +72,7 @@ def make_app(bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring)
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         state.start()
         yield
-        await state.prepare(state.scheduler.stop)
-        state.shut_down()
+        await state.shut_down()
 
     routes = [*ROUTES, *page.routes()] if params.page else ROUTES
     paths: dict[Any, str] = {route.endpoint: route.path for route in routes}

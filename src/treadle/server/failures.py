@@ -12,6 +12,8 @@ from treadle.server.scheduler import Busy, Stopping
 
 MOST_LISTED = 20
 """Problems that one message lists; the others are counted."""
+GONE = 499
+"""Status in the log of a request whose client went away, as nginx has it."""
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 

@@ -1,6 +1,5 @@
 """What every request passes: its id, its origin, its key, the size and time of its body, and its line in the log."""
 
-import asyncio
 import json
 import logging
 import re
@@ -16,22 +15,24 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from treadle.server import tracing
-from treadle.server.failures import Failure
+from treadle.server.failures import GONE, Failure
 from treadle.server.keys import Caller, Keyring
+from treadle.server.lines import Client
 from treadle.server.metrics import Metrics
 from treadle.server.origins import PagePolicy
 from treadle.server.page import is_page
 from treadle.server.params import ServeParams
 from treadle.server.protocol import HEADER_BYTES
+from treadle.server.uploads import Upload, Uploads
 
 logger = logging.getLogger("treadle.server")
 
-WRONG_KEY, TOO_LONG = "invalid_api_key", "body_too_long"
+WRONG_KEY = "invalid_api_key"
 OPEN = ("/live", "/health")
 """Paths that need no key, besides the page's files."""
+PIECE_BYTES = 64 << 10
+"""Of a long answer, what is given to the connection at a time."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-GONE = 499
-"""Status in the log of a request whose client went away, as nginx has it."""
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Visit:
     """One request: who sent it, and what is logged of it."""
 
     id: str
+    body: Upload
+    client: Client = Client()
     caller: Caller = Caller()
     started: float = field(default_factory=time.perf_counter)  # seconds of the performance counter
     status: int = 0
@@ -70,6 +73,7 @@ class Gate:
         self._metrics = metrics
         self._is_ready = is_ready
         self._pages = PagePolicy.of(params, is_open=keys.is_open)
+        self._uploads = Uploads(params)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -78,10 +82,17 @@ class Gate:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        visit = Visit(given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        visit = Visit(given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, self._uploads.start(Client()))
         scope["visit"] = visit
 
         async def send_on(message: Message) -> None:
+            body = message.get("body", b"")
+            done = 0
+            while len(body) - done > PIECE_BYTES:  # what a client has not read lies here, not in the connection
+                await send({**message, "body": body[done : done + PIECE_BYTES], "more_body": True})
+                done += PIECE_BYTES
+            if done:
+                message = {**message, "body": body[done:]}
             if message["type"] == "http.response.start":
                 visit.status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = visit.id
@@ -113,48 +124,26 @@ class Gate:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
             raise Failure(431, f"the headers are longer than {HEADER_BYTES} bytes", code="headers_too_long")
         self._pages.check(scope["method"], scope["http_version"], headers)
-        if not self._is_open(scope["path"]):
+        is_open = self._is_open(scope["path"])
+        if not is_open:
             caller = self._keys.caller(headers.get("authorization"))
             if caller is None:
                 raise Failure(401, "send Authorization: Bearer KEY; the key is missing or wrong", code=WRONG_KEY)
             visit.caller = caller
             if scope["method"] == "POST" and not self._is_ready():
                 raise Failure(503, "the server is shutting down or has failed", code="not_ready", retry=5)
-        body = await self._read(headers, receive)
-        is_read = False
-
-        async def receive_again() -> Message:
-            nonlocal is_read
-            if is_read:
-                return await receive()
-            is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, receive_again, send)
+            visit.client = Client(caller.id, (scope.get("client") or ("",))[0])
+            visit.body = self._uploads.start(visit.client)
+        try:
+            # nothing else has a body; one that comes all the same is left unread
+            if scope["method"] == "POST" and not is_open:
+                await self._uploads.receive(visit.body, headers, receive)
+            await self._app(scope, receive, send)
+        finally:
+            visit.body.drop()
 
     def _is_open(self, path: str) -> bool:
         return path in OPEN or (self._params.page and is_page(path))
-
-    async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        """Return the whole body, or raise a Failure where it is too long or too slow."""
-        limit = self._params.max_body
-        too_long = Failure(413, f"the body is longer than {limit} bytes, the most that is allowed", code=TOO_LONG)
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > limit:
-            raise too_long
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._params.read_timeout):
-                while True:
-                    message = await receive()
-                    body += message.get("body", b"")
-                    if len(body) > limit:
-                        raise too_long
-                    if message["type"] == "http.disconnect" or not message.get("more_body"):
-                        return bytes(body)
-        except TimeoutError as error:
-            seconds = self._params.read_timeout
-            raise Failure(408, f"the body did not arrive within {seconds} seconds", code="body_too_slow") from error
 
     def _line(self, scope: Scope, visit: Visit) -> dict[str, Any]:
         """Return what there is to say about a request; texts are in it only if the server was asked to log them."""

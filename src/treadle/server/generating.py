@@ -2,25 +2,32 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from treadle.errors import TreadleError
-from treadle.server.answers import DONE, Answer, event_line
-from treadle.server.bodies import BodyKind, ChatBody, CompletionBody, Json
+from treadle.server.answers import DONE, Answer, event_line, json_pieces
+from treadle.server.attending import while_connected, within
+from treadle.server.bodies import BodyKind, ChatBody, CompletionBody
 from treadle.server.failures import Failure, Problems, failure_of
 from treadle.server.gate import Visit
 from treadle.server.jobs import Box, Job, News, Started, Tokens
+from treadle.server.lines import Check
 from treadle.server.reading import read_body, read_object
 from treadle.server.requests import Asked
 from treadle.server.scheduler import TooMany
 from treadle.server.state import State
 
+Result = TypeVar("Result")
+
+FEW_ENTRIES = 2048
+"""Tokens, times what comes with each, that the event loop writes itself."""
 PING_SECONDS = 15.0
 """A stream that has nothing to say says that it lives."""
 
@@ -37,36 +44,55 @@ async def complete(request: Request) -> Response:
 
 async def generate(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
     """Read a body, run its job, and answer whole or as a stream."""
+    return await while_connected(request, _generate(request, kind))
+
+
+async def _generate(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
     state, visit = State.of(request), Visit.of(request)
-    raw = await request.body()
-
-    def read() -> tuple[Json, Asked]:
-        given = read_object(raw, request.headers.get("content-encoding", ""))
-        body, problems = read_body(kind, given, state.params)
-        return given, state.reader.read(body, problems, visit.caller)
-
-    given, asked = await state.prepare(read)  # not in the event loop: of long prompts, it takes a while
-    run = Run(state, visit, asked)
+    asked = await _read_asked(request, kind)
     visit.notes |= {"model": asked.model, "stream": asked.is_streamed}
-    if state.params.log_prompts:
-        visit.notes["body"] = given
+    run = Run(state, visit, asked)
     try:
         await run.start()
         if asked.is_streamed:
             return EventStream(run)
-        document = await run.whole(request)
+        response = await run.whole()
     except BaseException:  # an error, or the client went away
         run.end()
         raise
     run.end()
-    return JSONResponse(document)
+    return response
+
+
+async def _read_asked(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Asked:
+    """Return what a request asks for; not read in the event loop, as long prompts take a while."""
+    state, visit = State.of(request), Visit.of(request)
+
+    def read(raw: bytes, check: Check) -> Asked:
+        given = read_object(raw, request.headers.get("content-encoding", ""))
+        check()
+        body, problems = read_body(kind, given, state.params)
+        check()
+        asked = state.reader.read(body, problems, visit.caller, check)
+        if state.params.log_prompts:
+            visit.notes["body"] = given
+        return asked
+
+    return await _in_line(request, read)
 
 
 async def read(request: Request, kind: type[BodyKind]) -> tuple[BodyKind, Problems]:
     """Return a request's body and what is wrong with it."""
-    state, raw = State.of(request), await request.body()
-    encoding = request.headers.get("content-encoding", "")
-    return await state.prepare(lambda: read_body(kind, read_object(raw, encoding), state.params))
+    state, encoding = State.of(request), request.headers.get("content-encoding", "")
+    return await _in_line(request, lambda raw, _: read_body(kind, read_object(raw, encoding), state.params))
+
+
+async def _in_line(request: Request, function: Callable[[bytes, Check], Result]) -> Result:
+    """Run a function that reads a request's body when its turn comes; afterwards nothing keeps the body."""
+    state, visit = State.of(request), Visit.of(request)
+    with visit.body as raw:
+        async with within(state.params.request_timeout):
+            return await state.preparing.run(partial(function, raw), visit.client, len(raw))
 
 
 class Late(Exception):
@@ -108,19 +134,30 @@ class Run:
         if self._left:
             self._state.scheduler.cancel(self._job)
 
-    async def whole(self, request: Request) -> Json:
-        """Return the answer when all sequences are finished; raise a Failure when the client goes away."""
-        tokens = asyncio.ensure_future(self._finish())
-        gone = asyncio.ensure_future(_until_gone(request))
-        try:
-            await asyncio.wait({tokens, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not tokens.done():
-                raise Failure(499, "the client went away")
-            tokens.result()
-        finally:
-            tokens.cancel()
-            gone.cancel()
-        return self._answer.whole(self._job.rows)
+    async def whole(self) -> Response:
+        """Return the answer when all sequences are finished."""
+        while self._left:
+            await self._next_tokens()
+        rows = self._job.rows
+
+        def write() -> bytes:
+            self._note()
+            return b"".join(json_pieces(self._answer.whole(rows)))
+
+        size = sum(row.prompt_tokens + len(row.events) for row in rows) * self._width
+        return Response(await self._aside(write, size), media_type="application/json")
+
+    @property
+    def _width(self) -> int:
+        """How many entries an answer has for each token."""
+        asked = self._answer.asked
+        return 1 + (asked.likeliest or 0) + 3 * len(self._job.rows[0].router.names) * asked.has_trace
+
+    async def _aside(self, function: Callable[[], Result], num_entries: int) -> Result:
+        """Run a function that writes so many entries: many of them beside the event loop."""
+        if num_entries <= FEW_ENTRIES:
+            return function()
+        return await self._state.writing.run(lambda _: function(), self._visit.client, num_entries)
 
     async def lines(self) -> AsyncGenerator[bytes]:
         """Yield the answer as server-sent events; an error ends it as one."""
@@ -129,8 +166,11 @@ class Run:
             for chunk in answer.opening():
                 yield event_line(chunk)
             while self._left:
-                if lines := self._lines_of(await self._next_tokens()):
+                tokens = await self._next_tokens()
+                size = sum(rows[index].prompt_tokens for index, event in tokens if event.index == 0)
+                if lines := await self._aside(partial(self._lines_of, tokens), size * self._width):
                     yield lines
+            await self._aside(self._note, sum(len(row.events) for row in rows))
             if answer.asked.has_usage:
                 yield event_line(answer.closing(rows))
             yield DONE
@@ -148,18 +188,12 @@ class Run:
         self._news.put([])
         self._ping = asyncio.get_running_loop().call_later(PING_SECONDS, self._say_ping)
 
-    async def _finish(self) -> None:
-        while self._left:
-            await self._next_tokens()
-
     async def _next_tokens(self) -> Tokens:
         """Return the tokens of the next step, and of those that came meanwhile; none to say that the stream lives."""
         tokens = await self._next()
         assert isinstance(tokens, list)
         self._observe(tokens)
         self._left -= sum(event.finish_reason is not None for _, event in tokens)
-        if not self._left:
-            self._note()
         return tokens
 
     async def _next(self) -> News:
@@ -210,8 +244,3 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
         finally:
             self._run.end()
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -1,5 +1,7 @@
-"""HTTP/1.1 connections whose heads are limited in bytes and seconds; uvicorn's own reads a head without an end.
+"""HTTP/1.1 connections that are limited in number, and each in what it may leave undone.
 
+uvicorn's own reads a head without an end, waits for ever for a client that does not read, and has no bound on
+connections but descriptors. Of too many connections those go that the server does nothing for, the oldest first.
 Offers of other protocols (HTTP/2, WebSocket) are left alone, and clients of HTTP/1.0 get no chunks.
 """
 
@@ -16,27 +18,73 @@ HEADER_BYTES = 32 << 10
 """Of a request's line and all its headers."""
 HEAD_SECONDS = 30.0
 """In which a head must have arrived, from the connection or from its own first byte on."""
+WRITE_SECONDS = 30.0
+"""In which a client must read what its connection's buffer holds (64 KiB), once that is full."""
+LEFT_SECONDS = 10.0
+"""In which the rest of a body must have arrived whose request has been answered; nobody reads it."""
+MOST_CONNECTIONS = 768
+"""Beyond, the oldest is closed of those on which no request runs; 1,024 descriptors are what systems often allow."""
 AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 """The host in a request's line, as clients of a proxy write it."""
 
 
 class Protocol(HttpToolsProtocol):
-    """Closes a connection whose head is too long or too slow; bodies are limited by the gate."""
+    """Closes a connection whose client is too slow, sends too long a head, or does not read; the gate limits bodies."""
 
     parser: Any  # None once the connection is lost, when nothing comes any more
     _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_in_head = True
+    _since: float = 0.0  # when the connection was made or its last request answered, seconds of the loop's clock
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the first head."""
         super().connection_made(transport)
+        self._since = self.loop.time()
         self._wait()
+        if len(self.connections) > MOST_CONNECTIONS:
+            others = [each for each in self.connections if isinstance(each, Protocol) and each.is_waiting]
+            min(others, key=Protocol.idle_since, default=self).drop()
+
+    def idle_since(self) -> float:
+        """Return since when nothing has been done for this connection, in seconds of the loop's clock."""
+        return self._since
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the server does nothing for this connection but wait for its client."""
+        cycle: Any = self.cycle
+        return cycle is None or cycle.response_complete or cycle.more_body
+
+    def drop(self) -> None:
+        """End the connection at once, whatever its client has not read."""
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._stop()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for the client to read."""
+        super().pause_writing()
+        self._write_timer = self._write_timer or self.loop.call_later(WRITE_SECONDS, self.drop)
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def on_response_complete(self) -> None:
+        """Expect the rest of the body, where the answer did not wait for it."""
+        super().on_response_complete()
+        self._since = self.loop.time()
+        if not self._is_in_head and not self.transport.is_closing():
+            self._timer = self._timer or self.loop.call_later(LEFT_SECONDS, self.drop)
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head is too long."""
@@ -86,6 +134,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Expect another head, which may come later: until then uvicorn's keep-alive counts."""
+        self._stop()
         if self.parser.should_upgrade():
             return
         self._is_in_head = True

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 from treadle.chat import TokenPrompt, read_prompt
@@ -10,12 +11,15 @@ from treadle.generate import Engine
 from treadle.params import SamplingParams
 from treadle.rows import Report
 from treadle.server.bodies import ChatBody, CompletionBody, Generating, Message
+from treadle.server.bounds import FewestTokens
 from treadle.server.failures import Problem, Problems, refusal
 from treadle.server.jobs import Work
 from treadle.server.keys import Caller
+from treadle.server.lines import Check
 from treadle.server.params import ServeParams
 from treadle.server.reading import with_limits
 from treadle.server.targets import Targets
+from treadle.text import chat_text
 
 LONGEST_STOP = 256
 """Characters of a stop string."""
@@ -62,7 +66,11 @@ class Reader:
     targets: Targets
     params: ServeParams
 
-    def read(self, body: Generating, problems: Problems, caller: Caller) -> Asked:
+    @cached_property
+    def _fewest_tokens(self) -> FewestTokens:
+        return FewestTokens(self.engine.tokenizer)
+
+    def read(self, body: Generating, problems: Problems, caller: Caller, check: Check) -> Asked:
         """Return what a body asks for, or raise a Failure with all that is wrong with it, `problems` included."""
         problems = list(problems)
         target = self.targets.read(body.model, body.treadle, problems, caller)
@@ -71,7 +79,7 @@ class Reader:
         _check_pairs(body, problems)
         n = body.n or 1
         sampling = self._sampling(body, problems, len(prompts) * n)
-        read = self._read_prompts(prompts, problems)
+        read = self._read_prompts(prompts, problems, check)
         is_echo = isinstance(body, CompletionBody) and bool(body.echo)
         if target.routing.past == "recompute" and target.routing.every is not None:
             self._check_recompute(read, sampling, problems)
@@ -129,7 +137,7 @@ class Reader:
     def _allowed(self, body: Generating, field: str) -> str:
         return with_limits(type(body).model_fields[field].description or "", self.params)
 
-    def _read_prompts(self, prompts: Sequence[Any], problems: Problems) -> list[TokenPrompt]:
+    def _read_prompts(self, prompts: Sequence[Any], problems: Problems, check: Check) -> list[TokenPrompt]:
         """Return the tokens of prompts, where they are not too long."""
         context = self.engine.context
         room = context and context - 1  # for one token of the answer
@@ -140,6 +148,7 @@ class Reader:
         vocabulary = len(self.engine.tokenizer)
         found: list[TokenPrompt] = []
         for index, prompt in enumerate(prompts):
+            check()
             field = "messages" if isinstance(prompt, list) and not isinstance(prompt[0], int) else "prompt"
             place = f"prompt[{index}]" if len(prompts) > 1 else field
             letters = _num_letters(prompt)
@@ -147,6 +156,10 @@ class Reader:
                 problems.append(_too_long(field, f"{place}: got {letters} characters; allowed: {allowed}"))
                 continue
             try:
+                fewest = self._fewest(prompt, most)
+                if most is not None and fewest > most:
+                    problems.append(Problem(field, f"{place}: got at least {fewest} tokens; allowed: at most {most}"))
+                    continue
                 read = self._read_prompt(prompt)
             except TreadleError as error:
                 problems.append(Problem(field, f"{place}: {error}"))
@@ -159,6 +172,20 @@ class Reader:
             else:
                 found.append(read)
         return found
+
+    def _fewest(self, prompt: Any, most: int | None) -> int:
+        """Return how many tokens a prompt has at least; 0 where that takes as long as to tokenise it."""
+        if most is None:
+            return 0
+        if isinstance(prompt, str):
+            return self._fewest_tokens(prompt)
+        if isinstance(prompt[0], int):
+            return 0
+        messages = cast(list[Message], prompt)
+        if sum(self._fewest_tokens(message.content) for message in messages) <= most:
+            return 0
+        # a template may leave parts of messages out
+        return self._fewest_tokens(chat_text(self.engine.tokenizer, [message.model_dump() for message in messages]))
 
     def _read_prompt(self, prompt: Any) -> TokenPrompt:
         if isinstance(prompt, list) and isinstance(prompt[0], int):

@@ -72,6 +72,11 @@ class Scheduler:
         return self._thread.is_alive() and not self._is_draining
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the engine's thread is not there any more."""
+        return not self._thread.is_alive()
+
+    @property
     def num_unfinished(self) -> int:
         """How many sequences run or wait."""
         return self._num_accepted - self._loop.num_ended

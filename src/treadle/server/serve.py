@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from treadle.server.keys import Keyring
 from treadle.server.params import ServeParams
 from treadle.server.protocol import Protocol
 from treadle.server.start import bound, check_start, listen
-from treadle.server.state import State
+from treadle.server.state import END_SECONDS, State
 
 logger = logging.getLogger("treadle.server")
 
@@ -59,6 +60,11 @@ class Server(uvicorn.Server):
         sockets = [each for server in self.servers for each in server.sockets] if self.started else []
         return int(sockets[0].getsockname()[1]) if sockets else 0
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no thread is left that does something."""
+        return self._state.has_ended
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end; after a second signal, what runs is told so and waited for no longer."""
         del sig, frame
@@ -71,7 +77,7 @@ class Server(uvicorn.Server):
     def _finish(self) -> None:
         """Take no more requests, wait for those that are there, then end."""
         scheduler = self._state.scheduler
-        scheduler.drain()
+        self._state.take_no_more()
         logger.info("shutting down: %d sequences are left", scheduler.num_unfinished)
         until = time.monotonic() + self._shutdown_timeout
         while scheduler.num_unfinished and time.monotonic() < until and not self._is_urgent.wait(POLL_SECONDS):
@@ -79,7 +85,9 @@ class Server(uvicorn.Server):
         if scheduler.num_unfinished:
             why = "a second signal came" if self._is_urgent.is_set() else f"{self._shutdown_timeout:g} s are over"
             logger.warning("%s: %d sequences do not finish", why, scheduler.num_unfinished)
-            scheduler.stop()
+            stopping = threading.Thread(target=scheduler.stop, name="treadle-stop", daemon=True)
+            stopping.start()
+            stopping.join(END_SECONDS)  # a step that hangs must not keep the process
         time.sleep(POLL_SECONDS)  # the last answers are on their way
         self.should_exit = True
 
@@ -116,6 +124,9 @@ def serve(folder: str, params: ServeParams) -> None:
         announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
         announce.start()
         server.run(sockets)
+        if not server.has_ended:  # Python would wait for it, or break off in the middle of a library's code
+            logging.shutdown()
+            os._exit(0)
 
 
 def _announce(server: Server, params: ServeParams) -> None:

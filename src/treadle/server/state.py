@@ -1,8 +1,10 @@
 """What the routes of one server share."""
 
 import asyncio
+import logging
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -12,6 +14,7 @@ from treadle.bundle import Bundle
 from treadle.embed import StaticEmbedder
 from treadle.generate import Engine
 from treadle.server.jobs import Mail
+from treadle.server.lines import Check, Client, Line
 from treadle.server.loop import Loop, deliver
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
@@ -22,7 +25,12 @@ from treadle.server.start import model_name
 from treadle.server.targets import AUTO, Targets
 from treadle.server.tokens import TokenTexts
 
+logger = logging.getLogger("treadle.server")
 Result = TypeVar("Result")
+
+END_SECONDS = 5.0
+"""How long the engine's thread and those of the lines get to end, once they have been told to."""
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,10 @@ class State:
     targets: Targets
     reader: Reader
     tokens: TokenTexts
-    # one thread: tokenizers are not made for several at once
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "treadle-prepare"))
-    # and one for whole texts, so that nobody's prompt waits for them
-    weighers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "treadle-weigh"))
+    preparing: Line = field(default_factory=lambda: Line("treadle-prepare"))
+    weighing: Line = field(default_factory=lambda: Line("treadle-weigh"))  # nobody's prompt waits for whole texts
+    reading: Line = field(default_factory=lambda: Line("treadle-read", num_threads=1))  # of adapters' folders
+    writing: Line = field(default_factory=lambda: Line("treadle-write"))  # of long answers
 
     @classmethod
     def make(cls, bundle: Bundle, engine: Engine, params: ServeParams) -> "State":
@@ -66,28 +74,46 @@ class State:
         """Return the state of the server that a request reached."""
         return request.app.state.treadle
 
-    async def prepare(self, function: Callable[[], Result]) -> Result:
-        """Run a function that takes a while in a thread that prepares requests, one after the other."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function)
-
     async def between_steps(self, function: Callable[[], Result]) -> Result:
         """Run a function in the engine's thread, between two steps."""
         return await asyncio.wrap_future(self.scheduler.call(function))
 
-    async def weigh(self, function: Callable[[], Result]) -> Result:
-        """Run a function that embeds whole texts beside the steps.
+    async def weigh(self, function: Callable[[Check], Result], client: Client, num_bytes: int) -> Result:
+        """Run a function that embeds whole texts beside the steps; see `Line.run`.
 
         Between two steps where the embedder is a neural network: that reads few words, and OpenMP would keep workers
         for one more thread (`treadle.server.serve`).
         """
-        if not isinstance(self.engine.router.embedder, StaticEmbedder):
-            return await self.between_steps(function)
-        return await asyncio.get_running_loop().run_in_executor(self.weighers, function)
 
-    def shut_down(self) -> None:
-        """End the threads that prepare and weigh."""
-        self.pool.shutdown()
-        self.weighers.shutdown(cancel_futures=True)
+        def between_steps(check: Check) -> Result:
+            return self.scheduler.call(lambda: function(check)).result()
+
+        is_neural = not isinstance(self.engine.router.embedder, StaticEmbedder)
+        return await self.weighing.run(between_steps if is_neural else function, client, num_bytes)
+
+    def take_no_more(self) -> None:
+        """Prepare no more requests: those that wait are told that the server ends."""
+        self.scheduler.drain()
+        for line in (self.preparing, self.weighing, self.reading):
+            line.close()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no thread is left that does something."""
+        lines = (self.preparing, self.weighing, self.reading, self.writing)
+        return self.scheduler.has_ended and all(line.has_ended(0) for line in lines)
+
+    async def shut_down(self) -> None:
+        """End the engine's thread and the lines; one that does not end in time is left to the end of the process."""
+        self.take_no_more()
+        self.writing.close()
+        threading.Thread(target=self.scheduler.stop, name="treadle-stop", daemon=True).start()
+        until = time.monotonic() + END_SECONDS
+        while not self.has_ended:
+            if time.monotonic() > until:
+                logger.warning("what runs does not end within %g s; it is left", END_SECONDS)
+                return
+            await asyncio.sleep(POLL_SECONDS)
 
     def start(self) -> None:
         """Start the engine's thread; its news arrive in the event loop that runs now."""

@@ -25,8 +25,10 @@ class TokenTexts:
         Models have more rows in their vocabulary than the tokenizer has tokens: such an id stands for no bytes.
         """
         symbol = cast(str | None, self._tokenizer.convert_ids_to_tokens(token_id))
-        if symbol is None:
-            return b""
+        return b"" if symbol is None else self.bytes_of_symbol(symbol)
+
+    def bytes_of_symbol(self, symbol: str) -> bytes:
+        """Return the bytes of a token as the vocabulary writes it."""
         if found := BYTE.fullmatch(symbol):
             return bytes([int(found[1], 16)])
         letters = byte_letters()
