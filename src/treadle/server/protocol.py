@@ -134,9 +134,9 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Expect another head, which may come later: until then uvicorn's keep-alive counts."""
-        self._stop()
         if self.parser.should_upgrade():
             return
+        self._stop()
         self._is_in_head = True
         super().on_message_complete()
 
