@@ -23,6 +23,8 @@ CORE = {
         "supported",
         "rope",
         "chunk_step",
+        "draws",
+        "readings",
         "fast_step",
         "centroids",
         "change",

@@ -288,23 +288,23 @@ def test_an_adapter_that_went_before_its_job_came_is_told(engine: Engine) -> Non
     assert not case.loop.is_busy
 
 
-@pytest.mark.parametrize(("part", "survives"), [("begin", True), ("read", True), ("_append", False), ("step", False)])
-def test_a_failure_costs_the_rows_that_it_may_have_spoilt_and_no_others(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, part: str, survives: bool
+@pytest.mark.parametrize("part", ["begin", "_read_on", "_append", "_read_newest_of", "step"])
+def test_a_failure_costs_the_rows_that_it_concerns_and_no_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     case = Case(engine, prompt_chunk=16)
     running, its_news = case.submit(10, max_tokens=20)
     case.loop.advance()
-    late, news = case.submit(40 if part == "read" else 4)
+    late, news = case.submit(40 if part == "_read_on" else 4)
     with monkeypatch.context() as patch:
         patch.setattr(Batch, part, lambda *_: 1 / 0)
         case.loop.advance()
-    failed = its_news if part == "step" else news
-    assert isinstance(failed[-1], loops.EngineFailed)
-    assert isinstance(its_news[-1], loops.EngineFailed) != survives
+    lost = running if "newest" in part or part == "step" else late
+    for job, told in ((running, its_news), (late, news)):
+        assert isinstance(told[-1], loops.EngineFailed) == (job is lost)
     while case.loop.is_busy:
         case.loop.advance()
-    assert running.rows[0].is_finished == survives
-    assert late.rows[0].is_finished == (part == "step")
+    for job in (running, late):
+        assert bool(job.rows[0].events and job.rows[0].events[-1].finish_reason) == (job is not lost)
     assert case.loop.num_ended == 2
     assert engine._running == []

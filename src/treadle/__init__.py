@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from treadle.blend import Blend, attach
     from treadle.bundle import Bundle, read_bundle, save_bundle
     from treadle.centroids import Centroids
-    from treadle.completion import Completion
+    from treadle.completion import Completion, GenerationError
     from treadle.embed import Embedder, SentenceEmbedder, StaticEmbedder
     from treadle.errors import AdapterError, BundleError, DataError, ModelError, OptionError, TreadleError
     from treadle.generate import Engine, load
@@ -23,7 +23,7 @@ _PUBLIC = {
     "blend": ("Blend", "attach"),
     "bundle": ("Bundle", "read_bundle", "save_bundle"),
     "centroids": ("Centroids",),
-    "completion": ("Completion",),
+    "completion": ("Completion", "GenerationError"),
     "embed": ("Embedder", "SentenceEmbedder", "StaticEmbedder"),
     "errors": ("AdapterError", "BundleError", "DataError", "ModelError", "OptionError", "TreadleError"),
     "generate": ("Engine", "load"),
@@ -44,6 +44,7 @@ __all__ = [
     "DataError",
     "Embedder",
     "Engine",
+    "GenerationError",
     "LoraPair",
     "ModelError",
     "OptionError",

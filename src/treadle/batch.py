@@ -1,13 +1,14 @@
 """The sequences that share a forward pass, and their key-value cache: the only place where the model is stepped.
 
 Rows join and leave between steps. A prompt is read at once or in chunks: until it is read to its end it has a cache of
-its own, and the rows that run do not notice.
+its own, and the rows that run do not notice. A pass that fails, or that gives a row no finite logits, is run again in
+halves until it is clear whose fault that is: this row ends with its own error, and the others get their tokens.
 """
 
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,55 +19,22 @@ from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
 from treadle.chunk_step import MOST_TOKENS, read_chunk
+from treadle.draws import Draws, are_whole, drawn, failure_of
 from treadle.fast_step import FastStep
 from treadle.graph_step import GraphStep
 from treadle.params import Combine
 from treadle.prefixes import Copy, PrefixCache, Text
+from treadle.readings import Reading, score_prompts
 from treadle.rope import LengthRope
-from treadle.rows import Row, TokenEvent, TokenScore, route
-from treadle.sampling import likeliest, new_generator, sample, score_tokens
+from treadle.rows import Row, RowError, TokenEvent, route
+from treadle.sampling import new_generator
 from treadle.transformers_names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Events = list[tuple[Row, TokenEvent]]
-
-
-class Reading:
-    """Rows whose texts are being read into a cache of their own, padded on the left to the longest."""
-
-    def __init__(self, rows: Sequence[Row], *, is_again: bool = False) -> None:
-        """Start at the first column; the rows' weights must have been decided.
-
-        `is_again` keeps the weights under which each token was read before.
-        """
-        self.rows = list(rows)
-        self.length = max(len(row.ids) for row in rows)
-        self.pads = [self.length - len(row.ids) for row in rows]
-        # (T, N) or (1, N) for all T alike
-        self.weights = [row.weights_again() if is_again else row.prompt_weights() for row in rows]
-        self.done = 0  # columns that have been read; the cache does not tell once it is the batch's
-        self.cache = RowCache()
-        self.copy: Copy | None = None  # for the prefixes, of a single row
-        for row, weights in zip(() if is_again else rows, self.weights, strict=False):
-            row.read_under = weights
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all columns have been read."""
-        return self.done == self.length
-
-    def ids(self, first: int, end: int) -> Tensor:
-        """Return the token ids of some columns, (B, end - first)."""
-        return torch.tensor([([0] * pad + row.ids)[first:end] for pad, row in zip(self.pads, self.rows, strict=True)])
-
-    def weights_of(self, first: int, end: int) -> list[Floats]:
-        """Return the weights of some columns, for each row (T, N), or (1, N) for all alike; padding has none."""
-        return [
-            each if len(each) == 1 else each[max(first - pad, 0) : max(end - pad, 1)]
-            for pad, each in zip(self.pads, self.weights, strict=True)
-        ]
+Events = list[tuple[Row, TokenEvent | RowError]]
+"""What rows have become in a step: each has a token more, or has ended because it cannot be computed."""
 
 
 class Batch:
@@ -84,7 +52,7 @@ class Batch:
         self._model = model
         self._blend = blend
         self._end_ids = end_ids
-        self._cache = RowCache()
+        self.cache = RowCache()
         self._fast_step = fast_step
         self._prefixes = prefixes
         self._cache_argument = cache_argument(model)
@@ -118,15 +86,11 @@ class Batch:
         A reading that is finished cannot go on.
         """
         assert not reading.is_finished
-        logits = self._read_on(reading, num_columns or reading.length)
-        if not reading.is_finished:
-            if reading.copy:
-                reading.copy.extend(reading.cache)
-            return []
-        for index, row in enumerate(reading.rows):
-            self._remember(row, reading.cache, index, reading.copy)
-        self._append(reading)
-        return self._advance(reading.rows, logits)
+        num_columns = num_columns or reading.length
+        if reading.done + num_columns >= reading.length:
+            return self._advance(self._finish(reading, num_columns))
+        failure = failure_of(lambda: self._read_chunk(reading, num_columns))
+        return self._advance(self._settle(reading, dict.fromkeys(reading.rows, failure))) if failure else []
 
     @torch.inference_mode()
     def step(self) -> Events:
@@ -136,24 +100,35 @@ class Batch:
         grown = [row for row in self.rows if row not in again and self._has_grown(row)]
         if again or grown:
             self._keep([row for row in self.rows if row not in again and row not in grown])
-        going = list(self.rows)
-        logits = [self._read_newest()] if going else []
-        for rows, is_again in ((again, False), (grown, True)):
-            if rows:
-                reading = Reading(rows, is_again=is_again)
-                logits.append(self._read_on(reading, reading.length))
-                self._append(reading)
-        return self._advance([*going, *again, *grown], torch.cat(logits))
+        found = self._read_newest()
+        if again:
+            found |= self._read_whole(again)
+        if grown:
+            found |= self._read_whole(grown, is_again=True)
+        return self._advance(found)
 
     @torch.inference_mode()
     def leave(self, rows: Sequence[Row]) -> None:
         """Drop rows, finished or not; the others do not notice."""
         self._keep([row for row in self.rows if row not in rows])
 
+    @torch.inference_mode()
+    def measure(self) -> tuple[int, int]:
+        """Return the bytes that one token's keys and values take, and in how many layers, by reading one."""
+        cache = RowCache()
+        self._forward([], torch.zeros(1, 1, dtype=torch.long), [0], cache, [])
+        return sum(each[:1, :, :1].nbytes for pair in cache.buffers() for each in pair), len(cache.buffers())
+
     def padding_with(self, length: int) -> tuple[int, int]:
         """Return how many tokens, and how many columns of padding, there are if a row of `length` tokens joins."""
         lengths = [*(len(row.ids) for row in self.rows), length]
         return sum(lengths), len(lengths) * max(lengths) - sum(lengths)
+
+    def is_reread(self, row: Row) -> bool:
+        """Whether the row's text will be read anew while it is generated."""
+        if row.routing.past == "recompute":
+            return row.routing.every is not None
+        return self._rope is not None and row.prompt_tokens <= self._rope.limit < row.most_tokens
 
     def _has_grown(self, row: Row) -> bool:
         """Whether the newest token makes the text so long that all of it is rotated otherwise, and read again."""
@@ -165,21 +140,104 @@ class Batch:
         self.route_seconds += time.perf_counter() - started
         return changed
 
-    def _advance(self, rows: Sequence[Row], logits: Tensor) -> Events:
-        """Sample the next token of each row from logits (B, V); finished rows leave."""
-        tokens, logprobs = sample(logits, [row.sampling for row in rows], [row.generator for row in rows])
-        counts = [row.report.likeliest for row in rows]
-        tops = likeliest(logits, counts) if any(counts) else [()] * len(rows)
-        events = [
-            (row, row.accept(token, logprob, token in self._end_ids, top))
-            for row, token, logprob, top in zip(rows, tokens, logprobs, tops, strict=True)
-        ]
-        if any(row.is_finished for row in rows):
+    def _advance(self, found: Draws) -> Events:
+        """Give each row the token that was found for it; rows that have ended leave."""
+        events: Events = []
+        for row, draw in found.items():
+            if isinstance(draw, RowError):
+                row.failure = draw
+                events.append((row, draw))
+            else:
+                event = row.accept(draw.token_id, draw.logprob, draw.token_id in self._end_ids, draw.likeliest)
+                events.append((row, event))
+        if any(row.is_finished for row in found):
             for index, row in enumerate(self.rows):
-                if row.is_finished:
-                    self._remember(row, self._cache, index)
+                if row.is_finished and row.failure is None:
+                    self._remember(row, self.cache, index)
             self._keep([row for row in self.rows if not row.is_finished])
         return events
+
+    def _finish(self, reading: Reading, num_columns: int) -> Draws:
+        """Read the last columns of a reading and let its rows join the running ones; in halves where that fails."""
+
+        def run() -> Tensor:
+            logits = self._read_on(reading, num_columns)
+            self._append(reading)
+            return logits
+
+        return self._settle(reading, drawn(reading.rows, run))
+
+    def _settle(self, reading: Reading, found: Draws) -> Draws:
+        """Let the rows of a reading that have no token leave; where others may be to blame, they are read again."""
+        reading.done = reading.length
+        bad = [row for row in reading.rows if isinstance(found[row], RowError)]
+        for index, row in enumerate(reading.rows):
+            if row not in bad and not row.events:
+                self._remember(row, reading.cache, index, reading.copy)
+        if not bad:
+            return found
+        self._keep([row for row in self.rows if row not in bad])
+        if len(reading.rows) > 1:
+            halves = [bad] if len(bad) < len(reading.rows) else [bad[: len(bad) // 2], bad[len(bad) // 2 :]]
+            for half in halves:
+                found |= self._read_whole(half, is_again=reading.is_again)
+        return found
+
+    def _read_whole(self, rows: Sequence[Row], *, is_again: bool = False) -> Draws:
+        """Read the texts of rows from their beginning, and let the rows join; `is_again` as `Reading` takes it."""
+        for row in rows:
+            if not row.events:
+                row.prompt_scores.clear()
+        reading = Reading(rows, is_again=is_again)
+        return self._finish(reading, reading.length)
+
+    def _read_newest(self) -> Draws:
+        """Read the newest token of every row; where that fails, find out whose fault it is."""
+        if not self.rows:
+            return {}
+        length = self.cache.length
+        found = drawn(self.rows, lambda: self._read_newest_of(self.rows, self.cache))
+        if len(self.rows) > 1 and not are_whole(found):
+            self.cache.cut(length)
+            found |= self._shed()
+            length = self.cache.length
+            found |= self._halve(0, len(self.rows), found)
+            self.cache.cut(length + 1)
+        for row in self.rows:
+            row.num_read += 1
+        return found
+
+    def _halve(self, first: int, end: int, found: Draws) -> Draws:
+        """Read the newest token of each half of the rows from `first` to before `end`, and of halves of these.
+
+        They write into the batch's own cache, one column behind those that it shows. Where all rows of a half were
+        `found`, nothing is read.
+        """
+        middle = (first + end) // 2
+        for start, stop in ((first, middle), (middle, end)):
+            rows = self.rows[start:stop]
+            if are_whole({row: found[row] for row in rows}):
+                continue
+            part = self.cache.part(start, stop)
+            found = found | drawn(rows, partial(self._read_newest_of, rows, part), found)
+            if len(rows) > 1 and not are_whole({row: found[row] for row in rows}):
+                found = self._halve(start, stop, found)
+        return found
+
+    def _shed(self) -> Draws:
+        """Let the longest rows go until there is memory for one more column of the others; return their errors."""
+        lost: Draws = {}
+        while failure := failure_of(lambda: self.cache.make_room(1)):
+            longest = max(self.rows, key=lambda row: len(row.ids))
+            lost[longest] = failure
+            self._keep([row for row in self.rows if row is not longest])
+        return lost
+
+    def _read_chunk(self, reading: Reading, num_columns: int) -> None:
+        """Read columns of a reading that are not its last."""
+        self._read_on(reading, num_columns)
+        if reading.copy:
+            reading.copy.extend(reading.cache)
 
     def _read_on(self, reading: Reading, num_columns: int) -> Tensor:
         """Read the next columns of a reading; return the logits (B, V) after them."""
@@ -196,22 +254,25 @@ class Batch:
         )  # (B, T or 1, V)
         reading.done = end
         if is_scored:
-            _score_prompts(reading, first, logits)
+            score_prompts(reading, first, logits)
         return logits[:, -1]
 
     def _append(self, reading: Reading) -> None:
         """Add the rows of a finished reading to the running ones; its cache may be the batch's from then on."""
         if self.rows:
-            self._cache.merge(reading.cache)
+            self.cache.expect(max(row.most_tokens for row in [*self.rows, *reading.rows]))
+            self.cache.merge(reading.cache)
         else:
-            self._cache = reading.cache
+            self.cache = reading.cache
         self.rows = [*self.rows, *reading.rows]
+        for row in reading.rows:
+            row.num_read = len(row.ids)
 
-    def _read_newest(self) -> Tensor:
-        """Read the newest token of every row; return the logits (B, V)."""
-        ids = torch.tensor([row.ids[-1:] for row in self.rows])
-        pads = [self._cache.length + 1 - len(row.ids) for row in self.rows]
-        return self._forward(self.rows, ids, pads, self._cache, [row.weights[None] for row in self.rows])[:, -1]
+    def _read_newest_of(self, rows: Sequence[Row], cache: RowCache) -> Tensor:
+        """Read the newest token of rows into their cache; return the logits (B, V)."""
+        ids = torch.tensor([row.ids[-1:] for row in rows])
+        pads = [cache.length - row.num_read for row in rows]
+        return self._forward(rows, ids, pads, cache, [row.weights[None] for row in rows])[:, -1]
 
     def _forward(
         self,
@@ -239,7 +300,7 @@ class Batch:
         positions = (torch.arange(start, start + new) - left).clamp(min=0)  # (B, T)
         mask = (torch.arange(start + new) >= left).long().to(device) if any(pads) else None  # (B, L)
         among = [row.router.names for row in rows]
-        rope = self._rope.using([len(row.ids) for row in rows]) if self._rope else nullcontext()
+        rope = self._rope.using([len(row.ids) for row in rows] or [1]) if self._rope else nullcontext()
         with self._blend.using(stacked, combines, among), rope:
             if isinstance(step, FastStep):
                 return step(ids, positions, mask, cache)[:, None]
@@ -271,13 +332,13 @@ class Batch:
         """Drop the other rows; of those that stay, the last ones move to where others were."""
         kept = [place for place, row in enumerate(self.rows) if row in rows]
         if not kept:
-            self.rows, self._cache = [], RowCache()
+            self.rows, self.cache = [], RowCache()
         elif len(kept) < len(self.rows):
             behind = [place for place in kept if place >= len(kept)]
             order = [place if place in kept else behind.pop() for place in range(len(kept))]
             self.rows = [self.rows[place] for place in order]
-            longest = max(len(row.ids) for row in self.rows) - 1  # the newest token is not in the cache yet
-            self._cache.keep(order, self._cache.length - longest)
+            longest = max(row.num_read for row in self.rows)
+            self.cache.keep(order, self.cache.length - longest)
 
     def _text(self, row: Row) -> Text:
         """Return the tokens of a row that have been read, or are about to be, with their weights."""
@@ -288,17 +349,6 @@ class Batch:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""
         if self._prefixes and (not row.events or row.is_like_prompt):
             self._prefixes.store(self._text(row), cache, index, copy)
-
-
-def _score_prompts(reading: Reading, first: int, logits: Tensor) -> None:
-    """Score the tokens that follow the columns from `first` on, whose logits are (B, T, V), where rows ask for it."""
-    for row, pad, each in zip(reading.rows, reading.pads, logits, strict=True):
-        if row.report.prompt:
-            begin = min(max(first, pad), first + len(each))  # the first column that is a token
-            nexts = row.ids[begin - pad + 1 : first + len(each) - pad + 1] if begin >= pad else []
-            followed = each[begin - first : begin - first + len(nexts)]  # (tokens, V)
-            tops = likeliest(followed, [row.report.likeliest] * len(nexts))
-            row.prompt_scores += map(TokenScore, score_tokens(followed, nexts), tops)
 
 
 @lru_cache(maxsize=256)

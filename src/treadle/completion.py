@@ -1,11 +1,13 @@
 """What generation returns for one prompt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from treadle.centroids import Floats
-from treadle.rows import FinishReason, Row
+from treadle.errors import TreadleError, problem_list
+from treadle.rows import FinishReason, Row, RowError
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,17 @@ class Completion:
             prompt_tokens=row.prompt_tokens,
             seconds=seconds,
         )
+
+
+class GenerationError(TreadleError):
+    """Some prompts of a call cannot be continued; the others have been, to their end.
+
+    Attributes:
+        completions: one a prompt, in their order; None where there is none.
+        failures: the error of each prompt that has no completion, by its place.
+    """
+
+    def __init__(self, completions: Sequence[Completion | None], failures: dict[int, RowError]) -> None:
+        super().__init__(problem_list("generation:", [f"prompt {place}: {why}" for place, why in failures.items()]))
+        self.completions = tuple(completions)
+        self.failures = failures

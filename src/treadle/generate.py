@@ -15,7 +15,7 @@ from treadle.blend import Blend, attach
 from treadle.centroids import Centroids, Floats
 from treadle.chat import TokenPrompt, read_prompt, token_prompt
 from treadle.compatible import check_tokens
-from treadle.completion import Completion
+from treadle.completion import Completion, GenerationError
 from treadle.errors import (
     AdapterError,
     OptionError,
@@ -31,11 +31,11 @@ from treadle.packs import can_pack
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import Router
-from treadle.rows import Report, Row, TokenEvent
+from treadle.rows import Report, Row, RowError, TokenEvent
 from treadle.samples import Sample
 from treadle.step_parts import is_hooked
 from treadle.supported import check_supported, rereading_layers
-from treadle.text import Prompt, is_one_prompt
+from treadle.text import Prompt, check_known, is_one_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,6 +106,11 @@ class Engine:
         return self.router.names
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows; a tokenizer may have more, where tokens were added to it."""
+        return int(cast(Any, self.model.get_input_embeddings()).weight.shape[0])
+
+    @property
     def context(self) -> int | None:
         """The most tokens that a row may have, prompt and answer together; None = the model does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -129,6 +134,8 @@ class Engine:
             a Completion; for a list of prompts a list of them, in its order.
 
         Raises:
+            GenerationError: some prompts cannot be continued, such as where the model overflows; it has the others'
+                completions.
             TreadleError: an option or prompt is not possible; nothing has been generated.
         """
         is_one = is_one_prompt(prompt)
@@ -153,10 +160,11 @@ class Engine:
     ) -> Generator[TokenEvent]:
         """Generate from one prompt and yield each token as it comes; the texts join to the completion's text.
 
-        Options are checked by the call itself, before the first token is asked for.
+        Options are checked by the call itself, before the first token is asked for. A GenerationError ends a text that
+        cannot be continued.
         """
         rows = self._rows([prompt], sampling, routing)
-        return (event for _, event in self._run(rows))
+        return self._stream(rows)
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], *, routing: RoutingParams | None = None
@@ -266,12 +274,20 @@ class Engine:
         """Give the base model back as it was; the engine is of no use afterwards."""
         self.blend.detach()
 
+    def _stream(self, rows: Sequence[Row]) -> Generator[TokenEvent]:
+        for _, event in self._run(rows):
+            if isinstance(event, RowError):
+                raise GenerationError([None], {0: event}) from event
+            yield event
+
     def _complete(self, rows: Sequence[Row], started: float) -> list[Completion]:
-        done: dict[int, Completion] = {}
+        done: dict[Row, Completion] = {}
         for row, event in self._run(rows):
-            if event.finish_reason:
-                done[id(row)] = Completion.of(row, event.finish_reason, time.perf_counter() - started)
-        return [done[id(row)] for row in rows]
+            if isinstance(event, TokenEvent) and event.finish_reason:
+                done[row] = Completion.of(row, event.finish_reason, time.perf_counter() - started)
+        if failures := {place: row.failure for place, row in enumerate(rows) if row.failure}:
+            raise GenerationError([done.get(row) for row in rows], failures) from next(iter(failures.values()))
+        return [done[row] for row in rows]
 
     def _rows(
         self,
@@ -287,12 +303,13 @@ class Engine:
         samplings = _each(sampling or SamplingParams(), len(prompts), SamplingParams, "sampling")
         routings = _each(routing or router.params, len(prompts), RoutingParams, "routing")
         self.check_routing(routings, router)
-        context = self.context
+        context, vocabulary = self.context, self.vocabulary
         rows: list[Row] = []
         problems: list[str] = []
         for index, (prompt, each, params) in enumerate(zip(prompts, samplings, routings, strict=True)):
             try:
                 given = read(prompt) if read else read_prompt(self.tokenizer, prompt)
+                check_known(self.tokenizer, given.ids, vocabulary)
             except OptionError as error:
                 problems.append(f"prompt {index}: {error}")
                 continue
@@ -307,7 +324,7 @@ class Engine:
             raise OptionError(problem_list("prompts:", problems))
         return rows
 
-    def _run(self, rows: Sequence[Row]) -> Generator[tuple[Row, TokenEvent]]:
+    def _run(self, rows: Sequence[Row]) -> Generator[tuple[Row, TokenEvent | RowError]]:
         """Run rows to their end, a limited number at a time, the longest-waiting first."""
         batch = self.new_batch()
         most = MAX_BATCH if self.model.device.type == "cpu" else GPU_BATCH

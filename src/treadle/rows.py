@@ -14,6 +14,7 @@ import torch
 
 from treadle.centroids import Floats
 from treadle.chat import RoutedText, TokenPrompt, token_prompt
+from treadle.errors import TreadleError
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Comparison, Router, RunningText, decision_length
 from treadle.text import Detokenizer, StopStrings
@@ -74,6 +75,10 @@ class TokenEvent:
     comparison: Comparison | None = None
 
 
+class RowError(TreadleError):
+    """A row that cannot be computed, and ends alone; `__cause__` is what its pass raised, if it raised."""
+
+
 class Row:
     """One sequence: its tokens so far, its options, and the weights that its next forward pass uses."""
 
@@ -94,9 +99,11 @@ class Row:
         self.sampling = sampling
         self.report = report or Report()
         self.owner = ""  # rows of one owner alone share what they have read (`treadle.prefixes`)
+        self.num_read = 0  # tokens whose keys and values are in a batch's cache
         self.reused = 0  # tokens of the prompt whose keys and values were there already
         self.generator: torch.Generator | None = None
         self.events: list[TokenEvent] = []
+        self.failure: RowError | None = None
         self.prompt_scores: list[TokenScore] = []  # of the prompt's second token and those behind it
         self.weights: Floats = np.zeros(len(router.names), np.float32)  # (N,)
         self.read_under: Floats = self.weights[None]  # (T, N) or (1, N) for all T alike, of the pass over the prompt
@@ -111,9 +118,14 @@ class Row:
         self.ahead: Ahead | None = None  # what decides next, if that takes effect a decision late
 
     @property
+    def most_tokens(self) -> int:
+        """How many tokens the row can have in a cache: prompt and answer but the last, which no pass reads."""
+        return self.prompt_tokens + self.sampling.max_tokens - 1
+
+    @property
     def is_finished(self) -> bool:
-        """Whether the row's last token has been generated."""
-        return bool(self.events) and self.events[-1].finish_reason is not None
+        """Whether the row's last token has been generated, or none can be."""
+        return self.failure is not None or (bool(self.events) and self.events[-1].finish_reason is not None)
 
     @property
     def is_like_prompt(self) -> bool:

@@ -1,6 +1,7 @@
 """Log-likelihoods of given completions, in one forward pass with weights (B, T, N)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,11 @@ import torch
 
 from treadle.centroids import Floats
 from treadle.chat import ChatText, RoutedText, pieces_of, read_prompt
-from treadle.errors import OptionError, problem_list
+from treadle.errors import OptionError, collect, problem_list
 from treadle.params import RoutingParams
 from treadle.rope import LengthRope
 from treadle.routing import decision_length
-from treadle.text import Prompt, completion_ids
+from treadle.text import Prompt, check_known, completion_ids
 
 if TYPE_CHECKING:
     from treadle.generate import Engine
@@ -70,8 +71,13 @@ def score_ids(
 
 
 def check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
-    """Refuse texts that are longer than the model reads; it would give numbers all the same."""
+    """Refuse texts that are longer than the model reads, though it would give numbers, and tokens unknown to it."""
     lengths = [len(prompt) + len(answer) - 1 for prompt, answer in pairs]  # nothing is read after the last token
+    unknown: list[str] = []
+    known = partial(check_known, engine.tokenizer, vocabulary=engine.vocabulary)
+    collect(unknown, [partial(known, prompt + answer) for prompt, answer in pairs])
+    if unknown:
+        raise OptionError(problem_list("tokens:", unknown[:LISTED]))
     context = engine.context or max(lengths, default=0)
     problems = [f"row {index} has {length + 1} tokens" for index, length in enumerate(lengths) if length > context]
     if problems:

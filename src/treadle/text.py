@@ -1,6 +1,7 @@
 """Between text and token ids: one way to tokenise prompts, text that grows token by token, stop strings."""
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers.decoders import DecodeStream
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or chat messages {"role": ..., "content": a text or parts {"type": "text", "text": ...}}."""
+LISTED = 5
+"""Token ids that a message names at most."""
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
@@ -29,9 +32,35 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
 
 def token_ids(prompt: Sequence[int]) -> list[int]:
     """Return the token ids of a prompt that are known already; an OptionError where there are none."""
-    if not prompt:
+    if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+        raise OptionError(f"got {shown(prompt)}; allowed: a list of token ids.")
+    if not len(prompt):
         raise OptionError("the prompt is empty: there is no token to continue from.")
-    return list(prompt)
+    return [_whole_number(each) for each in prompt]
+
+
+def _whole_number(value: Any) -> int:
+    """Return a token id as Python's int; numbers of numpy and torch are taken too, but no truth values."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError as error:
+        raise OptionError(f"got token id {shown(value)}; allowed: whole numbers.") from error
+
+
+def check_known(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], vocabulary: int) -> None:
+    """Raise an OptionError that lists the ids which a model with so many does not know, such as added tokens."""
+    unknown = [each for each in dict.fromkeys(ids) if not 0 <= each < vocabulary]
+    if unknown:
+        named = [f"{shown(each)}{_name(tokenizer, each)}" for each in unknown[:LISTED]]
+        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+        raise OptionError(f"got token id {', '.join(named)}{more}; allowed: 0 to {vocabulary - 1}")
+
+
+def _name(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
+    """Return a token's own text in brackets, where the tokenizer knows the id though the model does not."""
+    return f" ({tokenizer.convert_ids_to_tokens(token_id)!r})" if 0 <= token_id < len(tokenizer) else ""
 
 
 def is_one_prompt(prompt: Any) -> bool:

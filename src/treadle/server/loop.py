@@ -10,15 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import TypeVar
 
 from treadle.batch import Batch, Events, Reading
 from treadle.errors import TreadleError
 from treadle.generate import Engine
 from treadle.prefixes import PrefixCache
-from treadle.rows import Row
+from treadle.rows import Row, RowError
 from treadle.server.jobs import Job, Mail, News, Started, Tokens
+from treadle.server.kv_memory import KvMemory
 from treadle.server.metrics import Metrics
 from treadle.server.params import ServeParams
 from treadle.server.routers import Routers
@@ -62,6 +62,8 @@ class Loop:
         self._params = params
         self._metrics = metrics
         self._prefixes = PrefixCache(params.prefix_cache << 20) if params.prefix_cache else None
+        self._memory = KvMemory(engine, params.kv_memory, params.prefix_cache)
+        self._has_moved = False  # whether rows came or went since memory was shared out
         self._seats: dict[int, Seat] = {}  # by identity of a row
         self._waiting: deque[Row] = deque()
         self._reading: tuple[Batch, Reading] | None = None
@@ -96,6 +98,7 @@ class Loop:
                 report=work.report,
                 router=self._routers.among(work.adapters),
             )
+            self._memory.check(job.rows)
         except Exception as error:  # the thread lives on, whatever a request brings
             if not isinstance(error, TreadleError):
                 logger.exception("a request could not be started")
@@ -123,6 +126,7 @@ class Loop:
         still_read = self._reading[1].rows if self._reading is not None else []
         self._engine.release([row for row in rows if row not in still_read])
         self.num_ended += len(rows)
+        self._has_moved = True
 
     def advance(self) -> None:
         """Give every running row its next token, and read on in a prompt."""
@@ -130,6 +134,7 @@ class Loop:
             self._prefixes.forget(self._engine.blend.adapters)
         events: Events = []
         num_running = self._num_running
+        self._share_memory()
         started = time.perf_counter()
         for batch in list(self._batches):
             events += self._attempt(batch, batch.rows, batch.step, spoils=True) or []
@@ -146,7 +151,13 @@ class Loop:
         self._batches = [batch for batch in self._batches if batch.rows]
         kept = self._prefixes.num_bytes if self._prefixes else 0
         self._metrics.set_load(self._num_running, len(self._waiting), kept)
+        self._metrics.set_kv_memory(self._memory.used(self._batches, self._reading), self._memory.total)
         self.flush()
+
+    def _share_memory(self) -> None:
+        if self._has_moved:
+            self._memory.allow(self._batches, self._reading)
+            self._has_moved = False
 
     def flush(self) -> None:
         """Post the news of all jobs at once: waking another thread costs more than a token does."""
@@ -177,8 +188,14 @@ class Loop:
                 break
             group.append(self._waiting.popleft())
         batch = self._batch_for(max(len(row.ids) for row in group))
+        while group and not self._memory.has_room(self._batches, batch, group):
+            self._waiting.appendleft(group.pop())
+        if not group:
+            return  # until rows that end make room
         reading = self._attempt(batch, group, lambda: batch.begin(group), spoils=False)
         self._reading = (batch, reading) if reading is not None else None
+        self._has_moved = True
+        self._share_memory()
 
     def _batch_for(self, length: int) -> Batch:
         """Return the batch that a row of `length` tokens pads least, or a new one where it would pad too much."""
@@ -230,6 +247,7 @@ class Loop:
         assert self._reading is not None
         batch, reading = self._reading
         self._reading = None
+        self._has_moved = True
         given_up = [row for row in reading.rows if id(row) not in self._seats]
         batch.leave(given_up)
         self._engine.release(given_up)
@@ -263,9 +281,8 @@ class Loop:
             seat = self._seats.get(id(row))
             if seat is None:
                 continue  # given up
-            if not isfinite(event.logprob):
-                self._tell(seat.job, EngineFailed("the model overflows under these weights: there is no next token."))
-                self.give_up(seat.job)
+            if isinstance(event, RowError):
+                self._end(seat.job, event)
                 continue
             news.setdefault(id(seat.job), (seat.job, []))[1].append((seat.index, event))
             if event.finish_reason:
@@ -276,9 +293,19 @@ class Loop:
             self.sequence_seconds = _smoothed(self.sequence_seconds, time.perf_counter() - seat.since)
             self._metrics.count_row(row)
         self._engine.release(finished)
+        self._has_moved = self._has_moved or bool(finished)
         self.num_ended += len(finished)
         for job, tokens in news.values():
             self._tell(job, tokens)
+
+    def _end(self, job: Job, failure: RowError) -> None:
+        """Tell a job that one of its rows cannot be computed, and why; the log has the whole error."""
+        if failure.__cause__ is None:
+            self._tell(job, EngineFailed(str(failure)))
+        else:
+            logger.error("a sequence cannot be computed", exc_info=failure.__cause__)
+            self._tell(job, EngineFailed("the forward pass failed; the server's log says why."))
+        self.give_up(job)
 
 
 def deliver(mail: Mail) -> None:

@@ -52,6 +52,8 @@ class Metrics:
         )
         self.router = Counter("treadle_router_seconds", "time spent on weights", registry=registry)
         self.prefixes = Gauge("treadle_prefix_cache_bytes", "keys and values kept for prompts", registry=registry)
+        self.kv_bytes = Gauge("treadle_kv_bytes", "keys and values of running sequences", registry=registry)
+        self.kv_limit = Gauge("treadle_kv_limit_bytes", "what these may take at most", registry=registry)
         self.loaded = Gauge("treadle_adapter_loaded", "1 for each loaded adapter", ["adapter"], registry=registry)
         self._adapters: set[str] = set()
 
@@ -79,6 +81,11 @@ class Metrics:
         self.running.set(running)
         self.waiting.set(waiting)
         self.prefixes.set(prefix_bytes)
+
+    def set_kv_memory(self, used: int, limit: int) -> None:
+        """Say how many bytes the buffers of keys and values take, and may take at most."""
+        self.kv_bytes.set(used)
+        self.kv_limit.set(limit)
 
     def count_prompts(self, rows: Sequence[Row]) -> None:
         """Count the prompts of sequences that have been read."""

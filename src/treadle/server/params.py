@@ -31,6 +31,11 @@ class ServeParams:
         "prompt tokens read between two steps at most, of several prompts twice; fewer where streams would stall",
         at_least=1,
     )
+    kv_memory: int | None = option(
+        None,
+        "MiB of keys and values of running sequences at most; none = half of the free memory, 80 % of a GPU's",
+        at_least=1,
+    )
     prefix_cache: int = option(256, "MiB of keys and values kept for prompts that begin alike; 0 = none", at_least=0)
     max_prompt_tokens: int | None = option(None, "tokens of a prompt at most; none = what the model reads", at_least=1)
     max_tokens: int = option(2048, "tokens that a choice may ask for at most", at_least=1)

@@ -19,7 +19,7 @@ from treadle.server.lines import Check
 from treadle.server.params import ServeParams
 from treadle.server.reading import with_limits
 from treadle.server.targets import Targets
-from treadle.text import chat_text
+from treadle.text import chat_text, check_known
 
 LONGEST_STOP = 256
 """Characters of a stop string."""
@@ -145,7 +145,7 @@ class Reader:
         allowed = f"at most {most} tokens"
         if most == room:  # some clients look for these words
             allowed += f" (this model's maximum context length is {context} tokens)"
-        vocabulary = len(self.engine.tokenizer)
+        vocabulary = min(len(self.engine.tokenizer), self.engine.vocabulary)
         found: list[TokenPrompt] = []
         for index, prompt in enumerate(prompts):
             check()
@@ -161,13 +161,12 @@ class Reader:
                     problems.append(Problem(field, f"{place}: got at least {fewest} tokens; allowed: at most {most}"))
                     continue
                 read = self._read_prompt(prompt)
+                check_known(self.engine.tokenizer, read.ids, vocabulary)
             except TreadleError as error:
                 problems.append(Problem(field, f"{place}: {error}"))
                 continue
             ids = read.ids
-            if bad := [each for each in ids if not 0 <= each < vocabulary]:
-                problems.append(Problem(field, f"{place}: got token id {bad[0]}; allowed: 0 to {vocabulary - 1}"))
-            elif most is not None and len(ids) > most:
+            if most is not None and len(ids) > most:
                 problems.append(_too_long(field, f"{place}: got {len(ids)} tokens; allowed: {allowed}"))
             else:
                 found.append(read)

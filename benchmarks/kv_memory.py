@@ -1,0 +1,89 @@
+"""Long requests under a budget of keys and values: all answers are right, and the process stays within it.
+
+`python benchmarks/kv_memory.py` prints a table: the budget, what the buffers took at most, how much the process grew.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+ROWS, PROMPT, TOKENS = 16, 1000, 24
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def peak() -> float:
+    """Return the most MiB that the process has had."""
+    return getrusage(RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(budget: int) -> None:
+    """Run the requests under a budget in MiB; print what they took."""
+    from treadle.centroids import Centroids
+    from treadle.generate import Engine
+    from treadle.params import RoutingParams, SamplingParams
+    from treadle.routing import Router
+    from treadle.server.jobs import Job, News, Work
+    from treadle.server.loop import Loop
+    from treadle.server.metrics import Metrics
+    from treadle.server.params import ServeParams
+    from treadle.server.routers import Routers
+
+    from conftest import byte_tokenizer
+
+    class Silent:
+        """An embedder of nothing: no adapter is there to choose."""
+
+        id, dim = "none", 1
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    router = Router(Centroids.empty("none", 1), Silent(), RoutingParams.base())  # pyright: ignore[reportArgumentType]
+    engine = Engine(model, byte_tokenizer(), [], router)
+    prompts = [[(7 * row + step) % 256 for step in range(PROMPT - row)] for row in range(ROWS)]
+    sampling, base = SamplingParams(max_tokens=TOKENS), RoutingParams.base()
+    alone = [engine.generate_ids([each], sampling=sampling, routing=base)[0].token_ids for each in prompts]
+    before, news, most = peak(), list[News](), 0.0
+    loop = Loop(engine, Routers(engine), ServeParams(kv_memory=budget, prefix_cache=0), Metrics())
+    jobs = [Job(Work([each], [sampling], base), news.append) for each in prompts]
+    for job in jobs:
+        loop.accept(job)
+    while loop.is_busy:
+        loop.advance()
+        most = max(most, loop._memory.used(loop._batches, loop._reading) / 2**20)
+    right = sum(tuple(e.token_id for e in job.rows[0].events) == a for job, a in zip(jobs, alone, strict=True))
+    failed = sum(isinstance(each, Exception) for each in news)
+    print(f"| {budget} | {most:.0f} | {peak() - before:.0f} | {right} of {ROWS} | {failed} |", flush=True)
+
+
+def main() -> None:
+    """Measure each budget in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", type=int, help="measure this budget here")
+    one = parser.parse_args().one
+    if one:
+        return measure(one)
+    print("| budget MiB | buffers MiB | process grew MiB | right answers | errors |\n|---|---|---|---|---|", flush=True)
+    for budget in (40, 80, 4096):
+        subprocess.run([sys.executable, __file__, "--one", str(budget)], check=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

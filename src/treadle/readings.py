@@ -1,0 +1,61 @@
+"""Texts on their way into a cache: which columns have been read, under which weights, and what the prompts scored."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from treadle.cache import RowCache
+from treadle.centroids import Floats
+from treadle.prefixes import Copy
+from treadle.rows import Row, TokenScore
+from treadle.sampling import likeliest, score_tokens
+
+
+class Reading:
+    """Rows whose texts are being read into a cache of their own, padded on the left to the longest."""
+
+    def __init__(self, rows: Sequence[Row], *, is_again: bool = False) -> None:
+        """Start at the first column; the rows' weights must have been decided.
+
+        `is_again` keeps the weights under which each token was read before.
+        """
+        self.is_again = is_again
+        self.rows = list(rows)
+        self.length = max(len(row.ids) for row in rows)
+        self.pads = [self.length - len(row.ids) for row in rows]
+        # (T, N) or (1, N) for all T alike
+        self.weights = [row.weights_again() if is_again else row.prompt_weights() for row in rows]
+        self.done = 0  # columns that have been read; the cache does not tell once it is the batch's
+        self.cache = RowCache()
+        self.cache.expect(max(row.most_tokens for row in rows))
+        self.copy: Copy | None = None  # for the prefixes, of a single row
+        for row, weights in zip(() if is_again else rows, self.weights, strict=False):
+            row.read_under = weights
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all columns have been read."""
+        return self.done == self.length
+
+    def ids(self, first: int, end: int) -> Tensor:
+        """Return the token ids of some columns, (B, end - first)."""
+        return torch.tensor([([0] * pad + row.ids)[first:end] for pad, row in zip(self.pads, self.rows, strict=True)])
+
+    def weights_of(self, first: int, end: int) -> list[Floats]:
+        """Return the weights of some columns, for each row (T, N), or (1, N) for all alike; padding has none."""
+        return [
+            each if len(each) == 1 else each[max(first - pad, 0) : max(end - pad, 1)]
+            for pad, each in zip(self.pads, self.weights, strict=True)
+        ]
+
+
+def score_prompts(reading: Reading, first: int, logits: Tensor) -> None:
+    """Score the tokens that follow the columns from `first` on, whose logits are (B, T, V), where rows ask for it."""
+    for row, pad, each in zip(reading.rows, reading.pads, logits, strict=True):
+        if row.report.prompt:
+            begin = min(max(first, pad), first + len(each))  # the first column that is a token
+            nexts = row.ids[begin - pad + 1 : first + len(each) - pad + 1] if begin >= pad else []
+            followed = each[begin - first : begin - first + len(nexts)]  # (tokens, V)
+            tops = likeliest(followed, [row.report.likeliest] * len(nexts))
+            row.prompt_scores += map(TokenScore, score_tokens(followed, nexts), tops)

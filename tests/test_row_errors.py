@@ -1,0 +1,226 @@
+"""The law of a pass that fails: the row to blame ends with its own error, the others get what they get alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import treadle
+from treadle import cache as caches
+from treadle.adapters import read_adapter
+from treadle.batch import Batch
+from treadle.cache import RowLayer
+from treadle.completion import Completion, GenerationError
+from treadle.errors import OptionError
+from treadle.generate import Engine
+from treadle.params import RoutingParams, SamplingParams
+from treadle.prefixes import PrefixCache
+from treadle.routing import Router
+from treadle.rows import Row, RowError
+
+from conftest import byte_tokenizer, tiny_llama
+
+POISON = 200
+"""A token whose embedding is not a number: it spoils its row from there on, and no other."""
+ROUTINGS = (
+    RoutingParams(every=1),
+    RoutingParams.base(),
+    RoutingParams(every=2, past="recompute"),
+    RoutingParams.one("code"),
+)
+PROMPTS = [[97 + (7 * place + step) % 26 for step in range(1 + 5 * place % 17)] for place in range(32)]
+SAMPLINGS = [SamplingParams(0.8 * (place % 2), max_tokens=5, seed=place) for place in range(32)]
+BAD = 13
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["fast step", "own forward"])
+def poisoned(
+    request: pytest.FixtureRequest, adapter_folders: dict[str, Path], embedder: object
+) -> tuple[Engine, list[Completion]]:
+    """An engine that knows the poison, and what it makes of each prompt alone."""
+    from conftest import SAMPLES
+
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[POISON] = torch.nan
+    adapters = [read_adapter(folder, name) for name, folder in adapter_folders.items()]
+    engine = Engine(model, byte_tokenizer(), adapters, treadle.fit(SAMPLES, embedder), is_fast=request.param)
+    routings = [ROUTINGS[place % 4] for place in range(32)]
+    each = zip(PROMPTS, SAMPLINGS, routings, strict=True)
+    return engine, [engine.generate_ids([p], sampling=s, routing=r)[0] for p, s, r in each]
+
+
+def rows_of(engine: Engine) -> list[Row]:
+    return engine.new_rows(PROMPTS, sampling=SAMPLINGS, routing=[ROUTINGS[place % 4] for place in range(32)])
+
+
+def raise_half_way(monkeypatch: pytest.MonkeyPatch, model: object) -> None:
+    """Let a pass with a poisoned row fail when its first layers have been written, and its others not."""
+    update, written = RowLayer.update, []
+
+    def failing(layer: RowLayer, keys: Tensor, values: Tensor, *more: object, **options: object) -> object:
+        if keys.isnan().any() and written:
+            written.clear()
+            raise MemoryError("there is no room")
+        written[:] = [1] if keys.isnan().any() else []
+        return update(layer, keys, values, *more, **options)
+
+    monkeypatch.setattr(RowLayer, "update", failing)
+
+
+@pytest.mark.parametrize("where", ["prompt", "step"])
+@pytest.mark.parametrize("is_raising", [False, True], ids=["not finite", "raises"])
+def test_one_bad_row_of_32_costs_no_other(
+    poisoned: tuple[Engine, list[Completion]], where: str, is_raising: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, alone = poisoned
+    if is_raising:
+        raise_half_way(monkeypatch, engine.model)
+    rows = rows_of(engine)
+    if where == "prompt":
+        rows[BAD].ids[-1] = POISON
+    batch = engine.new_batch(prefixes=PrefixCache(1 << 24))
+    told = batch.join(rows)
+    if where == "step":
+        told += batch.step()
+        rows[BAD].ids[-1] = POISON
+    while batch.rows:
+        told += batch.step()
+    failures = [(row, event) for row, event in told if isinstance(event, RowError)]
+    assert failures == [(rows[BAD], rows[BAD].failure)]
+    assert ("no room" if is_raising else "overflows") in str(rows[BAD].failure)
+    for place, (row, expected) in enumerate(zip(rows, alone, strict=True)):
+        if place != BAD:
+            assert tuple(event.token_id for event in row.events) == expected.token_ids
+            np.testing.assert_allclose([event.logprob for event in row.events], expected.logprobs, atol=2e-4)
+
+
+def test_generate_tells_the_bad_row_when_all_others_are_done(poisoned: tuple[Engine, list[Completion]]) -> None:
+    engine, alone = poisoned
+    routings = [ROUTINGS[place % 4] for place in range(4)]
+    prompts = [*PROMPTS[:3], [*PROMPTS[3], POISON]]
+    with pytest.raises(GenerationError, match="prompt 3: the model overflows") as caught:
+        engine.generate_ids(prompts, sampling=SAMPLINGS[:4], routing=routings)
+    assert [done and done.token_ids for done in caught.value.completions] == [*(a.token_ids for a in alone[:3]), None]
+    assert list(caught.value.failures) == [3]
+    assert engine._running == []
+
+
+def test_a_stream_that_cannot_go_on_ends_with_its_error(
+    poisoned: tuple[Engine, list[Completion]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = poisoned
+    monkeypatch.setattr(Batch, "_read_newest_of", lambda *_: 1 / 0)
+    events = engine.stream("add", sampling=SamplingParams(max_tokens=9))
+    next(events)
+    with pytest.raises(GenerationError, match="ZeroDivisionError") as caught:
+        next(events)
+    assert isinstance(caught.value.__cause__, RowError)
+
+
+def test_a_bad_prompt_is_not_kept_for_others(poisoned: tuple[Engine, list[Completion]]) -> None:
+    engine, _ = poisoned
+    prefixes = PrefixCache(1 << 24)
+    for _ in range(2):
+        (row,) = engine.new_rows([[*range(97, 117), POISON]], routing=RoutingParams.base())
+        engine.new_batch(prefixes=prefixes).join([row])
+        assert row.failure is not None
+        assert prefixes.num_bytes == 0
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Say how many columns a buffer may have."""
+    new_pages = caches.new_pages
+
+    def limit(columns: int) -> None:
+        def limited(shape: tuple[int, ...], like: Tensor) -> Tensor:
+            if shape[2] > columns:
+                raise MemoryError("no memory")
+            return new_pages(shape, like)
+
+        monkeypatch.setattr(caches, "new_pages", limited)
+
+    monkeypatch.setattr(caches, "GROWTH", 4)
+    return limit
+
+
+def test_without_memory_the_longest_rows_end_and_the_others_go_on(
+    engine: Engine, memory: Callable[[int], None]
+) -> None:
+    base, sampling = RoutingParams.base(), SamplingParams(max_tokens=30)
+    prompts = [[97] * 40, [98] * 3, [99] * 8]
+    alone = [engine.generate_ids([p], sampling=sampling, routing=base)[0].token_ids for p in prompts]
+    memory(90)
+    with pytest.raises(GenerationError, match=r"prompt 0: .*no memory") as caught:
+        engine.generate_ids([[97] * 75, *prompts[1:]], sampling=sampling, routing=base)
+    assert [done and done.token_ids for done in caught.value.completions] == [None, *alone[1:]]
+
+
+def test_rows_that_cannot_join_for_want_of_memory_leave_the_running_ones_alone(
+    engine: Engine, memory: Callable[[int], None]
+) -> None:
+    sampling, base = SamplingParams(max_tokens=8), RoutingParams.base()
+    (expected,) = engine.generate_ids([[97] * 10], sampling=sampling, routing=base)
+    running, late = engine.new_rows([[97] * 10, [98] * 60], sampling=sampling, routing=base)
+    batch = engine.new_batch()
+    batch.join([running])
+    reading = batch.begin([late])
+    memory(50)
+    ((row, event),) = batch.read(reading)
+    assert row is late
+    assert "no memory" in str(event)
+    while batch.rows:
+        batch.step()
+    assert tuple(event.token_id for event in running.events) == expected.token_ids
+
+
+# Token ids that the model does not know
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([5, 260], "got token id 260; allowed: 0 to 259"),
+        ([-1, 5, 999, -1], "got token id -1, 999; allowed"),
+        ([10**30], "allowed: 0 to 259"),
+        ([True], "got token id true; allowed: whole numbers"),
+        ([1.0], "got token id 1.0; allowed: whole numbers"),
+        (["a"], "got token id 'a'; allowed: whole numbers"),
+        ([None], "allowed: whole numbers"),
+        ([], "the prompt is empty"),
+        ("abc", "allowed: a list of token ids"),
+        (7, "allowed: a list of token ids"),
+    ],
+)
+def test_a_prompt_has_ids_that_the_model_knows(engine: Engine, prompt: object, message: str) -> None:
+    for call in (engine.generate_ids, engine.new_rows):
+        with pytest.raises(OptionError) as caught:
+            call([[5], prompt])  # type: ignore[list-item]
+        assert "prompt 1: " in str(caught.value)
+        assert message in str(caught.value)
+
+
+def test_numbers_of_numpy_and_torch_are_ids(engine: Engine) -> None:
+    expected = engine.new_rows([[5, 7]])[0].ids
+    for prompt in (np.array([5, 7]), torch.tensor([5, 7]), (np.int64(5), 7)):
+        assert engine.new_rows([prompt])[0].ids == expected  # type: ignore[list-item]
+
+
+def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused_everywhere(engine: Engine, router: Router) -> None:
+    engine.tokenizer = byte_tokenizer()
+    engine.tokenizer.add_tokens(["<known>", "<tool>", "<more>"], special_tokens=True)
+    assert engine.generate("a <known>").token_ids
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: engine.generate(["a", "<tool> <more>"]),
+        lambda: engine.generate([{"role": "user", "content": "<tool> <more>"}]),
+        lambda: engine.stream("<tool> <more>"),
+        lambda: engine.score(["<tool>"], [" <more>"]),
+        lambda: engine.score(["a"], ["<tool> <more>"]),
+    )
+    for call in calls:
+        with pytest.raises(OptionError, match=r"260 \('<tool>'\), 261 \('<more>'\); allowed: 0 to 259"):
+            call()
