@@ -268,6 +268,39 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(engine: Engine) -> 
         assert "".join(event.text for event in engine.stream(PROMPTS[0], sampling=stopped)) == done.text
 
 
+def test_a_stop_token_ends_the_text_and_is_no_part_of_it(engine: Engine) -> None:
+    free = engine.generate(PROMPTS[0], sampling=SamplingParams(max_tokens=30))
+    token = free.token_ids[12]
+    first = free.token_ids.index(token)
+    sampling = SamplingParams(max_tokens=30, stop_token_ids=(token, 3 if token != 3 else 4))
+    done = engine.generate(PROMPTS[0], sampling=sampling)
+    assert (done.finish_reason, done.token_ids) == ("stop", free.token_ids[: first + 1])
+    assert done.text == engine.tokenizer.decode(free.token_ids[:first], skip_special_tokens=True)
+    both = engine.generate([PROMPTS[0]] * 2, sampling=[sampling, SamplingParams(max_tokens=30)])
+    assert [each.token_ids for each in both] == [done.token_ids, free.token_ids]  # of the row, not of the batch
+
+
+def test_a_special_token_as_a_stop_string_ends_the_text(engine: Engine) -> None:
+    special = engine.tokenizer.convert_tokens_to_ids("<unused>")
+    for seed in range(100):
+        options = {"max_tokens": 60, "temperature": 2.0, "seed": seed}
+        free = engine.generate(PROMPTS[0], sampling=SamplingParams(**options))
+        if special in free.token_ids[:-1]:
+            break
+    done = engine.generate(PROMPTS[0], sampling=SamplingParams(**options, stop=("never seen", "<unused>")))
+    assert done.finish_reason == "stop"
+    assert done.token_ids == free.token_ids[: free.token_ids.index(special) + 1]
+
+
+def test_stops_that_cannot_be_found_are_refused(engine: Engine) -> None:
+    for options, message in (
+        ({"stop": ("\n<end>", "plain <pad>")}, r"'\\n<end>' holds the special token '<end>'[\s\S]*'plain <pad>'"),
+        ({"stop_token_ids": (5, 10**9)}, "stop_token_ids: got 1000000000; allowed: 0 to 258"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            engine.generate(PROMPTS[0], sampling=SamplingParams(**options))
+
+
 def test_text_joins_to_the_decoded_tokens(engine: Engine) -> None:
     for seed in range(5):
         done = engine.generate(PROMPTS[0], sampling=SamplingParams(max_tokens=50, temperature=2.0, seed=seed))

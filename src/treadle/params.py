@@ -137,6 +137,7 @@ class SamplingParams:
     seed: int | None = option(
         None, "of this row's random stream; none = a fresh one each time", at_least=0, at_most=2**63 - 1
     )
+    stop_token_ids: tuple[int, ...] = option((), "token ids that end the text; they are not part of it", at_least=0)
 
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""

@@ -17,7 +17,7 @@ from treadle.chat import RoutedText, TokenPrompt, token_prompt
 from treadle.errors import TreadleError
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Comparison, Router, RunningText, decision_length
-from treadle.text import Detokenizer, StopStrings
+from treadle.text import Detokenizer, StopStrings, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +111,7 @@ class Row:
         self.read_after: Comparison | None = None  # what `read_under` was made from, if the report asks for it
         self._text = Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
+        self._stop_ids = stop_ids(tokenizer, sampling)
         self.prompt_pieces = [self._text.push(token_id) for token_id in self.ids]  # what each token of it adds
         self._routed = RoutedText(prompt.chat, self.prompt_pieces, routing)
         self._running = RunningText(router, routing)
@@ -171,6 +172,7 @@ class Row:
     def accept(self, token_id: int, logprob: float, is_end: bool, likeliest: Likeliest = ()) -> TokenEvent:
         """Append a generated token and return its event."""
         self.ids.append(token_id)
+        is_end = is_end or token_id in self._stop_ids
         piece = "" if is_end else self._text.push(token_id)
         self._routed.add(piece)
         text = self._stops.push(piece)

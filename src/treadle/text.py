@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 from tokenizers.decoders import DecodeStream
 
 from treadle.documents import check_text
-from treadle.errors import ModelError, OptionError, shown
+from treadle.errors import ModelError, OptionError, problem_list, shown
+from treadle.params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,6 +127,33 @@ class Detokenizer:
         text = self._backend.decode(self._held, skip_special_tokens=True) if self._held else ""
         self._held = []
         return text
+
+
+def stop_ids(tokenizer: "PreTrainedTokenizerBase", sampling: SamplingParams) -> frozenset[int]:
+    """Return the tokens that end a text by its sampling options: `stop_token_ids`, and special tokens in `stop`.
+
+    A special token adds no text, so a stop string that names one is looked for among the tokens.
+
+    Raises:
+        OptionError: a token id that the tokenizer does not have, or a stop string that mixes special tokens with text.
+    """
+    problems = [
+        f"stop_token_ids: got {token_id}; allowed: 0 to {len(tokenizer) - 1}"
+        for token_id in sampling.stop_token_ids
+        if token_id >= len(tokenizer)
+    ]
+    added = tokenizer.added_tokens_decoder.items() if sampling.stop else ()
+    special = {token.content: token_id for token_id, token in added if token.special}
+    mixed = [
+        (stop, token) for stop in sampling.stop if stop not in special for token in special if token and token in stop
+    ]
+    problems += [
+        f"stop: {stop!r} holds the special token {token!r}, which adds no text; give the token alone"
+        for stop, token in mixed
+    ]
+    if problems:
+        raise OptionError(problems[0] if len(problems) == 1 else problem_list("sampling options:", problems))
+    return frozenset(sampling.stop_token_ids) | {special[stop] for stop in sampling.stop if stop in special}
 
 
 class StopStrings:

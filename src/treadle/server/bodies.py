@@ -162,6 +162,11 @@ class Generating(NeutralFields):
     stop: Annotated[
         Stops, Field(description="a text, or a list of at most --max-stops texts, of 1 to 256 characters each")
     ] = None
+    stop_token_ids: Annotated[
+        list[Annotated[int, Field(ge=0, description="a token id")]] | None,
+        BeforeValidator(AtMost("max_stops")),
+        Field(description="a list of at most --max-stops token ids"),
+    ] = None
     stream: Annotated[bool | None, Field(description="true or false")] = False
     stream_options: Annotated[
         StreamOptions | None, Field(description='{"include_usage": true}, only with "stream": true')

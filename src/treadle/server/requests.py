@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from treadle.chat import TokenPrompt, read_prompt
-from treadle.errors import TreadleError
+from treadle.errors import OptionError, TreadleError
 from treadle.generate import Engine
 from treadle.params import SamplingParams
 from treadle.rows import Report
@@ -19,7 +19,7 @@ from treadle.server.lines import Check
 from treadle.server.params import ServeParams
 from treadle.server.reading import with_limits
 from treadle.server.targets import Targets
-from treadle.text import chat_text, check_known
+from treadle.text import chat_text, check_known, stop_ids
 
 LONGEST_STOP = 256
 """Characters of a stop string."""
@@ -109,7 +109,13 @@ class Reader:
             temperature = 1.0
         top_p = 1.0 if body.top_p is None else body.top_p
         most, stop = self._most_tokens(body, problems), self._stops(body, problems)
-        one = SamplingParams(temperature, top_p, max(0, body.top_k or 0), most, stop)
+        one = SamplingParams(
+            temperature, top_p, max(0, body.top_k or 0), most, stop, stop_token_ids=tuple(body.stop_token_ids or ())
+        )
+        try:
+            stop_ids(self.engine.tokenizer, one)
+        except OptionError as error:
+            problems += [Problem(each.text.partition(":")[0], each.text) for each in error.problems]
         seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(count)]
         return [replace(one, seed=seed) for seed in seeds]
 
