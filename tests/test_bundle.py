@@ -20,7 +20,7 @@ from safetensors.torch import save_file as save_tensors
 
 import treadle
 from treadle.adapters import read_adapter
-from treadle.bundle import read_bundle, save_bundle
+from treadle.bundle import foreign_base, read_bundle, save_bundle
 from treadle.errors import BundleError, OptionError
 from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
@@ -613,3 +613,34 @@ def test_an_engine_is_made_of_the_bundles_parts(bundle, model, tokenizer, monkey
     assert isinstance(loaded, Engine)
     assert loaded.model is model
     assert loaded.adapter_names == tuple(SAMPLES)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "org/Some-Model",
+        "other/some-model",
+        "/srv/models/some-model/",
+        "C:\\models\\some-model",
+        "/home/u/.cache/treadle/models/org--some-model",
+        "/home/u/.cache/huggingface/hub/models--org--some-model/snapshots/0123456789abcdef0123456789abcdef01234567",
+        "/home/u/.cache/huggingface/hub/models--org--some-model/snapshots/main/",
+        "/home/u/.cache/huggingface/hub/models--org--some-model",
+        "/root/.cache/modelscope/hub/models/org/some-model",
+        "",
+    ],
+)
+def test_the_folder_of_a_cache_is_the_model_that_it_keeps(adapter_folders, named):
+    adapter = replace(read_adapter(adapter_folders["math"]), base_model=named)
+    for base in ("org/some-model", "/srv/models--org--some-model/snapshots/abc", "models/org--some-model"):
+        assert foreign_base(adapter, base) == ""
+    if named:
+        assert "was trained on" in foreign_base(adapter, "org/another-model")
+
+
+@pytest.mark.parametrize(
+    "named", ["org/model--large", "work/snapshots/large", "/models--org--other/snapshots/some-model"]
+)
+def test_another_model_in_a_cache_is_foreign(adapter_folders, named):
+    adapter = replace(read_adapter(adapter_folders["math"]), base_model=named)
+    assert "was trained on" in foreign_base(adapter, "org/some-model")

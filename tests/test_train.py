@@ -291,6 +291,11 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> N
     TOKENIZER.save_pretrained(base)
     with pytest.raises(OptionError, match=r"unknown target 'q_pro'\. Did you mean 'q_proj'"):
         train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(targets=("q_pro",)))
+    with pytest.raises(OptionError) as caught:
+        train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(targets=("q_proj", "lm_head", "x_proj")))
+    assert "target 'lm_head' is the output layer, which TRL cannot train. Allowed: " in str(caught.value)
+    assert "unknown target 'x_proj'" in str(caught.value)
+    assert str(caught.value).count("lm_head") == 1  # what cannot be trained is not offered
     with pytest.raises(OptionError, match="all-linear stands for all of them"):
         train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(targets=("all-linear", "q_proj")))
     assert not (tmp_path / "own").exists()

@@ -248,13 +248,26 @@ def _embedder_name(folder: Path, embedder: str) -> str:
 
 def foreign_base(adapter: Adapter, base: str) -> str:
     """Return the problem if an adapter names another base; the same model may lie in different folders."""
-    last = [name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() for name in (adapter.base_model, base)]
-    if not adapter.base_model or last[0] == last[1]:
+    if not adapter.base_model or _last_name(adapter.base_model) == _last_name(base):
         return ""
     return (
         f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, the bundle's base is {base!r}; if these are "
         f"the same weights, write the bundle's name into base_model_name_or_path of its {CONFIG_FILE}"
     )
+
+
+def _last_name(base: str) -> str:
+    """Return the last part of a base model's name or folder; of a folder in a cache, of the name that it keeps.
+
+    The hub's cache keeps org/model in models--org--model/snapshots/REVISION, treadle's in models/org--model, and that of
+    ModelScope in models/org/model.
+    """
+    parts = [part for part in base.replace("\\", "/").split("/") if part]
+    if len(parts) >= 3 and parts[-2] == "snapshots":
+        parts = parts[:-2]
+    last = parts[-1] if parts else ""
+    is_kept = last.startswith("models--") or (len(parts) >= 2 and parts[-2] == "models" and "--" in last)
+    return (last.rpartition("--")[2] if is_kept else last).lower()
 
 
 def _centroid_problems(centroids: Centroids, entries: Sequence[dict[str, Any]]) -> list[str]:

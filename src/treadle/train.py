@@ -161,16 +161,23 @@ def _lora(params: TrainParams) -> "LoraConfig":
 
 
 def _check_targets(model: "PreTrainedModel", params: TrainParams) -> None:
-    """Refuse targets that the model has no linear layer of, naming those that it has."""
+    """Refuse targets that cannot be trained, naming those that can: the linear layers but the last."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    paths = [f".{path}" for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    head = model.get_output_embeddings()  # TRL's loss reads its weight, so factors on it would never be trained
+    linear = {f".{path}": module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    paths = [path for path, module in linear.items() if module is not head]
     names = sorted({path.rpartition(".")[2] for path in paths})
     wrong = [
         unknown_name("target", name, names)
         for name in params.targets
-        if name != ALL and not any(path.endswith(f".{name}") for path in paths)
+        if name != ALL and not any(path.endswith(f".{name}") for path in linear)
+    ]
+    wrong += [
+        f"target {name!r} is the output layer, which TRL cannot train. Allowed: {', '.join(names)}."
+        for name in params.targets
+        if any(path.endswith(f".{name}") and module is head for path, module in linear.items())
     ]
     if ALL in params.targets and params.targets != (ALL,):
         wrong.append(f"{ALL} stands for all of them; leave out the others")
