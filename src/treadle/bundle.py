@@ -259,8 +259,7 @@ def foreign_base(adapter: Adapter, base: str) -> str:
 def _last_name(base: str) -> str:
     """Return the last part of a base model's name or folder; of a folder in a cache, of the name that it keeps.
 
-    The hub's cache keeps org/model in models--org--model/snapshots/REVISION, treadle's in models/org--model, and that of
-    ModelScope in models/org/model.
+    The hub's cache keeps org/model in models--org--model/snapshots/REVISION, treadle's in models/org--model.
     """
     parts = [part for part in base.replace("\\", "/").split("/") if part]
     if len(parts) >= 3 and parts[-2] == "snapshots":
