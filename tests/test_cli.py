@@ -1,12 +1,15 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from treadle.cli import main
+from treadle.show import new_console
 
-from conftest import SAMPLES, Run
+from conftest import SAMPLES, Run, edit_config
 
 
 def test_generate_prints_what_the_engine_gives(run: Run, bundle: Path) -> None:
@@ -170,7 +173,7 @@ def test_fit_lists_everything_that_is_missing(run: Run, bundle: Path, tmp_path: 
     missing = ["--adapter", f"code={bundle / 'adapters' / 'code'}", "--samples", "code=no.jsonl"]
     code, _, err = run("fit", "--base", "b", *adapters, *missing, "-o", tmp_path / "new")
     assert code == 1
-    for part in ("'a': nowhere is not a folder", "give sample texts of 'math'", "no.jsonl: no such file"):
+    for part in ("'a': nowhere is not a PEFT folder", "give sample texts of 'math'", "no.jsonl: no such file"):
         assert part in err
     assert not (tmp_path / "new").exists()
 
@@ -199,3 +202,54 @@ def test_what_cannot_be_written_is_refused_before_anything_is_done(run: Run, tmp
         assert code == 1
         assert err.count("\n") == 1
         assert "name another" in err or "name a file" in err or "as on the hub" in err
+
+
+def test_one_message_lists_what_is_wrong_with_flags_of_two_kinds(run: Run, bundle: Path) -> None:
+    wrong = ["--every", "often", "--rule", "sofmax", "--top-p", "7", "--dtype", "f99", "--trace", "/dev/null/x"]
+    code, _, err = run("generate", str(bundle), "--prompt", "x", *wrong)
+    assert code == 1
+    for part in ("every: expected int", "Did you mean 'softmax'", "top_p must be", "dtype 'f99'", "/dev/null"):
+        assert part in err
+    code, _, err = run("generate", "nowhere", "--prompt", "x", *wrong)
+    assert code == 1
+    for part in ("nowhere is not a bundle", "every: expected int", "top_p must be"):
+        assert part in err
+
+
+def test_fit_lists_every_bad_adapter_file_and_option(
+    run: Run, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    given = {name: shutil.copytree(folder, tmp_path / name) for name, folder in adapter_folders.items()}
+    (given["math"] / "adapter_model.safetensors").unlink()
+    edit_config(given["science"], use_dora=True)
+    (tmp_path / "good.txt").write_text("add three\n")
+    adapters = [f"--adapter={name}={folder}" for name, folder in (given | {"gone": tmp_path / "gone"}).items()]
+    samples = [f"--samples={name}={tmp_path}/{file}.txt" for name, file in (("math", "good"), ("code", "missing"))]
+    code, _, err = run("fit", "--base", "b", *adapters, *samples, "--samples=other=x", "--every", "often", "-o",
+                       str(tmp_path / "out"))  # fmt: skip
+    assert code == 1
+    for part in (
+        "math has no adapter_model.safetensors",
+        "use_dora",
+        "gone is not a PEFT folder",
+        "missing.txt: no such file",
+        "--samples names math, code, other",
+        "every: expected int",
+    ):
+        assert part in " ".join(err.split()), part
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_lists_every_bad_task_arm_and_option(run: Run, bundle: Path, tmp_path: Path) -> None:
+    code, _, err = run("eval", str(bundle), "--tasks", f"math={tmp_path}/none.jsonl", "--arms", "base,paper,linear",
+                       "--limit", "0", "--dtype", "f99", "-o", str(tmp_path / "out"))  # fmt: skip
+    assert code == 1
+    for part in ("limit must be", "none.jsonl: no such file", "combine='paper' needs", "combine='linear' needs", "f99"):
+        assert part in err, part
+
+
+def test_a_table_in_a_file_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(*(f"a rather long heading {number}" for number in range(12)))
+    table.add_row(*("0.123 (0.100 to 0.145)" for _ in range(12)))
+    new_console().print(table)
+    assert capsys.readouterr().out.count("0.123 (0.100 to 0.145)") == 12

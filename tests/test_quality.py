@@ -19,6 +19,7 @@ from treadle.quality import route_quality
 from treadle.ratios import write_bench
 from treadle.routing import Router, fit
 from treadle.sets import load_sets
+from treadle.show import quality_tables
 from treadle.tasks import Example
 from treadle.timing import Line, Table
 
@@ -218,3 +219,19 @@ def test_routing_quality_goes_on_with_the_scores_that_work(
     assert [(each["task"], each["source"], each["n"]) for each in found["asked"]] == [("math", str(rows), 1)]
     assert found["embedder"] == embedder.id
     assert run("route", tmp_path / "one", "--eval", "--tasks", f"math={rows}")[0] == 0
+
+
+def test_one_text_an_adapter_is_enough_to_ask(embedder):
+    router = fit({"math": ["add add"], "code": ["def def"]}, embedder, RoutingParams(score="centred"))
+    quality = route_quality(router, {"math": [Example("add three", " four")]}, RoutingParams(score="centred"))
+    assert quality.separation is None
+    assert quality.accuracy["template"] == 1
+
+
+def test_a_domain_without_examples_has_no_numbers(embedder):
+    router = fit(SAMPLES, embedder)
+    qualities = [route_quality(router, {"math": [Example("add three", " four")]}, RoutingParams())]
+    *_, confusion = quality_tables(qualities)
+    cells = [list(column.cells) for column in confusion.columns[1:]]
+    assert all(cell == "-" for column in cells for cell in column[1:])  # science and code
+    assert any(column[0] == "1.000" for column in cells)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from treadle import lab
-from treadle.errors import OptionError, TreadleError, collect, problem_list, unknown_name
+from treadle.errors import OptionError, TreadleError, collect, problem_list, raise_all, unknown_name
 from treadle.flags import BundlePath, Chat, Device, Dtype, Json, Pack, chat_messages, takes
 from treadle.options import read_options
 from treadle.params import RoutingParams, SamplingParams, TrainParams
@@ -56,22 +56,27 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     routing: dict[str, Any],
 ) -> None:
     """Generate from a prompt; the text streams in the colours of its leading adapters."""
+    from treadle.bundle import read_bundle
+    from treadle.models import check_dtype
     from treadle.writing import check_writable, write_text
 
-    options = read_options(SamplingParams, sampling)
-    if trace:
-        check_writable(trace)  # now, not after the text is generated
+    problems: list[str] = []
+    options = collect(problems, [partial(read_options, SamplingParams, sampling)])
+    found = collect(problems, [partial(read_bundle, bundle)])
+    params = collect(problems, [partial(_routing, found[0].router if found else None, routing)])
+    collect(problems, [partial(check_dtype, dtype)])
+    collect(problems, [partial(check_writable, trace)] if trace else [])  # now, not after the text is generated
+    raise_all(problems)
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = lab.load_engine(bundle, device, dtype, pack)
-    params = _routing(engine.router, routing)
+    engine = lab.open_engine(found[0], device, dtype, pack)
     given = chat_messages(text) if chat else text
     if as_json or trace:
-        document = _document(engine, given, options, params)
+        document = _document(engine, given, options[0], params[0])
         if trace:
             write_text(trace, json.dumps(document, indent=2) + "\n")
         print(json.dumps(document) if as_json else document["text"])
         return
-    _stream(engine, given, options, params)
+    _stream(engine, given, options[0], params[0])
 
 
 @app.command()
@@ -108,11 +113,9 @@ def route(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     if as_json:
         print(json.dumps(asdict(explanation)))
         return
-    from rich.console import Console
+    from treadle.show import explanation_table, new_console
 
-    from treadle.show import explanation_table
-
-    Console().print(explanation_table(explanation))
+    new_console().print(explanation_table(explanation))
 
 
 @app.command(name="fit")
@@ -144,15 +147,14 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     check_writable(output / "bundle.json")  # now, not after the samples are embedded
     finish_replacing(output)  # its own adapters may be among those that are given
     folders, files = _pairs(adapter, "--adapter"), _pairs(samples or [], "--samples")
+    problems: list[str] = []
     if not set(files) <= set(folders):
-        raise OptionError(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
-    params = read_options(RoutingParams, _implied(routing))
-    texts, fitted = _fitting(folders, files)
-    router = fit(texts, embedder, params, fitted=fitted)
-    kept = (
-        {name: [each.whole for each in given[:keep_samples]] for name, given in texts.items()} if keep_samples else None
-    )
-    kept = kept if keep_samples else None
+        problems.append(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
+    params = collect(problems, [partial(_routing, None, routing)])
+    texts, fitted = _fitting(folders, files, problems)
+    router = fit(texts, embedder, params[0], fitted=fitted)
+    wholes = {name: [each.whole for each in given[:keep_samples]] for name, given in texts.items()}
+    kept = wholes if keep_samples else None
     save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
     counts = dict(zip(router.names, router.centroids.counts.tolist(), strict=True))
     rows = {name: len(given) for name, given in texts.items()}
@@ -162,16 +164,21 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         print(f"wrote {output}: samples {rows}, texts made of them {counts}")
 
 
-def _fitting(folders: dict[str, str], files: dict[str, str]) -> "tuple[dict[str, list[Sample]], list[Centroids]]":
-    """Return the sample texts of the adapters that have some and the centroids of the others, or list all problems."""
+def _fitting(
+    folders: dict[str, str], files: dict[str, str], problems: list[str]
+) -> "tuple[dict[str, list[Sample]], list[Centroids]]":
+    """Return the samples of the adapters that have some and the centroids of the others.
+
+    Every adapter is read, too, before anything is embedded; one error lists all `problems`, those found here included.
+    """
+    from treadle.adapters import read_adapter
     from treadle.centroid_files import read_centroid
     from treadle.data import load_samples
 
-    problems = [
-        f"adapter {name!r}: {path} is not a folder" for name, path in folders.items() if not Path(path).is_dir()
-    ]
+    adapters = collect(problems, [partial(read_adapter, path, name) for name, path in folders.items()])
+    good = {adapter.name for adapter in adapters}
     sampled = [name for name in folders if name in files]
-    trained = [name for name in folders if name not in files and Path(folders[name]).is_dir()]
+    trained = [name for name in folders if name not in files and name in good]
     texts = collect(problems, [partial(load_samples, files[name]) for name in sampled])
     fitted = collect(problems, [partial(read_centroid, Path(folders[name]), name) for name in trained])
     if problems:
@@ -204,11 +211,9 @@ def doctor(
     if as_json:
         print(json.dumps(asdict(report)))
     else:
-        from rich.console import Console
+        from treadle.show import new_console, report_tables
 
-        from treadle.show import report_tables
-
-        console = Console()
+        console = new_console()
         console.print(f"base {report.base_model} on {report.device} in {report.dtype}")
         console.print(*report_tables(report), sep="\n")
         base, blended = report.base_step * 1000, report.blended_step * 1000
@@ -285,9 +290,9 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
 
 
-def _routing(router: "Router", given: dict[str, Any]) -> RoutingParams:
-    """Return the bundle's params with what was given on the command line over them."""
-    onto = router.params
+def _routing(router: "Router | None", given: dict[str, Any]) -> RoutingParams:
+    """Return a bundle's params, or the defaults, with what was given on the command line over them."""
+    onto = router.params if router is not None else RoutingParams()
     if "rule" in given and given["rule"] != "fixed" and onto.fixed is not None:
         given = {"fixed": None, **given}
     return read_options(RoutingParams, _implied(given), onto=onto)
@@ -315,14 +320,12 @@ def _document(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: 
 
 
 def _stream(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> None:
-    from rich.console import Console
+    from treadle.show import legend, mean_weights, new_console, stream_coloured
 
-    from treadle.show import legend, mean_weights, stream_coloured
-
-    console = Console()
+    console = new_console()
     events = stream_coloured(console, engine.stream(prompt, sampling=sampling, routing=routing))
     means = zip(engine.adapter_names, mean_weights(events), strict=True)
-    notes = Console(stderr=True)
+    notes = new_console(stderr=True)
     notes.print(legend(engine.adapter_names))
     notes.print("mean weights: " + "  ".join(f"{name} {weight:.2f}" for name, weight in means))
 

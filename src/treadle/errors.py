@@ -69,8 +69,14 @@ class DataError(TreadleError):
 
 
 def problem_list(head: str, problems: Iterable[str]) -> str:
-    """Return one message: `head`, then a line for each problem."""
-    return "\n".join([head, *(f"  - {problem}" for problem in problems)])
+    """Return one message: `head`, then a line for each problem; a problem that lists others is indented."""
+    return "\n".join([head, *("  - " + problem.replace("\n", "\n    ") for problem in problems)])
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise one OptionError that says all problems, each once, if there are any."""
+    if problems:
+        raise OptionError("\n".join(dict.fromkeys(problems)))
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:

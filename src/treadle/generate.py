@@ -1,10 +1,10 @@
 """The engine: a base model, a tokenizer, attached adapters and a router; generates, streams and scores."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import numpy as np
 
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 MAX_BATCH, GPU_BATCH = 32, 128
 """Rows of one call to `generate` that share a forward pass, on a CPU and on a GPU; more wait until one ends."""
 Options = TypeVar("Options")
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[Mapping[str, Any]]]
+"""Texts, or chats."""
+Samplings = SamplingParams | Sequence[SamplingParams]
+Routings = RoutingParams | Sequence[RoutingParams]
 
 
 class Engine:
@@ -115,13 +119,19 @@ class Engine:
         """The most tokens that a row may have, prompt and answer together; None = the model does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    @overload
     def generate(
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        *,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        routing: RoutingParams | Sequence[RoutingParams] | None = None,
-    ) -> Any:
+        self, prompt: Prompt, *, sampling: Samplings | None = None, routing: Routings | None = None
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompts, *, sampling: Samplings | None = None, routing: Routings | None = None
+    ) -> list[Completion]: ...
+
+    def generate(
+        self, prompt: Prompt | Prompts, *, sampling: Samplings | None = None, routing: Routings | None = None
+    ) -> Completion | list[Completion]:
         """Generate from one prompt, a list of prompts, or chat messages.
 
         Args:

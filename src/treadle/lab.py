@@ -4,13 +4,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treadle import __version__
-from treadle.errors import OptionError, TreadleError, collect
+from treadle.errors import OptionError, TreadleError, collect, raise_all
 from treadle.files import make_folder
 from treadle.flags import BundlePath, Device, Dtype, Json, Pack, takes
 from treadle.options import read_options
@@ -63,15 +64,18 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     """
     from treadle.arms import choose_arms
     from treadle.bundle import read_bundle
+    from treadle.models import check_dtype
 
-    params = read_options(EvalParams, evaluation)
+    problems: list[str] = []
+    params = collect(problems, [partial(read_options, EvalParams, evaluation)])
+    collect(problems, [partial(check_dtype, dtype)])
     found = read_bundle(bundle)
     router, wanted = found.router, _split(arms or ["base,oracle,uniform,routed"])
-    problems: list[str] = []
     chosen = collect(problems, [lambda: choose_arms(wanted, router.names, router.params)])
-    sets = _sets(found, chosen[0] if chosen else [], tasks, _split(only or []), params, problems)
+    asked = params[0] if params else EvalParams()
+    sets = _sets(found, chosen[0] if chosen else [], tasks, _split(only or []), asked, problems)
     make_folder(output)
-    _run(open_engine(found, device, dtype), sets, chosen[0], output, params, as_json)
+    _run(open_engine(found, device, dtype), sets, chosen[0], output, asked, as_json)
 
 
 @app.command()
@@ -139,8 +143,7 @@ def bench(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     collect(problems, [lambda: check_suites(names)])
     params = collect(problems, [lambda: read_options(BenchParams, options)])
     collect(problems, [lambda: make_folder(output)] if output else [])
-    if problems:
-        raise OptionError("\n".join(problems))
+    raise_all(problems)
     lab = Lab.open(read_bundle(bundle), device, dtype, params[0], pack=pack)
     check_lab(lab, names)
     if not as_json:
@@ -161,13 +164,11 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
     from dataclasses import replace
     from typing import get_args
 
-    from rich.console import Console
-
     from treadle.params import RoutingParams, Score
     from treadle.plots import QUALITY_FILE
     from treadle.quality import route_quality
     from treadle.sets import load_sets
-    from treadle.show import quality_tables
+    from treadle.show import new_console, quality_tables
     from treadle.writing import check_writable, write_text
 
     if output:
@@ -195,7 +196,7 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
         print(document)
         return
     for table in quality_tables(qualities):
-        Console().print(table)
+        new_console().print(table)
 
 
 def doctor_vllm(as_json: bool) -> None:
@@ -214,13 +215,6 @@ def doctor_vllm(as_json: bool) -> None:
                   f"the adapters move it by {report.change:.1e}")  # fmt: skip
     if report.problems:
         raise TreadleError("; ".join(report.problems))
-
-
-def load_engine(bundle: Path, device: str | None, dtype: str | None, pack: bool | None = None) -> "Engine":
-    """Load a bundle for a command: what other libraries print stays away from its output."""
-    from treadle.bundle import read_bundle
-
-    return open_engine(read_bundle(bundle), device, dtype, pack)
 
 
 def open_engine(bundle: "Bundle", device: str | None, dtype: str | None, pack: bool | None = None) -> "Engine":
@@ -246,12 +240,14 @@ def _sets(
 ) -> "list[EvalSet]":
     """Return what is asked; before the base model loads, raise for all `problems` and for what cannot be read."""
     from treadle.arms import read_routers
+    from treadle.compatible import check_combine
     from treadle.sets import load_sets
 
     sets = collect(problems, [lambda: load_sets(tasks, params, only)])
     read_routers(arms, found.adapters, found.router, problems)
-    if problems:
-        raise OptionError("\n".join(problems))
+    combines = dict.fromkeys(arm.params.combine for arm in arms if arm.params is not None)
+    collect(problems, [partial(check_combine, combine, found.adapters) for combine in combines])
+    raise_all(problems)
     return sets[0]
 
 
@@ -269,7 +265,7 @@ def _run(
     )
 
     from treadle.evaluate import evaluate
-    from treadle.show import results_table
+    from treadle.show import new_console, results_table
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
@@ -287,4 +283,4 @@ def _run(
         print(json.dumps([asdict(result) for result in results]))
         return
     for task in dict.fromkeys(result.task for result in results):
-        Console().print(results_table(task, [result for result in results if result.task == task]))
+        new_console().print(results_table(task, [result for result in results if result.task == task]))

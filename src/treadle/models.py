@@ -92,9 +92,14 @@ def resolve_dtype(dtype: str | None, device: str) -> "torch.dtype | str":
 
     if dtype is None:
         return torch.float32 if device == "cpu" else "auto"
-    if dtype not in DTYPES:
-        raise OptionError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     return getattr(torch, dtype)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise an OptionError if there is no such dtype to compute in; None is the device's own."""
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}.")
 
 
 def quiet_libraries() -> None:

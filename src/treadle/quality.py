@@ -32,7 +32,7 @@ class Quality:
         accuracy: kind -> mean over the domains of the share that came nearest to their own.
         cosines: (N, N) cosines between the centroids, of the score's kind (centred ones for `centred`).
         separation: mean Mahalanobis distance between the means of two adapters, in pooled standard deviations; None
-            where there is one adapter, or a sample each.
+            where there is one adapter, or one text each.
         distributions: domain -> cosines (examples, N) of its prompts to all centroids.
     """
 
@@ -87,9 +87,9 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
 def _text(example: Example, kind: str) -> str:
     """Return the text of an example that a kind is about."""
     words = re.findall(r"\s*\S+", example.completion)
-    half = example.prompt + "".join(words[: len(words) // 2])
-    whole = example.prompt + example.completion
-    return {"template": example.prompt, "bare": example.bare, "half": half, "answer": whole}[kind]
+    half = example.routed + "".join(words[: len(words) // 2])
+    whole = example.routed + example.completion
+    return {"template": example.routed, "bare": example.bare, "half": half, "answer": whole}[kind]
 
 
 def _separation(router: Router) -> float | None:
@@ -99,6 +99,8 @@ def _separation(router: Router) -> float | None:
     if freedom < 1 or len(router.names) < 2:
         return None
     pooled = centroids.scatter.sum(0, dtype=np.float64) / freedom  # (D, D)
+    if not np.trace(pooled) > 0:
+        return None  # all samples of an adapter are the same text
     ridge = 1e-3 * np.trace(pooled) / len(pooled) * np.eye(len(pooled))
     distances: list[Floats] = []
     for i, mean in enumerate(means):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from treadle.results import EvalResult
     from treadle.rows import TokenEvent
 
+FILE_WIDTH = 10_000
+"""Columns of a file or a pipe."""
 COLOURS = ("bright_blue", "bright_green", "bright_magenta", "yellow", "cyan", "red", "green", "blue", "magenta")
 
 
@@ -31,6 +33,12 @@ def legend(names: Sequence[str]) -> Text:
     for index, name in enumerate(names):
         line.append(f"■ {name}  ", style=colour(index))
     return line.append("■ base", style="default")
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """Return where a command prints; into a file or a pipe a table is as wide as it is, with nothing cut."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=FILE_WIDTH)
 
 
 def print_coloured(console: Console, pieces: Sequence[str], weights: Floats) -> None:
@@ -127,7 +135,8 @@ def quality_tables(qualities: Sequence["Quality"]) -> list[Table]:
     for heading in ("score", *kinds):
         summary.add_column(heading, justify="left" if heading == "score" else "right")
     for quality in qualities:
-        summary.add_row(quality.score, *(f"{quality.accuracy[kind]:.3f}" for kind in kinds))
+        known = (f"{quality.accuracy[kind]:.3f}" if kind in quality.accuracy else "-" for kind in kinds)
+        summary.add_row(quality.score, *known)
     if qualities[0].separation is not None:
         summary.caption = f"separation of the centroids: {qualities[0].separation:.2f} pooled standard deviations"
     best = max(qualities, key=lambda quality: min(quality.accuracy.values()))
@@ -137,6 +146,7 @@ def quality_tables(qualities: Sequence["Quality"]) -> list[Table]:
         for heading in ("", *best.names):
             table.add_column(heading, justify="right" if heading else "left")
         for name, shares in zip(best.names, best.confusion[kind], strict=True):
-            table.add_row(name, *(f"{share:.3f}" for share in shares))
+            asked = any(shares)  # else the domain has no examples of this kind
+            table.add_row(name, *(f"{share:.3f}" if asked else "-" for share in shares))
         tables.append(table)
     return tables
