@@ -83,7 +83,6 @@ class NeutralFields(Body):
     min_p: Any = unsupported(0)
     min_tokens: Any = unsupported(0)
     ignore_eos: Any = unsupported(False)
-    stop_token_ids: Any = unsupported([])
     bad_words: Any = unsupported([])
     skip_special_tokens: Any = unsupported(True)
     spaces_between_special_tokens: Any = unsupported(True)
