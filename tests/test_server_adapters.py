@@ -145,7 +145,7 @@ def test_as_vllm_has_it(served: Serving, folder: Path) -> None:
         ({"name": "math"}, "exists already"),
         ({"samples": []}, "1 to 1000 texts"),
         ({"samples": "loop"}, "samples: got 'loop'"),
-        ({"samples": ["loop", "", "   "]}, "2 of 3 hold no word that the embedder knows (index 1, 2)"),
+        ({"samples": ["loop", "", "   "]}, "2 of 3 hold no word that the embedder knows (number 2, 3)"),
         ({"path": "foreign"}, "was trained on 'other/model'"),
         ({"path": "wrong"}, "do not fit the model"),
         ({"path": "pickle"}, "is a pickle"),

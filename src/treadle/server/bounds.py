@@ -5,6 +5,7 @@ the length of the longest token that has this byte. That holds for tokenizers th
 """
 
 import json
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class FewestTokens:
     def __call__(self, text: str) -> int:
         """Return how many tokens a text has at least."""
         counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)  # (256,)
-        return int(counts @ self._shares * (1 - 1e-9))
+        return ceil(counts @ self._shares * (1 - 1e-9))
 
 
 def _composed(backend: Any) -> int | None:

@@ -164,7 +164,7 @@ class Reader:
             try:
                 fewest = self._fewest(prompt, most)
                 if most is not None and fewest > most:
-                    problems.append(Problem(field, f"{place}: got at least {fewest} tokens; allowed: at most {most}"))
+                    problems.append(_too_long(field, f"{place}: got at least {fewest} tokens; allowed: {allowed}"))
                     continue
                 read = self._read_prompt(prompt)
                 check_known(self.engine.tokenizer, read.ids, vocabulary)
