@@ -57,6 +57,7 @@ FORBIDDEN: dict[str, tuple[Damage, str]] = {
         modules("sentence_transformers.models.Pooling", "../.."),
         "of a module leaves the folder",
     ),
+    "a path of no system": (modules("sentence_transformers.models.Pooling", "a\0"), "of a module leaves the folder"),
     "a pickle": (dense_of_a_pickle, "1_Dense/pytorch_model.bin is a pickle, which can run code"),
     "a function as activation": (dense_that_calls, "activation_function 'os.getcwd' is none of torch.nn"),
     "an adapter of another model": (

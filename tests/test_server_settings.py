@@ -9,7 +9,7 @@ import yaml
 from treadle.errors import OptionError
 from treadle.server.keys import Caller, Keyring, read_keys
 from treadle.server.params import ServeParams
-from treadle.server.settings import print_settings, read_settings
+from treadle.server.settings import print_settings, read_file, read_settings
 
 from conftest import Run
 
@@ -148,3 +148,21 @@ def test_options_and_the_command_line_load_no_web_library() -> None:
     code = "import sys, treadle.cli; print(json.dumps([*sys.modules]))".replace("import sys", "import sys, json", 1)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"starlette", "uvicorn", "pydantic", "prometheus_client", "yaml", "torch"} & set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("api_key: " + "[" * 100_000, "it has more than 256 lists and objects"),
+        ("host: &a x\napi_key: *a", r"an alias \(\*name\) is not read"),
+        ("port: 2001-99-99", "month must be in"),
+        ("a: " * 5 + "!!python/object/apply:os.getcwd []", "cannot be read"),
+        ("- " * 3000, "nested"),
+    ],
+    ids=["nest", "alias", "no date", "object", "block nest"],
+)
+def test_a_hostile_file_is_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(text)
+    with pytest.raises(OptionError, match=message):
+        read_file(file)

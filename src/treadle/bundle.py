@@ -34,7 +34,7 @@ from treadle.bundle_files import (
 from treadle.centroid_files import read_centroids, write_centroids
 from treadle.centroids import Centroids
 from treadle.compatible import check_combine
-from treadle.documents import is_file, read_object
+from treadle.documents import is_file, is_inside, read_object
 from treadle.embed import load_embedder
 from treadle.errors import LONGEST_NAME, BundleError, collect, problem_list, shown, unknown_name
 from treadle.options import read_options
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 KEYS = {"treadle": str, "base_model": str, "embedder": str, "adapters": list, "routing": dict}
 ADAPTER_KEYS = {"name": str, "path": str, "samples": int}
-LONGEST_PATH = 1000
-"""Characters of a path inside a bundle."""
 RESERVED = ("base", "auto")
 """What a request calls the model without an adapter, and the routed one."""
 
@@ -203,10 +201,10 @@ def _document_problems(document: dict[str, Any], folder: Path) -> list[str]:
         return problems
     problems += _name_problems([entry["name"] for entry in entries])
     for entry in entries:
-        if not _is_inside(folder, entry["path"]):
+        if not is_inside(folder, entry["path"]):
             problems.append(f"adapter {entry['name']!r}: path {shown(entry['path'])} leaves the bundle's folder")
     embedder = document["embedder"].removeprefix("static:")
-    if embedder.startswith((".", "/", "~")) or not _is_inside(folder, embedder):
+    if embedder.startswith((".", "/", "~")) or not is_inside(folder, embedder):
         problems.append(f"embedder {shown(document['embedder'])} leaves the bundle's folder")
     return problems
 
@@ -231,13 +229,6 @@ def _name_problems(names: Sequence[str]) -> list[str]:
     ]
     problems += [f"adapter name {name!r} is reserved" for name in names if name in RESERVED]
     return problems
-
-
-def _is_inside(folder: Path, path: str) -> bool:
-    """Return whether a path, its links followed, stays below a folder; one that no system takes does not."""
-    if "\0" in path or len(path) > LONGEST_PATH:
-        return False
-    return Path(os.path.realpath(folder / path)).is_relative_to(os.path.realpath(folder))
 
 
 def _embedder_name(folder: Path, embedder: str) -> str:

@@ -21,6 +21,8 @@ MOST_BYTES = 256 << 20
 """Of a document or a text that is read as a whole."""
 MOST_DEPTH = 64
 """Lists and objects within each other."""
+LONGEST_PATH = 1000
+"""Characters of a path that a file names."""
 LONGEST_NUMBER = 400
 """Digits; a longer number is not in floating point."""
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -29,6 +31,13 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def is_file(path: str | Path) -> bool:
     """Return whether there is a regular file; False, too, for a path that no system takes."""
     return os.path.isfile(path)
+
+
+def is_inside(folder: Path, path: str) -> bool:
+    """Return whether a path, its links followed, stays below a folder; one that no system takes does not."""
+    if "\0" in path or len(path) > LONGEST_PATH:
+        return False
+    return Path(os.path.realpath(folder / path)).is_relative_to(os.path.realpath(folder))
 
 
 @contextmanager

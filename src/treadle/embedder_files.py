@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.documents import is_file, read_json, read_object
+from treadle.documents import is_file, is_inside, read_json, read_object
 from treadle.errors import ModelError, TreadleError, problem_list, shown
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _file_problems(folder: Path) -> Iterator[str]:
 
 def _module_problems(folder: Path) -> Iterator[str]:
     """Yield what the modules of a sentence-transformers folder would run, unpickle or fetch."""
-    modules = [(folder, "Transformer")]
+    modules = [("", "Transformer")]
     if is_file(folder / MODULES_FILE):
         listed: Any = read_json(folder / MODULES_FILE, ModelError)
         if not isinstance(listed, list) or not all(_is_module(each) for each in listed):
@@ -70,9 +70,12 @@ def _module_problems(folder: Path) -> Iterator[str]:
             return
         foreign = [each["type"] for each in listed if not _is_known(each["type"])]
         yield from (f"{MODULES_FILE} names the class {shown(kind)}; allowed: {', '.join(CLASSES)}" for kind in foreign)
-        modules = [(folder / each["path"], each["type"].rpartition(".")[2]) for each in listed]
-    for place, kind in modules:
-        yield from _weight_problems(folder, place, kind)
+        modules = [(each["path"], each["type"].rpartition(".")[2]) for each in listed]
+    for path, kind in modules:
+        if is_inside(folder, path):
+            yield from _weight_problems(folder, folder / path, kind)
+        else:
+            yield f"the path {shown(path)} of a module leaves the folder"
 
 
 def _is_module(entry: Any) -> bool:
@@ -85,9 +88,6 @@ def _is_known(kind: str) -> bool:
 
 def _weight_problems(folder: Path, place: Path, kind: str) -> Iterator[str]:
     """Yield what is wrong with the folder of one module."""
-    if not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder)):
-        yield f"the path {shown(str(place))} of a module leaves the folder"
-        return
     if kind in WITH_WEIGHTS and is_file(place / "pytorch_model.bin") and not any(place.glob("*.safetensors")):
         pickled = place.relative_to(folder) / "pytorch_model.bin"
         yield f"{pickled} is a pickle, which can run code; save it as safetensors"

@@ -15,6 +15,7 @@ PREFIX = "TREADLE_"
 """Of the environment variables: TREADLE_PORT, TREADLE_API_KEY ..."""
 MOST_FILE = 1 << 20
 """Bytes of the file."""
+MOST_BRACKETS = 256
 CONFIG_VARIABLE = "TREADLE_CONFIG"
 
 
@@ -62,6 +63,8 @@ def read_file(file: Path) -> dict[str, Any]:
 
     try:
         text = read_text(file, OptionError, MOST_FILE)
+        if text.count("[") + text.count("{") > MOST_BRACKETS:  # yaml's time grows with their square
+            raise OptionError(f"it has more than {MOST_BRACKETS} lists and objects")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise OptionError("an alias (*name) is not read, as a few may stand for more than memory holds")
         document: Any = yaml.safe_load(text)
