@@ -12,6 +12,7 @@ import openai
 
 from treadle.bundle import read_bundle
 from treadle.generate import Engine
+from treadle.params import SamplingParams
 from treadle.server.keys import Keyring
 from treadle.server.params import ServeParams
 from treadle.server.serve import Server
@@ -68,6 +69,7 @@ def serving(bundle: Path, **params: Any) -> Generator[Serving]:
     """Serve a bundle until the end of the block."""
     read = read_bundle(bundle)
     engine = read.engine()
+    engine.generate("x", sampling=SamplingParams(max_tokens=1))  # a broken engine fails its test here, not in waiting
     options = ServeParams(port=0, **params)
     server = Server(read, engine, options, Keyring(options))
     thread = threading.Thread(target=server.run, daemon=True)
