@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
+import numpy as np
 import torch
+from model2vec import StaticModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-ROWS, PROMPT, TOKENS = 16, 1000, 24
+ROWS, PROMPT, TOKENS = 24, 600, 160
 SIZES = {
     "vocab_size": 260,
     "hidden_size": 128,
@@ -36,6 +40,7 @@ def peak() -> float:
 def measure(budget: int) -> None:
     """Run the requests under a budget in MiB; print what they took."""
     from treadle.centroids import Centroids
+    from treadle.embed import StaticEmbedder
     from treadle.generate import Engine
     from treadle.params import RoutingParams, SamplingParams
     from treadle.routing import Router
@@ -47,14 +52,11 @@ def measure(budget: int) -> None:
 
     from conftest import byte_tokenizer
 
-    class Silent:
-        """An embedder of nothing: no adapter is there to choose."""
-
-        id, dim = "none", 1
-
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    router = Router(Centroids.empty("none", 1), Silent(), RoutingParams.base())  # pyright: ignore[reportArgumentType]
+    core = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    embedder = StaticEmbedder(StaticModel(np.ones((1, 1), np.float32), core))
+    router = Router(Centroids.empty(embedder.id, 1), embedder, RoutingParams.base())
     engine = Engine(model, byte_tokenizer(), [], router)
     prompts = [[(7 * row + step) % 256 for step in range(PROMPT - row)] for row in range(ROWS)]
     sampling, base = SamplingParams(max_tokens=TOKENS), RoutingParams.base()
