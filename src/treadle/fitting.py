@@ -31,7 +31,7 @@ def centroid_from(name: str, made: SampleTexts, vectors: Floats, embedder: Embed
     """
     if not made.num_samples:
         raise OptionError(f"adapter {name!r} has no sample texts.")
-    is_known = vectors.any(-1)  # (texts,)
+    is_known = np.asarray(vectors.any(-1))  # (texts,)
     heard = {owner for owner, known in zip(made.owners, is_known, strict=True) if known}
     if silent := [index for index in range(made.num_samples) if index not in heard]:
         numbers = ", ".join(str(index + 1) for index in silent[:LISTED_SAMPLES])

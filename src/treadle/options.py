@@ -167,7 +167,7 @@ def _number(kind: type, given: Any, bounds: Bounds) -> Any:
     if isinstance(given, bool) or not isinstance(given, Integral if kind is int else Real):
         return None
     try:
-        number = kind(given)
+        number = kind(cast(Any, given))
         return number if isfinite(number) and bounds.hold(number) else None
     except OverflowError:  # a whole number beyond every float
         return None
