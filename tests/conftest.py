@@ -1,6 +1,7 @@
 """A tiny model, a byte tokenizer, adapters of unequal ranks and a static embedder of a few words: no network."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -24,6 +25,10 @@ from treadle.routing import Router, fit
 
 collect_ignore = [] if find_spec("vllm") else ["vllm_plugin"]
 """The plugin's tests need vLLM, in an environment of its own: `make test-vllm`."""
+if not find_spec("vllm"):
+    # pytest's workers share the cores: tiny products on two threads each take five times as long as on one
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 BASE = "tiny-llama"
 Run = Callable[..., tuple[int, str, str]]
 """Arguments of the command line -> exit code, stdout, stderr."""
