@@ -526,7 +526,7 @@ def test_wrong_options_are_named_before_anything_is_measured(run: Run, bundle: P
     assert "decode" in err
     assert "speed" in err
     assert "tokens must be a whole number of at least 8" in err
-    assert "batch names numbers of rows" in err
+    assert "batch must be whole numbers of at least 1" in err
     code, _, err = run("bench", bundle, "--batch", "many")
     assert (code, "expected a number or a list of numbers, got ['many']" in err) == (1, True)
 

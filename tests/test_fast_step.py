@@ -393,7 +393,8 @@ def test_adapters_add_their_products_and_the_gates_and_nothing_else(
     is_below = request.node.callspec.params["few_rows"] != "those that act"
     each_layer = 4 + 7 + (0 if is_below else 4 + 4)  # gates, B; A lies below the weights, or has an input of its dtype
     each_layer += 0 if dtype == torch.float32 else 4  # the sums, in float32, are added to the results
-    if request.node.callspec.params["few_rows"] == "packed" and (num_rows > 1 or dtype != torch.float32):
+    is_packed = request.node.callspec.params["few_rows"] == "packed" and can_pack(dtype)  # not all CPUs pack bfloat16
+    if is_packed and (num_rows > 1 or dtype != torch.float32):
         each_layer += 4  # what oneDNN makes is copied to where updates are added
         each_layer += num_rows > 1  # and q, k and v then into one piece
     assert added(4) - added(2) == 2 * each_layer

@@ -226,7 +226,8 @@ def test_samples_follow_torchs_seed(engine: Engine) -> None:
 
 def test_a_special_token_can_stop_a_text(engine: Engine) -> None:
     lm = TreadleLM(engine)
-    steps = iter([*lm.tok_encode("so"), 256, *lm.tok_encode("on")] * 2)  # 256 is "<unused>", not the end of a text
+    so, on = lm.tok_encode("so"), lm.tok_encode("on")
+    steps = iter([*so, 256, *so, 256, *on])  # 256 is "<unused>", not the end of a text; the first row ends there
 
     def forced(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits + 1e4 * torch.nn.functional.one_hot(torch.tensor(next(steps)), 260)

@@ -27,7 +27,7 @@ def read(bundle_folder: Path) -> Bundle:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"api_key_file": "/nowhere"}, "api_key_file '/nowhere' cannot be read"),
+        ({"api_key_file": "/nowhere"}, "api_key_file /nowhere cannot be read"),
         ({"tls_cert": "/nowhere", "tls_key": "/nowhere"}, "tls_cert '/nowhere' and tls_key '/nowhere' cannot be used"),
         ({"adapter_dir": "/nowhere"}, "adapter_dir '/nowhere' is not a folder"),
         ({"model_name": "math"}, "model_name 'math' is what requests call an adapter"),

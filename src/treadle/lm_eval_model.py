@@ -8,7 +8,7 @@ lm-eval knows the models of its own package only, so its command line starts her
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, pairwise
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from treadle.bundle import read_bundle
 from treadle.chat import TokenPrompt
 from treadle.errors import OptionError, TreadleError
-from treadle.generate import MAX_BATCH, Completion, Engine
+from treadle.generate import MAX_BATCH, Engine
 from treadle.options import parse, read_options
 from treadle.params import RoutingParams, SamplingParams
 from treadle.rendered_chats import RenderedChats
@@ -126,7 +126,7 @@ class TreadleLM(TemplateLM):
             contexts = [TokenPrompt(prompts[i], self._chats.read(prompts[i])) for i in chosen]
             done = self.engine.generate_ids(contexts, sampling=options, routing=self._routing)
             for index, completion in zip(chosen, done, strict=True):
-                texts[index] = self._text(completion, samplings[index].stop)
+                texts[index] = completion.text
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
 
@@ -160,12 +160,6 @@ class TreadleLM(TemplateLM):
         if len(ids) > room:
             warning_once(logging.getLogger("treadle"), f"contexts are cut from the left: {self.max_length} tokens fit.")
         return ids[-room:] or [self.prefix_token_id]
-
-    def _text(self, done: Completion, stops: Sequence[str]) -> str:
-        """Return the text up to a special token that is a stop string: such a token has no text to look for."""
-        ends = {place for place, token in self.tokenizer.added_tokens_decoder.items() if token.content in stops}
-        ids = list(takewhile(lambda token_id: token_id not in ends, done.token_ids))
-        return done.text if len(ids) == len(done.token_ids) else self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _routing(onto: RoutingParams, given: Mapping[str, Any]) -> RoutingParams:
