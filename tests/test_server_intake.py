@@ -97,7 +97,7 @@ def test_of_too_many_connections_the_oldest_idle_one_is_closed(
 ) -> None:
     served.wait_until(lambda: not served.server.server_state.connections)
     monkeypatch.setattr(protocol, "MOST_CONNECTIONS", 3)
-    with served.paused(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, served.paused():  # the pool waits for what runs
         busy = pool.submit(served.post, TEXTS, BODY, headers={"Authorization": "Bearer key"})
         served.wait_until(lambda: served.scheduler.num_unfinished == 1)
         clients = [connect(served) for _ in range(4)]

@@ -365,7 +365,7 @@ def start_process(bundle: Path, *flags: object) -> tuple[subprocess.Popen[str], 
 def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> None:
     process, url = start_process(bundle_folder, "--log-format", "json")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(**LONG, n=32, stream=True)
+    stream = client.completions.create(**LONG, n=4, stream=True)
     chunks = [next(iter(stream))]
     process.send_signal(signal.SIGTERM)
     until = time.monotonic() + 10
@@ -376,21 +376,21 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> Non
         client.completions.create(**SHORT)
     assert refused.value.status_code == 503
     chunks += stream
-    assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks) == 32
+    assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks) == 4
     assert process.wait(30) == 0
     assert process.stderr
     with process.stderr as log:
         lines = [json.loads(line) for line in log]
     (line,) = [line for line in lines if line.get("path") == TEXTS and line["status"] == 200]
-    assert any("shutting down: 32 sequences are left" in line.get("message", "") for line in lines)
-    assert line["tokens"] == 32 * 450 or line["tokens"] > 32
+    assert any("shutting down: 4 sequences are left" in line.get("message", "") for line in lines)
+    assert line["tokens"] == 4 * 450 or line["tokens"] > 4
     assert "add three" not in json.dumps(lines)
 
 
 def test_a_second_signal_ends_without_waiting_for_what_runs(bundle_folder: Path) -> None:
     process, url = start_process(bundle_folder)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    stream = iter(client.completions.create(**LONG, n=32, stream=True))
+    stream = iter(client.completions.create(**LONG, n=4, stream=True))
     next(stream)
     process.send_signal(signal.SIGTERM)
     until = time.monotonic() + 10
@@ -404,7 +404,7 @@ def test_a_second_signal_ends_without_waiting_for_what_runs(bundle_folder: Path)
     assert process.stderr
     with process.stderr as log:
         text = log.read()
-    assert "a second signal came: 32 sequences do not finish" in text
+    assert "a second signal came: 4 sequences do not finish" in text
     assert "Traceback" not in text
     assert "Error" not in text
 
