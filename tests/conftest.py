@@ -1,6 +1,5 @@
 """A tiny model, a byte tokenizer, adapters of unequal ranks and a static embedder of a few words: no network."""
 
-import gc
 import json
 import os
 import sys
@@ -30,7 +29,6 @@ if not find_spec("vllm"):
     # pytest's workers share the cores: tiny products on two threads each take five times as long as on one
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
-gc.freeze()  # what libraries hold for ever need not be looked through whenever garbage is collected
 BASE = "tiny-llama"
 Run = Callable[..., tuple[int, str, str]]
 """Arguments of the command line -> exit code, stdout, stderr."""
