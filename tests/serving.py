@@ -28,9 +28,12 @@ class Serving:
         self.engine = engine
         self.scheduler = server.app.state.treadle.scheduler
         self.url = f"http://127.0.0.1:{server.port}"
+        self.clients: list[openai.OpenAI] = []  # closed at the end: one in a cycle leaves its socket to chance
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
+        self.clients.append(made)
+        return made
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         return httpx.request(method, self.url + path, timeout=60, **options)
@@ -79,9 +82,12 @@ def serving(bundle: Path, **params: Any) -> Generator[Serving]:
         assert thread.is_alive()
         assert time.monotonic() < until
         time.sleep(0.01)
+    made = Serving(server, engine)
     try:
-        yield Serving(server, engine)
+        yield made
     finally:
+        for client in made.clients:
+            client.close()
         server.should_exit = True
         thread.join(30)
         engine.detach()

@@ -378,6 +378,7 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> Non
     chunks += stream
     assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks) == 4
     assert process.wait(30) == 0
+    client.close()
     assert process.stderr
     with process.stderr as log:
         lines = [json.loads(line) for line in log]
@@ -401,6 +402,7 @@ def test_a_second_signal_ends_without_waiting_for_what_runs(bundle_folder: Path)
         for _ in stream:
             pass
     assert process.wait(30) == 0
+    client.close()
     assert process.stderr
     with process.stderr as log:
         text = log.read()
