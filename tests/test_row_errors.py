@@ -14,6 +14,7 @@ from treadle.adapters import read_adapter
 from treadle.batch import Batch
 from treadle.cache import RowLayer
 from treadle.completion import Completion, GenerationError
+from treadle.embed import StaticEmbedder, StaticTrack
 from treadle.errors import OptionError
 from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
@@ -96,6 +97,99 @@ def test_one_bad_row_of_32_costs_no_other(
         if place != BAD:
             assert tuple(event.token_id for event in row.events) == expected.token_ids
             np.testing.assert_allclose([event.logprob for event in row.events], expected.logprobs, atol=2e-4)
+
+
+ROUTED = (
+    RoutingParams(every=1),
+    RoutingParams(every=1, lag=1),
+    RoutingParams(every=2, past="recompute"),
+    RoutingParams(every=2, prefill="causal"),
+)
+
+
+@pytest.fixture(scope="module")
+def routed(adapter_folders: dict[str, Path], embedder: StaticEmbedder) -> tuple[Engine, list[Completion]]:
+    """An engine, and what it makes of each prompt alone when all are routed."""
+    from conftest import SAMPLES
+
+    adapters = [read_adapter(folder, name) for name, folder in adapter_folders.items()]
+    engine = Engine(tiny_llama(), byte_tokenizer(), adapters, treadle.fit(SAMPLES, embedder))
+    each = zip(PROMPTS, SAMPLINGS, ROUTED * 8, strict=True)
+    return engine, [engine.generate_ids([p], sampling=s, routing=r)[0] for p, s, r in each]
+
+
+def break_text(monkeypatch: pytest.MonkeyPatch, place: int, how: str) -> Callable[[], None]:
+    """Return what breaks the running text of the row that is made as the `place`-th from now on."""
+    made: list[object] = []
+    broken: list[object] = []
+    track, finish = StaticEmbedder.track, StaticEmbedder.finish
+
+    def tracked(embedder: StaticEmbedder, window: int | None) -> StaticTrack:
+        made.append(track(embedder, window))
+        return made[-1]  # type: ignore[return-value]
+
+    def looked_at(self: StaticTrack) -> np.ndarray:
+        if self in broken and how == "text raises":
+            raise RuntimeError("no such word")
+        return np.full_like(self.state().sum, np.nan if self in broken else 0) + self.state().sum
+
+    def finished(embedder: StaticEmbedder, sums: list[np.ndarray]) -> np.ndarray:
+        if how == "embedder raises" and np.isnan(sums).any():
+            raise RuntimeError("no such vector")
+        return finish(embedder, sums)
+
+    monkeypatch.setattr(StaticEmbedder, "track", tracked)
+    monkeypatch.setattr(StaticEmbedder, "finish", finished)
+    monkeypatch.setattr(StaticTrack, "whole", looked_at)
+    return lambda: broken.append(made[place])
+
+
+@pytest.mark.parametrize("bad", range(12, 16))
+@pytest.mark.parametrize("where", ["prompt", "step"])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("text raises", "no such word"), ("embedder raises", "no such vector"), ("not finite", "scores of a text")],
+)
+def test_one_text_of_32_that_cannot_be_routed_costs_no_other(
+    routed: tuple[Engine, list[Completion]],
+    bad: int,
+    where: str,
+    how: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, alone = routed
+    break_it = break_text(monkeypatch, bad, how)
+    rows = engine.new_rows(PROMPTS, sampling=SAMPLINGS, routing=ROUTED * 8)
+    batch = engine.new_batch(prefixes=PrefixCache(1 << 24))
+    if where == "prompt":
+        break_it()
+        told = batch.join(rows)
+    else:
+        told = batch.join(rows)
+        break_it()
+    while batch.rows:
+        told += batch.step()
+    failures = [(row, event) for row, event in told if isinstance(event, RowError)]
+    assert failures == [(rows[bad], rows[bad].failure)]
+    assert "cannot be routed: " in str(rows[bad].failure)
+    assert message in str(rows[bad].failure)
+    for place, (row, expected) in enumerate(zip(rows, alone, strict=True)):
+        if place != bad:
+            assert tuple(event.token_id for event in row.events) == expected.token_ids
+            np.testing.assert_allclose([event.weights for event in row.events], expected.weights, atol=1e-5)
+
+
+def test_a_text_that_cannot_be_routed_alone_ends_in_its_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_it = break_text(monkeypatch, 0, "not finite")
+    (row,) = engine.new_rows([b"add"], sampling=SamplingParams(max_tokens=3))
+    break_it()
+    batch = engine.new_batch()
+    reading = batch.begin([row])
+    assert reading.members == [row]
+    assert [type(event) for _, event in batch.read(reading, 1)] == [RowError]
+    assert reading.is_finished
+    assert not batch.rows
 
 
 def test_generate_tells_the_bad_row_when_all_others_are_done(poisoned: tuple[Engine, list[Completion]]) -> None:

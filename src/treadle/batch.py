@@ -69,14 +69,13 @@ class Batch:
         """Start to read the prompts of new rows; `read` goes on. What is known of a single row's prompt is not read."""
         for row in rows:
             row.generator = new_generator(row.sampling, self._model.device)
-        self._route(rows)
-        for row in rows:
-            row.read_after = row.prompt_comparison() if row.report.comparison else None
-        reading = Reading(rows)
-        if self._prefixes and len(rows) == 1:
+        _, lost = self._route(rows)
+        reading = Reading([row for row in rows if row not in lost], lost=lost)
+        if self._prefixes and len(reading.rows) == 1:
+            (row,) = reading.rows
             reading.copy = Copy(reading.length, self._prefixes.max_bytes)
-            if not rows[0].report.prompt:
-                reading.done = rows[0].reused = self._prefixes.fill(reading.cache, self._text(rows[0]))
+            if not row.report.prompt:
+                reading.done = row.reused = self._prefixes.fill(reading.cache, self._text(row))
         return reading
 
     @torch.inference_mode()
@@ -95,12 +94,14 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> Events:
         """Give every row its next token."""
-        changed = self._route(self.rows)
+        changed, lost = self._route(self.rows)
+        if lost:
+            self._keep([row for row in self.rows if row not in lost])
         again = [row for row in changed if row.routing.past == "recompute"]
         grown = [row for row in self.rows if row not in again and self._has_grown(row)]
         if again or grown:
             self._keep([row for row in self.rows if row not in again and row not in grown])
-        found = self._read_newest()
+        found = self._read_newest() | lost
         if again:
             found |= self._read_whole(again)
         if grown:
@@ -134,11 +135,11 @@ class Batch:
         """Whether the newest token makes the text so long that all of it is rotated otherwise, and read again."""
         return self._rope is not None and len(row.ids) == self._rope.limit + 1
 
-    def _route(self, rows: Sequence[Row]) -> list[Row]:
+    def _route(self, rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]:
         started = time.perf_counter()
-        changed = route(rows)
+        routed = route(rows)
         self.route_seconds += time.perf_counter() - started
-        return changed
+        return routed
 
     def _advance(self, found: Draws) -> Events:
         """Give each row the token that was found for it; rows that have ended leave."""
@@ -165,11 +166,12 @@ class Batch:
             self._append(reading)
             return logits
 
-        return self._settle(reading, drawn(reading.rows, run))
+        return self._settle(reading, drawn(reading.rows, run) if reading.rows else {})
 
     def _settle(self, reading: Reading, found: Draws) -> Draws:
         """Let the rows of a reading that have no token leave; where others may be to blame, they are read again."""
         reading.done = reading.length
+        found |= reading.lost
         bad = [row for row in reading.rows if isinstance(found[row], RowError)]
         for index, row in enumerate(reading.rows):
             if row not in bad and not row.events:

@@ -1,13 +1,11 @@
 """The next tokens of rows that share a pass: what it draws for each, or why a row gets none."""
 
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import NamedTuple
 
 from torch import Tensor
 
-from treadle.errors import reason_of
 from treadle.rows import Likeliest, Row, RowError
 from treadle.sampling import likeliest, sample
 
@@ -44,15 +42,12 @@ def drawn(rows: Sequence[Row], run: Callable[[], Tensor], found: Mapping[Row, Dr
     return {rows[index]: made if isfinite(made.logprob) else RowError(OVERFLOW) for index, made in each}
 
 
-def failure_of(run: Callable[[], object]) -> RowError | None:
-    """Run a part of a pass; return the error of its rows where it fails, whatever it raises."""
+def failure_of(run: Callable[[], object], what: str = "the forward pass failed") -> RowError | None:
+    """Run a part of what rows need; return their error where it fails, whatever it raises."""
     try:
         run()
     except Exception as error:  # such as for want of memory: it must cost no row that is not to blame
-        traceback.clear_frames(error.__traceback__)  # they hold what the pass has computed so far
-        failure = RowError(f"the forward pass failed: {reason_of(error)}")
-        failure.__cause__ = error
-        return failure
+        return RowError.of(what, error)
     return None
 
 

@@ -1,37 +1,60 @@
 """Texts on their way into a cache: which columns have been read, under which weights, and what the prompts scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from treadle.cache import RowCache
 from treadle.centroids import Floats
+from treadle.draws import failure_of
 from treadle.prefixes import Copy
-from treadle.rows import Row, TokenScore
+from treadle.rows import NOT_ROUTED, Row, RowError, TokenScore
 from treadle.sampling import likeliest, score_tokens
 
 
 class Reading:
     """Rows whose texts are being read into a cache of their own, padded on the left to the longest."""
 
-    def __init__(self, rows: Sequence[Row], *, is_again: bool = False) -> None:
+    def __init__(
+        self, rows: Sequence[Row], *, is_again: bool = False, lost: Mapping[Row, RowError] | None = None
+    ) -> None:
         """Start at the first column; the rows' weights must have been decided.
 
-        `is_again` keeps the weights under which each token was read before.
+        Args:
+            rows: to read.
+            is_again: keep the weights under which each token was read before.
+            lost: rows that came with the others and cannot be weighed.
         """
         self.is_again = is_again
-        self.rows = list(rows)
-        self.length = max(len(row.ids) for row in rows)
-        self.pads = [self.length - len(row.ids) for row in rows]
-        # (T, N) or (1, N) for all T alike
-        self.weights = [row.weights_again() if is_again else row.prompt_weights() for row in rows]
+        self.rows: list[Row] = []  # those that are read
+        self.lost = dict(lost or {})  # those that cannot be, as the end of the reading will tell
+        self.weights: list[Floats] = []  # of each row (T, N), or (1, N) for all T alike
+        for row in rows:
+            if failure := failure_of(partial(self._take, row), NOT_ROUTED):
+                self.lost[row] = failure
+        self.length = max((len(row.ids) for row in self.rows), default=1)
+        self.pads = [self.length - len(row.ids) for row in self.rows]
         self.done = 0  # columns that have been read; the cache does not tell once it is the batch's
         self.cache = RowCache()
-        self.cache.expect(max(row.most_tokens for row in rows))
+        self.cache.expect(max((row.most_tokens for row in self.rows), default=1))
         self.copy: Copy | None = None  # for the prefixes, of a single row
-        for row, weights in zip(() if is_again else rows, self.weights, strict=False):
-            row.read_under = weights
+
+    def _take(self, row: Row) -> None:
+        """Read a row with the others, under weights that `prefill="causal"` makes here."""
+        if self.is_again:
+            weights = row.weights_again()
+        else:
+            weights = row.read_under = row.prompt_weights()
+            row.read_after = row.prompt_comparison() if row.report.comparison else None
+        self.weights.append(weights)
+        self.rows.append(row)
+
+    @property
+    def members(self) -> list[Row]:
+        """All rows of the reading, read or lost: each is told what has become of it."""
+        return [*self.rows, *self.lost]
 
     @property
     def is_finished(self) -> bool:

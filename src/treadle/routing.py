@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from treadle.centroids import Centroids, Floats, log_softmax
 from treadle.change import last_change
 from treadle.embed import Embedder, Track, load_embedder
-from treadle.errors import AdapterError, OptionError, collect, problem_list, unknown_name
+from treadle.errors import AdapterError, OptionError, TreadleError, collect, problem_list, unknown_name
 from treadle.fitting import centroid_of
 from treadle.params import DEFAULT_TEMPERATURE, RoutingParams, Score
 from treadle.samples import Sample
@@ -258,6 +258,10 @@ class Router:
         """
         # no rule but `floor` asks how large scores are: what all adapters have in common may stay away
         scores = self._scores_of(embeddings, params.score, is_relative=params.floor is None)
+        if not np.isfinite(scores).all():
+            raise TreadleError(
+                "the scores of a text are not finite: its embedding holds NaN, infinity or huge numbers."
+            )
         weights = apply_rule(scores, params)
         if params.rule == "top_k" and not (heard := embeddings.any((-1, -2))).all():
             weights[~heard] = apply_rule(scores[~heard], replace(params, rule="softmax"))  # not the first k

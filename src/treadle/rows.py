@@ -3,18 +3,20 @@
 Routing, sampling and adapters are data of the row and never state of the model; `treadle.batch` runs rows together.
 """
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from treadle.centroids import Floats
 from treadle.chat import RoutedText, TokenPrompt, token_prompt
-from treadle.errors import TreadleError
+from treadle.embed import Embedder
+from treadle.errors import TreadleError, reason_of
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Comparison, Router, RunningText, decision_length
 from treadle.text import Detokenizer, StopStrings, stop_ids
@@ -22,6 +24,8 @@ from treadle.text import Detokenizer, StopStrings, stop_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NOT_ROUTED = "its text cannot be routed"
+Found = TypeVar("Found")
 FinishReason = Literal["stop", "length"]
 Likeliest = tuple[tuple[int, float], ...]
 """The most probable tokens at one place, the most probable first: (token id, log-probability in nats)."""
@@ -76,7 +80,15 @@ class TokenEvent:
 
 
 class RowError(TreadleError):
-    """A row that cannot be computed, and ends alone; `__cause__` is what its pass raised, if it raised."""
+    """A row that cannot be computed, and ends alone; `__cause__` is what its pass or its routing raised, if any did."""
+
+    @classmethod
+    def of(cls, what: str, error: Exception) -> "RowError":
+        """Return the error of a row for which `what` happened: what was raised becomes its cause."""
+        traceback.clear_frames(error.__traceback__)  # they hold what has been computed so far
+        failure = cls(f"{what}: {reason_of(error)}")
+        failure.__cause__ = error
+        return failure
 
 
 class Row:
@@ -196,52 +208,97 @@ class Ahead:
 
     embeddings: "Future[Floats]"
     rows: slice
+    embedder: Embedder
+    views: tuple[Any, ...]
 
     def get(self) -> Floats:
         """Return the row's own (K, D), when they are there."""
-        return self.embeddings.result()[self.rows]
+        try:
+            return self.embeddings.result()[self.rows]
+        except Exception:  # other rows' texts may be to blame
+            return self.embedder.finish(list(self.views))
 
 
-def route(rows: Sequence[Row]) -> list[Row]:
-    """Give new weights to the rows that are due, and return these.
+Snapshots = list[tuple[Row, tuple[Any, ...]]]
+"""What the embedder needs of each row, one entry for each of its K views."""
+Seen = list[tuple[Row, Floats]]
+"""The views (K, D) of each row's text."""
+
+
+def route(rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]:
+    """Give new weights to the rows that are due; return these, and the errors of those that cannot be weighed.
 
     Each embedder is called once for all its rows, and rows with the same router and options are weighed together. What
     takes effect late is embedded by a thread of its own, while the model runs.
     """
-    due: dict[int, list[tuple[Row, tuple[Any, ...]]]] = {}
-    late: dict[int, list[tuple[Row, tuple[Any, ...]]]] = {}
-    seen: list[tuple[Row, Floats]] = []
-    changed: list[Row] = []
+    due: Snapshots = []
+    late: Snapshots = []
+    seen: Seen = []
+    fixed: list[Row] = []
+    lost: dict[Row, RowError] = {}
     for row in rows:
-        snapshot = row.newest_snapshot()
-        if snapshot is None:
-            continue
-        if row.routing.rule == "fixed":
-            row.weights = row.router.fixed_weights(row.routing)
-            changed.append(row)
-        elif row.is_late:
-            seen += [(row, row.ahead.get())] if row.ahead else []
-            late.setdefault(id(row.router.embedder), []).append((row, snapshot))
-        else:
-            due.setdefault(id(row.router.embedder), []).append((row, snapshot))
-    for pairs in late.values():
-        views, places = _flat(pairs)
-        embeddings = _beside().submit(pairs[0][0].router.embedder.finish, views)
-        for (row, _), place in zip(pairs, places, strict=True):
-            row.ahead = Ahead(embeddings, place)
-    for pairs in due.values():
-        views, places = _flat(pairs)
-        finished = pairs[0][0].router.embedder.finish(views)  # (sum of K, D)
-        seen += [(row, finished[place]) for (row, _), place in zip(pairs, places, strict=True)]
-    alike: dict[tuple[int, RoutingParams], list[tuple[Row, Floats]]] = {}
-    for row, own in seen:
-        alike.setdefault((id(row.router), row.routing), []).append((row, own))
-    for group in alike.values():
-        _weigh(group)
-    return [*changed, *(row for row, _ in seen)]
+        try:
+            snapshot = row.newest_snapshot()
+            if snapshot is None:
+                continue
+            if row.routing.rule == "fixed":
+                row.weights = row.router.fixed_weights(row.routing)
+                fixed.append(row)
+            elif row.is_late:
+                seen += [(row, row.ahead.get())] if row.ahead else []
+                late.append((row, snapshot))
+            else:
+                due.append((row, snapshot))
+        except Exception as error:  # whatever an embedder or a tokenizer raises: it must cost no other row
+            lost[row] = RowError.of(NOT_ROUTED, error)
+    for pairs in _grouped(late, lambda row: id(row.router.embedder)):
+        _embed_beside(pairs)
+    for pairs in _grouped(due, lambda row: id(row.router.embedder)):
+        seen += _together(pairs, _embed, lost)
+    weighed: Seen = []
+    for group in _grouped(seen, lambda row: (id(row.router), row.routing)):
+        weighed += _together(group, _weigh, lost)
+    return [*fixed, *(row for row, _ in weighed)], lost
 
 
-def _flat(pairs: Sequence[tuple[Row, tuple[Any, ...]]]) -> tuple[list[Any], list[slice]]:
+def _grouped(pairs: list[tuple[Row, Found]], key: Callable[[Row], Hashable]) -> list[list[tuple[Row, Found]]]:
+    """Return pairs in groups whose rows have the same key."""
+    groups: dict[Hashable, list[tuple[Row, Found]]] = {}
+    for pair in pairs:
+        groups.setdefault(key(pair[0]), []).append(pair)
+    return list(groups.values())
+
+
+def _together(
+    pairs: list[tuple[Row, Found]], run: Callable[[list[tuple[Row, Found]]], Seen], lost: dict[Row, RowError]
+) -> Seen:
+    """Run on rows together, and where that fails on each alone; rows that fail alone are `lost`."""
+    try:
+        return run(pairs)
+    except Exception as error:  # as in `route`
+        if len(pairs) == 1:
+            lost[pairs[0][0]] = RowError.of(NOT_ROUTED, error)
+            return []
+    return [made for pair in pairs for made in _together([pair], run, lost)]
+
+
+def _embed(pairs: Snapshots) -> Seen:
+    """Return the views (K, D) of rows with the same embedder."""
+    views, places = _flat(pairs)
+    finished = pairs[0][0].router.embedder.finish(views)  # (sum of K, D)
+    return [(row, finished[place]) for (row, _), place in zip(pairs, places, strict=True)]
+
+
+def _embed_beside(pairs: Snapshots) -> None:
+    """Let the thread beside the model embed the texts of rows with the same embedder."""
+    views, places = _flat(pairs)
+    embedder = pairs[0][0].router.embedder
+    embeddings = _beside().submit(embedder.finish, views)
+    for (row, own), place in zip(pairs, places, strict=True):
+        row.ahead = Ahead(embeddings, place, embedder, own)
+
+
+def _flat(pairs: Snapshots) -> tuple[list[Any], list[slice]]:
     """Return the views of all rows in one list, and where each row's are."""
     views: list[Any] = []
     places: list[slice] = []
@@ -257,7 +314,7 @@ def _beside() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "treadle-embedder")
 
 
-def _weigh(rows: Sequence[tuple[Row, Floats]]) -> None:
+def _weigh(rows: Seen) -> Seen:
     """Weigh rows with the same router and options together, each from the views (K, D) of its text."""
     router, routing = rows[0][0].router, rows[0][0].routing
     weights = router.weigh(np.stack([seen for _, seen in rows]), routing)  # (B, N)
@@ -265,3 +322,4 @@ def _weigh(rows: Sequence[tuple[Row, Floats]]) -> None:
         row.weights = own
         if row.report.comparison:
             row.comparison = router.compare(seen, routing)
+    return rows

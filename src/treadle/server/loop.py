@@ -120,10 +120,10 @@ class Loop:
             batch.leave(rows)
         self._batches = [batch for batch in self._batches if batch.rows]
         self._waiting = deque(row for row in self._waiting if row not in rows)
-        if self._reading is not None and not any(id(row) in self._seats for row in self._reading[1].rows):
+        if self._reading is not None and not any(id(row) in self._seats for row in self._reading[1].members):
             self._end_reading()
         # with others, they leave and let go of their adapters when all have been read
-        still_read = self._reading[1].rows if self._reading is not None else []
+        still_read = self._reading[1].members if self._reading is not None else []
         self._engine.release([row for row in rows if row not in still_read])
         self.num_ended += len(rows)
         self._has_moved = True
@@ -229,7 +229,7 @@ class Loop:
         before = reading.done
         started = time.perf_counter()
         is_last = before + num_columns >= reading.length
-        events = self._attempt(batch, reading.rows, lambda: batch.read(reading, num_columns), spoils=is_last)
+        events = self._attempt(batch, reading.members, lambda: batch.read(reading, num_columns), spoils=is_last)
         if events is None:
             return []
         seconds, num_tokens = time.perf_counter() - started, (reading.done - before) * num_rows
@@ -248,7 +248,7 @@ class Loop:
         batch, reading = self._reading
         self._reading = None
         self._has_moved = True
-        given_up = [row for row in reading.rows if id(row) not in self._seats]
+        given_up = [row for row in reading.members if id(row) not in self._seats]
         batch.leave(given_up)
         self._engine.release(given_up)
 
