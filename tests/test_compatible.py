@@ -55,8 +55,12 @@ def test_an_adapter_on_the_head_is_blended_as_peft_loads_it(tmp_path: Path, tied
 
 
 def test_weights_of_another_dtype_are_the_base_s_own_if_they_round_to_them(tmp_path: Path) -> None:
-    attach(llama(), [read_adapter(with_weights(tmp_path / "one", dtype=torch.bfloat16))])
-    attach(llama().to(torch.bfloat16), [read_adapter(with_weights(tmp_path / "two"))])
+    coarse, fine = with_weights(tmp_path / "one", dtype=torch.bfloat16), with_weights(tmp_path / "two")
+    assert attach(llama(), [read_adapter(coarse)]).names == ("one",)
+    assert attach(llama().to(torch.bfloat16), [read_adapter(fine)]).names == ("two",)
+    edit(coarse, lambda t: t | {HEAD: t[HEAD] * 1.01})  # of more than a rounding
+    with pytest.raises(AdapterError, match=r"lm_head\.weight by another one"):
+        attach(llama(), [read_adapter(coarse)])
 
 
 def test_weights_that_are_not_the_base_s_are_refused_by_name_all_at_once(tmp_path: Path) -> None:
@@ -108,6 +112,25 @@ def test_old_names_of_layers_are_found_as_peft_finds_them(tmp_path: Path) -> Non
         torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=0)
     (name,) = {path.rpartition(".layers")[0] for path in blend.adapters[0].pairs}
     assert name == "model.language_model"
+
+
+def test_problems_of_many_layers_are_one_line_with_their_number(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "one", llama(), seed=1, target_modules=["q_proj", "v_proj"])
+    factors = load_file(folder / FILE)
+    experts = {
+        key.replace("self_attn", f"experts.{index}"): tensor.clone()
+        for key, tensor in factors.items()
+        for index in range(8)
+    }
+    save_file(factors | experts, folder / FILE)
+    with pytest.raises(AdapterError) as caught:
+        attach(llama(), [read_adapter(folder)])
+    head, *lines = str(caught.value).splitlines()
+    assert head == "the adapters do not fit the model:"
+    assert [line.strip() for line in lines] == [
+        f"- one: the model has no linear layer model.layers.0.experts.0.{name} (and 15 more like it)"
+        for name in ("q_proj", "v_proj")
+    ]
 
 
 def test_names_that_no_release_had_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,20 +34,22 @@ class Wrapper(nn.Module):
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Collect every warning, and every line that transformers logs; `warning_once` forgets that it has spoken."""
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """Return what tells which warnings, and lines that transformers logs, were about the cache so far."""
     lines: list[str] = []
     root = logging.getLogger("transformers")
     catcher = logging.Handler()
     monkeypatch.setattr(catcher, "emit", lambda record: lines.append(record.getMessage()))
-    logging.Logger.warning_once.cache_clear()
+    logging.Logger.warning_once.cache_clear()  # it forgets that it has spoken
     root.addHandler(catcher)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield lines
-        lines += [str(each.message) for each in caught]
+        yield lambda: [
+            line
+            for line in (*lines, *(str(each.message) for each in caught))
+            if "cache" in line or "past_key_values" in line
+        ]
     root.removeHandler(catcher)
-    assert not [line for line in lines if "cache" in line or "past_key_values" in line]
 
 
 def test_the_argument_is_read_off_the_model() -> None:
@@ -64,7 +66,7 @@ def test_a_cache_is_found_under_each_name() -> None:
 
 
 @torch.inference_mode()
-def test_reading_outputs_and_passing_caches_is_silent(said: list[str]) -> None:
+def test_reading_outputs_and_passing_caches_is_silent(said: Callable[[], list[str]]) -> None:
     model = tiny_llama()
     for use_cache in (True, False):
         cache = find_cache(model(IDS, use_cache=use_cache))
@@ -72,11 +74,20 @@ def test_reading_outputs_and_passing_caches_is_silent(said: list[str]) -> None:
     model(IDS, **{cache_argument(model): DynamicCache()})
     model.generate(IDS, max_new_tokens=2, pad_token_id=0, **{cache_argument(model): DynamicCache()})
     cached_step(model, IDS.tolist())()
+    assert said() == []
 
 
-def test_the_engine_is_silent(said: list[str], engine: Any) -> None:
+def test_the_engine_is_silent(said: Callable[[], list[str]], engine: Any) -> None:
     engine.fast_step = None  # the model's own forward
-    engine.generate(["add three", "the plane orbits"], sampling=SamplingParams(max_tokens=3))
+    done = engine.generate(["add three", "the plane orbits"], sampling=SamplingParams(max_tokens=3))
+    assert [len(each.token_ids) for each in done] == [3, 3]
+    assert said() == []
+
+
+def test_what_is_said_of_the_cache_is_heard(said: Callable[[], list[str]]) -> None:
+    logging.getLogger("transformers.models").warning("`past_key_values` is old")
+    warnings.warn("the cache moves", FutureWarning, stacklevel=1)
+    assert said() == ["`past_key_values` is old", "the cache moves"]
 
 
 @torch.inference_mode()

@@ -16,6 +16,8 @@ from treadle.transformers_names import checkpoint_renamer
 
 LAYER_STACK = re.compile(r"(.*?)\.\d+\.")
 """In the path of a layer: where a stack of numbered layers begins."""
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""In the path of a layer: which of a stack of layers or experts it is in."""
 ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 """In the path of a layer that belongs to one of several experts."""
 
@@ -37,7 +39,7 @@ def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
     ]
     if problems:
         head = "adapters that change whole weights of the base cannot be blended; save them without these weights:"
-        raise AdapterError(problem_list(head, problems))
+        raise AdapterError(problem_list(head, _by_pattern(problems)))
 
 
 def weight_problem(module: nn.Module | None, weight: Tensor) -> str | None:
@@ -74,7 +76,15 @@ def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]
         missing = [path for path in missing if _tower(path) in {None, *trained}]
         problems += [f"{adapter.name}: its config targets {path}, but it has no factors for it" for path in missing]
     if problems:
-        raise AdapterError(problem_list("the adapters do not fit the model:", problems))
+        raise AdapterError(problem_list("the adapters do not fit the model:", _by_pattern(problems)))
+
+
+def _by_pattern(problems: Sequence[str]) -> list[str]:
+    """Return the first of problems that differ in numbers of layers or experts alone, and how many there are."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        alike.setdefault(NUMBER.sub("*", problem), []).append(problem)
+    return [f"{first} (and {len(more)} more like it)" if more else first for first, *more in alike.values()]
 
 
 def _tower(path: str) -> str | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HELD_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 """The layers of transformers' caches that `treadle.cache` can stand for: keys and values of each token, or nothing."""
 STATES = ("conv", "linear_attention", "mamba", "recurrent")
-"""Layer types of a configuration that keep a state; before transformers 5.6 their caches do not tell."""
+"""Layer types of a configuration that keep a state; the caches of older releases do not tell."""
 PADDING = 3
 """Columns of padding that the probe puts before a text."""
 
