@@ -20,7 +20,8 @@ from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import Router
-from treadle.rows import Row, RowError
+from treadle.rows import Report, Row, RowError
+from treadle.score import score_greedy, score_ids
 
 from conftest import byte_tokenizer, tiny_llama
 
@@ -201,6 +202,43 @@ def test_generate_tells_the_bad_row_when_all_others_are_done(poisoned: tuple[Eng
     assert [done and done.token_ids for done in caught.value.completions] == [*(a.token_ids for a in alone[:3]), None]
     assert list(caught.value.failures) == [3]
     assert engine._running == []
+
+
+@pytest.mark.parametrize("past", ["keep", "recompute"])
+def test_scores_that_are_no_numbers_are_an_error_that_names_their_rows(
+    poisoned: tuple[Engine, list[Completion]], past: str
+) -> None:
+    engine, _ = poisoned
+    params = RoutingParams(every=2, past=past)
+    good, bad = (PROMPTS[3], PROMPTS[4]), (PROMPTS[3], [97, POISON, 98])
+    for run in (score_ids, score_greedy):
+        assert len(run(engine, [good, good], params)) == 2
+        with pytest.raises(RowError, match=r"overflows under these weights: no log-probabilities of row 1, 3\."):
+            run(engine, [good, bad, good, bad], params)
+
+
+@pytest.mark.parametrize("columns", [None, 2], ids=["at once", "in chunks"])
+def test_a_prompt_whose_scores_are_no_numbers_ends_alone(engine: Engine, columns: int | None) -> None:
+    """Its last token, which gives the next one, is fine; the head overflows on a token before it alone."""
+    head = engine.model.lm_head.forward
+
+    def overflowing(hidden: Tensor) -> Tensor:
+        logits = head(hidden)
+        if logits.shape[1] > 1:
+            logits[-1, -2] = torch.inf
+        return logits
+
+    rows = engine.new_rows([[97, 98, 99, 100]] * 2, routing=RoutingParams.base(), report=Report(prompt=True))
+    engine.model.lm_head.forward = overflowing
+    batch = engine.new_batch()
+    for row in rows if columns else ():
+        reading = batch.begin([row])
+        while not reading.is_finished:
+            batch.read(reading, columns)
+    if columns is None:
+        batch.join(rows)
+    assert "its prompt has no log-probabilities" in str(rows[-1].failure)
+    assert not rows[-1].prompt_scores
 
 
 def test_a_stream_that_cannot_go_on_ends_with_its_error(

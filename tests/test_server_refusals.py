@@ -31,6 +31,7 @@ LIMITS = {
     "max_prompts": 3,
     "max_messages": 5,
     "max_logprobs": 7,
+    "max_values": 1500,
     "max_stops": 2,
     "max_prompt_tokens": 100,
     "max_recompute_tokens": 60,
@@ -247,6 +248,21 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (ROUTE, {"txt": "x"}, "txt", ["unknown field 'txt'. Did you mean 'text'?"]),
     (ROUTE, {"model": "math"}, "model", ["model: got 'math', which is not routed; allowed: 'auto' or 'bundle'"]),
     (ROUTE, {"treadle": {"score": "l2"}}, "treadle", ["unknown score 'l2'", "cosine, centred, lda"]),
+    (
+        CHATS,
+        {"n": 2, "max_tokens": 50, "logprobs": True, "top_logprobs": 7, "treadle": {"trace": True}},
+        "logprobs",
+        [
+            "logprobs and treadle: got 100 tokens of all choices with 17 values each",
+            "at most 1500 values (--max-values)",
+        ],
+    ),
+    (
+        TEXTS,
+        {"prompt": ["x" * 30, "x" * 10], "echo": True, "max_tokens": 50, "treadle": {"trace": True}, "n": 2},
+        "treadle",
+        ["treadle: got 280 tokens of all choices with 10 values each"],
+    ),
 ]
 
 

@@ -116,13 +116,15 @@ class Tiny(nn.Module):
             self.model.layers[absent] = Absent()
 
 
+LIMITS = Limits(
+    num_tokens=16, device=torch.device("cpu"), dtype=torch.float32, linear=Linear, forwards=(Linear.forward,),
+    unpacked=frozenset(), linear_method=Method, missing=Absent, pack=None,
+)  # fmt: skip
+
+
 def laid(bundle: Path, model: nn.Module, unpacked: frozenset[str] = frozenset(), **options: Any) -> Stacks:
     params = PluginParams(bundle=str(bundle), **options)
-    limits = Limits(
-        num_tokens=16, device=torch.device("cpu"), dtype=torch.float32, linear=Linear, forwards=(Linear.forward,),
-        unpacked=unpacked, linear_method=Method, missing=Absent, pack=None,
-    )  # fmt: skip
-    return attach(model, *open_bundle(params), params, limits)
+    return attach(model, *open_bundle(params), params, replace(LIMITS, unpacked=unpacked))
 
 
 def test_stacks_lie_beside_the_layers_that_adapters_target(bundle_folder: Path) -> None:
@@ -154,6 +156,22 @@ def test_a_stack_with_a_wrong_factor_is_found_out(bundle_folder: Path, monkeypat
     monkeypatch.setattr(Stack, "put", doubled)
     with pytest.raises(ModelError, match=r"qkv_proj does not compute the blend here: off by"):
         laid(bundle_folder, Tiny())
+
+
+def test_factors_that_overflow_in_the_dtype_of_the_stacks_are_refused_by_name(bundle_folder: Path) -> None:
+    params = PluginParams(bundle=str(bundle_folder), max_adapters=4)
+    bundle, mixture = open_bundle(params)
+    large = [
+        replace(each, pairs={path: replace(pair, a=pair.a * 3e4) for path, pair in each.pairs.items()})
+        for each in bundle.adapters
+    ]
+    stacks = attach(Tiny(), bundle, mixture, params, LIMITS)
+    check_targets(large[0], stacks)  # in float32 they are fine
+    stacks = attach(Tiny().half(), bundle, mixture, params, replace(LIMITS, dtype=torch.float16))
+    with pytest.raises(AdapterError, match=r"math: model\.layers\.0.*too large for float16"):
+        check_targets(large[0], stacks)
+    with pytest.raises(AdapterError, match=r"(?s)math: .*too large for float16.*code: "):
+        attach(Tiny(), replace(bundle, adapters=tuple(large)), mixture, params, replace(LIMITS, dtype=torch.float16))
 
 
 def test_a_pipeline_stage_takes_an_adapter_of_all_layers(bundle_folder: Path, adapter_folders: dict[str, Path]) -> None:

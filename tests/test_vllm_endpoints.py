@@ -206,7 +206,9 @@ def test_an_adapter_lies_below_its_folder(state: State, http: TestClient, tmp_pa
     assert held(state) == [("math", "science", "code")] * 3
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[" * 100_000, b"\xff", b"[]", b'"x"', b"1"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[" * 100_000, b"\xff", b"[]", b'"x"', b"1", b'{"a": "\\ud800"}', b'{"a": NaN}']
+)
 def test_a_body_that_is_no_object_is_a_400(http: TestClient, raw: bytes) -> None:
     for route in ("/adapters", "/route"):
         assert http.post(route, content=raw).status_code == 400

@@ -252,7 +252,8 @@ class Centroids:
             raise OptionError(f"score lda: the scatter of the centroids cannot be inverted: {error}") from error
         offsets = -0.5 * np.einsum("pd,dp->p", groups.means, slopes)
         offsets += np.log(groups.sizes / self.counts[groups.owners])
-        if not all((abs(each) < np.finfo(np.float32).max).all() for each in (slopes, offsets)):
+        reach = np.linalg.norm(slopes, axis=0) + abs(offsets)  # (P,) of embeddings, whose length is 1 at most
+        if not (reach < np.finfo(np.float32).max / 4).all():
             raise OptionError("score lda: the scatter of the centroids gives no finite scores; use cosine or centred.")
         return slopes.astype(np.float32), offsets.astype(np.float32)
 

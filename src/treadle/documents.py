@@ -113,8 +113,8 @@ def parse_json(text: str, *, strict: bool = True) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels") from None
     check_depth(document)
-    if strict and SURROGATE.search(text):
-        _check_surrogates(document)
+    if strict:
+        check_surrogates(text, document)
     return document
 
 
@@ -134,7 +134,10 @@ def check_depth(document: Any, most_values: int | None = None) -> None:
         level = inner
 
 
-def _check_surrogates(document: Any) -> None:
+def check_surrogates(text: str, document: Any) -> None:
+    """Raise a ValueError if a document, read from this JSON text, holds half of a surrogate pair."""
+    if not SURROGATE.search(text):
+        return
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -46,6 +46,8 @@ def failure_of(run: Callable[[], object], what: str = "the forward pass failed")
     """Run a part of what rows need; return their error where it fails, whatever it raises."""
     try:
         run()
+    except RowError as failure:  # it says itself what is wrong
+        return failure
     except Exception as error:  # such as for want of memory: it must cost no row that is not to blame
         return RowError.of(what, error)
     return None

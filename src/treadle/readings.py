@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -74,11 +75,17 @@ class Reading:
 
 
 def score_prompts(reading: Reading, first: int, logits: Tensor) -> None:
-    """Score the tokens that follow the columns from `first` on, whose logits are (B, T, V), where rows ask for it."""
+    """Score the tokens that follow the columns from `first` on, whose logits are (B, T, V), where rows ask for it.
+
+    A RowError says that the model overflows.
+    """
     for row, pad, each in zip(reading.rows, reading.pads, logits, strict=True):
         if row.report.prompt:
             begin = min(max(first, pad), first + len(each))  # the first column that is a token
             nexts = row.ids[begin - pad + 1 : first + len(each) - pad + 1] if begin >= pad else []
             followed = each[begin - first : begin - first + len(nexts)]  # (tokens, V)
             tops = likeliest(followed, [row.report.likeliest] * len(nexts))
-            row.prompt_scores += map(TokenScore, score_tokens(followed, nexts), tops)
+            logprobs = score_tokens(followed, nexts)
+            if not all(map(isfinite, logprobs)):
+                raise RowError("the model overflows under these weights: its prompt has no log-probabilities.")
+            row.prompt_scores += map(TokenScore, logprobs, tops)

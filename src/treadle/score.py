@@ -15,6 +15,7 @@ from treadle.errors import OptionError, collect, problem_list
 from treadle.params import RoutingParams
 from treadle.rope import LengthRope
 from treadle.routing import decision_length
+from treadle.rows import RowError
 from treadle.text import Prompt, check_known, completion_ids
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def score_ids(
         chosen = by_length[start : start + size]
         some, own = [pairs[index] for index in chosen], [chats[index] for index in chosen]
         results |= zip(chosen, _score(engine, some, params, own, _chosen), strict=True)
-    return [results[index] for index in range(len(pairs))]
+    return _checked([results[index] for index in range(len(pairs))])
 
 
 def check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
@@ -94,7 +95,7 @@ def score_greedy(
 
     The pairs are one batch, however many they are; pairs that differ in their last token only share a row of it.
     """
-    scored = _score(engine, pairs, params, chats or [None] * len(pairs), _chosen_and_greedy)
+    scored = _checked(_score(engine, pairs, params, chats or [None] * len(pairs), _chosen_and_greedy))
     return [(both[:, 0], both[:, 1] == 1) for both in scored]
 
 
@@ -134,7 +135,15 @@ def score_under(
         traces: (T, N) for each pair, T = its tokens but the last, which nothing follows.
         params: only the combine is read.
     """
-    return _score_under(engine, pairs, traces, params, _chosen)
+    return _checked(_score_under(engine, pairs, traces, params, _chosen))
+
+
+def _checked(scores: list[Floats]) -> list[Floats]:
+    """Return the scores (T, ...) of rows; a RowError names those where the model overflows."""
+    if bad := [str(index) for index, each in enumerate(scores) if np.isnan(each).any()]:
+        named = ", ".join(bad[:LISTED]) + (f" and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
+        raise RowError(f"the model overflows under these weights: no log-probabilities of row {named}.")
+    return scores
 
 
 def _score_under(

@@ -144,14 +144,8 @@ class Run:
             self._note()
             return b"".join(json_pieces(self._answer.whole(rows)))
 
-        size = sum(row.prompt_tokens + len(row.events) for row in rows) * self._width
+        size = sum(row.prompt_tokens + len(row.events) for row in rows) * self._answer.asked.width
         return Response(await self._aside(write, size), media_type="application/json")
-
-    @property
-    def _width(self) -> int:
-        """How many entries an answer has for each token."""
-        asked = self._answer.asked
-        return 1 + (asked.likeliest or 0) + 3 * len(self._job.rows[0].router.names) * asked.has_trace
 
     async def _aside(self, function: Callable[[], Result], num_entries: int) -> Result:
         """Run a function that writes so many entries: many of them beside the event loop."""
@@ -168,7 +162,7 @@ class Run:
             while self._left:
                 tokens = await self._next_tokens()
                 size = sum(rows[index].prompt_tokens for index, event in tokens if event.index == 0)
-                if lines := await self._aside(partial(self._lines_of, tokens), size * self._width):
+                if lines := await self._aside(partial(self._lines_of, tokens), size * answer.asked.width):
                     yield lines
             await self._aside(self._note, sum(len(row.events) for row in rows))
             if answer.asked.has_usage:

@@ -282,7 +282,7 @@ class Loop:
             if seat is None:
                 continue  # given up
             if isinstance(event, RowError):
-                self._end(seat.job, event)
+                self._end(seat, event)
                 continue
             news.setdefault(id(seat.job), (seat.job, []))[1].append((seat.index, event))
             if event.finish_reason:
@@ -298,14 +298,15 @@ class Loop:
         for job, tokens in news.values():
             self._tell(job, tokens)
 
-    def _end(self, job: Job, failure: RowError) -> None:
-        """Tell a job that one of its rows cannot be computed, and why; the log has the whole error."""
-        if failure.__cause__ is None:
-            self._tell(job, EngineFailed(str(failure)))
-        else:
+    def _end(self, seat: Seat, failure: RowError) -> None:
+        """Tell a job which of its rows cannot be computed, and why; the log has the whole error."""
+        why = str(failure)
+        if failure.__cause__ is not None:
             logger.error("a sequence cannot be computed", exc_info=failure.__cause__)
-            self._tell(job, EngineFailed("the forward pass failed; the server's log says why."))
-        self.give_up(job)
+            why = "the forward pass failed; the server's log says why."
+        named = f"choice {seat.index}: " if seat.job.num_sequences > 1 else ""
+        self._tell(seat.job, EngineFailed(named + why))
+        self.give_up(seat.job)
 
 
 def deliver(mail: Mail) -> None:

@@ -46,6 +46,9 @@ class ServeParams:
     max_n: int = option(16, "choices a prompt at most", at_least=1)
     max_messages: int = option(512, "messages of a chat at most", at_least=1)
     max_logprobs: int = option(20, "likeliest tokens that a request may ask for at most", at_least=0)
+    max_values: int = option(
+        500_000, "log-probabilities and weights of one answer at most, over all its choices and tokens", at_least=1
+    )
     max_stops: int = option(16, "stop strings of a request at most", at_least=0)
     max_body: int = option(4 << 20, "bytes of a request's body at most", at_least=1)
     read_timeout: float = option(30.0, "seconds in which a request's body must have arrived", at_least=1)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from pydantic import ValidationError
 
+from treadle.documents import check_surrogates
 from treadle.errors import shown, unknown_name
 from treadle.server.bodies import Body, BodyKind, Json
 from treadle.server.failures import MOST_LISTED, Failure, Problem, Problems, cut
@@ -22,7 +23,6 @@ MOST_INNER = 20_000
 MOST_VALUES = 500_000
 """Values in a body; no other thread runs while they are read, which takes 50 ms."""
 GZIP = b"\x1f\x8b"
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_object(raw: bytes, encoding: str = "") -> Json:
@@ -38,8 +38,7 @@ def read_object(raw: bytes, encoding: str = "") -> Json:
     try:
         text = raw.decode("utf-8-sig")
         given = json.loads(text, object_pairs_hook=_small)
-        if SURROGATE.search(text):
-            json.dumps(given, ensure_ascii=False).encode()  # a lone one is no text
+        check_surrogates(text, given)
     except (ValueError, RecursionError) as error:
         raise Failure(400, f"the body is not JSON: {str(error)[:200]}") from error
     if not isinstance(given, dict):

@@ -1,6 +1,6 @@
 """From a body to work for the engine: which model, which options, which prompts, or every reason why not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -39,6 +39,7 @@ class Asked:
         is_chat: whether the answer is that of a chat.
         n: choices a prompt.
         likeliest: how many likeliest tokens come with each; None = no log-probabilities at all.
+        width: entries of the answer for each token: itself, its likeliest ones, its weights and what made them.
         echo: the text of each prompt, where it comes before its answer; else empty.
         is_silent: whether no token is wanted, only the prompt's own.
         is_streamed: whether the answer is streamed.
@@ -51,6 +52,7 @@ class Asked:
     is_chat: bool
     n: int
     likeliest: int | None
+    width: int
     echo: tuple[str, ...]
     is_silent: bool
     is_streamed: bool
@@ -83,6 +85,10 @@ class Reader:
         is_echo = isinstance(body, CompletionBody) and bool(body.echo)
         if target.routing.past == "recompute" and target.routing.every is not None:
             self._check_recompute(read, sampling, problems)
+        num_adapters = len(self.engine.adapter_names if target.adapters is None else target.adapters)
+        width = 1 + (likeliest or 0) + 3 * num_adapters * target.has_trace
+        wide = {"logprobs": likeliest is not None, "treadle": target.has_trace}
+        self._check_values(wide, n * self._num_tokens(read, sampling[0].max_tokens, is_echo), width, problems)
         if problems:
             raise refusal(problems)
         report = Report(likeliest or 0, is_echo and likeliest is not None, target.has_trace)
@@ -94,6 +100,7 @@ class Reader:
             is_chat=isinstance(body, ChatBody),
             n=n,
             likeliest=likeliest,
+            width=width,
             echo=echo,
             is_silent=body.max_tokens == 0,
             is_streamed=bool(body.stream),
@@ -203,6 +210,29 @@ class Reader:
 
     def _text(self, prompt: Any) -> str:
         return str(self.engine.tokenizer.decode(prompt)) if isinstance(prompt, list) else prompt
+
+    def _num_tokens(self, prompts: Sequence[TokenPrompt], most: int, has_prompts: bool) -> int:
+        """Return how many tokens one answer to each prompt may have, with those of the prompts if it `has_prompts`."""
+        context = self.engine.context
+        lengths = [len(each.ids) for each in prompts]
+        answers = [most if context is None else min(most, context - length) for length in lengths]
+        return sum(answers) + (sum(lengths) if has_prompts else 0)
+
+    def _check_values(self, asked: Mapping[str, bool], num_tokens: int, width: int, problems: Problems) -> None:
+        """Add the problem of an answer with too many values; all of them are held until it has been sent.
+
+        Args:
+            asked: which fields of the request ask for values.
+            num_tokens: of all choices, with the prompts where they are echoed.
+            width: values of each token.
+            problems: what is wrong with the request.
+        """
+        fields = [field for field, is_given in asked.items() if is_given]
+        limit = self.params.max_values
+        if fields and num_tokens * width > limit:
+            given = f"{num_tokens} tokens of all choices with {width} values each"
+            allowed = f"at most {limit} values (--max-values): fewer choices, tokens or values of each"
+            problems.append(Problem(fields[0], f"{' and '.join(fields)}: got {given}; allowed: {allowed}"))
 
     def _check_recompute(
         self, prompts: Sequence[TokenPrompt], sampling: Sequence[SamplingParams], problems: Problems

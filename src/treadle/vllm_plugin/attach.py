@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from treadle.adapters import Adapter
 from treadle.bundle import Bundle
-from treadle.compatible import check_fit
+from treadle.compatible import check_fit, check_range
 from treadle.errors import ModelError, problem_list
 from treadle.vllm_plugin.board import GateBoard
 from treadle.vllm_plugin.mixture import Mixture, by_router
@@ -73,7 +73,7 @@ def attach(model: nn.Module, bundle: Bundle, mixture: Mixture, params: PluginPar
     adapters = by_router(bundle)
     places = find_places(model, limits.linear)
     absent = [name for name, module in model.named_modules() if isinstance(module, limits.missing)]
-    _check(adapters, places, absent)
+    _check(adapters, places, absent, limits.dtype)
     rooms = {name: room for name, (_, place) in places.items() if any(room := _room(place, adapters, mixture, params))}
     _check_calls({name: places[name][0] for name in rooms}, limits)
     board = GateBoard(limits.num_tokens, mixture.num_slots, mixture.num_gates, limits.device, limits.dtype)
@@ -184,10 +184,13 @@ def _shard(layer: Any, size: int, replicas: int, is_row: bool) -> tuple[int, int
     return size * layer.tp_size // replicas, layer.tp_rank // replicas
 
 
-def _check(adapters: Sequence[Adapter], places: Mapping[str, tuple[Any, Place]], absent: Sequence[str]) -> None:
+def _check(
+    adapters: Sequence[Adapter], places: Mapping[str, tuple[Any, Place]], absent: Sequence[str], dtype: torch.dtype
+) -> None:
     shapes = {part.path: part.shape for _, place in places.values() for part in place.parts}
     here = [replace(each, pairs=held_here(each, absent)) for each in adapters]
     check_fit(shapes, here)
+    check_range(here, dtype)
 
 
 @torch.inference_mode()

@@ -7,7 +7,6 @@ vLLM's has no place for weights; but they are a function of options and token id
 
 import asyncio
 import hmac
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from treadle.chat import contents_of
+from treadle.documents import parse_json
 from treadle.errors import AdapterError, OptionError, TreadleError, problem_list, shown, unknown_name
 from treadle.files import folder_below
 from treadle.text import prompt_ids
@@ -282,8 +282,8 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(raw) > MAX_BODY:
             raise Refused(413, f"the body is longer than {MAX_BODY} bytes, the most that is allowed")
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        body = parse_json(raw.decode("utf-8-sig"))
+    except ValueError as error:
         raise OptionError(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise OptionError("the body is not an object")

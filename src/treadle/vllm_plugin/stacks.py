@@ -6,7 +6,7 @@ graphs read new weights without being made again. Nothing here imports vLLM: a l
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from treadle.adapters import Adapter, LoraPair
+from treadle.compatible import check_range
 from treadle.errors import AdapterError, problem_list
 from treadle.layers import Gates
 from treadle.vllm_plugin.board import KEPT, GateBoard
@@ -272,7 +273,7 @@ def held_here(adapter: Adapter, absent: Sequence[str]) -> dict[str, LoraPair]:
 
 
 def check_targets(adapter: Adapter, stacks: Stacks) -> None:
-    """Raise an AdapterError where an adapter that joins has factors for modules held here that have no room."""
+    """Raise an AdapterError where an adapter that joins has factors that find no room here, or may overflow."""
     parts = {
         part.path: part.shape
         for stack in stacks.stacks.values()
@@ -288,3 +289,4 @@ def check_targets(adapter: Adapter, stacks: Stacks) -> None:
     ]
     if problems:
         raise AdapterError(problem_list(f"adapter {adapter.name!r} does not fit:", problems))
+    check_range([replace(adapter, pairs=here)], stacks.board.dtype)
