@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import treadle
+from treadle import stacking
+from treadle.adapters import read_adapter
 from treadle.errors import AdapterError, ModelError, OptionError, TreadleError
+from treadle.fitting import centroid_of
 from treadle.generate import Completion, Engine
 from treadle.params import RoutingParams, SamplingParams
 from treadle.score import score_ids, trace_weights
@@ -424,3 +428,51 @@ def test_a_model_without_a_key_value_cache_is_refused(engine: Engine, monkeypatc
     engine.detach()
     with pytest.raises(ModelError, match=r"cannot run LlamaForCausalLM;.*\n  - it keeps a recurrent state"):
         Engine(engine.model, engine.tokenizer, [], engine.router)
+
+
+def test_stacks_that_cannot_be_built_change_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, texts = save_adapter(tmp_path / "late", seed=9, r=5), ["add the loop", "the loop"]
+    modules, before = dict(engine.model.named_modules()), engine.generate("add", sampling=GREEDY)
+    with monkeypatch.context() as patch:
+        stack, left = stacking._stack_b, iter(range(3))
+        patch.setattr(stacking, "_stack_b", lambda *a, **b: stack(*a, **b) if next(left, None) is not None else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.add_adapter("late", folder, texts)
+    assert engine.adapter_names == engine.blend.names == ("math", "science", "code")
+    assert all(module is modules[path] for path, module in engine.model.named_modules())
+    assert_same(engine.generate("add", sampling=GREEDY), before, tolerance=0)
+    engine.add_adapter("late", folder, texts)
+    assert engine.adapter_names == engine.blend.names == ("math", "science", "code", "late")
+
+
+def test_a_plan_that_others_have_made_stale_is_made_anew(engine: Engine, tmp_path: Path) -> None:
+    late = read_adapter(save_adapter(tmp_path / "late", seed=9, r=5), "late")
+    own = centroid_of("late", ["add the loop", "the loop"], engine.router.embedder)
+    stacks = engine.plan_adapter(late)
+    stacks.build()
+    engine.remove_adapter("math")
+    engine.join_adapter(late, own, stacks)
+    assert engine.blend.names == ("science", "code", "late")
+    alone = engine.generate("add", sampling=GREEDY, routing=RoutingParams.one("late"))
+    engine.remove_adapter("science")
+    assert engine.generate("add", sampling=GREEDY, routing=RoutingParams.one("late")).token_ids == alone.token_ids
+
+
+def test_adapters_with_which_the_default_routing_cannot_decide_neither_come_nor_go(
+    engine: Engine, equal_folders: dict[str, Path], embedder: object, tmp_path: Path
+) -> None:
+    params = RoutingParams(combine="linear")
+    equal = [read_adapter(folder, name) for name, folder in equal_folders.items()]
+    other = Engine(tiny_llama(), engine.tokenizer, equal, treadle.fit(SAMPLES, embedder, params))
+    with pytest.raises(AdapterError, match=r"not possible with the adapters math, science, code, late: .*'linear'"):
+        other.add_adapter("late", save_adapter(tmp_path / "late", r=7), ["add the loop", "the loop"])
+    assert other.blend.names == other.adapter_names == tuple(SAMPLES)
+    few = treadle.fit({"math": ["add"], "science": ["atom"], "code": ["def", "loop"]}, embedder)
+    adapters = [replace(adapter) for adapter in engine.blend.adapters]
+    engine.detach()
+    last = Engine(engine.model, engine.tokenizer, adapters, few)
+    with pytest.raises(AdapterError, match=r"adapters math, science: score lda needs"):
+        last.remove_adapter("code")
+    assert last.adapter_names == tuple(SAMPLES)

@@ -18,6 +18,7 @@ CORE = {
         "params",
         "adapters",
         "layers",
+        "stacking",
         "blend",
         "compatible",
         "supported",

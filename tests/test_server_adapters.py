@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import openai
 import pytest
 
+from treadle import stacking
 from treadle.centroid_files import save_centroid
 from treadle.centroids import Centroids
 from treadle.embed import StaticEmbedder
+from treadle.server import adapters
 
 from conftest import SAMPLES, edit_config, save_adapter
 from serving import Serving, serving
@@ -26,6 +29,8 @@ BODY: dict[str, Any] = {"prompt": "add three", "max_tokens": 8, "temperature": 0
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_adapter(tmp_path / "shelf" / "poetry", seed=9, r=5)
+    save_adapter(tmp_path / "shelf" / "foreign", seed=9, r=5)
+    edit_config(tmp_path / "shelf" / "foreign", base_model_name_or_path="other/model")
     return tmp_path / "shelf"
 
 
@@ -184,3 +189,26 @@ def test_samples_are_embedded_beside_the_steps(served: Serving, monkeypatch: pyt
     assert add(served).status_code == 200
     assert threads
     assert "treadle-engine" not in threads
+
+
+def test_factors_are_stacked_and_let_go_of_beside_the_steps(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    stack, read = stacking._stack_b, adapters.read_adapter
+
+    def noted(*factors: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return stack(*factors, **options)
+
+    monkeypatch.setattr(stacking, "_stack_b", noted)
+
+    def followed(*given: Any) -> Any:
+        adapter = read(*given)
+        weakref.finalize(adapter, lambda: threads.append(threading.current_thread().name))
+        return adapter
+
+    monkeypatch.setattr(adapters, "read_adapter", followed)
+    for changes, status in (({}, 200), ({"name": "rhyme", "path": "foreign"}, 400)):
+        threads.clear()
+        assert add(served, **changes).status_code == status
+        served.wait_until(lambda: bool(threads))
+        assert set(threads) == {"treadle-read_0"}

@@ -4,6 +4,7 @@ The blended layers (`treadle.layers`) hold the factors; the blend holds what cha
 gates for each layout of ranks, computed once a step. Base weights are never written to.
 """
 
+import operator
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,9 +20,8 @@ from treadle.compatible import check_adapters, check_combine, check_range, is_ro
 from treadle.errors import AdapterError, OptionError, unknown_name
 from treadle.layers import BlendedLinear, Gates, LayerRole, Layout, Shrink
 from treadle.params import Combine
+from treadle.stacking import Stacks
 
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-"""Names of the linear layers of a block that read one input; a layer given another input computes its own product."""
 FEW_ROWS = 128
 """Rows of a stack up to which all adapters are laid out, used or not."""
 MOST_CHECKED = 1024
@@ -110,7 +110,7 @@ class Blend:
     @property
     def has_few(self) -> bool:
         """Whether the adapters are so few that all are laid out, used or not."""
-        return sum(self._ranks) <= FEW_ROWS
+        return _are_few(self._ranks)
 
     @property
     def arrangement(self) -> object:
@@ -164,7 +164,7 @@ class Blend:
         and the needed ones are not many more than what is needed: neighbouring steps need almost the same, and a text
         between two domains needs now these, now those.
         """
-        if w.device.type != "cpu" or self._lays_out_all:
+        if w.device.type != "cpu" or self._lays_out_all(self._ranks):
             return None
         used = frozenset(w.flatten(0, 1).any(0).nonzero()[:, 0].tolist())
         most = 2 * self._rank_of(used)
@@ -176,10 +176,12 @@ class Blend:
     def _rank_of(self, adapters: Collection[int]) -> int:
         return sum(self._ranks[index] for index in adapters)
 
-    @property
-    def _lays_out_all(self) -> bool:
-        """Whether all adapters are laid out at all times; on a GPU choosing would wait, and a captured step has all."""
-        return self.has_few or next(self.model.parameters()).device.type != "cpu"
+    def _lays_out_all(self, ranks: Sequence[int]) -> bool:
+        """Whether all adapters of these ranks are laid out at all times.
+
+        On a GPU choosing would wait, and a captured step has all.
+        """
+        return _are_few(ranks) or next(self.model.parameters()).device.type != "cpu"
 
     def _choose(self, acting: frozenset[int] | None) -> None:
         """Lay out the factors of some adapters, by index, for the passes that follow; None = of all."""
@@ -266,44 +268,57 @@ class Blend:
         """Put the model's own layers back, the same objects; the blend is empty afterwards."""
         self._replace_all(())
 
-    def _replace_all(self, adapters: tuple[Adapter, ...]) -> None:
-        """Check, then stack the factors of `adapters` and leave exactly the layers that they target replaced."""
+    def plan(self, adapters: Sequence[Adapter]) -> Stacks:
+        """Return stacks for these adapters, to `build` and to `take`; nothing changes.
+
+        Raises:
+            AdapterError: lists every way in which adapters do not fit the model or each other.
+            OptionError: the adapters cannot be combined so.
+        """
         adapters = tuple(with_model_names(self.model, adapter) for adapter in adapters)
         check_adapters(self.model, adapters)
         check_combine(self.combine, adapters)
-        targets = {module for adapter in adapters for module in adapter.pairs}
         new = [adapter for adapter in adapters if adapter.identity not in {old.identity for old in self.adapters}]
-        for dtype in {_factor_dtype(self.model.get_submodule(path), self.model) for path in targets}:
-            check_range(new, dtype)
-        for path in self._layers.keys() - targets:
-            self._put(path, self._layers.pop(path).base)
         model: Any = self.model
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        for path in sorted(targets - self._layers.keys()):
-            base = self.model.get_submodule(path)
-            role = LayerRole(path, is_head=base is head, is_routed=is_routed(path))
-            self._layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates, role)
-            self._put(path, self._layers[path])
-        self._names = tuple(adapter.name for adapter in adapters)
-        self._ranks = [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]
-        lays_out_all = self._lays_out_all
-        layouts: dict[Layout, int] = {}
-        self._shrinks = []
-        for paths in _same_input(self._layers):
-            owners = [[(i, a.pairs[path]) for i, a in enumerate(adapters) if path in a.pairs] for path in paths]
-            first = self._layers[paths[0]]
-            shrink = Shrink([torch.cat([pair.a for _, pair in each]) for each in owners], first.device, first.dtype)
-            for index, (path, each) in enumerate(zip(paths, owners, strict=True)):
-                layout = Layout(tuple((i, pair.rank, pair.scale) for i, pair in each))
-                slot = layouts.setdefault(layout, len(layouts))
-                factors = [pair.b for _, pair in each]
-                self._layers[path].stack(factors, shrink, index, slot, by_columns=not lays_out_all)
-            self._shrinks.append((shrink, [self._layers[path].slot for path in paths]))
-        self.adapters = self._views(adapters)
-        self._layouts = list(layouts)
-        self._lay_out(None if lays_out_all else frozenset())  # of many, those that act: the first step knows
+        layers: dict[str, BlendedLinear] = {}
+        for path in sorted({module for adapter in adapters for module in adapter.pairs}):
+            if path in self._layers:
+                layers[path] = self._layers[path]
+            else:
+                base = self.model.get_submodule(path)
+                role = LayerRole(path, is_head=base is head, is_routed=is_routed(path))
+                layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates, role)
+        for dtype in {layer.dtype for layer in layers.values()}:
+            check_range(new, dtype)
+        return Stacks(adapters, layers, by_columns=not self._lays_out_all(_ranks(adapters)))
+
+    def is_plan_of_more(self, stacks: Stacks) -> bool:
+        """Return whether a plan is still right: its adapters are those attached, where they lie, and one more."""
+        *before, _ = stacks.adapters
+        return len(before) == len(self.adapters) and all(map(operator.is_, before, self.adapters))
+
+    def take(self, stacks: Stacks) -> None:
+        """Attach the adapters of a plan and no others; where stacks cannot be built, nothing has changed."""
+        stacks.build()
+        for path in self._layers.keys() - stacks.layers.keys():
+            self._put(path, self._layers[path].base)
+        for path in stacks.layers.keys() - self._layers.keys():
+            self._put(path, stacks.layers[path])
+        stacks.put()
+        self._layers = stacks.layers
+        self._names = tuple(adapter.name for adapter in stacks.adapters)
+        self._ranks = _ranks(stacks.adapters)
+        self._shrinks = [(shrink, [self._layers[path].slot for path in paths]) for shrink, paths in stacks.shrinks]
+        self.adapters = self._views(stacks.adapters)
+        self._layouts = list(stacks.layouts)
+        # of many, those that act: the first step knows
+        self._lay_out(None if self._lays_out_all(self._ranks) else frozenset())
         self._combinable.clear()
         self._gates.clear()
+
+    def _replace_all(self, adapters: Sequence[Adapter]) -> None:
+        self.take(self.plan(adapters))
 
     def _views(self, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
         """Return the adapters with factors that are views of the stacks: in memory they are there once."""
@@ -338,14 +353,13 @@ def attach(model: nn.Module, adapters: Sequence[Adapter], combine: Combine = "su
     return Blend(model, adapters, combine)
 
 
-def _same_input(layers: Mapping[str, BlendedLinear]) -> list[list[str]]:
-    """Group the paths of layers that read the same input: of one block, by the names that models give them."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for path in sorted(layers):
-        parent, _, child = path.rpartition(".")
-        names = next((names for names in SAME_INPUT if child in names), path)
-        groups.setdefault((parent, names, layers[path].dtype, layers[path].device), []).append(path)
-    return list(groups.values())
+def _are_few(ranks: Sequence[int]) -> bool:
+    return sum(ranks) <= FEW_ROWS
+
+
+def _ranks(adapters: Sequence[Adapter]) -> list[int]:
+    """Return the largest rank of each adapter."""
+    return [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]
 
 
 def _one_or_each(combine: Combine | Sequence[Combine]) -> Sequence[Combine]:

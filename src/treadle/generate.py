@@ -14,7 +14,7 @@ from treadle.batch import Batch
 from treadle.blend import Blend, attach
 from treadle.centroids import Centroids, Floats
 from treadle.chat import TokenPrompt, read_prompt, token_prompt
-from treadle.compatible import check_tokens
+from treadle.compatible import check_combine, check_tokens
 from treadle.completion import Completion, GenerationError
 from treadle.errors import (
     AdapterError,
@@ -33,6 +33,7 @@ from treadle.prefixes import PrefixCache
 from treadle.routing import Router
 from treadle.rows import Report, Row, RowError, TokenEvent
 from treadle.samples import Sample
+from treadle.stacking import Stacks
 from treadle.step_parts import is_hooked
 from treadle.supported import check_supported, rereading_layers
 from treadle.text import Prompt, check_known, is_one_prompt
@@ -198,18 +199,26 @@ class Engine:
         adapter = read_adapter(path, name)
         self.join_adapter(adapter, centroid_of(name, samples, self.router.embedder))
 
-    def join_adapter(self, adapter: Adapter, centroids: Centroids) -> None:
-        """Attach an adapter that has been read, with its centroid; running rows go on without it.
-
-        On an error nothing has changed.
-        """
+    def plan_adapter(self, adapter: Adapter) -> Stacks:
+        """Check whether an adapter fits, and return stacks with it: to build beside the steps, for `join_adapter`."""
         self._check_new(adapter.name)
         check_tokens([adapter], self._rereading)
+        return self.blend.plan([*self.blend.adapters, adapter])
+
+    def join_adapter(self, adapter: Adapter, centroids: Centroids, stacks: Stacks | None = None) -> None:
+        """Attach an adapter that has been read, with its centroid; running rows go on without it.
+
+        On an error nothing has changed. `stacks` are used unless other adapters have come or gone since their plan.
+        """
+        self._check_new(adapter.name)
         joined = self.router.centroids.join(centroids)
         if joined.names != (*self.router.names, adapter.name):
             raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")
-        self.blend.add(adapter)
-        self.router = replace(self.router, centroids=joined)
+        router = self._able(replace(self.router, centroids=joined), [*self.blend.adapters, adapter])
+        if stacks is None or not self.blend.is_plan_of_more(stacks):
+            stacks = self.plan_adapter(adapter)
+        self.blend.take(stacks)
+        self.router = router
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out: new rows no longer see it, running rows finish with it."""
@@ -217,7 +226,8 @@ class Engine:
             raise AdapterError(unknown_name("adapter", name, self.adapter_names))
         if name in (self.router.params.fixed or {}):
             raise AdapterError(f"adapter {name!r} has a weight in the default routing's `fixed`; change that first.")
-        self.router = replace(self.router, centroids=self.router.centroids.remove(name))
+        left = replace(self.router, centroids=self.router.centroids.remove(name))
+        self.router = self._able(left, self.blend.adapters)
         self._retired.add(name)
         self._purge()
 
@@ -350,6 +360,16 @@ class Engine:
                     yield from batch.join(joining)
         finally:
             self.release(rows)
+
+    def _able(self, router: Router, adapters: Sequence[Adapter]) -> Router:
+        """Return a changed router if its default routing can decide; an AdapterError where all requests would fail."""
+        try:
+            check_combine(router.params.combine, [each for each in adapters if each.name in router.names])
+            self.check_routing([router.params], router)
+        except OptionError as error:
+            names = ", ".join(router.names)
+            raise AdapterError(f"the default routing is not possible with the adapters {names}: {error}") from error
+        return router
 
     def _check_new(self, name: str) -> None:
         if name in self.blend.names:

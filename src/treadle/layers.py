@@ -214,18 +214,12 @@ class BlendedLinear(nn.Module):
         """Where the base layer is; some quantised layers have buffers only."""
         return next(chain(self.base.parameters(), self.base.buffers())).device
 
-    def stack(self, factors: Sequence[Tensor], shrink: Shrink, index: int, slot: int, *, by_columns: bool) -> None:
-        """Stack the B (out, r) of all adapters; `shrink` holds their A as its layer number `index`. Then `choose`.
+    def stack(self, every: Tensor, shrink: Shrink, index: int, slot: int) -> None:
+        """Take the stacked B (out, R) of all adapters; `shrink` holds their A as its layer number `index`.
 
-        Args:
-            factors: the B of each adapter.
-            shrink: has the first product.
-            index: this layer's number in `shrink`.
-            slot: the key of the gates.
-            by_columns: lay each column in one piece, from which some are soon chosen; else each row, as products read.
+        Then `choose`; `slot` is the key of the gates.
         """
-        every = torch.cat([each.t() for each in factors]).t() if by_columns else torch.cat(list(factors), 1)
-        self.register_buffer("every_b", every.to(self.device), persistent=False)  # (out, R)
+        self.register_buffer("every_b", every, persistent=False)  # (out, R)
         self.shrink, self.index, self.slot = shrink, index, slot
 
     def choose(self, rows: Tensor | None) -> None:

@@ -26,11 +26,12 @@ from treadle.server.failures import Failure, Problem, Problems, failure_of, refu
 from treadle.server.gate import Visit
 from treadle.server.generating import read
 from treadle.server.lines import Check, Client
-from treadle.server.outlines import Shapes, check_outline
+from treadle.server.outlines import check_outline
 from treadle.server.requests import LONGEST_TOKEN
 from treadle.server.state import State
 from treadle.server.targets import AUTO
 from treadle.server.weighing import attended
+from treadle.stacking import Stacks
 
 SLICE = 16
 """Sample texts that are embedded at a time."""
@@ -186,7 +187,7 @@ class New:
 
 
 async def _add(request: Request, new: New, problems: Problems) -> None:
-    """Read and embed beside the running requests; only the last moment, when it is attached, is between steps."""
+    """Embed, read and stack beside the running requests; only what is short happens between steps."""
     state, client = State.of(request), Visit.of(request).client
     if state.params.adapter_dir is None:
         raise Failure(403, "adapters cannot be added: start the server with --adapter-dir", code="no_adapter_dir")
@@ -200,13 +201,8 @@ async def _add(request: Request, new: New, problems: Problems) -> None:
         raise refusal(problems)
     name, samples = new.name, new.samples
     try:
-        shapes = await state.between_steps(lambda: linear_shapes(state.engine.model))
-        adapter = await state.reading.run(partial(_read, state, name, folder, shapes), client)
-        if samples is None:
-            own = await state.reading.run(lambda _: read_centroid(folder, name), client)
-        else:
-            own = await _centroid(state, name, samples, client)
-        await state.between_steps(partial(_attach, state, adapter, own))
+        own = None if samples is None else await _centroid(state, name, samples, client)
+        await state.reading.run(partial(_join, state, name, folder, own), client)
     except TreadleError as error:
         raise Failure(400, str(error), param=new.path_field, code="adapter_refused") from error
     except OSError as error:  # a folder that may not be read
@@ -214,14 +210,23 @@ async def _add(request: Request, new: New, problems: Problems) -> None:
         raise Failure(400, message, param=new.path_field) from error
 
 
-def _read(state: State, name: str, folder: Path, shapes: Shapes, check: Check) -> Adapter:
-    """Read an adapter for a model whose linear layers have these shapes; one that cannot fit is not read whole."""
-    check_outline(folder, name, shapes)
+def _join(state: State, name: str, folder: Path, own: Centroids | None, check: Check) -> None:
+    """Read an adapter, stack it, and attach it between two steps; one that cannot fit is not read whole.
+
+    All of it is one thread's, so that nobody else waits while a large adapter is let go of.
+    """
+    engine, between_steps = state.engine, state.scheduler.call
+    check_outline(folder, name, between_steps(lambda: linear_shapes(engine.model)).result())
     check()
     adapter = read_adapter(folder, name)
     if problem := foreign_base(adapter, state.bundle.base_model):
         raise AdapterError(problem)
-    return adapter
+    own = own or read_centroid(folder, name)
+    check()
+    stacks = between_steps(partial(engine.plan_adapter, adapter)).result()
+    stacks.build()
+    check()
+    between_steps(partial(_attach, state, adapter, own, stacks)).result()
 
 
 async def _centroid(state: State, name: str, samples: list[str], client: Client) -> Centroids:
@@ -237,8 +242,8 @@ async def _centroid(state: State, name: str, samples: list[str], client: Client)
     )
 
 
-def _attach(state: State, adapter: Adapter, own: Centroids) -> None:
-    state.engine.join_adapter(adapter, own)
+def _attach(state: State, adapter: Adapter, own: Centroids, stacks: Stacks) -> None:
+    state.engine.join_adapter(adapter, own, stacks)
     state.metrics.set_adapters(state.engine.adapter_names)
 
 

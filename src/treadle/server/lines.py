@@ -6,6 +6,7 @@ A line has threads of its own. One of them takes small work only, so that whatev
 import asyncio
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -192,7 +193,8 @@ class Line:
             if ticket.future.set_running_or_notify_cancel():
                 try:
                     ticket.future.set_result(ticket.function(ticket.check))
-                except BaseException as error:  # whoever waits gets it
+                except BaseException as error:  # whoever waits gets it, and not what the work has made so far
+                    traceback.clear_frames(error.__traceback__)
                     ticket.future.set_exception(error)
             with self._changed:
                 self._running.discard(ticket)

@@ -4,9 +4,10 @@ First come, first served. What a step is, and which rows share it, is `treadle.s
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from treadle.errors import TreadleError
 from treadle.server.jobs import Job, Mail
@@ -14,6 +15,8 @@ from treadle.server.loop import Loop
 from treadle.server.params import ServeParams
 
 Result = TypeVar("Result")
+Call: TypeAlias = "tuple[Callable[[], Any], Future[Any]]"
+"""A function to run between two steps, and who waits for it."""
 
 LONGEST_WAIT = 60
 """Seconds; what Retry-After says at most."""
@@ -54,7 +57,7 @@ class Scheduler:
         self._params = params
         self._changed = threading.Condition()  # guards what follows
         self._inbox: list[Job] = []
-        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._calls: deque[Call] = deque()
         self._has_cancelled = False
         self._is_draining = False
         self._is_stopped = False
@@ -147,10 +150,10 @@ class Scheduler:
             if self._is_stopped:
                 return False
             inbox, self._inbox = self._inbox, []
-            calls, self._calls = self._calls, []
+            calls, self._calls = self._calls, deque()
             is_cancelling, self._has_cancelled = self._has_cancelled, False
-        for function, future in calls:
-            _answer(function, future)
+        while calls:
+            _answer(calls)
         for job in inbox:
             self._loop.accept(job)
         if is_cancelling:
@@ -160,11 +163,15 @@ class Scheduler:
         return True
 
 
-def _answer(function: Callable[[], Any], future: "Future[Any]") -> None:
-    """Run a function and put what it returns or raises into the future."""
+def _answer(calls: deque[Call]) -> None:
+    """Run the first function, and put what it returns or raises into its future."""
+    function, future = calls.popleft()
     if not future.set_running_or_notify_cancel():
         return
     try:
-        future.set_result(function())
+        result = function()
     except Exception as error:  # whoever waits for the future gets it
         future.set_exception(error)
+    else:
+        del function  # whoever waits is the last to hold what it holds: to let go of a large adapter takes a while
+        future.set_result(result)
