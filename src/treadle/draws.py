@@ -47,7 +47,7 @@ def failure_of(run: Callable[[], object], what: str = "the forward pass failed")
     try:
         run()
     except RowError as failure:  # it says itself what is wrong
-        return failure
+        return failure.with_traceback(None)  # whose frames hold the logits
     except Exception as error:  # such as for want of memory: it must cost no row that is not to blame
         return RowError.of(what, error)
     return None
