@@ -11,6 +11,7 @@ import torch
 import treadle
 from treadle import stacking
 from treadle.adapters import read_adapter
+from treadle.completion import GenerationError
 from treadle.errors import AdapterError, ModelError, OptionError, TreadleError
 from treadle.fitting import centroid_of
 from treadle.generate import Completion, Engine
@@ -90,7 +91,7 @@ def test_an_error_beside_the_model_is_an_error(engine: Engine, monkeypatch: pyte
         return finish(snapshots)
 
     monkeypatch.setattr(engine.router.embedder, "finish", once)
-    with pytest.raises(RuntimeError, match="the embedder broke"):
+    with pytest.raises(GenerationError, match="the embedder broke"):
         engine.generate(PROMPTS[0], sampling=GREEDY, routing=ROUTINGS["late"])
     assert calls[0] == "MainThread"
     assert calls[1].startswith("treadle-embedder")
