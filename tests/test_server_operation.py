@@ -7,16 +7,17 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Generator
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import httpx
 import openai
 import pytest
+from forking import start_command
 
 from treadle.embed import StaticEmbedder
 from treadle.server import protocol
@@ -351,23 +352,31 @@ def test_what_does_not_finish_in_time_is_told_so(bundle_folder: Path) -> None:
         assert whole.result().status_code == 503
 
 
-def start_process(bundle: Path, *flags: object) -> tuple[subprocess.Popen[str], str]:
-    """Start `treadle serve` and return it with its address."""
-    command = [sys.executable, "-m", "treadle", "serve", str(bundle), "--port", "0", *map(str, flags)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TREADLE_MAX_N": "32"})
-    assert process.stderr
-    for line in process.stderr:
+def start_server(bundle: Path, *flags: object) -> tuple[BaseProcess, TextIO, str]:
+    """Start `treadle serve`; return the process, its log and its address."""
+    process, log = start_command("serve", bundle, "--port", 0, *flags, TREADLE_MAX_N="32")
+    for line in log:
         if found := re.search(r"serving on (http://[\d.:]+)", line):
-            return process, found[1]
+            return process, log, found[1]
     raise AssertionError("it did not start")
 
 
+def ask_to_end(process: BaseProcess) -> None:
+    assert process.pid
+    os.kill(process.pid, signal.SIGTERM)
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    process.join(30)
+    return process.exitcode
+
+
 def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> None:
-    process, url = start_process(bundle_folder, "--log-format", "json")
+    process, log, url = start_server(bundle_folder, "--log-format", "json")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     stream = client.completions.create(**LONG, n=4, stream=True)
     chunks = [next(iter(stream))]
-    process.send_signal(signal.SIGTERM)
+    ask_to_end(process)
     until = time.monotonic() + 10
     while httpx.get(f"{url}/health").status_code == 200:
         assert time.monotonic() < until
@@ -377,10 +386,9 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> Non
     assert refused.value.status_code == 503
     chunks += stream
     assert sum(chunk.choices[0].finish_reason is not None for chunk in chunks) == 4
-    assert process.wait(30) == 0
+    assert exit_code(process) == 0
     client.close()
-    assert process.stderr
-    with process.stderr as log:
+    with log:
         lines = [json.loads(line) for line in log]
     (line,) = [line for line in lines if line.get("path") == TEXTS and line["status"] == 200]
     assert any("shutting down: 4 sequences are left" in line.get("message", "") for line in lines)
@@ -389,22 +397,21 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(bundle_folder: Path) -> Non
 
 
 def test_a_second_signal_ends_without_waiting_for_what_runs(bundle_folder: Path) -> None:
-    process, url = start_process(bundle_folder)
+    process, log, url = start_server(bundle_folder)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     stream = iter(client.completions.create(**LONG, n=4, stream=True))
     next(stream)
-    process.send_signal(signal.SIGTERM)
+    ask_to_end(process)
     until = time.monotonic() + 10
     while httpx.get(f"{url}/health").status_code == 200:
         assert time.monotonic() < until
-    process.send_signal(signal.SIGTERM)
+    ask_to_end(process)
     with pytest.raises(openai.APIError, match="the server is shutting down"):
         for _ in stream:
             pass
-    assert process.wait(30) == 0
+    assert exit_code(process) == 0
     client.close()
-    assert process.stderr
-    with process.stderr as log:
+    with log:
         text = log.read()
     assert "a second signal came: 4 sequences do not finish" in text
     assert "Traceback" not in text

@@ -1,7 +1,5 @@
 import json
-import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partialmethod
@@ -12,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from forking import start_command
 from killing import kills
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.sft_trainer import SFTTrainer
@@ -144,11 +144,21 @@ def test_two_processes_train_one_adapter_each_on_its_share(tmp_path: Path) -> No
     data.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in OWN))
     params = TrainParams(steps=10, batch_size=2, rank=2, dtype="float32")
     one = train_adapter(str(base), OWN, tmp_path / "one", params=params)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = ["--steps=10", "--batch-size=2", "--rank=2", "--dtype=float32"]
-    command = [*launcher, "-m", "treadle", "train", "--base", base, "--data", data, "-o", tmp_path / "two", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True, timeout=300)
+    command = ["train", "--base", base, "--data", data, "-o", tmp_path / "two", *options]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    # as torchrun does
+    shared_by_all = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the forked ones would know that there is one process
+    started = [
+        start_command(*command, RANK=rank, LOCAL_RANK=rank, **shared_by_all) for rank in "01"
+    ]  # as torchrun does
+    for process, log in started:
+        with log:
+            said = log.read()
+        process.join(30)
+        assert process.exitcode == 0, said
     (alone,), (shared,) = (map(json.loads, (folder / "losses.jsonl").open()) for folder in (one, tmp_path / "two"))
     assert shared["num_tokens"] > 1.8 * alone["num_tokens"]  # read by both, in as many steps
     assert read_adapter(tmp_path / "two").pairs.keys() == read_adapter(one).pairs.keys()
