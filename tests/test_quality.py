@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from treadle.adapters import read_adapter
 from treadle.arms import choose_arms
 from treadle.bundle import read_bundle, save_bundle
 from treadle.embed import StaticEmbedder
@@ -23,7 +25,7 @@ from treadle.show import quality_tables
 from treadle.tasks import Example
 from treadle.timing import Line, Table
 
-from conftest import SAMPLES, Run
+from conftest import SAMPLES, Run, tiny_llama
 
 HELD_OUT = {
     "math": [
@@ -84,21 +86,29 @@ def test_unknown_domains_and_no_examples_are_refused(router: Router) -> None:
         route_quality(router, {}, RoutingParams())
 
 
-@pytest.fixture
-def results(engine: Engine, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def results(
+    tokenizer: PreTrainedTokenizerFast,
+    adapter_folders: dict[str, Path],
+    embedder: StaticEmbedder,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    root = tmp_path_factory.mktemp("results")
+    adapters = [read_adapter(folder, name) for name, folder in adapter_folders.items()]
+    engine = Engine(tiny_llama(), tokenizer, adapters, fit(SAMPLES, embedder))
     rows = [{"question": f"add {i} plus?", "answer": f"sum {i}\n#### {i}"} for i in range(6)]
-    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     params = EvalParams(limit=3, max_tokens=12)
     arms = choose_arms(["base", "every-1", "every-2", "every-4", "prompt", "boost-1", "boost-2", "boost-4", "window-16",
                         "window-32"], engine.adapter_names, engine.router.params)  # fmt: skip
-    evaluate(engine, load_sets([f"math={tmp_path / 'math.jsonl'}"], params), arms, tmp_path / "out", params)
-    return tmp_path / "out"
+    evaluate(engine, load_sets([f"math={root / 'math.jsonl'}"], params), arms, root / "out", params)
+    return root / "out"
 
 
 def test_every_figure_is_drawn_from_the_files_alone_and_always_the_same(
     results: Path, tmp_path: Path, bundle: Path, run: Run
 ) -> None:
-    rows = tmp_path / "math.jsonl"
+    rows = results.with_name("math.jsonl")
     code, out, _ = run("route", bundle, "--eval", "--tasks", f"math={rows}", "-o", results, "--json")
     assert code == 0
     assert json.loads(out) == json.loads((results / QUALITY_FILE).read_text())
