@@ -518,6 +518,17 @@ def test_calls_whose_text_cannot_be_read_are_refused(plain, bundle, tokenizer, c
         call(plain)
 
 
+def test_positions_that_count_tokens_change_nothing_and_others_are_refused(plain, bundle, tokenizer) -> None:
+    ids, mask = torch.tensor([[258, 97, 98, 99], [97, 98, 99, 100]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    with routed(plain, bundle, tokenizer=tokenizer) as handle, torch.no_grad():
+        plain(ids, attention_mask=mask)
+        expected = handle.weights
+        plain(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        np.testing.assert_array_equal(handle.weights, expected)
+        with pytest.raises(OptionError, match="position_ids jump inside a row"):
+            plain(ids[1:], position_ids=torch.tensor([[0, 1, 0, 1]]))
+
+
 def test_a_model_without_a_key_value_cache_is_refused(plain, bundle, tokenizer, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(type(plain), "_is_stateful", True)

@@ -1,6 +1,7 @@
 """Longrope: whatever shares a pass with a text, and however it is read, its factors are those of its own length."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from treadle.adapters import read_adapter
+from treadle.bundle import Bundle
 from treadle.embed import StaticEmbedder
+from treadle.errors import OptionError
 from treadle.generate import Engine
+from treadle.hf import routed
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import fit
@@ -103,3 +107,37 @@ def test_a_prompt_in_chunks_or_behind_a_known_beginning_reads_as_at_once(
         beginning = prompts["long"][: LENGTHS[name]]
         (alone,) = phi_engine.generate_ids([beginning], sampling=SAMPLING, routing=CHANGING)
         assert tokens_in_chunks(phi_engine, beginning, known) == alone.token_ids
+
+
+# The same model, called by code of transformers
+
+
+def routed_tokens(engine: Engine, bundle: Bundle, ids: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    model = phi()
+    width = max(map(len, ids))
+    tokens = torch.tensor([[258] * (width - len(row)) + list(row) for row in ids])
+    mask = (tokens != 258).long()
+    with routed(model, bundle, tokenizer=engine.tokenizer, routing=CHANGING):
+        made = model.generate(tokens, attention_mask=mask, max_new_tokens=count, do_sample=False)
+    return made[:, width:].tolist()
+
+
+@pytest.fixture(scope="module")
+def phi_bundle(phi_engine: Engine) -> Bundle:
+    return Bundle(Path(), "phi", phi_engine.blend.adapters, phi_engine.router, {})
+
+
+@pytest.mark.parametrize(("name", "count"), [("short", 12), ("grows", 7), ("just over", 12), ("long", 12)])
+def test_transformers_generate_on_one_side_is_the_engine(
+    phi_engine: Engine, phi_bundle: Bundle, prompts: dict[str, list[int]], name: str, count: int
+) -> None:
+    (expected,) = phi_engine.generate_ids([prompts[name]], sampling=SamplingParams(max_tokens=count), routing=CHANGING)
+    assert routed_tokens(phi_engine, phi_bundle, [prompts[name]], count) == [list(expected.token_ids)]
+
+
+@pytest.mark.parametrize("names", [["grows"], ["at the limit"], ["grows", "grows"], ["short", "long"]])
+def test_transformers_generate_on_both_sides_is_refused_by_name(
+    phi_engine: Engine, phi_bundle: Bundle, prompts: dict[str, list[int]], names: list[str]
+) -> None:
+    with pytest.raises(OptionError, match=rf"longrope.* more than {LIMIT} tokens"):
+        routed_tokens(phi_engine, phi_bundle, [prompts[name] for name in names], 12)

@@ -23,6 +23,7 @@ from treadle.errors import ModelError, OptionError
 from treadle.models import load_tokenizer
 from treadle.params import RoutingParams
 from treadle.rendered_chats import RenderedChats
+from treadle.rope import LengthRope
 from treadle.routing import finish_views
 from treadle.running import RunningRow, Source
 from treadle.transformers_names import find_cache
@@ -35,6 +36,14 @@ LOST_ROWS = (
     "Beam search and other code that moves, repeats or drops whole rows of one cache between passes is followed; "
     "a copied cache, one filled outside routed(), and a cropped or quantized one of several rows are not."
 )
+JUMPS = (
+    "position_ids jump inside a row, so it holds several texts; routed() follows one text a row: leave position_ids "
+    "out, or give each text a row of its own."
+)
+CROSSED = (
+    "this model (longrope) reads texts of more than {limit} tokens with other factors; routed() follows passes whose "
+    "texts are all on one side of that from their beginning. Let treadle's Engine generate, or keep texts shorter."
+)
 
 
 class Routed:
@@ -46,6 +55,7 @@ class Routed:
         self._router, self._params, tokenizer, _ = source
         pad_id: Any = tokenizer.pad_token_id
         self._pads = {0, pad_id}  # what stands for padding where no mask tells
+        self._rope = LengthRope.of(model)
         self._signature = inspect.signature(model.forward)
         self._rows: list[RunningRow] = []
         self._cached: WeakKeyDictionary[Cache, tuple[list[RunningRow], Tensor | None]] = WeakKeyDictionary()
@@ -72,6 +82,8 @@ class Routed:
                 "cache_implementation and masks of other shapes."
             )
         is_real = self._real(ids, mask, cache)  # (B, T)
+        if _jumps(call.get("position_ids"), is_real):
+            raise OptionError(JUMPS)
         past = int(cache.get_seq_length()) if cache is not None else 0
         # Assisted decoding reads its first candidates with the prompt; logits_to_keep says how many they are.
         kept = call.get("logits_to_keep") if cache is not None else None
@@ -85,6 +97,10 @@ class Routed:
             row.read(own, real, prompt)
             for row, own, real, prompt in zip(rows, ids.tolist(), is_real, prompts, strict=True)
         ]
+        if self._rope and self._crosses(
+            self._rope, rows, starts, is_again=not past and call.get("use_cache") is not False
+        ):
+            raise OptionError(CROSSED.format(limit=self._rope.limit))
         weights = self._weigh(rows, starts, is_real)  # (B, 1|T, N)
         self._rows = rows
         self._blend.set_weights(weights if weights.any() else None, self._params.combine)
@@ -97,6 +113,16 @@ class Routed:
         values = output if isinstance(output, tuple) else tuple(output.values())
         for cache in {value for value in (*args, *kwargs.values(), *values) if isinstance(value, Cache)}:
             self._cached[cache] = self._rows, _marks(cache)
+
+    def _crosses(self, rope: LengthRope, rows: list[RunningRow], starts: list[int], *, is_again: bool) -> bool:
+        """Return whether texts have grown beyond the limit of short factors, or are beside others that have.
+
+        Where they grow, `generate` drops the cache and reads them again: such a pass begins with the text of the last.
+        """
+        sides = {rope.is_long(len(row.ids)) for row in rows}
+        sides |= {rope.is_long(start) for start in starts if start}
+        texts = [row.ids[:-1] for row in rows]
+        return len(sides) > 1 or (is_again and any(sides) and texts == [row.ids for row in self._rows])
 
     def _real(self, ids: Tensor, mask: Tensor | None, cache: Cache | None) -> list[list[bool]]:
         """Return which of ids (B, T) are tokens, and not padding."""
@@ -172,6 +198,9 @@ def routed(
     alone, as `Engine.generate` routes messages. Of a chat that another template has made, all words count: give the
     tokenizer that has this template.
 
+    Refused, because the text cannot be followed: several texts in one row (`position_ids` that jump), and, of models
+    whose rotary factors depend on the length (longrope), texts on both sides of the limit.
+
     Use the model from one thread at a time.
 
     Args:
@@ -214,6 +243,15 @@ def _check_followed(model: "PreTrainedModel", params: RoutingParams) -> None:
         raise OptionError("past='recompute' reads the text again, but transformers keeps the cache: use past='keep'.")
     if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
         raise ModelError(f"{type(model).__name__} keeps a recurrent state or has an encoder; routed() needs a decoder.")
+
+
+def _jumps(positions: Any, is_real: list[list[bool]]) -> bool:
+    """Return whether the positions (B|1, T) that a call gives do not count the tokens of a row one by one."""
+    if not torch.is_tensor(positions) or positions.dim() != 2 or positions.shape[1] < 2:
+        return False
+    steps = positions.diff().expand(len(is_real), -1)  # (B, T - 1)
+    real = torch.tensor(is_real, device=steps.device)
+    return bool(((steps != 1) & real[:, 1:] & real[:, :-1]).any())
 
 
 def _marks(cache: Cache) -> Tensor | None:

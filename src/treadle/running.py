@@ -28,7 +28,7 @@ class RunningRow:
         self._source = source
         self._text = Detokenizer(tokenizer)
         self._running = RunningText(router, self._params)
-        self._ids: list[int] = []
+        self.ids: list[int] = []  # of the tokens that have been read
         self._own: list[str] = []  # the text that each token adds
         self._routed = RoutedText(None, [], self._params)
 
@@ -39,7 +39,7 @@ class RunningRow:
             (T,) how many pieces decide for each token, and (pieces, snapshot) of what the embedder has yet to finish.
         """
         routed, params = self._routed, self._params
-        positions = range(start, len(self._ids))
+        positions = range(start, len(self.ids))
         lengths = [routed.count(decision_length(position, self.prompt_tokens, params)) for position in positions]
         snapshots: list[tuple[int, tuple[Any, ...]]] = []
         for length in sorted(set(lengths)) if params.rule != "fixed" else ():
@@ -56,19 +56,19 @@ class RunningRow:
             is_real: (T,) which of them are tokens.
             prompt_tokens: with the first pass, how many of the tokens are the prompt.
         """
-        start = len(self._ids)
+        start = len(self.ids)
         self.is_real += is_real
         new = [token_id for token_id, real in zip(ids, is_real, strict=True) if real]
-        self._ids += new
+        self.ids += new
         self._own += [self._text.push(token_id) for token_id in new]
         pieces = self._own[start:]
         if prompt_tokens is not None:
             self.prompt_tokens = prompt_tokens
-            chat = self._chats.read(self._ids[:prompt_tokens])
+            chat = self._chats.read(self.ids[:prompt_tokens])
             self._routed = RoutedText(chat, pieces[:prompt_tokens], self._params)
             pieces = pieces[prompt_tokens:]
         elif len(new) > 1 and self._routed.ends is not None:  # a chat that goes on in its cache
-            pieces = only(self._own, self._chats.contents(self._ids) or [])[start:]
+            pieces = only(self._own, self._chats.contents(self.ids) or [])[start:]
         for piece in pieces:
             self._routed.add(piece)
         return start
@@ -78,9 +78,9 @@ class RunningRow:
         row = RunningRow(self._source)
         is_real = self.is_real[:columns]
         count = sum(is_real)
-        row.is_real, row._ids = is_real, self._ids[:count]
+        row.is_real, row.ids = is_real, self.ids[:count]
         row.prompt_tokens = min(self.prompt_tokens, count)
-        row._own = [row._text.push(token_id) for token_id in row._ids]
+        row._own = [row._text.push(token_id) for token_id in row.ids]
         row._routed = routed = self._routed.first(count)
         row.weights = self.weights
         if self._params.prefill == "prompt" and self._params.rule != "fixed":  # where its last domain begins
