@@ -7,13 +7,10 @@ and a short row beside a long one would then be rotated otherwise than alone.
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LONGROPE = "longrope"
 
@@ -27,7 +24,7 @@ class LengthRope:
         self.limit = limit
 
     @classmethod
-    def of(cls, model: "PreTrainedModel") -> "LengthRope | None":
+    def of(cls, model: nn.Module) -> "LengthRope | None":
         """Return the model's own; None where the length of a text changes nothing."""
         found: list[Any] = [each for each in model.modules() if getattr(each, "rope_type", None) == LONGROPE]
         if not found:
