@@ -17,12 +17,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from treadle.adapters import Adapter, LoraPair
+from treadle.cache import RowCache
 from treadle.centroids import Centroids
 from treadle.compatible import linear_shapes
 from treadle.generate import Engine
 from treadle.graph_step import GraphStep
 from treadle.kernels_plain import PlainKernels
+from treadle.passes import PassInput
 from treadle.routing import Router
+from treadle.runner import Runner
 
 LLAMA_2_7B = {
     "model_type": "llama",
@@ -175,7 +178,8 @@ def build_engine(model: Any, adapters: Sequence[Adapter], *, is_fast: bool = Tru
     tokenizer = word_tokenizer(model.config.vocab_size)
     engine = Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast)
     if is_fast and model.device.type != "cuda":  # only to see that the scripts run
-        engine.fast_step = GraphStep(model, engine.blend, PlainKernels(), capture=lambda run: run)
+        step = GraphStep(model, engine.blend, PlainKernels(), capture=lambda run: run)
+        engine.runner = Runner(model, engine.blend, [step])
     return engine
 
 
@@ -195,3 +199,11 @@ def cache_bytes(model: Any) -> int:
     config = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
+
+
+def step_of(ids: Tensor, pads: Sequence[int], weights: np.ndarray | None, cache: RowCache) -> PassInput:
+    """Return one token of each row, ids (B,), behind a cache, under weights (B, N)."""
+    rows = len(ids)
+    lengths = [cache.length + 1 - pad for pad in pads]
+    per_token = None if weights is None else weights[:, None]
+    return PassInput(ids[:, None], pads, per_token, ["sum"] * rows, cache, [[]] * rows, lengths)

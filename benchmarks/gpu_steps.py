@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from gpu_check import graph_of, random_cache, relative
 from gpu_clock import BLOCK, DEVICE, Report, in_turn
-from gpu_lab import cache_bytes, draw_prompts, draw_weights
+from gpu_lab import cache_bytes, draw_prompts, draw_weights, step_of
 from torch import Tensor
 
 from treadle.cache import RowCache
@@ -68,7 +68,8 @@ class Lab:
         model = self.engine.model
         ids = torch.arange(batch) * 7 % model.config.vocab_size
         for arm, weights in {"routing off": None, "blended": draw_weights(batch, 0)}.items():
-            logits = self.step(ids, [0] * batch, weights, self.cache(batch, context)).clone()
+            given = step_of(ids, [0] * batch, weights, self.cache(batch, context))
+            logits = self.step.run(given).logits[:, 0].clone()
             inputs, past = ids[:, None].to(DEVICE), {cache_argument(model): self.cache(batch, context)}
             with torch.inference_mode(), self.engine.blend.using(weights):
                 expected = model(input_ids=inputs, use_cache=True, **past).logits[:, -1]
@@ -133,4 +134,5 @@ class Steps:
         """Run the block."""
         for _ in range(BLOCK):
             self._count += 1
-            self._step(self._ids, [0] * len(self._ids), self._weights[self._count % 16], self._cache)
+            weights = self._weights[self._count % 16]
+            self._step.run(step_of(self._ids, [0] * len(self._ids), weights, self._cache))

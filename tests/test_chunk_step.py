@@ -1,24 +1,22 @@
 """A chunk of a prompt is read as the model's own forward reads it, for every architecture and combine."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-import treadle.batch
 from treadle.batch import Batch
-from treadle.chunk_step import MOST_TOKENS
+from treadle.chunk_step import MOST_TOKENS, ChunkPass
 from treadle.forms import COLUMN_ROWS
 from treadle.generate import Engine
 from treadle.params import RoutingParams, SamplingParams
+from treadle.passes import PassInput, PassOutput
 from treadle.rows import Report, Row
 from treadle.step_parts import ARCHITECTURES
 from treadle.transformers_names import cache_argument
 
-from test_fast_step import build, folders, make_engine  # noqa: F401 - fixtures
+from test_fast_step import build, folders, make_engine, step_of  # noqa: F401 - fixtures
 
 IDS = [97 + index % 7 for index in range(150)]
 ROUTINGS = {
@@ -45,13 +43,13 @@ def read(engine: Engine, routing: RoutingParams, columns: int, report: Report | 
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the chunks that our own pass reads."""
     seen: list[int] = []
-    own = treadle.batch.read_chunk
+    own = ChunkPass.run
 
-    def noted(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        seen.append(ids.shape[1])
-        return own(model, ids, cache)
+    def noted(chunk: ChunkPass, given: PassInput) -> PassOutput:
+        seen.append(given.ids.shape[1])
+        return own(chunk, given)
 
-    monkeypatch.setattr("treadle.batch.read_chunk", noted)
+    monkeypatch.setattr(ChunkPass, "run", noted)
     return seen
 
 
@@ -78,19 +76,21 @@ def test_a_chunk_is_forward(
 def test_in_bfloat16_a_chunk_is_as_close_as_forward(chunks: list[int], columns: int) -> None:
     from treadle.blend import attach
     from treadle.cache import RowCache
-    from treadle.chunk_step import read_chunk
 
     exact, rounded = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
     ids = torch.tensor([IDS[: 30 + columns]])
-    attach(rounded, [])
+    attached = {model: attach(model, []) for model in (exact, rounded)}
     caches = [RowCache(), RowCache()]
     with torch.inference_mode():
         wanted = exact(input_ids=ids, logits_to_keep=1).logits[:, -1]
         plain = rounded(input_ids=ids, logits_to_keep=1).logits[:, -1]
         for model, cache in ((rounded, caches[0]), (exact, caches[1])):
             model(input_ids=ids[:, :30], use_cache=True, **{cache_argument(model): cache})
-        torch.testing.assert_close(read_chunk(exact, ids[:, 30:], caches[1]), wanted, atol=1e-5, rtol=1e-5)
-        fast = read_chunk(rounded, ids[:, 30:], caches[0])
+        fast, equal = (
+            ChunkPass(model, attached[model]).run(step_of(ids[:, 30:], cache)).logits[:, 0]
+            for model, cache in zip((rounded, exact), caches, strict=True)
+        )
+    torch.testing.assert_close(equal, wanted, atol=1e-5, rtol=1e-5)
     assert columns not in COLUMN_ROWS[torch.bfloat16] or columns == 8  # both ways are tried
     assert (fast - wanted).abs().mean() < 1.5 * (plain - wanted).abs().mean()
 

@@ -22,6 +22,7 @@ from treadle.kernels_plain import PlainKernels
 from treadle.params import RoutingParams, SamplingParams
 from treadle.routing import Router
 from treadle.rows import Row
+from treadle.runner import Runner
 from treadle.stages import Kernels
 from treadle.step_parts import ARCHITECTURES
 
@@ -66,7 +67,7 @@ def make_engine(folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, ro
         model = (model or build("LlamaForCausalLM")).to(DEVICE)
         engine = Engine(model, tokenizer, adapters, router, is_fast=False)
         if kernels:
-            engine.fast_step = GraphStep(model, engine.blend, kernels, capture())
+            engine.runner = Runner(model, engine.blend, [GraphStep(model, engine.blend, kernels, capture())])
         return engine
 
     return make
@@ -77,7 +78,9 @@ def capture() -> CudaGraphs | None:
 
 
 def captures(engine: Engine) -> int:
-    return engine.fast_step.num_captures
+    (step,) = engine.runner.own
+    assert isinstance(step, GraphStep)
+    return step.num_captures
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -141,7 +144,9 @@ def test_other_combines_are_left_to_forward(
         alike = {name: save_adapter(tmp_path / name, build("LlamaForCausalLM"), 1) for name in SAMPLES}
         adapters = [read_adapter(folder, name) for name, folder in alike.items()]
         engine = Engine(model, tokenizer, adapters, router, is_fast=False)
-        engine.fast_step = GraphStep(model, engine.blend, PlainKernels(), capture()) if is_graph else None
+        if is_graph:
+            step = GraphStep(model, engine.blend, PlainKernels(), capture())
+            engine.runner = Runner(model, engine.blend, [step])
         return engine
 
     graph, plain = (

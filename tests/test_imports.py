@@ -24,6 +24,8 @@ CORE = {
         "supported",
         "rope",
         "chunk_step",
+        "passes",
+        "runner",
         "draws",
         "readings",
         "fast_step",

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from treadle.hf import routed
 from treadle.params import SamplingParams
 from treadle.peers import cached_step
+from treadle.runner import Runner
 from treadle.transformers_names import CACHE_NAMES, cache_argument, find_cache
 
 from conftest import tiny_llama
@@ -78,7 +79,7 @@ def test_reading_outputs_and_passing_caches_is_silent(said: Callable[[], list[st
 
 
 def test_the_engine_is_silent(said: Callable[[], list[str]], engine: Any) -> None:
-    engine.fast_step = None  # the model's own forward
+    engine.runner = Runner(engine.model, engine.blend)  # the model's own forward
     done = engine.generate(["add three", "the plane orbits"], sampling=SamplingParams(max_tokens=3))
     assert [len(each.token_ids) for each in done] == [3, 3]
     assert said() == []

@@ -7,9 +7,7 @@ halves until it is clear whose fault that is: this row ends with its own error, 
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,20 +16,13 @@ from torch import Tensor
 from treadle.blend import Blend
 from treadle.cache import RowCache
 from treadle.centroids import Floats
-from treadle.chunk_step import MOST_TOKENS, read_chunk
 from treadle.draws import Draws, are_whole, drawn, failure_of
-from treadle.fast_step import FastStep
-from treadle.graph_step import GraphStep
-from treadle.params import Combine
+from treadle.passes import PassInput
 from treadle.prefixes import Copy, PrefixCache, Text
 from treadle.readings import Reading, score_prompts
-from treadle.rope import LengthRope
 from treadle.rows import Row, RowError, TokenEvent, route
+from treadle.runner import Runner
 from treadle.sampling import new_generator
-from treadle.transformers_names import cache_argument
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Events = list[tuple[Row, TokenEvent | RowError]]
 """What rows have become in a step: each has a token more, or has ended because it cannot be computed."""
@@ -42,21 +33,17 @@ class Batch:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        runner: Runner,
         blend: Blend,
         end_ids: frozenset[int],
-        fast_step: FastStep | GraphStep | None,
         prefixes: PrefixCache | None = None,
     ) -> None:
         self.rows: list[Row] = []
-        self._model = model
+        self._runner = runner
         self._blend = blend
         self._end_ids = end_ids
         self.cache = RowCache()
-        self._fast_step = fast_step
         self._prefixes = prefixes
-        self._cache_argument = cache_argument(model)
-        self._rope = LengthRope.of(model)
         self.route_seconds = 0.0  # spent on weights so far
 
     @torch.inference_mode()
@@ -68,7 +55,7 @@ class Batch:
     def begin(self, rows: Sequence[Row]) -> Reading:
         """Start to read the prompts of new rows; `read` goes on. What is known of a single row's prompt is not read."""
         for row in rows:
-            row.generator = new_generator(row.sampling, self._model.device)
+            row.generator = new_generator(row.sampling, self._runner.device)
         _, lost = self._route(rows)
         reading = Reading([row for row in rows if row not in lost], lost=lost)
         if self._prefixes and len(reading.rows) == 1:
@@ -129,11 +116,11 @@ class Batch:
         """Whether the row's text will be read anew while it is generated."""
         if row.routing.past == "recompute":
             return row.routing.every is not None
-        return self._rope is not None and row.prompt_tokens <= self._rope.limit < row.most_tokens
+        return self._runner.rope is not None and row.prompt_tokens <= self._runner.rope.limit < row.most_tokens
 
     def _has_grown(self, row: Row) -> bool:
         """Whether the newest token makes the text so long that all of it is rotated otherwise, and read again."""
-        return self._rope is not None and len(row.ids) == self._rope.limit + 1
+        return self._runner.rope is not None and len(row.ids) == self._runner.rope.limit + 1
 
     def _route(self, rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]:
         started = time.perf_counter()
@@ -290,33 +277,17 @@ class Batch:
         Returns:
             the logits (B, K, V) of the last `num_logits` = K columns.
         """
-        device = self._model.device
-        start, new = cache.length, ids.shape[1]
-        stacked = self._stacked(rows, weights, new)
-        combines: list[Combine] = [row.routing.combine for row in rows]
-        step = self._fast_step if start and new == 1 else None
-        is_chunk = start and 1 < new <= MOST_TOKENS and len(rows) == num_logits == 1
-        if isinstance(step, GraphStep) and step.knows(stacked, combines):
-            return step(ids[:, 0], pads, stacked, cache)[:, None]
-        left = torch.tensor(pads)[:, None]  # (B, 1)
-        positions = (torch.arange(start, start + new) - left).clamp(min=0)  # (B, T)
-        mask = (torch.arange(start + new) >= left).long().to(device) if any(pads) else None  # (B, L)
-        among = [row.router.names for row in rows]
-        rope = self._rope.using([len(row.ids) for row in rows] or [1]) if self._rope else nullcontext()
-        with self._blend.using(stacked, combines, among), rope:
-            if isinstance(step, FastStep):
-                return step(ids, positions, mask, cache)[:, None]
-            if isinstance(self._fast_step, FastStep) and is_chunk:
-                return read_chunk(self._model, ids, cache)[:, None]
-            output = self._model(
-                input_ids=ids.to(device),
-                attention_mask=mask,
-                position_ids=positions.to(device),
-                use_cache=True,
-                logits_to_keep=num_logits,
-                **{self._cache_argument: cache},
-            )
-        return output.logits[:, -num_logits:]  # (B, K, V)
+        given = PassInput(
+            ids=ids,
+            pads=pads,
+            weights=self._stacked(rows, weights, ids.shape[1]),
+            combines=[row.routing.combine for row in rows],
+            cache=cache,
+            among=[row.router.names for row in rows],
+            lengths=[len(row.ids) for row in rows] or [1],
+            num_logits=num_logits,
+        )
+        return self._runner.run(given).logits
 
     def _stacked(self, rows: Sequence[Row], weights: Sequence[Floats], num_tokens: int) -> Floats | None:
         """Return the rows' weights as (B, 1 or T, N of the blend); None where no adapter acts on any row."""
@@ -345,7 +316,7 @@ class Batch:
     def _text(self, row: Row) -> Text:
         """Return the tokens of a row that have been read, or are about to be, with their weights."""
         read = len(row.ids) - bool(row.events)
-        return Text.of(row, self._blend, "long" if self._rope and self._rope.is_long(read) else "")
+        return Text.of(row, self._blend, "long" if self._runner.rope and self._runner.rope.is_long(read) else "")
 
     def _remember(self, row: Row, cache: RowCache, index: int, copy: Copy | None = None) -> None:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""

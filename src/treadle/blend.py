@@ -222,15 +222,16 @@ class Blend:
         scaled = w @ self._spread(slot, 1.0) if kinds & {"sum", "paper"} else None  # (B|1, T|1, R)
         if scaled is not None and kinds == {"sum"}:
             return Gates(scaled.to(dtype), None, None, num_blocks)
-        direct = (scaled * rows("sum")).to(dtype) if scaled is not None and "sum" in kinds else None
-        inner: Tensor | float = 0.0
-        outer: Tensor | float = 0.0
+        gate = (scaled * rows("sum")).to(dtype) if scaled is not None and "sum" in kinds else None
+        cross_in: Tensor | float = 0.0
+        cross_out: Tensor | float = 0.0
         if "linear" in kinds:
             root = w.sqrt() @ self._spread(slot, 0.5)
-            inner, outer = root * rows("linear"), root * rows("linear")
+            cross_in, cross_out = root * rows("linear"), root * rows("linear")
         if present is not None and scaled is not None:
-            inner, outer = inner + scaled * rows("paper"), outer + present @ self._spread(slot, 0.0) * rows("paper")
-        gates = (direct, torch.as_tensor(inner).to(dtype), torch.as_tensor(outer).to(dtype))
+            cross_in = cross_in + scaled * rows("paper")
+            cross_out = cross_out + present @ self._spread(slot, 0.0) * rows("paper")
+        gates = (gate, torch.as_tensor(cross_in).to(dtype), torch.as_tensor(cross_out).to(dtype))
         return Gates(*gates, num_blocks, self._fold(slot))
 
     def _spread(self, slot: int, power: float) -> Tensor:

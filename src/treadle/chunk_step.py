@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from treadle.blend import Blend
 from treadle.cache import RowCache, RowLayer
 from treadle.forms import COLUMN_ROWS, HAS_MKL
 from treadle.layers import BlendedLinear
+from treadle.passes import PassInput, PassOutput
 from treadle.step_parts import DecoderLayer, bases, decoder_layers, joined_bias
 
 if TYPE_CHECKING:
@@ -24,12 +26,27 @@ MOST_TOKENS = 64
 """Tokens of a chunk; of longer ones the products take most of the time, and the mask would be large."""
 
 
-@torch.inference_mode()
-def read_chunk(model: "PreTrainedModel", ids: Tensor, cache: RowCache) -> Tensor:
-    """Return the logits (1, V) after the tokens `ids` (1, T) of one row, and append these to the cache.
+class ChunkPass:
+    """Reads some tokens of one row behind others; the model is one that `fits` on a CPU."""
 
-    The model is one that `fits` on a CPU, under the blend's gates; the row has no padding.
-    """
+    def __init__(self, model: "PreTrainedModel", blend: Blend) -> None:
+        self._model = model
+        self._blend = blend
+
+    def takes(self, given: PassInput) -> bool:
+        """Whether this is a chunk of one row behind others, of which the last logits are asked for."""
+        is_chunk = given.cache.length > 0 and 1 < given.ids.shape[1] <= MOST_TOKENS
+        return is_chunk and len(given.ids) == given.num_logits == 1
+
+    @torch.inference_mode()
+    def run(self, given: PassInput) -> PassOutput:
+        """Read the tokens; see `treadle.passes.ForwardPass`."""
+        with self._blend.using(given.weights, given.combines, given.among):
+            return _read(self._model, given.ids, given.cache, given.layer)
+
+
+def _read(model: "PreTrainedModel", ids: Tensor, cache: RowCache, asked: int | None) -> PassOutput:
+    """Return the logits (1, 1, V) after the tokens `ids` (1, T), and the hidden states of the layer `asked` for."""
     outer: Any = model
     inner, start, new = outer.model, cache.length, ids.shape[1]
     x = inner.embed_tokens(ids)[0]  # (T, H)
@@ -38,13 +55,18 @@ def read_chunk(model: "PreTrainedModel", ids: Tensor, cache: RowCache) -> Tensor
     layers = decoder_layers(model)
     mask = torch.full((new, start + new), -torch.inf, dtype=x.dtype).triu(start + 1)  # (T, L), 0 where it may look
     mask = mask.repeat(model.config.num_attention_heads // model.config.num_key_value_heads, 1)  # (q / kv * T, L)
-    for layer, kept in zip(layers, cache.rows(len(layers)), strict=True):
+    hidden: Tensor | None = None
+    for index, (layer, kept) in enumerate(zip(layers, cache.rows(len(layers)), strict=True)):
+        hidden = x if index == asked else hidden
         (read,) = _results(layer.output, _attend(layer, layer.first_norm(x), rotation, mask, kept))
         x = x + read
         gate, up = _results(layer.gate_up, layer.second_norm(x))
         (made,) = _results(layer.down, functional.silu(gate) * up)
         x = x + made
-    return outer.lm_head(inner.norm(x[None, -1:]))[0]
+    is_last = asked == len(layers)
+    normed = inner.norm(x if is_last else x[-1:])
+    hidden = normed if is_last else hidden
+    return PassOutput(outer.lm_head(normed[None, -1:]), None if hidden is None else hidden[None])
 
 
 def _results(layers: tuple[nn.Module, ...], x: Tensor) -> list[Tensor]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from treadle.blend import Blend
-from treadle.cache import RowCache, RowLayer
+from treadle.cache import RowLayer
 from treadle.forms import Form, fastest_form
 from treadle.packs import Packs, packs_unasked
 from treadle.pages import trim
+from treadle.passes import PassInput, PassOutput
 from treadle.step_parts import DecoderLayer, decoder_layers
 from treadle.step_products import Buffers, Stack, StackStep, StepGates
 
@@ -150,26 +151,36 @@ class FastStep:
             )
         return self._blocks[num_rows]
 
-    @torch.inference_mode()
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: RowCache) -> Tensor:
-        """Return the logits (B, V) of the tokens `ids` (B, 1) at `positions` (B, 1), and append to the cache.
+    def takes(self, given: PassInput) -> bool:
+        """Whether each row has one new token, and weights that are summed."""
+        return given.is_step and given.is_sum
 
-        `mask` (B, L) is zero where a row has padding, L counting the new token. The next step overwrites the logits.
-        """
+    @torch.inference_mode()
+    def run(self, given: PassInput) -> PassOutput:
+        """Read the tokens; see `treadle.passes.ForwardPass`."""
+        with self._blend.using(given.weights):
+            return self._read(given)
+
+    def _read(self, given: PassInput) -> PassOutput:
+        ids, mask = given.ids, given.mask()
         form, layers, last_norm, head = self._blocks_for(len(ids))
         inner = self._model.model
         gates = StepGates(self._blend.gates, form)
         x = inner.embed_tokens(ids)[:, 0]  # (B, H)
-        cos, sin = inner.rotary_emb(x, positions)  # (B, 1, head)
+        cos, sin = inner.rotary_emb(x, given.positions())  # (B, 1, head)
         half = self._head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # the sign of rotate_half, taken into the sine
         allowed = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, L)
-        for block, kept in zip(layers, cache.rows(len(layers)), strict=True):
+        hidden: Tensor | None = None
+        for index, (block, kept) in enumerate(zip(layers, given.cache.rows(len(layers)), strict=True)):
+            hidden = x.clone() if index == given.layer else hidden
             heads = block.qkv(block.layer.first_norm(x), gates)
             x += block.output(self._attend(block.layer, heads, (cos, sin), allowed, kept), gates)
             gate, up = block.gate_up(block.layer.second_norm(x), gates).chunk(2, -1)
             x += block.down(functional.silu(gate, inplace=True).mul_(up), gates)
-        return head(last_norm(x), gates)
+        x = last_norm(x)
+        hidden = x if given.layer == len(layers) else hidden
+        return PassOutput(head(x, gates)[:, None], None if hidden is None else hidden[:, None])
 
     def _attend(
         self, layer: Layer, heads: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor | None, kept: RowLayer

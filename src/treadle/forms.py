@@ -15,7 +15,6 @@ AMD_COLUMN_ROWS = {torch.float32: range(2, 33), torch.bfloat16: range(8, 33)}
 class Form:
     """How the results of a step lie: a row for each row of the batch, (B, n), made as x W^T."""
 
-    block_axis = -2
     makes_anew = False
     """Whether products with the base's weights come in memory of their own (`packed_product`), and are copied."""
 
@@ -50,10 +49,6 @@ class Form:
         """Return the view of some of n."""
         return laid[:, columns]
 
-    def blocks(self, laid: Tensor, num_layers: int, num_blocks: int) -> Tensor:
-        """Return the view of n as (layers, blocks, rank), blocks being `block_axis`."""
-        return laid.unflatten(-1, (num_layers, num_blocks, -1))
-
     def multiply(self, matrix: Tensor, x: Tensor, out: Tensor) -> None:
         """Put W x into `out`."""
         torch.mm(x, matrix, out=out)
@@ -69,8 +64,6 @@ class Form:
 
 class Columns(Form):
     """A column for each row of the batch, (n, B), made as W x^T."""
-
-    block_axis = 1
 
     def shape(self, size: int) -> tuple[int, ...]:
         """(n, B)."""
@@ -91,10 +84,6 @@ class Columns(Form):
     def part(self, laid: Tensor, columns: slice) -> Tensor:
         """Rows of (n, B)."""
         return laid[columns]
-
-    def blocks(self, laid: Tensor, num_layers: int, num_blocks: int) -> Tensor:
-        """(layers, blocks, rank, B)."""
-        return laid.unflatten(0, (num_layers, num_blocks, -1))
 
     def multiply(self, matrix: Tensor, x: Tensor, out: Tensor) -> None:
         """W x^T."""

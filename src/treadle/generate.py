@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import numpy as np
 
-from treadle import graph_step, step_parts
 from treadle.adapters import Adapter, read_adapter
 from treadle.batch import Batch
-from treadle.blend import Blend, attach
+from treadle.blend import attach
 from treadle.centroids import Centroids, Floats
 from treadle.chat import TokenPrompt, read_prompt, token_prompt
 from treadle.compatible import check_combine, check_tokens
@@ -24,17 +23,14 @@ from treadle.errors import (
     problem_list,
     unknown_name,
 )
-from treadle.fast_step import FastStep
 from treadle.fitting import centroid_of
-from treadle.graph_step import GraphStep
-from treadle.packs import can_pack
 from treadle.params import RoutingParams, SamplingParams
 from treadle.prefixes import PrefixCache
 from treadle.routing import Router
 from treadle.rows import Report, Row, RowError, TokenEvent
+from treadle.runner import check_pack, is_plain_decoder, new_runner
 from treadle.samples import Sample
 from treadle.stacking import Stacks
-from treadle.step_parts import is_hooked
 from treadle.supported import check_supported, rereading_layers
 from treadle.text import Prompt, check_known, is_one_prompt
 
@@ -80,30 +76,26 @@ class Engine:
             OptionError: `pack` is true and nothing reads packed weights, or the adapters cannot be combined so.
         """
         check_supported(model)
-        self._rereading = frozenset[str]() if step_parts.fits(model) else rereading_layers(model)
+        self._rereading = frozenset[str]() if is_plain_decoder(model) else rereading_layers(model)
         check_tokens(adapters, self._rereading)
         if sorted(adapter.name for adapter in adapters) != sorted(router.names):
             raise AdapterError(
                 f"the router knows {', '.join(router.names)}; the adapters are {', '.join(a.name for a in adapters)}."
             )
-        if pack and not (is_fast and step_parts.fits(model) and can_pack(model.dtype)):
-            raise OptionError(
-                "pack: nothing reads packed weights here. Steps of our own do, on a CPU whose oneDNN packs "
-                f"{model.dtype}, of {', '.join(step_parts.ARCHITECTURES)}."
-            )
+        check_pack(model, pack, is_fast=is_fast)
         self.model = model
         self.tokenizer = tokenizer
         self.router = router
         self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
-        self.fast_step = _own_step(model, self.blend, pack) if is_fast else None
+        self.runner = new_runner(model, self.blend, pack=pack, is_fast=is_fast)
         self._running: list[Row] = []
         self._retired: set[str] = set()  # removed adapters that running rows still use
         self.check_routing([router.params])
 
     @property
     def is_fast(self) -> bool:
-        """Whether steps run through our own steps rather than the model's own `forward`."""
-        return self.fast_step is not None
+        """Whether steps run through passes of our own rather than the model's own `forward`."""
+        return bool(self.runner.own)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -251,12 +243,12 @@ class Engine:
             raise OptionError(message, list(problems.values()))
 
     def new_batch(self, end_ids: frozenset[int] | None = None, prefixes: PrefixCache | None = None) -> Batch:
-        """Return an empty batch whose rows end at `end_ids`, by default the model's; hooks rule out the fast step.
+        """Return an empty batch whose rows end at `end_ids`, by default the model's; hooks rule out passes of our own.
 
         Batches that are given the same `prefixes` read a beginning that their rows share only once.
         """
-        fast_step = None if is_hooked(self.model) else self.fast_step
-        return Batch(self.model, self.blend, self._end_ids() if end_ids is None else end_ids, fast_step, prefixes)
+        end_ids = self._end_ids() if end_ids is None else end_ids
+        return Batch(self.runner.unhooked(), self.blend, end_ids, prefixes)
 
     def new_rows(
         self,
@@ -387,13 +379,6 @@ class Engine:
         given: list[Any] = [getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id]
         ids: list[Any] = [each for entry in given for each in (entry if isinstance(entry, list) else [entry])]
         return frozenset(int(each) for each in ids if each is not None)
-
-
-def _own_step(model: "PreTrainedModel", blend: Blend, pack: bool | None) -> FastStep | GraphStep | None:
-    """Return our own forward pass of one token a row, if there is one for the model and its device."""
-    if step_parts.fits(model):
-        return FastStep(model, blend, pack=pack)
-    return GraphStep(model, blend) if graph_step.fits(model) else None
 
 
 def load(path: str | Path, *, device: str | None = None, dtype: str | None = None, pack: bool | None = None) -> Engine:

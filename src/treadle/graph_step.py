@@ -23,15 +23,15 @@ from torch.nn import functional
 
 from treadle import step_parts
 from treadle.blend import Blend
-from treadle.cache import RowCache
 from treadle.layers import BlendedLinear
+from treadle.passes import PassInput, PassOutput
 from treadle.stages import Factor, HeadNorms, Heads, Kernels, Norm, Unfinished, Update, Window
 from treadle.step_parts import DecoderLayer, bases, decoder_layers, in_one_piece, joined_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Run = Callable[[], Tensor]
+Run = Callable[[], PassOutput]
 DTYPES = (torch.bfloat16, torch.float32)
 """The norm is multiplied in behind a product: float16 could overflow before it."""
 SEQUENCE_ROTATIONS = ("dynamic", "longrope")
@@ -64,7 +64,7 @@ class CudaGraphs:
         self._pool: Any = None
 
     def __call__(self, run: Run) -> Run:
-        """Return a function that replays `run` and returns the same tensor each time, with what it now holds."""
+        """Return a function that replays `run` and returns the same tensors each time, with what they now hold."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -75,7 +75,7 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
 
-        def replay() -> Tensor:
+        def replay() -> PassOutput:
             graph.replay()
             return result
 
@@ -192,18 +192,14 @@ class GraphStep:
         self._heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
         self._gather()
 
-    def knows(self, weights: Any | None, combines: Sequence[str]) -> bool:
-        """Whether rows with weights (B, T, N) are combined in the way of the pass: a row without any is."""
-        if weights is None or set(combines) == {"sum"}:
-            return True
-        return all(combine == "sum" or not each.any() for combine, each in zip(combines, weights, strict=True))
+    def takes(self, given: PassInput) -> bool:
+        """Whether each row has one new token, and weights that are summed."""
+        return given.is_step and given.is_sum
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, pads: Sequence[int], weights: Any | None, cache: RowCache) -> Tensor:
-        """Return the logits (B, V) of the tokens `ids` (B,), and append to the cache; valid until the next step.
-
-        `pads` are the columns of padding before each row; `weights` (B, N) of the adapters, None where none acts.
-        """
+    def run(self, given: PassInput) -> PassOutput:
+        """Read the tokens; see `treadle.passes.ForwardPass`."""
+        ids, weights, cache = given.ids[:, 0], given.weights, given.cache
         if self._adapters is not self._blend.adapters:
             self._gather()
         w = None if weights is None else self._blend.checked(weights)[:, 0]  # (B, N)
@@ -214,12 +210,13 @@ class GraphStep:
         inputs = self._inputs[rows]
         place = cache.extend(len(self._blocks))
         buffers = cache.buffers()
-        inputs.set(ids, pads, w, place, [buffer.data_ptr() for pair in buffers for buffer in pair])
-        key = (rows, w is not None, *self._kernels.binds(buffers[0]))
+        inputs.set(ids, given.pads, w, place, [buffer.data_ptr() for pair in buffers for buffer in pair])
+        key = (rows, w is not None, given.layer, *self._kernels.binds(buffers[0]))
         if key not in self._runs:
-            self._runs[key] = self._capture(lambda: self._run(inputs, w is not None, buffers))
+            self._runs[key] = self._capture(lambda: self._run(inputs, w is not None, buffers, given.layer))
             self.num_captures += 1
-        return self._runs[key]()[: len(ids)]
+        logits, hidden = self._runs[key]()
+        return PassOutput(logits[: len(ids)], None if hidden is None else hidden[: len(ids)])
 
     def weights(self) -> dict[str, list[Tensor]]:
         """Return the matrices (out, in) of the step's products, of all layers, by name; those with A below W too."""
@@ -233,7 +230,7 @@ class GraphStep:
     def _gather(self) -> None:
         """Collect what each layer computes with; once more when adapters come or go."""
         with torch.inference_mode(False), torch.no_grad():
-            self._runs: dict[tuple[int, ...], Run] = {}
+            self._runs: dict[tuple[int | None, ...], Run] = {}
             self._inputs: dict[int, Inputs] = {}
             layers = decoder_layers(self._model)
             norms = [*(layer.first_norm for layer in layers[1:]), self._model.model.norm]
@@ -260,8 +257,10 @@ class GraphStep:
             columns[slots] = slice(end, end := end + parts[-1].shape[1])
         return (torch.cat(parts, 1) if parts else None), columns
 
-    def _run(self, inputs: Inputs, is_blended: bool, buffers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Compute a step: all of it is captured."""
+    def _run(
+        self, inputs: Inputs, is_blended: bool, buffers: Sequence[tuple[Tensor, Tensor]], asked: int | None
+    ) -> PassOutput:
+        """Compute a step, with the hidden states of the layer `asked` for: all of it is captured."""
         inner, kernels = self._model.model, self._kernels
         gates = inputs.weights @ self._spread if is_blended and self._spread is not None else None  # (B, sum of R)
         x = inner.embed_tokens(inputs.ids)  # (B, H)
@@ -269,7 +268,9 @@ class GraphStep:
         first = inner.layers[0].input_layernorm
         x, weighted, squares = kernels.add(x, Unfinished(torch.zeros_like(x)), first.weight)
         epsilon = first.variance_epsilon
-        for block, pair, pointers in zip(self._blocks, buffers, inputs.pointers, strict=True):
+        hidden: Tensor | None = None
+        for index, (block, pair, pointers) in enumerate(zip(self._blocks, buffers, inputs.pointers, strict=True)):
+            hidden = x if index == asked else hidden  # stages return new tensors: nobody writes to it
             window = Window(pair, pointers, inputs.first, inputs.place)
             norm = Norm(squares, x.shape[1], epsilon)
             heads = self._products(block.qkv, weighted, gates, norm)
@@ -283,7 +284,9 @@ class GraphStep:
             product = self._products(block.down, active, gates)
             x, weighted, squares = kernels.add(x, product, block.next_norm.weight)
             epsilon = block.next_norm.variance_epsilon
-        return self._logits(functional.rms_norm(x, x.shape[1:], inner.norm.weight, epsilon), gates)
+        x = functional.rms_norm(x, x.shape[1:], inner.norm.weight, epsilon)
+        hidden = x if asked == len(self._blocks) else hidden
+        return PassOutput(self._logits(x, gates)[:, None], None if hidden is None else hidden[:, None])
 
     def _products(self, group: Group, x: Tensor, gates: Tensor | None, norm: Norm | None = None) -> Unfinished:
         """Return W x (B, sum of out and more) of a group and what is still to come; `norm` is that of x."""

@@ -53,23 +53,24 @@ class Layout:
 
 @dataclass(frozen=True)
 class Gates:
-    """What stands between the two products of a module: h -> direct * h + outer * tile(fold(inner * h)).
+    """What stands between the two products of a module: h -> gate * h + cross_out * tile(fold(cross_in * h)).
 
     Folding adds up the adapters' blocks of r rows and tiling repeats the result for each of them. Each gate is
-    (B|1, T|1, R) or None: `direct` alone is the combine `sum`; `inner` and `outer` are `linear` and `paper`. `fold`
-    (R, r) is there where blocks differ in length: those that are folded together never do, but others lie between.
+    (B|1, T|1, R) or None: `gate` alone is the combine `sum`; `cross_in` and `cross_out` are `linear` and `paper`.
+    `fold` (R, r) is there where blocks differ in length: those that are folded together never do, but others may lie
+    between them.
     """
 
-    direct: Tensor | None
-    inner: Tensor | None
-    outer: Tensor | None
+    gate: Tensor | None
+    cross_in: Tensor | None
+    cross_out: Tensor | None
     num_blocks: int
     fold: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of each gate, (B|1, T|1, R)."""
-        gate = self.inner if self.direct is None else self.direct
+        gate = self.cross_in if self.gate is None else self.gate
         assert gate is not None
         num_rows, num_tokens, size = gate.shape
         return num_rows, num_tokens, size
@@ -87,18 +88,18 @@ class Gates:
         def cut(gate: Tensor | None) -> Tensor | None:
             return None if gate is None else gate[:, -num_tokens:]
 
-        return replace(self, direct=cut(self.direct), inner=cut(self.inner), outer=cut(self.outer))
+        return replace(self, gate=cut(self.gate), cross_in=cut(self.cross_in), cross_out=cut(self.cross_out))
 
     def apply(self, h: Tensor) -> Tensor:
         """Return the gated `h` (B, T, R)."""
-        if self.inner is None or self.outer is None:
-            return h if self.direct is None else h * self.direct
+        if self.cross_in is None or self.cross_out is None:
+            return h if self.gate is None else h * self.gate
         if self.fold is None:
-            folded = (h * self.inner).unflatten(-1, (self.num_blocks, -1)).sum(-2)  # (B, T, r)
-            crossed = self.outer * folded.tile(self.num_blocks)  # (B, T, R)
+            folded = (h * self.cross_in).unflatten(-1, (self.num_blocks, -1)).sum(-2)  # (B, T, r)
+            crossed = self.cross_out * folded.tile(self.num_blocks)  # (B, T, R)
         else:
-            crossed = self.outer * ((h * self.inner) @ self.fold @ self.fold.t())
-        return crossed if self.direct is None else torch.addcmul(crossed, h, self.direct)
+            crossed = self.cross_out * ((h * self.cross_in) @ self.fold @ self.fold.t())
+        return crossed if self.gate is None else torch.addcmul(crossed, h, self.gate)
 
 
 class Shrink(nn.Module):

@@ -19,80 +19,20 @@ from treadle.step_parts import bases, in_one_piece, joined_bias
 
 
 class StepGates:
-    """The gates of one step, side by side for layers that read the same input."""
+    """The gates of one step, whose combine is `sum`: side by side for layers that read the same input."""
 
     def __init__(self, gates: Mapping[int, Gates], form: Form) -> None:
         self._gates = gates
         self._form = form
-        self._joined: dict[tuple[int, ...], Joined | None] = {}
+        self._joined: dict[tuple[int, ...], Tensor | None] = {}
 
-    def of(self, slots: tuple[int, ...]) -> "Joined | None":
-        """Return the gates of layers with these slots; None where no adapter acts on them."""
+    def of(self, slots: tuple[int, ...]) -> Tensor | None:
+        """Return what multiplies A x of layers with these slots, as results lie; None where no adapter acts."""
         if slots not in self._joined:
-            acting = [self._gates[slot] for slot in slots if slot in self._gates]
-            self._joined[slots] = Joined(acting, self._form, are_alike=len(set(slots)) == 1) if acting else None
+            acting = [self._gates[slot].gate for slot in slots if slot in self._gates]
+            given = [each[:, 0] for each in acting if each is not None]  # of each (B|1, R)
+            self._joined[slots] = self._form.lay_gates(torch.cat(given, -1)) if given else None
         return self._joined[slots]
-
-
-class Joined:
-    """What multiplies A x of layers that read the same input, in place; see `treadle.layers.Gates`."""
-
-    def __init__(self, gates: Sequence[Gates], form: Form, *, are_alike: bool) -> None:
-        self._gates = gates
-        self._form = form
-        self._direct = self._side_by_side([each.direct for each in gates])
-        self._alone = self._direct if all(each.inner is None for each in gates) else None
-        inner = self._side_by_side([each.inner for each in gates])
-        outer = self._side_by_side([each.outer for each in gates])
-        self._shape = len(gates), gates[0].num_blocks
-        self._crossed = None
-        if inner is not None and outer is not None and are_alike and gates[0].fold is None:
-            self._crossed = inner, form.blocks(outer, *self._shape)
-
-    def apply(self, shrunk: "Shrunk") -> None:
-        """Multiply `shrunk.source` into `shrunk.h`."""
-        h = shrunk.h
-        if self._alone is not None:
-            torch.mul(shrunk.source, self._alone, out=h)
-            return
-        if shrunk.source is not h:
-            h.copy_(shrunk.source)
-        if self._crossed is not None:
-            self._cross(shrunk, *self._crossed)
-        else:  # blocks of different lengths, or layers that differ
-            parts = self._form.rows(h)[:, None].split([gates.size for gates in self._gates], -1)
-            mixed = [gates.apply(part) for gates, part in zip(self._gates, parts, strict=True)]
-            h.copy_(self._form.lay(torch.cat(mixed, -1)[:, 0]))
-
-    def _cross(self, shrunk: "Shrunk", inner: Tensor, outer: Tensor) -> None:
-        blocks, spare_blocks = shrunk.blocks(self._shape)
-        torch.mul(shrunk.h, inner, out=shrunk.spare)
-        folded = spare_blocks.sum(self._form.block_axis, keepdim=True)
-        if self._direct is None:
-            torch.mul(outer, folded, out=blocks)
-        else:
-            shrunk.h.mul_(self._direct)
-            blocks.addcmul_(outer, folded)
-
-    def _side_by_side(self, gates: Sequence[Tensor | None]) -> Tensor | None:
-        """Return gates (B|1, 1, R) of the layers as one, as results lie; None where one has none."""
-        given = [each[:, 0] for each in gates if each is not None]
-        return self._form.lay_gates(torch.cat(given, -1)) if len(given) == len(gates) else None
-
-
-class Shrunk:
-    """A x of layers that read the same input: where it is made, `source`, where gates leave it, `h`; `spare` room."""
-
-    def __init__(self, form: Form, source: Tensor, h: Tensor, spare: Tensor) -> None:
-        self._form = form
-        self.source, self.h, self.spare = source, h, spare
-        self._blocks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def blocks(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return views of both as so many layers and blocks."""
-        if shape not in self._blocks:
-            self._blocks[shape] = self._form.blocks(self.h, *shape), self._form.blocks(self.spare, *shape)
-        return self._blocks[shape]
 
 
 class Buffers:
@@ -167,15 +107,16 @@ class StackStep:
         shrink = stack.shrink
         self._a = form.matrix(shrink.a)
         below = slice(size, size + rank)
-        source = form.part(self._all, below) if stack.is_whole else buffers.take("h", rank, shrink.dtype)
-        h = source if source.dtype == shrink.dtype else buffers.take("h", rank, shrink.dtype)
-        self._shrunk = Shrunk(form, source, h, buffers.take("spare", rank, shrink.dtype))
+        # A x: where it is made, and where the gates leave it
+        self._source = form.part(self._all, below) if stack.is_whole else buffers.take("h", rank, shrink.dtype)
+        is_same = self._source.dtype == shrink.dtype
+        self._h = self._source if is_same else buffers.take("h", rank, shrink.dtype)
         self._sum = self._y
         if dtype != shrink.dtype:  # columns that no adapter has stay zero: nobody else has room of this name
             name = f"sum of {[columns for _, columns in stack.updates]}"
             self._sum = buffers.take(name, size, shrink.dtype).zero_()
         for (layer, columns), rows in zip(stack.updates, shrink.rows, strict=True):
-            parts = form.part(h, rows), form.part(self._sum, columns)
+            parts = form.part(self._h, rows), form.part(self._sum, columns)
             self._updates.append((form.matrix(layer.b), *parts))
 
     @cached_property
@@ -204,12 +145,12 @@ class StackStep:
             self._update(laid, joined)
         return self._result
 
-    def _update(self, laid: Tensor, gates: Joined) -> None:
+    def _update(self, laid: Tensor, gates: Tensor) -> None:
         """Add to the results what the adapters do with the input, which lies as results do."""
         form = self._form
         if not self._is_whole:
-            form.multiply(self._a, laid.to(self._shrunk.h.dtype), self._shrunk.h)
-        gates.apply(self._shrunk)
+            form.multiply(self._a, laid.to(self._h.dtype), self._source)
+        torch.mul(self._source, gates, out=self._h)
         if self._sum is self._y:
             for b, h, y in self._updates:
                 form.add_product(y, b, h)

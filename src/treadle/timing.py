@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Unit = Callable[[], object]
 """One unit of an arm's work: a step, a call, a decision."""
-PRODUCTS = frozenset({"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear", "bmm", "_linear_pointwise"})
+PRODUCTS = frozenset({"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear", "bmm", "matmul", "_linear_pointwise"})
 """What PyTorch calls its matrix products."""
 COPY_BYTES = 1 << 28
 """Of the copy that measures bandwidth: far more than any cache holds."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from treadle.batch import Batch
 from treadle.bundle import Bundle, read_bundle
 from treadle.embed import SentenceEmbedder
-from treadle.fast_step import FastStep
 from treadle.generate import Engine
 from treadle.machine import Machine
 from treadle.models import load_model, load_tokenizer
@@ -63,7 +62,7 @@ class Lab:
     @property
     def has_packs(self) -> bool:
         """Whether the engine's steps may read weights that oneDNN has packed."""
-        return isinstance(self.engine.fast_step, FastStep) and self.engine.fast_step.has_packs
+        return self.engine.runner.has_packs
 
     @property
     def facts(self) -> dict[str, Any]:
