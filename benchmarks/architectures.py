@@ -27,15 +27,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from treadle.adapters import read_adapter
-from treadle.compatible import linear_shapes
-from treadle.embed import StaticEmbedder
-from treadle.errors import TreadleError
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.prefixes import PrefixCache
-from treadle.routing import fit
-from treadle.score import score_ids
+from treadle.common.errors import TreadleError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.engine import Engine
+from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.scoring import score_ids
+from treadle.lora.adapter import read_adapter
+from treadle.lora.compatibility import linear_shapes
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import fit
 
 END, PAD = 257, 258
 SIZES: dict[str, Any] = {

@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import treadle
-from treadle.data import read_rows
-from treadle.tasks import TASKS
+from treadle.experiments.data import read_rows
+from treadle.experiments.tasks import TASKS
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 SHOWN = 10

@@ -25,15 +25,15 @@ from nevergrad.optimization import registry
 from nevergrad.parametrization.parameter import Array
 
 import treadle
-from treadle.generate import Engine
-from treadle.models import load_model, load_tokenizer, quiet_libraries
-from treadle.params import EvalParams, RoutingParams
-from treadle.peers import arrow, xlora
-from treadle.results import EvalResult, interval, write_cell, write_results
-from treadle.score import BATCH
-from treadle.sets import load_sets
-from treadle.tasks import PAPER, Example
-from treadle.text import completion_ids, prompt_ids
+from treadle.bundle.base_model import load_model, load_tokenizer, quiet_libraries
+from treadle.common.params import EvalParams, RoutingParams
+from treadle.engine.engine import Engine
+from treadle.engine.scoring import BATCH
+from treadle.engine.tokenization import completion_ids, prompt_ids
+from treadle.experiments.peers.peers import arrow, xlora
+from treadle.experiments.results import EvalResult, interval, write_cell, write_results
+from treadle.experiments.sets import load_sets
+from treadle.experiments.tasks import PAPER, Example
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 FILES = {

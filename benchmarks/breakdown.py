@@ -16,13 +16,13 @@ from statistics import median
 
 from torch.profiler import ProfilerActivity, profile
 
-from treadle.bundle import read_bundle
-from treadle.generate import Engine
-from treadle.models import load_model, quiet_libraries
-from treadle.params import BenchParams, RoutingParams
-from treadle.peers import cached_step
-from treadle.timing import PRODUCTS, Counter, interleave
-from treadle.workbench import Lab, started
+from treadle.bundle.base_model import load_model, quiet_libraries
+from treadle.bundle.bundle import read_bundle
+from treadle.common.params import BenchParams, RoutingParams
+from treadle.engine.engine import Engine
+from treadle.experiments.peers.peers import cached_step
+from treadle.experiments.timing import PRODUCTS, Counter, interleave
+from treadle.experiments.workbench import Lab, started
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 Step = Callable[[], object]

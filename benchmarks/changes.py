@@ -1,4 +1,4 @@
-"""Prints how well prompts whose domain changes are cut (`treadle.change`), on validation rows; no base model is run.
+"""Prints how well prompts whose domain changes are cut (`segmentation`), on validation rows; no base model is run.
 
     python benchmarks/validation.py --data ../shared/data -o work/full/validation
     python benchmarks/changes.py --validation work/full/validation
@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 
 import treadle
-from treadle import change
-from treadle.params import EvalParams
-from treadle.routing import Router
-from treadle.sets import load_sets
-from treadle.streams import join_streams
-from treadle.tasks import PAPER, SEPARATOR, Example
+from treadle.common.params import EvalParams
+from treadle.experiments.sets import load_sets
+from treadle.experiments.streams import join_streams
+from treadle.experiments.tasks import PAPER, SEPARATOR, Example
+from treadle.routing import segmentation
+from treadle.routing.router import Router
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 SINGLES, STREAMS = 200, 200
-SURE = (25, change.SURE, 70)
+SURE = (25, segmentation.SURE, 70)
 NATS = (3.0, 4.0, 5.0)
 Prompts = Sequence[tuple[str, str]]
 """A text, and the adapter of its last question."""
@@ -45,9 +45,9 @@ def main() -> None:
     }
     print("| words that count half | nats | " + " | ".join(kinds) + " | ms a prompt |\n|---|---|---|---|---|")
     print_line(router, kinds, "", None)
-    for change.SURE in SURE:
+    for segmentation.SURE in SURE:
         for nats in NATS:
-            print_line(router, kinds, str(change.SURE), nats)
+            print_line(router, kinds, str(segmentation.SURE), nats)
 
 
 def conversations(rows: Mapping[str, Sequence[Example]]) -> Prompts:

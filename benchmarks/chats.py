@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 import treadle
-from treadle.chat import contents_of, joined, read_prompt
-from treadle.data import load_examples, read_rows
-from treadle.models import load_tokenizer
-from treadle.params import SamplingParams
-from treadle.routing import Router
-from treadle.rows import Row, route
-from treadle.text import chat_text
+from treadle.bundle.base_model import load_tokenizer
+from treadle.common.params import SamplingParams
+from treadle.engine.chat import contents_of, joined, read_prompt
+from treadle.engine.sequence import Row, route
+from treadle.engine.tokenization import chat_text
+from treadle.experiments.data import load_examples, read_rows
+from treadle.routing.router import Router
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 FILES = {

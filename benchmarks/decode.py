@@ -10,11 +10,11 @@ import argparse
 from pathlib import Path
 
 import treadle
-from treadle.models import quiet_libraries
-from treadle.params import BenchParams
-from treadle.suite_decode import calls
-from treadle.timing import markdown
-from treadle.workbench import Lab
+from treadle.bundle.base_model import quiet_libraries
+from treadle.common.params import BenchParams
+from treadle.experiments.decode import calls
+from treadle.experiments.timing import markdown
+from treadle.experiments.workbench import Lab
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 

@@ -16,12 +16,12 @@ from model2vec import StaticModel
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from treadle.data import load_examples
-from treadle.embed import Embedder, SentenceEmbedder, StaticEmbedder
-from treadle.params import RoutingParams
-from treadle.routing import fit
-from treadle.samples import sample_texts
-from treadle.tasks import Example
+from treadle.common.params import RoutingParams
+from treadle.experiments.data import load_examples
+from treadle.experiments.tasks import Example
+from treadle.routing.embedder import Embedder, SentenceEmbedder, StaticEmbedder
+from treadle.routing.router import fit
+from treadle.routing.samples import sample_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 from embedder import model_folder as minilm_folder

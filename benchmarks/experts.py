@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 import treadle
-from treadle.data import load_examples
-from treadle.models import quiet_libraries
-from treadle.params import RoutingParams
+from treadle.bundle.base_model import quiet_libraries
+from treadle.common.params import RoutingParams
+from treadle.experiments.data import load_examples
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 HELD_OUT = {

@@ -20,12 +20,12 @@ import numpy as np
 from model2vec import StaticModel
 
 import treadle
-from treadle import routing
-from treadle.centroids import Centroids
-from treadle.embed import StaticEmbedder, num_words
-from treadle.models import load_tokenizer
-from treadle.routing import Router
-from treadle.samples import sample_texts
+from treadle.bundle.base_model import load_tokenizer
+from treadle.routing import router as routing
+from treadle.routing.centroids import Centroids
+from treadle.routing.embedder import StaticEmbedder, num_words
+from treadle.routing.router import Router
+from treadle.routing.samples import sample_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 

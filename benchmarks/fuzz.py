@@ -30,18 +30,18 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from treadle.arms import choose_arms
-from treadle.bundle import read_bundle, save_bundle
-from treadle.data import load_examples, load_texts
-from treadle.embed import StaticEmbedder, load_embedder
-from treadle.errors import TreadleError
-from treadle.params import RoutingParams
-from treadle.results import EvalResult, fractions_of, read_cell, read_results, write_cell, write_results
-from treadle.routing import fit
-from treadle.server.keys import read_keys
-from treadle.server.settings import read_settings
-from treadle.sweep import read_sweep
-from treadle.tasks import read_task
+from treadle.bundle.bundle import read_bundle, save_bundle
+from treadle.common.errors import TreadleError
+from treadle.common.params import RoutingParams
+from treadle.experiments.arms import choose_arms
+from treadle.experiments.data import load_examples, load_texts
+from treadle.experiments.results import EvalResult, fractions_of, read_cell, read_results, write_cell, write_results
+from treadle.experiments.sweep import read_sweep
+from treadle.experiments.tasks import read_task
+from treadle.routing.embedder import StaticEmbedder, load_embedder
+from treadle.routing.router import fit
+from treadle.serving.openai.keys import read_keys
+from treadle.serving.openai.settings import read_settings
 
 SECONDS = 10.0
 """After which a mutation counts as a hang."""

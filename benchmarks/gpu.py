@@ -24,7 +24,7 @@ from gpu_products import report_products
 from gpu_show import show
 from gpu_steps import Lab
 
-from treadle.machine import Machine
+from treadle.experiments.machine import Machine
 
 BATCHES, CONTEXTS = (1, 8, 32, 128), (512, 4096)
 SMALL_BATCHES, SMALL_CONTEXTS = (1, 3), (40,)

@@ -1,6 +1,7 @@
 """The laws of the step that a GPU replays, on small random models on the device: `benchmarks/gpu.py --check`.
 
-Each law compares `treadle.graph_step` with the model's own forward in float32, and prints the largest difference.
+Each law compares `treadle.engine.runners.cuda.step` with the model's own forward in float32, and prints the largest
+difference.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +12,14 @@ import torch
 from gpu_clock import DEVICE
 from gpu_lab import ALL_LINEAR, SMALL, build_engine, build_model, draw_adapters, step_of
 
-from treadle.cache import RowCache
-from treadle.generate import Engine
-from treadle.graph_step import GraphStep
-from treadle.kernels_plain import PlainKernels
-from treadle.params import RoutingParams, SamplingParams
-from treadle.rows import Row
-from treadle.transformers_names import cache_argument
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.common.transformers_names import cache_argument
+from treadle.engine.engine import Engine
+from treadle.engine.kv_cache import RowCache
+from treadle.engine.runners.cuda.step import GraphStep
+from treadle.engine.sequence import Row
+
+from reference_kernels import PlainKernels
 
 VARIANTS = {
     "Llama, 8 heads on 2": SMALL,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from treadle.timing import bandwidth, interleave
+from treadle.experiments.timing import bandwidth, interleave
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 6

@@ -4,6 +4,7 @@ Nothing is fetched. Weights are drawn where they stay, on the device.
 """
 
 import json
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +17,18 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from treadle.adapters import Adapter, LoraPair
-from treadle.cache import RowCache
-from treadle.centroids import Centroids
-from treadle.compatible import linear_shapes
-from treadle.generate import Engine
-from treadle.graph_step import GraphStep
-from treadle.kernels_plain import PlainKernels
-from treadle.passes import PassInput
-from treadle.routing import Router
-from treadle.runner import Runner
+from treadle.engine.engine import Engine
+from treadle.engine.kv_cache import RowCache
+from treadle.engine.runners.cuda.step import GraphStep
+from treadle.engine.runners.passes import PassInput
+from treadle.engine.runners.runner import Runner
+from treadle.lora.adapter import Adapter, LoraPair
+from treadle.lora.compatibility import linear_shapes
+from treadle.routing.centroids import Centroids
+from treadle.routing.router import Router
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from reference_kernels import PlainKernels
 
 LLAMA_2_7B = {
     "model_type": "llama",

@@ -19,11 +19,11 @@ from gpu_lab import (
     save_adapters,
 )
 
-from treadle.generate import Engine
-from treadle.params import RoutingParams
-from treadle.peers import arrow, next_token, one_adapter, transformers_generate, xlora
-from treadle.timing import interleave
-from treadle.workbench import run
+from treadle.common.params import RoutingParams
+from treadle.engine.engine import Engine
+from treadle.experiments.peers.peers import arrow, next_token, one_adapter, transformers_generate, xlora
+from treadle.experiments.timing import interleave
+from treadle.experiments.workbench import run
 
 MakePeer = Callable[[Any, Mapping[str, Path]], Any]
 CACHED: dict[str, MakePeer] = {"PEFT, one adapter": one_adapter, "PEFT Arrow, top 2": arrow}

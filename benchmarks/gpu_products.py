@@ -1,4 +1,4 @@
-"""Times the forms of every product of a step on a GPU, from which the table of `treadle.products` was taken."""
+"""Times the forms of every product of a step on a GPU, from which the table of `runners.cuda.gemv` was taken."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from gpu_clock import BLOCK, DEVICE, Report, in_turn
 from torch import Tensor
 from torch.nn import functional
 
-from treadle.graph_step import GraphStep
+from treadle.engine.runners.cuda.step import GraphStep
 
 Form = Callable[[Tensor, Tensor], Tensor]
 LAYERS = 12
@@ -31,7 +31,7 @@ def report_products(step: GraphStep, setting: str, batches: Sequence[int], peak:
 
 def product_forms(rows: int) -> dict[str, Form]:
     """Return the ways to compute a product of so many rows."""
-    from treadle.products import thin_product, vector_product
+    from treadle.engine.runners.cuda.gemv import thin_product, vector_product
 
     forms: dict[str, Form] = {"torch": functional.linear}
     if rows == 1:

@@ -11,13 +11,13 @@ from gpu_clock import BLOCK, DEVICE, Report, in_turn
 from gpu_lab import cache_bytes, draw_prompts, draw_weights, step_of
 from torch import Tensor
 
-from treadle.cache import RowCache
-from treadle.generate import Engine
-from treadle.graph_step import GraphStep
-from treadle.params import RoutingParams
-from treadle.timing import interleave
-from treadle.transformers_names import cache_argument
-from treadle.workbench import started, step_bytes
+from treadle.common.params import RoutingParams
+from treadle.common.transformers_names import cache_argument
+from treadle.engine.engine import Engine
+from treadle.engine.kv_cache import RowCache
+from treadle.engine.runners.cuda.step import GraphStep
+from treadle.experiments.timing import interleave
+from treadle.experiments.workbench import started, step_bytes
 
 SPARE = 3 << 30
 """Bytes of the device's memory that a cache must leave."""

@@ -4,8 +4,8 @@
     python benchmarks/groups.py --data ../shared/data --validation work/validation2
 
 First table: accuracy of the nearest adapter over the number of groups that each adapter's samples are in
-(`treadle.centroids.MOST_GROUPS`). Second: over the share of the score that recent tokens give
-(`treadle.routing.RECENT_SHARE`), the mean weight that answers' tokens do *not* give to their own adapter.
+(`treadle.routing.centroids.MOST_GROUPS`). Second: over the share of the score that recent tokens give
+(`treadle.routing.router.RECENT_SHARE`), the mean weight that answers' tokens do *not* give to their own adapter.
 """
 
 import argparse
@@ -18,17 +18,18 @@ from pathlib import Path
 import numpy as np
 
 import treadle
-from treadle import centroids, routing
-from treadle.data import load_examples
-from treadle.embed import num_words
-from treadle.models import load_tokenizer
-from treadle.params import EvalParams
-from treadle.routing import Router
-from treadle.samples import sample_texts
-from treadle.sets import load_sets
-from treadle.streams import join_streams
-from treadle.tasks import PAPER, SEPARATOR, Example
-from treadle.text import Detokenizer, completion_ids, prompt_ids
+from treadle.bundle.base_model import load_tokenizer
+from treadle.common.params import EvalParams
+from treadle.engine.tokenization import Detokenizer, completion_ids, prompt_ids
+from treadle.experiments.data import load_examples
+from treadle.experiments.sets import load_sets
+from treadle.experiments.streams import join_streams
+from treadle.experiments.tasks import PAPER, SEPARATOR, Example
+from treadle.routing import centroids
+from treadle.routing import router as routing
+from treadle.routing.embedder import num_words
+from treadle.routing.router import Router
+from treadle.routing.samples import sample_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 

@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from treadle.adapters import read_adapter
-from treadle.bundle import read_bundle
-from treadle.cli import app
-from treadle.embed import StaticEmbedder
-from treadle.errors import TreadleError
-from treadle.results import read_results
+from treadle.bundle.bundle import read_bundle
+from treadle.cli.main import app
+from treadle.common.errors import TreadleError
+from treadle.experiments.results import read_results
+from treadle.lora.adapter import read_adapter
+from treadle.routing.embedder import StaticEmbedder
 
 import conftest
 

@@ -39,16 +39,16 @@ def peak() -> float:
 
 def measure(budget: int) -> None:
     """Run the requests under a budget in MiB; print what they took."""
-    from treadle.centroids import Centroids
-    from treadle.embed import StaticEmbedder
-    from treadle.generate import Engine
-    from treadle.params import RoutingParams, SamplingParams
-    from treadle.routing import Router
-    from treadle.server.jobs import Job, News, Work
-    from treadle.server.loop import Loop
-    from treadle.server.metrics import Metrics
-    from treadle.server.params import ServeParams
-    from treadle.server.routers import Routers
+    from treadle.common.params import RoutingParams, SamplingParams
+    from treadle.engine.engine import Engine
+    from treadle.routing.centroids import Centroids
+    from treadle.routing.embedder import StaticEmbedder
+    from treadle.routing.router import Router
+    from treadle.serving.openai.jobs import Job, News, Work
+    from treadle.serving.openai.loop import Loop
+    from treadle.serving.openai.metrics import Metrics
+    from treadle.serving.openai.params import ServeParams
+    from treadle.serving.openai.routers import Routers
 
     from conftest import byte_tokenizer
 

@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-from treadle.data import load_examples
+from treadle.experiments.data import load_examples
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 

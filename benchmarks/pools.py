@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from treadle.data import load_examples, read_rows
-from treadle.tasks import TASKS, Example
+from treadle.experiments.data import load_examples, read_rows
+from treadle.experiments.tasks import TASKS, Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 

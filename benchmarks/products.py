@@ -1,4 +1,4 @@
-"""Measures the forms of a product of few rows with the base's weights: which one `treadle.step_products` should take.
+"""Measures the forms of a product of few rows with the base's weights: which one `stacked_linear` should take.
 
     python benchmarks/products.py [--dtype float32 bfloat16] [--rows 1 2 4 8 16 32 64]
 
@@ -15,13 +15,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from treadle.blend import attach
-from treadle.fast_step import FastStep
-from treadle.forms import Columns, Form, Packed, Vector, fastest_form
-from treadle.models import load_model, quiet_libraries
-from treadle.packs import Packs, Weight, can_pack, packs_unasked
-from treadle.step_products import Stack
-from treadle.timing import interleave
+from treadle.bundle.base_model import load_model, quiet_libraries
+from treadle.engine.runners.cpu.layouts import Columns, Form, Packed, Vector, fastest_form
+from treadle.engine.runners.cpu.packing import Packs, Weight, can_pack, packs_unasked
+from treadle.engine.runners.cpu.stacked_linear import Stack
+from treadle.engine.runners.cpu.step import FastStep
+from treadle.experiments.timing import interleave
+from treadle.lora.blend import attach
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FORMS: dict[str, Callable[[int, torch.dtype], Form]] = {

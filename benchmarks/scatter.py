@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 import treadle
-from treadle.centroids import Centroids
-from treadle.data import load_examples, read_rows
-from treadle.embed import num_words
-from treadle.routing import Router
-from treadle.samples import sample_texts
-from treadle.tasks import TASKS, Example
+from treadle.experiments.data import load_examples, read_rows
+from treadle.experiments.tasks import TASKS, Example
+from treadle.routing.centroids import Centroids
+from treadle.routing.embedder import num_words
+from treadle.routing.router import Router
+from treadle.routing.samples import sample_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 

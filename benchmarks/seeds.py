@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from claims import Table, bootstrap, format_cell, read_cells, verdict
 
-from treadle.tasks import PAPER
+from treadle.experiments.tasks import PAPER
 
 
 def main() -> None:

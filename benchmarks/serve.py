@@ -29,11 +29,11 @@ import psutil
 import torch
 
 import treadle
-from treadle import workbench
-from treadle.generate import Engine
-from treadle.models import quiet_libraries
-from treadle.params import SamplingParams
-from treadle.text import prompt_ids
+from treadle.bundle.base_model import quiet_libraries
+from treadle.common.params import SamplingParams
+from treadle.engine.engine import Engine
+from treadle.engine.tokenization import prompt_ids
+from treadle.experiments import workbench
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 PROMPT = "Question: A farmer has {} fields with 12 rows of corn each. How many rows are there?\n\nAnswer:"

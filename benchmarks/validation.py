@@ -13,9 +13,9 @@ import random
 import sys
 from pathlib import Path
 
-from treadle.data import load_examples, read_rows
-from treadle.errors import DataError
-from treadle.tasks import TASKS
+from treadle.common.errors import DataError
+from treadle.experiments.data import load_examples, read_rows
+from treadle.experiments.tasks import TASKS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/vllm_capacity.py [--every 2] [--requests 10000] [--replica-rate 50]
 
-Sizes are counted on the stacks themselves (`treadle.vllm_plugin.stacks`, made on torch's meta device, which stores
+Sizes are counted on the stacks themselves (`treadle.serving.vllm.stacks`, made on torch's meta device, which stores
 nothing); the router's two constants are measured here, on the demo's bundle: medians of the thread's own time. Needs no
 vLLM.
 """
@@ -16,12 +16,12 @@ from time import thread_time
 
 import torch
 
-from treadle.models import load_tokenizer
-from treadle.vllm_plugin.board import GateBoard
-from treadle.vllm_plugin.mixture import open_bundle
-from treadle.vllm_plugin.params import PluginParams
-from treadle.vllm_plugin.schedule import Schedule
-from treadle.vllm_plugin.stacks import Part, Place, Stack
+from treadle.bundle.base_model import load_tokenizer
+from treadle.serving.vllm.board import GateBoard
+from treadle.serving.vllm.mixture import open_bundle
+from treadle.serving.vllm.params import PluginParams
+from treadle.serving.vllm.schedule import Schedule
+from treadle.serving.vllm.stacks import Part, Place, Stack
 
 ROOT = Path(__file__).parents[1]
 GROUP, MANY = 64, 1000

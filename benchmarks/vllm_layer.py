@@ -24,10 +24,10 @@ import vllm
 from torch import nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from treadle.vllm_plugin.board import GateBoard
-from treadle.vllm_plugin.cpu import branch_of, cpu_product
-from treadle.vllm_plugin.products import Product
-from treadle.vllm_plugin.stacks import Part, Place, Stack
+from treadle.serving.vllm.board import GateBoard
+from treadle.serving.vllm.cpu import branch_of, cpu_product
+from treadle.serving.vllm.products import Product
+from treadle.serving.vllm.stacks import Part, Place, Stack
 
 HIDDEN, KEYS, INNER = 576, 192, 1536
 LAYERS = {

@@ -18,10 +18,10 @@ from time import perf_counter, thread_time
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.models import load_tokenizer, locate
-from treadle.vllm_plugin.mixture import open_bundle
-from treadle.vllm_plugin.params import PluginParams
-from treadle.vllm_plugin.schedule import Schedule
+from treadle.bundle.base_model import load_tokenizer, locate
+from treadle.serving.vllm.mixture import open_bundle
+from treadle.serving.vllm.params import PluginParams
+from treadle.serving.vllm.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

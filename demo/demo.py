@@ -17,16 +17,16 @@ from rich.console import Console
 from rich.text import Text
 
 import treadle
-from treadle.models import quiet_libraries
-from treadle.params import SamplingParams
-from treadle.score import trace_weights
-from treadle.show import legend, mean_weights, print_coloured, stream_coloured, weights_table
-from treadle.tasks import TASKS
-from treadle.text import Detokenizer, prompt_ids
+from treadle.bundle.base_model import quiet_libraries
+from treadle.cli.console import legend, mean_weights, print_coloured, stream_coloured, weights_table
+from treadle.common.params import SamplingParams
+from treadle.engine.scoring import trace_weights
+from treadle.engine.tokenization import Detokenizer, prompt_ids
+from treadle.experiments.tasks import TASKS
 
 WINDOW = 24  # tokens
 BUNDLE = Path(__file__).parent / "bundle"
-# written for this demo, in the formats of treadle.tasks
+# written for this demo, in the formats of treadle.experiments.tasks
 PROMPTS = {
     "math": TASKS["math"].read({
         "question": "A farmer has 3 fields with 12 rows of corn each. She sells the corn of 10 rows. "

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from treadle.data import load_examples
-from treadle.tasks import Example
+from treadle.experiments.data import load_examples
+from treadle.experiments.tasks import Example
 
 from demo import PROMPTS
 from embedder import build_embedder

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from treadle.cli import app
+from treadle.cli.main import app
 
 WIDTH = 100
 """Columns of the help texts."""

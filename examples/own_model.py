@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import treadle
-from treadle.models import locate
+from treadle.bundle.base_model import locate
 
 base = locate("HuggingFaceTB/SmolLM2-135M-Instruct")
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-    from treadle.embed import StaticEmbedder
-    from treadle.generate import Engine
-    from treadle.routing import Router
+    from treadle.engine.engine import Engine
+    from treadle.routing.embedder import StaticEmbedder
+    from treadle.routing.router import Router
 
 collect_ignore = [] if find_spec("vllm") else ["vllm_plugin"]
 """The plugin's tests need vLLM, in an environment of its own: `make test-vllm`."""
@@ -173,7 +173,7 @@ def embedder() -> StaticEmbedder:
     from tokenizers.models import WordPiece
     from tokenizers.pre_tokenizers import BertPreTokenizer
 
-    from treadle.embed import StaticEmbedder
+    from treadle.routing.embedder import StaticEmbedder
 
     characters = [*map(chr, range(33, 127)), "\ufffd"]
     pieces = dict.fromkeys(["[UNK]", *WORDS, *characters, *(f"##{character}" for character in characters)])
@@ -186,7 +186,7 @@ def embedder() -> StaticEmbedder:
 
 @pytest.fixture
 def router(embedder: StaticEmbedder) -> Router:
-    from treadle.routing import fit
+    from treadle.routing.router import fit
 
     return fit(SAMPLES, embedder)
 
@@ -195,8 +195,8 @@ def router(embedder: StaticEmbedder) -> Router:
 def engine(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, adapter_folders: dict[str, Path], router: Router
 ) -> Engine:
-    from treadle.adapters import read_adapter
-    from treadle.generate import Engine
+    from treadle.engine.engine import Engine
+    from treadle.lora.adapter import read_adapter
 
     adapters = [read_adapter(folder, name) for name, folder in adapter_folders.items()]
     return Engine(model, tokenizer, adapters, router)
@@ -219,8 +219,8 @@ def peft_model() -> Callable[..., PeftModel]:
 
 @pytest.fixture
 def bundle(tmp_path: Path, adapter_folders: dict[str, Path], embedder: object) -> Path:
-    from treadle.bundle import save_bundle
-    from treadle.routing import fit
+    from treadle.bundle.bundle import save_bundle
+    from treadle.routing.router import fit
 
     tiny_llama().save_pretrained(tmp_path / BASE)
     byte_tokenizer().save_pretrained(tmp_path / BASE)
@@ -241,8 +241,8 @@ def bundle_folder(
 
 def bundle_without_samples(root: Path, adapters: dict[str, Path], embedder: StaticEmbedder) -> Path:
     """Write a tiny base and a bundle of these adapters below `root`; return the bundle's folder."""
-    from treadle.bundle import save_bundle
-    from treadle.routing import fit
+    from treadle.bundle.bundle import save_bundle
+    from treadle.routing.router import fit
 
     tiny_llama().save_pretrained(root / BASE)
     byte_tokenizer().save_pretrained(root / BASE)
@@ -252,7 +252,7 @@ def bundle_without_samples(root: Path, adapters: dict[str, Path], embedder: Stat
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line; return exit code, stdout and stderr."""
-    from treadle.cli import main
+    from treadle.cli.main import main
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["treadle", *map(str, arguments)])

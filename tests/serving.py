@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import openai
 
-from treadle.bundle import read_bundle
-from treadle.generate import Engine
-from treadle.params import SamplingParams
-from treadle.server.keys import Keyring
-from treadle.server.params import ServeParams
-from treadle.server.serve import Server
+from treadle.bundle.bundle import read_bundle
+from treadle.common.params import SamplingParams
+from treadle.engine.engine import Engine
+from treadle.serving.openai.keys import Keyring
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.serve import Server
 
 CHAT = [{"role": "user", "content": "add three plus four"}]
 

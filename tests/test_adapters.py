@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from treadle.adapters import Adapter, read_adapter
-from treadle.blend import attach
-from treadle.compatible import check_range
-from treadle.errors import AdapterError
+from treadle.common.errors import AdapterError
+from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.blend import attach
+from treadle.lora.compatibility import check_range
 
 from conftest import BASE, edit_config, save_adapter, tiny_llama
 
@@ -419,7 +419,7 @@ def test_no_field_of_the_installed_pefts_config_is_unknown(folder: Path) -> None
     """A new PEFT field must be sorted into refused or harmless, not discovered by a user."""
     from peft import LoraConfig
 
-    from treadle.adapters import HARMLESS_FIELDS, REFUSED_FEATURES
+    from treadle.lora.adapter import HARMLESS_FIELDS, REFUSED_FEATURES
 
     written = LoraConfig().to_dict().keys() | json.loads((folder / "adapter_config.json").read_text()).keys()
     assert written <= HARMLESS_FIELDS | REFUSED_FEATURES.keys()

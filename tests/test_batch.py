@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from treadle.batch import Batch
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.prefixes import Copy, PrefixCache
-from treadle.rows import Report, Row
-from treadle.text import prompt_ids
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.batch import Batch
+from treadle.engine.engine import Engine
+from treadle.engine.prefix_cache import Copy, PrefixCache
+from treadle.engine.sequence import Report, Row
+from treadle.engine.tokenization import prompt_ids
 
 from conftest import SAMPLES, save_adapter
 
@@ -187,7 +187,7 @@ def test_nothing_is_shared_between_adapters_weights_combines_or_owners(engine: E
 def test_the_texts_kept_are_so_many_and_each_is_one_piece_of_memory(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.prefixes.MOST", 3)
+    monkeypatch.setattr("treadle.engine.prefix_cache.MOST", 3)
     prefixes = PrefixCache(1 << 24)
     texts = [f"{number} and so the list of planets" for number in range(5)]
     for text in texts:
@@ -247,7 +247,7 @@ def test_an_adapter_replaced_under_its_name_is_another_one(engine: Engine, tmp_p
 
 
 def test_the_papers_combine_shares_only_among_the_same_adapters(equal_folders: dict[str, Path], engine: Engine) -> None:
-    from treadle.adapters import read_adapter
+    from treadle.lora.adapter import read_adapter
 
     from conftest import byte_tokenizer, tiny_llama
 

@@ -16,25 +16,26 @@ import torch
 from transformers import LlamaForCausalLM
 
 import treadle
-from treadle import machine, processes, suite_adapters, suite_memory, suite_router, timing, workbench
-from treadle.adapters import read_adapter
-from treadle.batch import Batch
-from treadle.bundle import read_bundle
-from treadle.compatible import linear_shapes
-from treadle.errors import OptionError, TreadleError
-from treadle.generate import Engine
-from treadle.params import BenchParams, RoutingParams
-from treadle.peers import EACH_DECISION, PAPER, Missing, cached_peers, tried, uncached_peers
-from treadle.pools import random_adapters, save_adapter
-from treadle.processes import Spent, measure_processes, plain_command, run_process
-from treadle.ratios import ratios_figure
-from treadle.suite_adapters import dictated_rows, drifting
-from treadle.suite_memory import CLASS, ENGINE, IMPORTED, PLAIN, peak_table
-from treadle.suite_router import Decisions
-from treadle.suites import check_lab, measure
-from treadle.timing import Elsewhere, Line, Table, interleave, lines, markdown
-from treadle.vllm_peer import VllmWorker
-from treadle.workbench import COPY, OFF, Lab, Steps, is_acting, routings, started, step_bytes
+from treadle.bundle.bundle import read_bundle
+from treadle.common.errors import OptionError, TreadleError
+from treadle.common.params import BenchParams, RoutingParams
+from treadle.engine.batch import Batch
+from treadle.engine.engine import Engine
+from treadle.experiments import machine, memory_use, processes, router_speed, timing, workbench
+from treadle.experiments.memory_use import CLASS, ENGINE, IMPORTED, PLAIN, peak_table
+from treadle.experiments.peers import suite_adapters
+from treadle.experiments.peers.peers import EACH_DECISION, PAPER, Missing, cached_peers, tried, uncached_peers
+from treadle.experiments.peers.suite_adapters import dictated_rows, drifting
+from treadle.experiments.peers.vllm_peer import VllmWorker
+from treadle.experiments.pools import random_adapters, save_adapter
+from treadle.experiments.processes import Spent, measure_processes, plain_command, run_process
+from treadle.experiments.ratios import ratios_figure
+from treadle.experiments.router_speed import Decisions
+from treadle.experiments.suites import check_lab, measure
+from treadle.experiments.timing import Elsewhere, Line, Table, interleave, lines, markdown
+from treadle.experiments.workbench import COPY, OFF, Lab, Steps, is_acting, routings, started, step_bytes
+from treadle.lora.adapter import read_adapter
+from treadle.lora.compatibility import linear_shapes
 
 from conftest import Run
 
@@ -70,7 +71,7 @@ def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def lab(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     monkeypatch.setattr(suite_adapters, "POOLS", (2, 5))
-    monkeypatch.setattr(suite_router, "TEXT_LENGTHS", (16, 64))
+    monkeypatch.setattr(router_speed, "TEXT_LENGTHS", (16, 64))
     return Lab.open(read_bundle(bundle), None, None, SHORT)
 
 
@@ -236,7 +237,7 @@ def test_an_embedder_that_reads_every_text_anew_gets_fewer_texts_and_a_note(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Lab, "is_slow", True)
-    monkeypatch.setattr(suite_router, "SLOW_TOKENS", 1024)
+    monkeypatch.setattr(router_speed, "SLOW_TOKENS", 1024)
     [table] = measure(lab, ["router"])
     notes = {line.arm: line.note for line in table.lines if not line.seconds}
     assert list(notes) == ["64 x one decision, text of 64 tokens"]
@@ -372,7 +373,7 @@ def test_lines_of_another_job_say_so(lab: Lab, equal_folders: dict[str, Path]) -
 
 
 def test_a_peer_that_merges_changes_what_the_model_computes(lab: Lab, equal_folders: dict[str, Path]) -> None:
-    from treadle.peers import Merging
+    from treadle.experiments.peers.peers import Merging
 
     model = lab.engine.model
     lab.engine.detach()
@@ -471,7 +472,7 @@ def test_the_memory_suite_measures_these_processes(lab: Lab, monkeypatch: pytest
         asked.append(commands)
         return {name: [Spent(1.0, 100 << 20)] * rounds for name in commands}
 
-    monkeypatch.setattr(suite_memory, "measure_processes", measured)
+    monkeypatch.setattr(memory_use, "measure_processes", measured)
     start, helped, peaks = measure(lab, ["memory"])
     assert [line.arm for line in start.lines] == ["transformers, base", "treadle generate"]
     assert (helped.lines[0].seconds, len(peaks.lines)) == (1.0, 3)
@@ -511,7 +512,7 @@ def test_vllm_counts_its_own_seconds_and_what_it_says_becomes_a_line(lab: Lab, t
 
 
 def test_the_worker_imports_nothing_of_treadle() -> None:
-    code = Path(treadle.__file__).with_name("vllm_worker.py").read_text()
+    code = (Path(treadle.__file__).parent / "experiments/peers/vllm_worker.py").read_text()
     assert not re.search(r"^\s*(from|import) treadle", code, re.MULTILINE)
 
 

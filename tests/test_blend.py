@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from treadle.adapters import Adapter, LoraPair, read_adapter
-from treadle.blend import Blend, attach
-from treadle.errors import AdapterError, OptionError
-from treadle.layers import BlendedLinear
-from treadle.transformers_names import cache_argument, find_cache
+from treadle.common.errors import AdapterError, OptionError
+from treadle.common.transformers_names import cache_argument, find_cache
+from treadle.lora.adapter import Adapter, LoraPair, read_adapter
+from treadle.lora.blend import Blend, attach
+from treadle.lora.layer import BlendedLinear
 
 from conftest import RANKS, SAMPLES, TARGETS, save_adapter, tiny_llama
 
@@ -74,7 +74,7 @@ def all_paths(adapters: list[Adapter]) -> set[str]:
 def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every law holds for few adapters, which are all laid out, and for many, of which those that act are."""
     if request.param == "those that act":
-        monkeypatch.setattr("treadle.blend.FEW_ROWS", 0)
+        monkeypatch.setattr("treadle.lora.blend.FEW_ROWS", 0)
 
 
 @pytest.fixture

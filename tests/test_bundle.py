@@ -19,12 +19,12 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 import treadle
-from treadle.adapters import read_adapter
-from treadle.bundle import foreign_base, read_bundle, save_bundle
-from treadle.errors import BundleError, OptionError
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import fit
+from treadle.bundle.bundle import foreign_base, read_bundle, save_bundle
+from treadle.common.errors import BundleError, OptionError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.engine import Engine
+from treadle.lora.adapter import read_adapter
+from treadle.routing.router import fit
 
 from conftest import BASE, SAMPLES, edit_config, save_adapter, tiny_llama
 
@@ -47,8 +47,10 @@ def bundle(saved, tmp_path) -> Path:
 @pytest.fixture
 def no_model(monkeypatch) -> None:
     """Fail where a base model is loaded."""
-    monkeypatch.setattr("treadle.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("treadle.models.load_tokenizer", lambda *_, **__: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr("treadle.bundle.base_model.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "treadle.bundle.base_model.load_tokenizer", lambda *_, **__: pytest.fail("a tokenizer was loaded")
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -471,7 +473,7 @@ def test_a_damaged_bundle_is_refused(bundle, damage, message):
 def test_a_relative_bundle_without_its_embedder_does_not_ask_the_hub(bundle, monkeypatch):
     remove("embedder")(bundle)
     monkeypatch.chdir(bundle.parent)
-    monkeypatch.setattr("treadle.embed.SentenceEmbedder", lambda name: pytest.fail(f"{name} was looked up"))
+    monkeypatch.setattr("treadle.routing.embedder.SentenceEmbedder", lambda name: pytest.fail(f"{name} was looked up"))
     with pytest.raises(BundleError, match="no such folder"):
         treadle.load("bundle")
 
@@ -607,8 +609,8 @@ def test_names_that_the_server_needs_are_reserved(tmp_path, embedder):
 
 
 def test_an_engine_is_made_of_the_bundles_parts(bundle, model, tokenizer, monkeypatch):
-    monkeypatch.setattr("treadle.models.load_model", lambda name, **options: (name == BASE, model)[1])
-    monkeypatch.setattr("treadle.models.load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr("treadle.bundle.base_model.load_model", lambda name, **options: (name == BASE, model)[1])
+    monkeypatch.setattr("treadle.bundle.base_model.load_tokenizer", lambda name: tokenizer)
     loaded = treadle.load(bundle)
     assert isinstance(loaded, Engine)
     assert loaded.model is model

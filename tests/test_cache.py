@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from treadle import cache as caches
-from treadle.cache import RowCache
+from treadle.engine import kv_cache as caches
+from treadle.engine.kv_cache import RowCache
 
 HEADS, HEAD = 2, 3
 

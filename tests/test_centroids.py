@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treadle.centroids import SHRINKAGE, Centroids, group, log_softmax
-from treadle.errors import AdapterError, OptionError
+from treadle.common.errors import AdapterError, OptionError
+from treadle.routing.centroids import SHRINKAGE, Centroids, group, log_softmax
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -141,7 +141,7 @@ def test_lda_is_the_log_posterior_of_gaussians_with_one_shrunk_covariance(clouds
 @pytest.fixture
 def small_groups(monkeypatch):
     """One group for each four samples."""
-    monkeypatch.setattr("treadle.centroids.GROUP", 4)
+    monkeypatch.setattr("treadle.routing.centroids.GROUP", 4)
 
 
 @given(clouds_of, st.integers(1, 9))

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from treadle.explain import explain
-from treadle.params import RoutingParams
-from treadle.routing import Router, RunningText, finish_views
+from treadle.common.params import RoutingParams
+from treadle.routing.explain import explain
+from treadle.routing.router import Router, RunningText, finish_views
 
 MATH = "add three plus four the sum plus three four plus four add " * 5 + "\n"
 SCIENCE = "the atom heat planet heat cell cell atom planet heat the planet " * 5 + "\n"

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from treadle.chat import RoutedText, contents_of, joined, only, pieces_of, read_prompt
-from treadle.errors import OptionError
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.prefixes import PrefixCache
-from treadle.rendered_chats import RenderedChats
-from treadle.routing import Router
-from treadle.rows import Row, route
+from treadle.common.errors import OptionError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.chat import RoutedText, contents_of, joined, only, pieces_of, read_prompt
+from treadle.engine.engine import Engine
+from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.rendered_chats import RenderedChats
+from treadle.engine.sequence import Row, route
+from treadle.routing.router import Router
 
 from conftest import byte_tokenizer
 

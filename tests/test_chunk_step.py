@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from treadle.batch import Batch
-from treadle.chunk_step import MOST_TOKENS, ChunkPass
-from treadle.forms import COLUMN_ROWS
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.passes import PassInput, PassOutput
-from treadle.rows import Report, Row
-from treadle.step_parts import ARCHITECTURES
-from treadle.transformers_names import cache_argument
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.common.transformers_names import cache_argument
+from treadle.engine.batch import Batch
+from treadle.engine.engine import Engine
+from treadle.engine.runners.cpu.chunk import MOST_TOKENS, ChunkPass
+from treadle.engine.runners.cpu.layouts import COLUMN_ROWS
+from treadle.engine.runners.decoder import ARCHITECTURES
+from treadle.engine.runners.passes import PassInput, PassOutput
+from treadle.engine.sequence import Report, Row
 
 from test_fast_step import build, folders, make_engine, step_of  # noqa: F401 - fixtures
 
@@ -74,8 +74,8 @@ def test_a_chunk_is_forward(
 
 @pytest.mark.parametrize("columns", [8, 40])
 def test_in_bfloat16_a_chunk_is_as_close_as_forward(chunks: list[int], columns: int) -> None:
-    from treadle.blend import attach
-    from treadle.cache import RowCache
+    from treadle.engine.kv_cache import RowCache
+    from treadle.lora.blend import attach
 
     exact, rounded = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
     ids = torch.tensor([IDS[: 30 + columns]])

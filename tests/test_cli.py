@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from treadle.cli import main
-from treadle.show import new_console
+from treadle.cli.console import new_console
+from treadle.cli.main import main
 
 from conftest import SAMPLES, Run, edit_config
 
@@ -75,7 +75,9 @@ def test_a_chat_is_routed_as_what_it_says(run: Run, bundle: Path) -> None:
 def test_route_shows_weights_and_the_words_that_decided(
     run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.models.load_model", lambda *_, **__: pytest.fail("the base model was loaded"))
+    monkeypatch.setattr(
+        "treadle.bundle.base_model.load_model", lambda *_, **__: pytest.fail("the base model was loaded")
+    )
     code, out, _ = run("route", bundle, "--text", "add the sum", "--json")
     document = json.loads(out)
     assert code == 0
@@ -160,8 +162,8 @@ def test_errors_are_for_the_person_who_must_fix_them(
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from treadle.cli import main
-    from treadle.errors import BundleError
+    from treadle.cli.main import main
+    from treadle.common.errors import BundleError
 
     monkeypatch.setattr(sys, "argv", ["treadle", "--debug", "route", "nowhere", "--text", "x"])
     with pytest.raises(BundleError):

@@ -10,9 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from treadle.adapters import read_adapter
-from treadle.blend import attach
-from treadle.errors import AdapterError
+from treadle.common.errors import AdapterError
+from treadle.lora.adapter import read_adapter
+from treadle.lora.blend import attach
 
 from conftest import TINY, edit_config, save_adapter
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from treadle.chat import read_prompt
-from treadle.data import CHAT, chat_task, load_examples, load_samples, load_texts, read_rows
-from treadle.errors import DataError, OptionError
-from treadle.samples import sample_texts
-from treadle.tasks import TASKS, Example, find_task
-from treadle.train import TrainParams, training_rows
+from treadle.common.errors import DataError, OptionError
+from treadle.engine.chat import read_prompt
+from treadle.experiments.data import CHAT, chat_task, load_examples, load_samples, load_texts, read_rows
+from treadle.experiments.tasks import TASKS, Example, find_task
+from treadle.experiments.train import TrainParams, training_rows
+from treadle.routing.samples import sample_texts
 
 from conftest import byte_tokenizer
 

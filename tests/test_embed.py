@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from model2vec import StaticModel
 
-from treadle.embed import WORD, SentenceEmbedder, StaticEmbedder, load_embedder
-from treadle.errors import BundleError, ModelError, OptionError
+from treadle.common.errors import BundleError, ModelError, OptionError
+from treadle.routing.embedder import WORD, SentenceEmbedder, StaticEmbedder, load_embedder
 
 from conftest import byte_tokenizer
 
@@ -126,7 +126,7 @@ def test_a_word_is_tokenised_once(bytewise, monkeypatch):
 def test_a_full_cache_changes_nothing(bytewise, monkeypatch, cap):
     many = ["one two three", "two three four five", "six", "one two three four five six", ""]
     expected = bytewise.encode(many)
-    monkeypatch.setattr("treadle.embed.MAX_CACHED_WORDS", cap)
+    monkeypatch.setattr("treadle.routing.embedder.MAX_CACHED_WORDS", cap)
     embedder = StaticEmbedder(bytewise.model)
     for _ in range(2):
         np.testing.assert_array_equal(embedder.encode(many), expected)

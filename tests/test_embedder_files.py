@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from treadle.embed import StaticEmbedder, load_embedder
-from treadle.embedder_files import check_folder
-from treadle.errors import ModelError, TreadleError
+from treadle.common.errors import ModelError, TreadleError
+from treadle.routing.embedder import StaticEmbedder, load_embedder
+from treadle.routing.embedder_files import check_folder
 
 Damage = Callable[[Path], Any]
 

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 from model2vec import StaticModel
 
-import treadle.evaluate
-from treadle.arms import Arm, choose_arms
-from treadle.bundle import read_bundle, save_bundle
-from treadle.embed import StaticEmbedder
-from treadle.errors import DataError, OptionError
-from treadle.evaluate import evaluate
-from treadle.generate import Engine
-from treadle.metrics import LIBRARIES
-from treadle.params import EvalParams, RoutingParams, SamplingParams
-from treadle.results import fractions_of, read_cell, read_results
-from treadle.routing import fit
-from treadle.score import score_under
-from treadle.sets import EvalSet, load_sets
-from treadle.streams import Part, join_streams, score_streams
-from treadle.tasks import Example
+import treadle.experiments.evaluate
+from treadle.bundle.bundle import read_bundle, save_bundle
+from treadle.common.errors import DataError, OptionError
+from treadle.common.params import EvalParams, RoutingParams, SamplingParams
+from treadle.engine.engine import Engine
+from treadle.engine.scoring import score_under
+from treadle.experiments.arms import Arm, choose_arms
+from treadle.experiments.evaluate import evaluate
+from treadle.experiments.metrics import LIBRARIES
+from treadle.experiments.results import fractions_of, read_cell, read_results
+from treadle.experiments.sets import EvalSet, load_sets
+from treadle.experiments.streams import Part, join_streams, score_streams
+from treadle.experiments.tasks import Example
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import fit
 
 from conftest import SAMPLES
 
@@ -180,13 +180,13 @@ def test_identical_rows_of_options_score_as_each_alone(engine: Engine) -> None:
 
 def count_measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     measured: list[str] = []
-    real = treadle.evaluate.measure
+    real = treadle.experiments.evaluate.measure
 
     def measure(engine: Engine, arm: Arm, each: EvalSet, params: EvalParams) -> object:
         measured.append(f"{arm.name} on {each.name}")
         return real(engine, arm, each, params)
 
-    monkeypatch.setattr(treadle.evaluate, "measure", measure)
+    monkeypatch.setattr(treadle.experiments.evaluate, "measure", measure)
     return measured
 
 

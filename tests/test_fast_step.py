@@ -14,24 +14,24 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from treadle.adapters import LoraPair, read_adapter
-from treadle.blend import Blend, attach
-from treadle.cache import RowCache
-from treadle.centroids import Floats
-from treadle.embed import StaticEmbedder
-from treadle.errors import OptionError
-from treadle.fast_step import FastStep
-from treadle.forms import Columns, Form, Packed, Twice, Vector, fastest_form
-from treadle.generate import Completion, Engine
-from treadle.layers import BlendedLinear
-from treadle.packs import PACKED_BYTES, can_pack, pack, packs_unasked
-from treadle.params import RoutingParams, SamplingParams
-from treadle.passes import PassInput
-from treadle.pools import random_adapters
-from treadle.routing import Router, fit
-from treadle.step_parts import ARCHITECTURES, fits
-from treadle.timing import Counter
-from treadle.transformers_names import cache_argument
+from treadle.common.errors import OptionError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.common.transformers_names import cache_argument
+from treadle.engine.engine import Completion, Engine
+from treadle.engine.kv_cache import RowCache
+from treadle.engine.runners.cpu.layouts import Columns, Form, Packed, Twice, Vector, fastest_form
+from treadle.engine.runners.cpu.packing import PACKED_BYTES, can_pack, pack, packs_unasked
+from treadle.engine.runners.cpu.step import FastStep
+from treadle.engine.runners.decoder import ARCHITECTURES, fits
+from treadle.engine.runners.passes import PassInput
+from treadle.experiments.pools import random_adapters
+from treadle.experiments.timing import Counter
+from treadle.lora.adapter import LoraPair, read_adapter
+from treadle.lora.blend import Blend, attach
+from treadle.lora.layer import BlendedLinear
+from treadle.routing.centroids import Floats
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import Router, fit
 
 from conftest import SAMPLES, TINY, save_adapter
 
@@ -63,9 +63,11 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
 def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every law holds for few adapters, all laid out, for many, of which those that act are, and for packed weights."""
     if request.param == "those that act":
-        monkeypatch.setattr("treadle.blend.FEW_ROWS", 0)
+        monkeypatch.setattr("treadle.lora.blend.FEW_ROWS", 0)
     is_packed = request.param == "packed"
-    monkeypatch.setattr("treadle.fast_step.packs_unasked", lambda size, dtype: is_packed and can_pack(dtype))
+    monkeypatch.setattr(
+        "treadle.engine.runners.cpu.step.packs_unasked", lambda size, dtype: is_packed and can_pack(dtype)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_fast_is_forward_for_mixed_rows(make_engine: Callable[..., Engine], name
 def test_every_form_is_forward(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, num_rows: int, on_amd: bool
 ) -> None:
-    monkeypatch.setattr("treadle.forms.is_amd", lambda: on_amd)
+    monkeypatch.setattr("treadle.engine.runners.cpu.layouts.is_amd", lambda: on_amd)
     engines = [make_engine(build("Qwen2ForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
     for first in range(0, 6, num_rows):
         rows = slice(first, first + num_rows)
@@ -134,8 +136,8 @@ def test_every_form_is_forward(
 def test_the_form_follows_the_machine(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, on_amd: bool, kinds: list[type[Form]]
 ) -> None:
-    monkeypatch.setattr("treadle.forms.is_amd", lambda: on_amd)
-    monkeypatch.setattr("treadle.forms.HAS_MKL", True)
+    monkeypatch.setattr("treadle.engine.runners.cpu.layouts.is_amd", lambda: on_amd)
+    monkeypatch.setattr("treadle.engine.runners.cpu.layouts.HAS_MKL", True)
     assert [type(fastest_form(num_rows, dtype, has_packs=False)) for num_rows in (1, 2, 8, 32, 33)] == kinds
     first = kinds[0] if dtype == torch.float32 else Packed  # one row of float32 is slower so
     found = [type(fastest_form(num_rows, dtype, has_packs=True)) for num_rows in (1, 2, 33)]
@@ -147,7 +149,7 @@ def test_the_form_follows_the_machine(
 def test_bfloat16_is_as_close_to_float32_as_forward_is(
     monkeypatch: pytest.MonkeyPatch, num_rows: int, on_amd: bool
 ) -> None:
-    monkeypatch.setattr("treadle.forms.is_amd", lambda: on_amd)
+    monkeypatch.setattr("treadle.engine.runners.cpu.layouts.is_amd", lambda: on_amd)
     ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
     exact, rounded = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
     caches = [RowCache(), RowCache()]
@@ -220,14 +222,14 @@ def test_adapters_that_come_and_go(make_engine: Callable[..., Engine], folders: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_models_are_packed_only_if_asked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("treadle.packs.is_amd", lambda: True)
+    monkeypatch.setattr("treadle.engine.runners.cpu.packing.is_amd", lambda: True)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     assert packs_unasked(PACKED_BYTES, dtype) == can_pack(dtype)
     assert not packs_unasked(PACKED_BYTES + 1, dtype)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     assert not packs_unasked(1, dtype)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("treadle.packs.is_amd", lambda: False)
+    monkeypatch.setattr("treadle.engine.runners.cpu.packing.is_amd", lambda: False)
     assert not packs_unasked(1, dtype)
 
 
@@ -260,7 +262,7 @@ def test_weights_are_packed_once_while_adapters_come_and_go(
         packed.append(tuple(weight.shape))
         return pack(weight)
 
-    monkeypatch.setattr("treadle.packs.pack", count)
+    monkeypatch.setattr("treadle.engine.runners.cpu.packing.pack", count)
     engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
     base = RoutingParams.base()
     for _ in range(2):

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from treadle.data import load_samples, load_texts
-from treadle.embed import load_embedder
-from treadle.errors import OptionError
-from treadle.fitting import centroid_of
-from treadle.routing import fit
-from treadle.samples import Sample, sample_texts
+from treadle.common.errors import OptionError
+from treadle.experiments.data import load_samples, load_texts
+from treadle.routing.embedder import load_embedder
+from treadle.routing.fitting import centroid_of
+from treadle.routing.router import fit
+from treadle.routing.samples import Sample, sample_texts
 
 from conftest import SAMPLES, save_adapter
 

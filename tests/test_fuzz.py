@@ -30,7 +30,7 @@ def root(fuzzing: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_damaged_file_of_any_format_is_read_or_refused(
     fuzzing: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.embed.SentenceEmbedder", refuse)  # its library takes seconds to import
+    monkeypatch.setattr("treadle.routing.embedder.SentenceEmbedder", refuse)  # its library takes seconds to import
     faults: list[str] = []
     for name in fuzzing.FORMATS:
         fuzzing.fuzz(root, name, 10, 0, lambda title, trace: faults.append(f"{title}\n{trace}"))
@@ -38,6 +38,6 @@ def test_a_damaged_file_of_any_format_is_read_or_refused(
 
 
 def refuse(name: str) -> None:
-    from treadle.errors import ModelError
+    from treadle.common.errors import ModelError
 
     raise ModelError(f"{name}: not in this test")

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import treadle
-from treadle import stacking
-from treadle.adapters import read_adapter
-from treadle.completion import GenerationError
-from treadle.errors import AdapterError, ModelError, OptionError, TreadleError
-from treadle.fitting import centroid_of
-from treadle.generate import Completion, Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.score import score_ids, trace_weights
-from treadle.text import prompt_ids
+from treadle.common.errors import AdapterError, ModelError, OptionError, TreadleError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.completion import GenerationError
+from treadle.engine.engine import Completion, Engine
+from treadle.engine.scoring import score_ids, trace_weights
+from treadle.engine.tokenization import prompt_ids
+from treadle.lora import stacking
+from treadle.lora.adapter import read_adapter
+from treadle.routing.fitting import centroid_of
 
 from conftest import SAMPLES, save_adapter, tiny_llama
 
@@ -141,7 +141,7 @@ def test_a_batch_is_its_rows_alone(engine: Engine, routing: RoutingParams) -> No
 
 
 def test_a_batch_of_mixed_rows_is_each_row_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.generate.MAX_BATCH", 5)  # rows join while others run
+    monkeypatch.setattr("treadle.engine.engine.MAX_BATCH", 5)  # rows join while others run
     routings = list(ROUTINGS.values())
     prompts = [PROMPTS[index % 3] + " " * index for index in range(len(routings))]
     samplings = [
@@ -157,7 +157,7 @@ def test_a_batch_of_mixed_rows_is_each_row_alone(engine: Engine, monkeypatch: py
 def test_rows_with_different_combines_share_a_batch(
     tokenizer: object, equal_folders: dict[str, Path], router: object
 ) -> None:
-    from treadle.adapters import read_adapter
+    from treadle.lora.adapter import read_adapter
 
     engine = Engine(tiny_llama(), tokenizer, [read_adapter(f, n) for n, f in equal_folders.items()], router)
     routings = [RoutingParams(combine=combine, every=1) for combine in ("sum", "linear", "paper")]
@@ -171,7 +171,7 @@ def test_rows_with_different_combines_share_a_batch(
 def test_an_adapter_that_only_running_rows_hold_does_not_act_on_new_ones(
     tokenizer: object, equal_folders: dict[str, Path], router: object, combine: str
 ) -> None:
-    from treadle.adapters import read_adapter
+    from treadle.lora.adapter import read_adapter
 
     engine = Engine(tiny_llama(), tokenizer, [read_adapter(f, n) for n, f in equal_folders.items()], router)
     routing = RoutingParams(rule="fixed", fixed={"math": 0.5, "science": 0.5}, combine=combine)
@@ -206,8 +206,8 @@ def test_two_streams_of_one_engine_do_not_disturb_each_other(engine: Engine) -> 
 
 
 def test_two_engines_live_in_one_process(engine: Engine, tokenizer: object, equal_folders: dict[str, Path]) -> None:
-    from treadle.adapters import read_adapter
-    from treadle.routing import fit
+    from treadle.lora.adapter import read_adapter
+    from treadle.routing.router import fit
 
     before = engine.generate(PROMPTS[0], sampling=GREEDY)
     names = ["math", "code"]

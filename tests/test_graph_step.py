@@ -14,19 +14,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from treadle import graph_step
-from treadle.adapters import read_adapter
-from treadle.generate import Engine
-from treadle.graph_step import CudaGraphs, GraphStep
-from treadle.kernels_plain import PlainKernels
-from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router
-from treadle.rows import Row
-from treadle.runner import Runner
-from treadle.stages import Kernels
-from treadle.step_parts import ARCHITECTURES
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.engine import Engine
+from treadle.engine.runners.cuda import step as cuda_step
+from treadle.engine.runners.cuda.interface import Kernels
+from treadle.engine.runners.cuda.step import CudaGraphs, GraphStep
+from treadle.engine.runners.decoder import ARCHITECTURES
+from treadle.engine.runners.runner import Runner
+from treadle.engine.sequence import Row
+from treadle.lora.adapter import read_adapter
+from treadle.routing.router import Router
 
 from conftest import SAMPLES, TARGETS, save_adapter
+from reference_kernels import PlainKernels
 from test_fast_step import ALL_LINEAR, PROMPTS, ROUTINGS, assert_same, build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ def triton_kernels() -> Kernels:
         pytest.skip("Triton is not installed")
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("there is no GPU, and Triton's interpreter takes minutes: set TRITON_INTERPRET=1 to wait for it")
-    from treadle.kernels import TritonKernels
+    from treadle.engine.runners.cuda.triton_launch import TritonKernels
 
     return TritonKernels()
 
@@ -102,38 +102,38 @@ def test_graph_is_forward_for_mixed_rows(make_engine: MakeEngine, kernels: Kerne
 def test_only_what_the_pass_knows_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where each of these alone leaves the model to its own forward."""
     model = build("LlamaForCausalLM")
-    assert not graph_step.fits(model) or DEVICE == "cuda"
-    monkeypatch.setattr("treadle.step_parts.fits", lambda model, device: device == "cuda")
+    assert not cuda_step.fits(model) or DEVICE == "cuda"
+    monkeypatch.setattr("treadle.engine.runners.decoder.fits", lambda model, device: device == "cuda")
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("treadle.graph_step.has_triton", lambda: True)
-    assert graph_step.fits(model)
-    assert graph_step.fits(build("LlamaForCausalLM", torch.bfloat16))
-    assert not graph_step.fits(build("LlamaForCausalLM", torch.float16))
+    monkeypatch.setattr("treadle.engine.runners.cuda.step.has_triton", lambda: True)
+    assert cuda_step.fits(model)
+    assert cuda_step.fits(build("LlamaForCausalLM", torch.bfloat16))
+    assert not cuda_step.fits(build("LlamaForCausalLM", torch.float16))
     scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    assert not graph_step.fits(build("LlamaForCausalLM", rope_parameters=scaling))
+    assert not cuda_step.fits(build("LlamaForCausalLM", rope_parameters=scaling))
     for name, other in {
         "torch.version.cuda": None,
         "torch.cuda.get_device_capability": lambda device: (7, 5),
-        "treadle.graph_step.has_triton": lambda: False,
-        "treadle.step_parts.fits": lambda model, device: False,
+        "treadle.engine.runners.cuda.step.has_triton": lambda: False,
+        "treadle.engine.runners.decoder.fits": lambda model, device: False,
     }.items():
         with monkeypatch.context() as patched:
             patched.setattr(name, other)
-            assert not graph_step.fits(model), name
+            assert not cuda_step.fits(model), name
 
 
 def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr("treadle.graph_step.find_spec", lambda name: name == "triton")
+    monkeypatch.setattr("treadle.engine.runners.cuda.step.find_spec", lambda name: name == "triton")
     monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    assert not graph_step.has_triton()
+    assert not cuda_step.has_triton()
     monkeypatch.setenv("CC", "cc")
-    assert graph_step.has_triton()
+    assert cuda_step.has_triton()
     (tmp_path / "Python.h").unlink()
-    assert not graph_step.has_triton()
+    assert not cuda_step.has_triton()
 
 
 def test_other_combines_are_left_to_forward(
@@ -187,7 +187,7 @@ def test_rows_join_and_leave_and_a_batch_is_its_singles(make_engine: MakeEngine,
 def test_weights_and_buffers_change_without_another_capture(
     make_engine: MakeEngine, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.cache.GROWTH", 2)
+    monkeypatch.setattr("treadle.engine.kv_cache.GROWTH", 2)
     engines = [make_engine(each) for each in (kernels, None)]
     sampling = SamplingParams(max_tokens=12)
     graph, plain = (

@@ -12,15 +12,15 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextStreamer, pipeline
 
 import treadle
-from treadle.adapters import read_adapter
-from treadle.bundle import Bundle, read_bundle, save_bundle
-from treadle.errors import AdapterError, ModelError, OptionError
-from treadle.generate import Engine
-from treadle.hf import Routed, routed
-from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router, fit
-from treadle.text import Detokenizer
-from treadle.transformers_names import cache_argument, find_cache
+from treadle.bundle.bundle import Bundle, read_bundle, save_bundle
+from treadle.common.errors import AdapterError, ModelError, OptionError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.common.transformers_names import cache_argument, find_cache
+from treadle.engine.engine import Engine
+from treadle.engine.hf import Routed, routed
+from treadle.engine.tokenization import Detokenizer
+from treadle.lora.adapter import read_adapter
+from treadle.routing.router import Router, fit
 
 from conftest import BASE, SAMPLES, byte_tokenizer, tiny_llama
 
@@ -151,7 +151,9 @@ def test_rows_that_have_ended_do_not_disturb_the_others(plain, bundle, reference
 def test_a_bundle_folder_and_its_routing_and_tokenizer_are_the_defaults(
     plain, folder, tokenizer, reference, monkeypatch
 ) -> None:
-    monkeypatch.setattr("treadle.hf.load_tokenizer", lambda name: tokenizer if name == BASE else pytest.fail(name))
+    monkeypatch.setattr(
+        "treadle.engine.hf.load_tokenizer", lambda name: tokenizer if name == BASE else pytest.fail(name)
+    )
     done = reference.generate(PROMPTS[0], sampling=GREEDY)
     with routed(plain, folder) as handle:
         assert handle.names == read_bundle(folder).router.names

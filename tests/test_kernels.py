@@ -10,14 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from treadle.kernels_plain import PlainKernels
-from treadle.stages import Factor, HeadNorms, Heads, Norm, Unfinished, Update, Window
+from treadle.engine.runners.cuda.interface import Factor, HeadNorms, Heads, Norm, Unfinished, Update, Window
+
+from reference_kernels import PlainKernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is first imported
     pytest.skip("there is no GPU: set TRITON_INTERPRET=1 to use Triton's interpreter", allow_module_level=True)
-kernels, products = import_module("treadle.kernels"), import_module("treadle.products")
+kernels, products = (
+    import_module("treadle.engine.runners.cuda.triton_launch"),
+    import_module("treadle.engine.runners.cuda.gemv"),
+)
 PLAIN = PlainKernels()
 
 

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from treadle import cache as caches
-from treadle.adapters import read_adapter
-from treadle.cache import RowCache
-from treadle.errors import OptionError
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router
-from treadle.server import kv_memory
-from treadle.server.jobs import Job, News, Work
-from treadle.server.kv_memory import KvMemory, free_memory
-from treadle.server.loop import Loop
-from treadle.server.metrics import Metrics
-from treadle.server.params import ServeParams
-from treadle.server.routers import Routers
+from treadle.common.errors import OptionError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine import kv_cache as caches
+from treadle.engine.engine import Engine
+from treadle.engine.kv_cache import RowCache
+from treadle.lora.adapter import read_adapter
+from treadle.routing.router import Router
+from treadle.serving.openai import kv_memory
+from treadle.serving.openai.jobs import Job, News, Work
+from treadle.serving.openai.kv_memory import KvMemory, free_memory
+from treadle.serving.openai.loop import Loop
+from treadle.serving.openai.metrics import Metrics
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.routers import Routers
 
 from conftest import TINY, byte_tokenizer
 

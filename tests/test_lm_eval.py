@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from treadle.bundle import save_bundle
-from treadle.errors import OptionError
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.score import BATCH, score_greedy, score_ids
+from treadle.bundle.bundle import save_bundle
+from treadle.common.errors import OptionError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.engine import Engine
+from treadle.engine.scoring import BATCH, score_greedy, score_ids
 
 from conftest import tiny_llama
 
@@ -31,7 +31,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import warning_once
 
-from treadle.lm_eval_model import TreadleLM, main
+from treadle.experiments.lm_eval_model import TreadleLM, main
 
 BASE = {"rule": "fixed", "fixed": {}, "every": None}
 DOCS = [

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treadle import metrics
-from treadle.errors import TreadleError
-from treadle.metrics import METRICS, final_number, is_python, program
-from treadle.tasks import TASKS, Example
+from treadle.common.errors import TreadleError
+from treadle.experiments import metrics
+from treadle.experiments.metrics import METRICS, final_number, is_python, program
+from treadle.experiments.tasks import TASKS, Example
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PROGRAM = "def add(a, b):\n    return a + b"

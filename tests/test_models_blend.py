@@ -12,14 +12,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from treadle.adapters import Adapter, read_adapter
-from treadle.blend import attach
-from treadle.embed import StaticEmbedder
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import fit
-from treadle.score import score_ids
-from treadle.text import prompt_ids
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.engine import Engine
+from treadle.engine.scoring import score_ids
+from treadle.engine.tokenization import prompt_ids
+from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.blend import attach
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import fit
 
 from conftest import SAMPLES, TINY, save_adapter
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treadle.errors import OptionError, TreadleError, listed, problem_list, shown, unknown_name
-from treadle.options import allowed_values, check_fields, meanings, option, parse, raise_problems, read_options
-from treadle.params import BenchParams, EvalParams, RoutingParams, SamplingParams, TrainParams
-from treadle.server.params import ServeParams
-from treadle.vllm_plugin.params import PluginParams
+from treadle.common.errors import OptionError, TreadleError, listed, problem_list, shown, unknown_name
+from treadle.common.options import allowed_values, check_fields, meanings, option, parse, raise_problems, read_options
+from treadle.common.params import BenchParams, EvalParams, RoutingParams, SamplingParams, TrainParams
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.vllm.params import PluginParams
 
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Weights = Mapping[str, float]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
-from treadle.params import RoutingParams
+from treadle.common.params import RoutingParams
 
 from serving import Serving, serving
 
@@ -340,7 +340,7 @@ def test_the_servers_refusal_is_shown_and_the_prompt_stays(visit: Any) -> None:
 
 
 def test_a_server_that_fails_or_is_gone_is_said(visit: Any, served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    from treadle.batch import Batch
+    from treadle.engine.batch import Batch
 
     def fail(batch: Batch) -> None:
         raise MemoryError("no room")

@@ -10,10 +10,10 @@ import psutil
 import pytest
 import torch
 
-from treadle import pages
-from treadle.cache import RowCache
-from treadle.pages import ALIGNMENT, HAS_PAGES, new_pages, side_by_side, trim
-from treadle.prefixes import PrefixCache, Text
+from treadle.common import memory
+from treadle.common.memory import ALIGNMENT, HAS_PAGES, new_pages, side_by_side, trim
+from treadle.engine.kv_cache import RowCache
+from treadle.engine.prefix_cache import PrefixCache, Text
 
 MIB = 1 << 20
 LAYERS = 4
@@ -60,7 +60,7 @@ def run_batches() -> tuple[list[int], list[float], int]:
 def test_pages_are_tensors_like_any_other(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, *, has_pages: bool
 ) -> None:
-    monkeypatch.setattr(pages, "HAS_PAGES", has_pages and pages.HAS_PAGES)
+    monkeypatch.setattr(memory, "HAS_PAGES", has_pages and memory.HAS_PAGES)
     with warnings.catch_warnings(action="error"):
         made = new_pages((3, 1, 5), torch.zeros(2, dtype=dtype))
     assert (made.shape, made.dtype, made.device.type) == ((3, 1, 5), dtype, "cpu")

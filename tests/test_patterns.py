@@ -7,9 +7,9 @@ import time
 import pytest
 from peft.utils.other import get_pattern_key
 
-from treadle import patterns
-from treadle.errors import AdapterError
-from treadle.patterns import match_ends, match_whole
+from treadle.common.errors import AdapterError
+from treadle.lora import patterns
+from treadle.lora.patterns import match_ends, match_whole
 
 PATHS = [
     f"model.{tower}.layers.{layer}.{module}"
@@ -45,7 +45,7 @@ def test_the_first_pattern_that_matches_an_end_is_pefts(keys: list[str]) -> None
 
 
 def test_names_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.patterns.subprocess.run", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr("treadle.lora.patterns.subprocess.run", lambda *_, **__: pytest.fail("a process was started"))
     assert match_ends(["q_proj", "layers.1.self_attn.v_proj"], PATHS[:5]) == [0, None, None, 0, 1]
 
 

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from treadle.adapters import read_adapter
-from treadle.arms import choose_arms
-from treadle.bundle import read_bundle, save_bundle
-from treadle.embed import StaticEmbedder
-from treadle.errors import DataError, OptionError
-from treadle.evaluate import evaluate
-from treadle.generate import Engine
-from treadle.params import EvalParams, RoutingParams
-from treadle.plots import FIGURES, QUALITY_FILE, Study, draw_all
-from treadle.quality import route_quality
-from treadle.ratios import write_bench
-from treadle.routing import Router, fit
-from treadle.sets import load_sets
-from treadle.show import quality_tables
-from treadle.tasks import Example
-from treadle.timing import Line, Table
+from treadle.bundle.bundle import read_bundle, save_bundle
+from treadle.cli.console import quality_tables
+from treadle.common.errors import DataError, OptionError
+from treadle.common.params import EvalParams, RoutingParams
+from treadle.engine.engine import Engine
+from treadle.experiments.arms import choose_arms
+from treadle.experiments.evaluate import evaluate
+from treadle.experiments.plots import FIGURES, QUALITY_FILE, Study, draw_all
+from treadle.experiments.ratios import write_bench
+from treadle.experiments.router_quality import route_quality
+from treadle.experiments.sets import load_sets
+from treadle.experiments.tasks import Example
+from treadle.experiments.timing import Line, Table
+from treadle.lora.adapter import read_adapter
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import Router, fit
 
 from conftest import SAMPLES, Run, tiny_llama
 
@@ -190,7 +190,7 @@ def test_eval_and_sweep_print_and_keep_the_same_results(tmp_path: Path, bundle: 
 def test_another_bundle_and_the_folder_are_looked_at_before_the_model_loads(
     tmp_path: Path, bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.lab.open_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("treadle.cli.experiments.open_engine", lambda *_: pytest.fail("the model was loaded"))
     rows = tmp_path / "math.jsonl"
     rows.write_text('{"question": "add", "answer": "#### 1"}\n')
     code, _, err = run(

@@ -12,15 +12,15 @@ from random import Random
 import numpy as np
 import pytest
 
-from treadle.completion import Completion
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.rows import Report, Row
-from treadle.server.jobs import Job, News, Started, Work
-from treadle.server.loop import Loop
-from treadle.server.metrics import Metrics
-from treadle.server.params import ServeParams
-from treadle.server.routers import Routers
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.completion import Completion
+from treadle.engine.engine import Engine
+from treadle.engine.sequence import Report, Row
+from treadle.serving.openai.jobs import Job, News, Started, Work
+from treadle.serving.openai.loop import Loop
+from treadle.serving.openai.metrics import Metrics
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.routers import Routers
 
 NUM_REQUESTS = int(os.environ.get("TREADLE_LOAD", "40"))
 ROUTINGS = (

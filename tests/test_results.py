@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from killing import kills
 
-from treadle.errors import DataError, OptionError
-from treadle.results import (
+from treadle.common.errors import DataError, OptionError
+from treadle.experiments.results import (
     RESULTS_FILE,
     EvalResult,
     difference,

@@ -9,16 +9,16 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from treadle.adapters import read_adapter
-from treadle.bundle import Bundle
-from treadle.embed import StaticEmbedder
-from treadle.errors import OptionError
-from treadle.generate import Engine
-from treadle.hf import routed
-from treadle.params import RoutingParams, SamplingParams
-from treadle.prefixes import PrefixCache
-from treadle.routing import fit
-from treadle.score import score_ids
+from treadle.bundle.bundle import Bundle
+from treadle.common.errors import OptionError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.engine import Engine
+from treadle.engine.hf import routed
+from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.scoring import score_ids
+from treadle.lora.adapter import read_adapter
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import fit
 
 from conftest import SAMPLES, TINY, save_adapter
 

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from treadle.centroids import log_softmax
-from treadle.errors import AdapterError, OptionError
-from treadle.params import RoutingParams
-from treadle.routing import (
+from treadle.common.errors import AdapterError, OptionError
+from treadle.common.params import RoutingParams
+from treadle.engine.tokenization import Detokenizer
+from treadle.routing.centroids import log_softmax
+from treadle.routing.router import (
     Router,
     RunningText,
     apply_rule,
@@ -23,7 +24,6 @@ from treadle.routing import (
     softmax,
     top_k,
 )
-from treadle.text import Detokenizer
 
 from conftest import SAMPLES
 

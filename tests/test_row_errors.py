@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 import treadle
-from treadle import cache as caches
-from treadle.adapters import read_adapter
-from treadle.batch import Batch
-from treadle.cache import RowLayer
-from treadle.completion import Completion, GenerationError
-from treadle.embed import StaticEmbedder, StaticTrack
-from treadle.errors import OptionError
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.prefixes import PrefixCache
-from treadle.routing import Router
-from treadle.rows import Report, Row, RowError
-from treadle.score import score_greedy, score_ids
+from treadle.common.errors import OptionError
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine import kv_cache as caches
+from treadle.engine.batch import Batch
+from treadle.engine.completion import Completion, GenerationError
+from treadle.engine.engine import Engine
+from treadle.engine.kv_cache import RowLayer
+from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.scoring import score_greedy, score_ids
+from treadle.engine.sequence import Report, Row, RowError
+from treadle.lora.adapter import read_adapter
+from treadle.routing.embedder import StaticEmbedder, StaticTrack
+from treadle.routing.router import Router
 
 from conftest import byte_tokenizer, tiny_llama
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from treadle.blend import Blend, attach
-from treadle.cache import RowCache
-from treadle.chunk_step import ChunkPass
-from treadle.fast_step import FastStep
-from treadle.graph_step import GraphStep
-from treadle.kernels_plain import PlainKernels
-from treadle.params import Combine
-from treadle.passes import ForwardPass, PassInput
-from treadle.pools import random_adapters
-from treadle.runner import ModelForward, Runner
+from treadle.common.params import Combine
+from treadle.engine.kv_cache import RowCache
+from treadle.engine.runners.cpu.chunk import ChunkPass
+from treadle.engine.runners.cpu.step import FastStep
+from treadle.engine.runners.cuda.step import GraphStep
+from treadle.engine.runners.passes import ForwardPass, PassInput
+from treadle.engine.runners.runner import ModelForward, Runner
+from treadle.experiments.pools import random_adapters
+from treadle.lora.blend import Blend, attach
 
+from reference_kernels import PlainKernels
 from test_fast_step import build
 
 NEW: dict[str, Callable[[PreTrainedModel, Blend], ForwardPass]] = {

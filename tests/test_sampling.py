@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from treadle.errors import OptionError
-from treadle.params import SamplingParams
-from treadle.sampling import new_generator, sample, truncate
+from treadle.common.errors import OptionError
+from treadle.common.params import SamplingParams
+from treadle.engine.sampling import new_generator, sample, truncate
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CPU = torch.device("cpu")

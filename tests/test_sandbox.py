@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.sandbox import FILE_SIZE, passes
+from treadle.experiments.sandbox import FILE_SIZE, passes
 
 from conftest import Run
 

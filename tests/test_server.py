@@ -10,8 +10,8 @@ import numpy as np
 import openai
 import pytest
 
-from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import apply_rule
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.routing.router import apply_rule
 
 from serving import CHAT, Serving, serving
 
@@ -321,7 +321,7 @@ def test_an_echo_without_an_answer_is_the_prompts_score(served: Serving) -> None
 
 
 def test_route_explains_a_text(served: Serving) -> None:
-    from treadle.explain import explain
+    from treadle.routing.explain import explain
 
     answer = served.post("/v1/route", {"text": PROMPT, "treadle": {"every": 4}}).json()
     explanation = explain(served.engine.router, PROMPT)

@@ -12,11 +12,11 @@ from typing import Any
 import openai
 import pytest
 
-from treadle import stacking
-from treadle.centroid_files import save_centroid
-from treadle.centroids import Centroids
-from treadle.embed import StaticEmbedder
-from treadle.server import adapters
+from treadle.bundle.centroid_files import save_centroid
+from treadle.lora import stacking
+from treadle.routing.centroids import Centroids
+from treadle.routing.embedder import StaticEmbedder
+from treadle.serving.openai import adapters
 
 from conftest import SAMPLES, edit_config, save_adapter
 from serving import Serving, serving

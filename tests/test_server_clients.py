@@ -12,10 +12,10 @@ from openai.types.chat import completion_create_params as chats
 from openai.types.chat.chat_completion_assistant_message_param import ChatCompletionAssistantMessageParam
 from openai.types.chat.chat_completion_content_part_text_param import ChatCompletionContentPartTextParam
 
-from treadle.server.bodies import ChatBody, CompletionBody, Message, StreamOptions
-from treadle.server.failures import Problem, refusal
-from treadle.server.params import ServeParams
-from treadle.server.reading import read_body
+from treadle.serving.openai.bodies import ChatBody, CompletionBody, Message, StreamOptions
+from treadle.serving.openai.failures import Problem, refusal
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.reading import read_body
 
 from serving import CHAT, Serving, serving
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.centroids import Centroids
-from treadle.embed import StaticEmbedder
-from treadle.generate import Engine
-from treadle.server import adapters, generating, protocol, routers
-from treadle.server.answers import json_pieces
-from treadle.server.generating import read_body
-from treadle.server.lines import SMALL_BYTES
-from treadle.server.routers import Routers
+from treadle.engine.engine import Engine
+from treadle.routing.centroids import Centroids
+from treadle.routing.embedder import StaticEmbedder
+from treadle.serving.openai import adapters, generating, protocol, routers
+from treadle.serving.openai.answers import json_pieces
+from treadle.serving.openai.generating import read_body
+from treadle.serving.openai.lines import SMALL_BYTES
+from treadle.serving.openai.routers import Routers
 
 from conftest import save_adapter
 from serving import Serving, serving

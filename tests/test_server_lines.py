@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from treadle.server.bounds import FewestTokens
-from treadle.server.failures import Failure
-from treadle.server.lines import SMALL_BYTES, Check, Client, Line, Ticket, Turns
-from treadle.server.params import ServeParams
-from treadle.server.uploads import Uploads
+from treadle.serving.openai.bounds import FewestTokens
+from treadle.serving.openai.failures import Failure
+from treadle.serving.openai.lines import SMALL_BYTES, Check, Client, Line, Ticket, Turns
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.uploads import Uploads
 
 MIB = 1 << 20
 

@@ -9,7 +9,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-from treadle.params import RoutingParams, SamplingParams
+from treadle.common.params import RoutingParams, SamplingParams
 
 from conftest import BASE
 from serving import Serving, serving

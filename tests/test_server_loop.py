@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from treadle.adapters import read_adapter
-from treadle.batch import Batch, Reading
-from treadle.generate import Engine
-from treadle.params import RoutingParams, SamplingParams
-from treadle.routing import Router
-from treadle.server import loop as loops
-from treadle.server.jobs import Job, News, Started, Work
-from treadle.server.loop import SMALLEST_CHUNK, Loop
-from treadle.server.metrics import Metrics
-from treadle.server.params import ServeParams
-from treadle.server.routers import Routers
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.batch import Batch, Reading
+from treadle.engine.engine import Engine
+from treadle.lora.adapter import read_adapter
+from treadle.routing.router import Router
+from treadle.serving.openai import loop as loops
+from treadle.serving.openai.jobs import Job, News, Started, Work
+from treadle.serving.openai.loop import SMALLEST_CHUNK, Loop
+from treadle.serving.openai.metrics import Metrics
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.routers import Routers
 
 from conftest import TINY, byte_tokenizer
 
@@ -141,7 +141,7 @@ def test_a_burst_is_read_together(engine: Engine) -> None:
 def test_the_last_of_a_burst_do_not_wait_for_steps_of_the_first(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.server.loop.SMOOTHING", 0.0)  # what a step takes here does not matter
+    monkeypatch.setattr("treadle.serving.openai.loop.SMOOTHING", 0.0)  # what a step takes here does not matter
     case = Case(engine, prompt_chunk=256)
     case.submit(*[5] * 8)
     case.loop.advance()
@@ -165,7 +165,7 @@ def test_a_long_prompt_is_not_read_like_a_burst(engine: Engine, monkeypatch: pyt
     case = Case(engine, prompt_chunk=256)
     case.submit(5)
     case.loop.advance()
-    monkeypatch.setattr("treadle.server.loop.SMOOTHING", 0.0)
+    monkeypatch.setattr("treadle.serving.openai.loop.SMOOTHING", 0.0)
     case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
     case.submit(200, 5, 5, 5)
     case.loop.advance()

@@ -79,7 +79,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 
 def test_a_line_of_the_log_says_what_was_asked_but_no_text(served: Serving, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "treadle.server")
+    caplog.set_level(logging.INFO, "treadle.serving.openai")
     answer = served.post(TEXTS, BODY, headers={"X-Request-Id": "me-7", **ADMIN})
     served.post(TEXTS, {**BODY, "model": "s3cret model"}, headers={"Authorization": "Bearer s3cret"})
     served.wait_until(lambda: len(logged(caplog)) == 2)
@@ -96,7 +96,7 @@ def test_a_line_of_the_log_says_what_was_asked_but_no_text(served: Serving, capl
 
 
 def test_prompts_are_logged_when_asked(bundle_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "treadle.server")
+    caplog.set_level(logging.INFO, "treadle.serving.openai")
     with serving(bundle_folder, log_prompts=True, log_format="json") as served:
         answer = served.post(TEXTS, BODY).json()
         served.wait_until(lambda: len(logged(caplog)) == 1)

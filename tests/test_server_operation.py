@@ -19,9 +19,9 @@ import openai
 import pytest
 from forking import start_command
 
-from treadle.embed import StaticEmbedder
-from treadle.server import protocol
-from treadle.server.metrics import Metrics
+from treadle.routing.embedder import StaticEmbedder
+from treadle.serving.openai import protocol
+from treadle.serving.openai.metrics import Metrics
 
 from conftest import bundle_without_samples
 from serving import CHAT, Serving, serving
@@ -118,7 +118,7 @@ def test_a_client_that_goes_away_while_it_waits_never_runs(served: Serving) -> N
 def test_a_failing_forward_pass_costs_its_requests_and_not_the_server(
     served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from treadle.batch import Batch
+    from treadle.engine.batch import Batch
 
     def fail(batch: Batch) -> None:
         raise MemoryError("no room")
@@ -222,7 +222,7 @@ def test_a_key_sees_and_uses_its_adapters_only(guarded: Serving, monkeypatch: py
         few.completions.create(**{**SHORT, "extra_body": {"treadle": {"fixed": {"code": 1.0}}}})
     with pytest.raises(openai.BadRequestError, match=r"unknown adapter 'code'\. Allowed: math, science"):
         few.completions.create(**{**SHORT, "extra_body": {"treadle": {"adapters": ["code"]}}})
-    from treadle.centroids import Centroids
+    from treadle.routing.centroids import Centroids
 
     compared: list[tuple[str, ...]] = []
     score = Centroids.score

@@ -8,10 +8,10 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
-from treadle.errors import OptionError
-from treadle.server.failures import Failure
-from treadle.server.origins import PagePolicy
-from treadle.server.params import ServeParams
+from treadle.common.errors import OptionError
+from treadle.serving.openai.failures import Failure
+from treadle.serving.openai.origins import PagePolicy
+from treadle.serving.openai.params import ServeParams
 
 from serving import Serving, serving
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.server import page
+from treadle.serving.openai import page
 
 from serving import Serving, serving
 
@@ -63,7 +63,7 @@ def test_the_page_can_be_left_out(bundle_folder: Path) -> None:
 def test_a_built_package_has_every_file() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
     folder = page.FOLDER.parent
-    packed = {path for pattern in data["treadle.server"] for path in folder.glob(pattern) if path.is_file()}
+    packed = {path for pattern in data["treadle.serving.openai"] for path in folder.glob(pattern) if path.is_file()}
     assert {page.FOLDER / name for name in page.files()} <= packed
 
 

@@ -12,10 +12,10 @@ import pytest
 import schemathesis
 from jsonschema_rs import Draft202012Validator  # schemathesis brings it
 
-from treadle.params import RoutingParams
-from treadle.server import generating
-from treadle.server.failures import Failure
-from treadle.server.reading import read_body, read_object
+from treadle.common.params import RoutingParams
+from treadle.serving.openai import generating
+from treadle.serving.openai.failures import Failure
+from treadle.serving.openai.reading import read_body, read_object
 
 from serving import CHAT, Serving, serving
 

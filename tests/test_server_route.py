@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.embed import StaticEmbedder
-from treadle.explain import MOST_WORDS, explain
-from treadle.routing import Router
-from treadle.server import adapters, state
-from treadle.server.requests import LONGEST_TOKEN
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.explain import MOST_WORDS, explain
+from treadle.routing.router import Router
+from treadle.serving.openai import adapters, state
+from treadle.serving.openai.requests import LONGEST_TOKEN
 
 from conftest import SAMPLES
 from serving import Serving, serving
@@ -76,7 +76,7 @@ def test_only_the_most_frequent_words_are_looked_at_one_by_one(router: Router, m
 def test_an_embedder_whose_words_another_thread_drops_meanwhile_knows_its_own(
     monkeypatch: pytest.MonkeyPatch, embedder: StaticEmbedder
 ) -> None:
-    monkeypatch.setattr("treadle.embed.MAX_CACHED_WORDS", 3)
+    monkeypatch.setattr("treadle.routing.embedder.MAX_CACHED_WORDS", 3)
     texts = [" ".join(samples) for samples in SAMPLES.values()]
     expected = embedder.encode(texts)
     sum_tokens, calls = StaticEmbedder._sum_tokens, []

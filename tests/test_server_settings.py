@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from treadle.errors import OptionError
-from treadle.server.keys import Caller, Keyring, read_keys
-from treadle.server.params import ServeParams
-from treadle.server.settings import print_settings, read_file, read_settings
+from treadle.common.errors import OptionError
+from treadle.serving.openai.keys import Caller, Keyring, read_keys
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.settings import print_settings, read_file, read_settings
 
 from conftest import Run
 
@@ -145,7 +145,9 @@ def test_options_and_the_command_line_load_no_web_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, treadle.cli; print(json.dumps([*sys.modules]))".replace("import sys", "import sys, json", 1)
+    code = "import sys, treadle.cli.main; print(json.dumps([*sys.modules]))".replace(
+        "import sys", "import sys, json", 1
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"starlette", "uvicorn", "pydantic", "prometheus_client", "yaml", "torch"} & set(json.loads(done.stdout))
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from treadle.bundle import Bundle, read_bundle
-from treadle.errors import OptionError
-from treadle.generate import Engine
-from treadle.models import load_model
-from treadle.server.params import ServeParams
-from treadle.server.start import bound, check_start
+from treadle.bundle.base_model import load_model
+from treadle.bundle.bundle import Bundle, read_bundle
+from treadle.common.errors import OptionError
+from treadle.engine.engine import Engine
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.start import bound, check_start
 
 from conftest import Run
 
@@ -59,7 +59,7 @@ def test_a_folder_called_like_another_model_needs_a_name(bundle_folder: Path, tm
 
 
 def test_what_may_not_be_meant_is_warned_of(read: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "treadle.server")
+    caplog.set_level(logging.WARNING, "treadle.serving.openai")
     (tmp_path / "keys").write_text("few maht,science\n")
     check_start(read, ServeParams(api_key_file=str(tmp_path / "keys")))
     assert "unknown adapter 'maht'. Did you mean 'math'?" in caplog.text

@@ -1,6 +1,6 @@
 """Texts and bytes of single tokens."""
 
-from treadle.server.tokens import TokenTexts
+from treadle.serving.openai.tokens import TokenTexts
 
 from conftest import TINY, byte_tokenizer
 

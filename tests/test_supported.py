@@ -7,11 +7,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from treadle.adapters import Adapter, LoraPair
-from treadle.blend import attach
-from treadle.compatible import check_tokens
-from treadle.errors import AdapterError, ModelError, OptionError
-from treadle.supported import check_supported, rereading_layers
+from treadle.common.errors import AdapterError, ModelError, OptionError
+from treadle.engine.supported import check_supported, rereading_layers
+from treadle.lora.adapter import Adapter, LoraPair
+from treadle.lora.blend import attach
+from treadle.lora.compatibility import check_tokens
 
 from conftest import TINY, tiny_llama
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from treadle.data import load_examples
-from treadle.errors import DataError
-from treadle.metrics import METRICS
-from treadle.sandbox import passes
-from treadle.tasks import PAPER, TASKS, Example, find_task, read_task
+from treadle.common.errors import DataError
+from treadle.experiments.data import load_examples
+from treadle.experiments.metrics import METRICS
+from treadle.experiments.sandbox import passes
+from treadle.experiments.tasks import PAPER, TASKS, Example, find_task, read_task
 
 MBPP = {
     "text": "Write a function to add. ",

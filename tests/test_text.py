@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from treadle.errors import ModelError, OptionError
-from treadle.text import Detokenizer, StopStrings, completion_ids, prompt_ids
+from treadle.common.errors import ModelError, OptionError
+from treadle.engine.tokenization import Detokenizer, StopStrings, completion_ids, prompt_ids
 
 from conftest import byte_tokenizer
 

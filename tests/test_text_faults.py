@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from treadle.errors import OptionError
-from treadle.generate import Engine
+from treadle.common.errors import OptionError
+from treadle.engine.engine import Engine
 
 from conftest import Run
 

@@ -16,17 +16,17 @@ from killing import kills
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.sft_trainer import SFTTrainer
 
-from treadle.adapters import read_adapter
-from treadle.blend import attach
-from treadle.centroid_files import read_centroid
-from treadle.centroids import Centroids
-from treadle.checkpoints import MARK_FILE, CheckpointKeeper, keep_only, mark_whole, newest_whole
-from treadle.embed import StaticEmbedder, load_embedder
-from treadle.errors import AdapterError, DataError, OptionError
-from treadle.files import digest
-from treadle.routing import fit
-from treadle.tasks import Example
-from treadle.train import IGNORED, TrainParams, train_adapter, training_rows
+from treadle.bundle.centroid_files import read_centroid
+from treadle.common.errors import AdapterError, DataError, OptionError
+from treadle.common.files import digest
+from treadle.experiments.checkpoints import MARK_FILE, CheckpointKeeper, keep_only, mark_whole, newest_whole
+from treadle.experiments.tasks import Example
+from treadle.experiments.train import IGNORED, TrainParams, train_adapter, training_rows
+from treadle.lora.adapter import read_adapter
+from treadle.lora.blend import attach
+from treadle.routing.centroids import Centroids
+from treadle.routing.embedder import StaticEmbedder, load_embedder
+from treadle.routing.router import fit
 
 from conftest import BASE, Run, byte_tokenizer, tiny_llama
 
@@ -124,7 +124,7 @@ def test_all_linear_layers_are_trained_and_a_start_that_failed_leaves_no_recipe(
     TOKENIZER.save_pretrained(base)
     params = TrainParams(steps=2, batch_size=4, rank=2, alpha=4, dtype="float32", targets=("all-linear",))
     with monkeypatch.context() as broken:
-        broken.setattr("treadle.train._trainer_config", lambda *_: 1 / 0)
+        broken.setattr("treadle.experiments.train._trainer_config", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(steps=3))
     pairs = read_adapter(train_adapter(str(base), OWN, tmp_path / "own", params=params)).pairs

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from treadle.hf import routed
-from treadle.params import SamplingParams
-from treadle.peers import cached_step
-from treadle.runner import Runner
-from treadle.transformers_names import CACHE_NAMES, cache_argument, find_cache
+from treadle.common.params import SamplingParams
+from treadle.common.transformers_names import CACHE_NAMES, cache_argument, find_cache
+from treadle.engine.hf import routed
+from treadle.engine.runners.runner import Runner
+from treadle.experiments.peers.peers import cached_step
 
 from conftest import tiny_llama
 

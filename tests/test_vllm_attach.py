@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from treadle.adapters import read_adapter
-from treadle.errors import AdapterError, ModelError
-from treadle.vllm_plugin.attach import Limits, attach, place_of
-from treadle.vllm_plugin.mixture import open_bundle
-from treadle.vllm_plugin.params import PluginParams
-from treadle.vllm_plugin.stacks import Stack, Stacks, check_targets
+from treadle.common.errors import AdapterError, ModelError
+from treadle.lora.adapter import read_adapter
+from treadle.serving.vllm.attach import Limits, attach, place_of
+from treadle.serving.vllm.mixture import open_bundle
+from treadle.serving.vllm.params import PluginParams
+from treadle.serving.vllm.stacks import Stack, Stacks, check_targets
 
 from conftest import TINY
 

@@ -16,15 +16,15 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from treadle.errors import OptionError
-from treadle.routing import RunningText
-from treadle.vllm_plugin import endpoints, live
-from treadle.vllm_plugin.asked import Asked
-from treadle.vllm_plugin.endpoints import State
-from treadle.vllm_plugin.live import Core
-from treadle.vllm_plugin.mixture import open_bundle
-from treadle.vllm_plugin.params import PluginParams
-from treadle.vllm_plugin.schedule import Schedule
+from treadle.common.errors import OptionError
+from treadle.routing.router import RunningText
+from treadle.serving.vllm import endpoints, live
+from treadle.serving.vllm.asked import Asked
+from treadle.serving.vllm.endpoints import State
+from treadle.serving.vllm.live import Core
+from treadle.serving.vllm.mixture import open_bundle
+from treadle.serving.vllm.params import PluginParams
+from treadle.serving.vllm.schedule import Schedule
 
 from conftest import BASE, save_adapter
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from treadle.bundle import save_bundle
-from treadle.embed import StaticEmbedder
-from treadle.errors import AdapterError, OptionError, TreadleError
-from treadle.params import RoutingParams
-from treadle.routing import fit
-from treadle.vllm_plugin.joining import check_name, read_newcomer, with_adapter, without_adapter
-from treadle.vllm_plugin.mixture import Mixture, open_bundle
-from treadle.vllm_plugin.params import PluginParams
-from treadle.vllm_plugin.schedule import Schedule
+from treadle.bundle.bundle import save_bundle
+from treadle.common.errors import AdapterError, OptionError, TreadleError
+from treadle.common.params import RoutingParams
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import fit
+from treadle.serving.vllm.joining import check_name, read_newcomer, with_adapter, without_adapter
+from treadle.serving.vllm.mixture import Mixture, open_bundle
+from treadle.serving.vllm.params import PluginParams
+from treadle.serving.vllm.schedule import Schedule
 
 from conftest import BASE, SAMPLES
 

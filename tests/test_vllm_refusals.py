@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from treadle.errors import ModelError
-from treadle.vllm_plugin import hooks
-from treadle.vllm_plugin.asked import Asked
-from treadle.vllm_plugin.chats import with_contents
-from treadle.vllm_plugin.params import CONTENTS, PluginParams
-from treadle.vllm_plugin.refusals import refusals, tokenizer_problems
+from treadle.common.errors import ModelError
+from treadle.serving.vllm import hooks
+from treadle.serving.vllm.asked import Asked
+from treadle.serving.vllm.chats import with_contents
+from treadle.serving.vllm.params import CONTENTS, PluginParams
+from treadle.serving.vllm.refusals import refusals, tokenizer_problems
 
 from conftest import BASE
 

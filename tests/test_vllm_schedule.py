@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treadle.chat import RoutedText, contents_of, pieces_of, read_prompt
-from treadle.errors import OptionError, TreadleError
-from treadle.params import RoutingParams
-from treadle.vllm_plugin.joining import without_adapter
-from treadle.vllm_plugin.mixture import AUTO, Mixture, open_bundle
-from treadle.vllm_plugin.params import PluginParams, read_plugin_params
-from treadle.vllm_plugin.schedule import Schedule
-from treadle.vllm_plugin.stream import Stream
-from treadle.vllm_plugin.texts import FIRST_ROWS, MOST_ROOM
+from treadle.common.errors import OptionError, TreadleError
+from treadle.common.params import RoutingParams
+from treadle.engine.chat import RoutedText, contents_of, pieces_of, read_prompt
+from treadle.serving.vllm.joining import without_adapter
+from treadle.serving.vllm.mixture import AUTO, Mixture, open_bundle
+from treadle.serving.vllm.params import PluginParams, read_plugin_params
+from treadle.serving.vllm.schedule import Schedule
+from treadle.serving.vllm.stream import Stream
+from treadle.serving.vllm.texts import FIRST_ROWS, MOST_ROOM
 
 TEXT = "add three plus four, the atom of a planet; def loop return list " * 3
 MODES = {

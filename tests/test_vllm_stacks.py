@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from treadle.adapters import Adapter, read_adapter
-from treadle.blend import attach
-from treadle.vllm_plugin import stacks
-from treadle.vllm_plugin.attach import plain_update
-from treadle.vllm_plugin.board import GateBoard
-from treadle.vllm_plugin.products import Product
-from treadle.vllm_plugin.stacks import Part, Place, Stack, equal_room, room_for
+from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.blend import attach
+from treadle.serving.vllm import stacks
+from treadle.serving.vllm.attach import plain_update
+from treadle.serving.vllm.board import GateBoard
+from treadle.serving.vllm.products import Product
+from treadle.serving.vllm.stacks import Part, Place, Stack, equal_room, room_for
 
 from conftest import save_adapter, tiny_llama
 

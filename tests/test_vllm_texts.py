@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from treadle.embed import StaticEmbedder
-from treadle.params import RoutingParams
-from treadle.routing import Router, RunningText
-from treadle.vllm_plugin.texts import FIRST_ROWS, Texts, Words
+from treadle.common.params import RoutingParams
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import Router, RunningText
+from treadle.serving.vllm.texts import FIRST_ROWS, Texts, Words
 
 PIECES = [
     "add",

@@ -13,13 +13,11 @@ from pathlib import Path
 import pytest
 from killing import kills
 
-from treadle.adapters import CONFIG_FILE, WEIGHTS_FILE
-from treadle.bundle import read_bundle, save_bundle
-from treadle.bundle_files import NUM_TRIES, finish_replacing, has_bundle, read_version, replace_bundle
-from treadle.errors import BundleError, OptionError
-from treadle.params import RoutingParams
-from treadle.routing import Router, fit
-from treadle.writing import (
+from treadle.bundle.bundle import read_bundle, save_bundle
+from treadle.bundle.bundle_files import NUM_TRIES, finish_replacing, has_bundle, read_version, replace_bundle
+from treadle.common.errors import BundleError, OptionError
+from treadle.common.params import RoutingParams
+from treadle.common.writing import (
     HOST,
     append_text,
     check_writable,
@@ -28,6 +26,8 @@ from treadle.writing import (
     workplace,
     write_text,
 )
+from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from treadle.routing.router import Router, fit
 
 from conftest import BASE, SAMPLES
 

@@ -6,30 +6,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from treadle.adapters import Adapter, LoraPair, read_adapter
-    from treadle.blend import Blend, attach
-    from treadle.bundle import Bundle, read_bundle, save_bundle
-    from treadle.centroids import Centroids
-    from treadle.completion import Completion, GenerationError
-    from treadle.embed import Embedder, SentenceEmbedder, StaticEmbedder
-    from treadle.errors import AdapterError, BundleError, DataError, ModelError, OptionError, TreadleError
-    from treadle.generate import Engine, load
-    from treadle.params import RoutingParams, SamplingParams
-    from treadle.routing import Router, fit
-    from treadle.rows import TokenEvent
+    from treadle.bundle.bundle import Bundle, read_bundle, save_bundle
+    from treadle.common.errors import AdapterError, BundleError, DataError, ModelError, OptionError, TreadleError
+    from treadle.common.params import RoutingParams, SamplingParams
+    from treadle.engine.completion import Completion, GenerationError
+    from treadle.engine.engine import Engine, load
+    from treadle.engine.sequence import TokenEvent
+    from treadle.lora.adapter import Adapter, LoraPair, read_adapter
+    from treadle.lora.blend import Blend, attach
+    from treadle.routing.centroids import Centroids
+    from treadle.routing.embedder import Embedder, SentenceEmbedder, StaticEmbedder
+    from treadle.routing.router import Router, fit
 
 _PUBLIC = {
-    "adapters": ("Adapter", "LoraPair", "read_adapter"),
-    "blend": ("Blend", "attach"),
-    "bundle": ("Bundle", "read_bundle", "save_bundle"),
-    "centroids": ("Centroids",),
-    "completion": ("Completion", "GenerationError"),
-    "embed": ("Embedder", "SentenceEmbedder", "StaticEmbedder"),
-    "errors": ("AdapterError", "BundleError", "DataError", "ModelError", "OptionError", "TreadleError"),
-    "generate": ("Engine", "load"),
-    "params": ("RoutingParams", "SamplingParams"),
-    "routing": ("Router", "fit"),
-    "rows": ("TokenEvent",),
+    "lora.adapter": ("Adapter", "LoraPair", "read_adapter"),
+    "lora.blend": ("Blend", "attach"),
+    "bundle.bundle": ("Bundle", "read_bundle", "save_bundle"),
+    "routing.centroids": ("Centroids",),
+    "engine.completion": ("Completion", "GenerationError"),
+    "routing.embedder": ("Embedder", "SentenceEmbedder", "StaticEmbedder"),
+    "common.errors": ("AdapterError", "BundleError", "DataError", "ModelError", "OptionError", "TreadleError"),
+    "engine.engine": ("Engine", "load"),
+    "common.params": ("RoutingParams", "SamplingParams"),
+    "routing.router": ("Router", "fit"),
+    "engine.sequence": ("TokenEvent",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

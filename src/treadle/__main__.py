@@ -1,5 +1,5 @@
 """`python -m treadle` is the command `treadle`."""
 
-from treadle.cli import main
+from treadle.cli.main import main
 
 main()

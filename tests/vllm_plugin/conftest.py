@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import treadle
-from treadle.embed import StaticEmbedder
+from treadle.routing.embedder import StaticEmbedder
 
 from vllm_plugin.engines import ADAPTERS, write_bundle
 
@@ -24,6 +24,6 @@ def equal(tmp_path_factory: pytest.TempPathFactory, embedder: StaticEmbedder) ->
 
 
 @pytest.fixture(scope="session")
-def embedded(small: Path) -> treadle.generate.Engine:
+def embedded(small: Path) -> treadle.engine.engine.Engine:
     """The engine that vLLM must agree with, on the bundle of unequal adapters."""
     return treadle.load(small, device="cpu", dtype="float32")

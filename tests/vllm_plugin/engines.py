@@ -15,10 +15,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import treadle
-from treadle.bundle import save_bundle
-from treadle.embed import StaticEmbedder
-from treadle.params import RoutingParams
-from treadle.routing import fit
+from treadle.bundle.bundle import save_bundle
+from treadle.common.params import RoutingParams
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import fit
 
 from conftest import SAMPLES, byte_tokenizer, save_adapter
 

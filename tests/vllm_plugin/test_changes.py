@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 import treadle
-from treadle.errors import TreadleError
-from treadle.params import RoutingParams
-from treadle.vllm_plugin.asked import Asked
-from treadle.vllm_plugin.mixture import Mixture
+from treadle.common.errors import TreadleError
+from treadle.common.params import RoutingParams
+from treadle.serving.vllm.asked import Asked
+from treadle.serving.vllm.mixture import Mixture
 
 from conftest import save_adapter
 from vllm_plugin.engines import ALL, PROMPTS, Served, agree, reference, serving, small_llama

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from treadle.chat import TokenPrompt, read_prompt
+from treadle.engine.chat import TokenPrompt, read_prompt
 
 from vllm_plugin.engines import agree, reference, serving
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import treadle
-from treadle.params import RoutingParams
+from treadle.common.params import RoutingParams
 
 from conftest import SAMPLES, save_adapter
 from vllm_plugin.engines import ALL, BASE, PROMPTS, agree, reference, serving, small_llama
@@ -39,7 +39,7 @@ def test_the_three_combines_in_one_batch(equal: Path) -> None:
 
 
 def test_a_combine_that_the_bundle_cannot_is_refused_at_the_start(small: Path) -> None:
-    from treadle.errors import TreadleError
+    from treadle.common.errors import TreadleError
 
     with (
         pytest.raises(TreadleError, match=r"linear.*needs adapters of equal ranks"),
@@ -73,7 +73,7 @@ def test_adapters_come_and_go(small: Path, newcomer: Path) -> None:
         answer = core.treadle_add_adapter("late", str(newcomer), texts)
         assert answer["adapters"] == {"math": 0, "science": 1, "code": 2, "late": 3}
         # the server's own process learns of it from the endpoint; here, as that does
-        from treadle.vllm_plugin.asked import Asked
+        from treadle.serving.vllm.asked import Asked
 
         Asked.of(served.llm.llm_engine.input_processor).mixture = core.scheduler.treadle.mixture
         assert agree(served.run(prompts), joined) == []  # with a warm cache of the set before
@@ -114,7 +114,7 @@ def test_half_precision_follows_the_engine(small: Path, eager: bool) -> None:
 
 
 def test_the_bundle_must_be_of_this_base(small: Path, tmp_path: Path) -> None:
-    from treadle.errors import OptionError
+    from treadle.common.errors import OptionError
 
     other = tmp_path / "another-model"
     other.symlink_to(small.parent / BASE)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from treadle.packs import is_amd
-from treadle.vllm_plugin import cpu
+from treadle.engine.runners.cpu.packing import is_amd
+from treadle.serving.vllm import cpu
 
 SHAPES = [(128, 576), (960, 128), (32, 1536), (3072, 32), (16, 32), (4096, 64), (15, 64), (64, 40)]
 TOKENS = [1, 2, 5, 8, 16, 17, 40, 300]

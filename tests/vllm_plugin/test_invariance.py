@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from treadle.params import RoutingParams
-from treadle.vllm_plugin.live import Hashed
+from treadle.common.params import RoutingParams
+from treadle.serving.vllm.live import Hashed
 
 from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving
 
@@ -124,7 +124,7 @@ def test_gates_of_the_newest_token_for_all_would_be_seen(
     small: Path, expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the tests above: a preempted text read again under its newest weights differs."""
-    from treadle.vllm_plugin.stream import Stream
+    from treadle.serving.vllm.stream import Stream
 
     monkeypatch.setattr(Stream, "gates", lambda self, start, end: ([self._newest], (end - start,)))
     with serving(small, num_gpu_blocks_override=10, enable_prefix_caching=False, max_model_len=192) as served:

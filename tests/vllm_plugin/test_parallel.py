@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import treadle
-from treadle.embed import StaticEmbedder
-from treadle.params import RoutingParams
+from treadle.common.params import RoutingParams
+from treadle.routing.embedder import StaticEmbedder
 
 from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving, write_bundle
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import treadle
-from treadle.models import locate
-from treadle.params import RoutingParams
+from treadle.bundle.base_model import locate
+from treadle.common.params import RoutingParams
 
 from vllm_plugin.engines import DEMO, agree, reference, serving
 

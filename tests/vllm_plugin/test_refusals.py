@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from treadle.errors import TreadleError
-from treadle.vllm_plugin import hooks, places
+from treadle.common.errors import TreadleError
+from treadle.serving.vllm import hooks, places
 
 from vllm_plugin.engines import PROMPTS, serving
 

@@ -1,6 +1,6 @@
 """The vLLM that is installed is one that the plugin knows."""
 
-from treadle.vllm_plugin.selftest import TOLERANCE, examine_vllm
+from treadle.serving.vllm.selftest import TOLERANCE, examine_vllm
 
 
 def test_this_vllm_is_healthy() -> None:

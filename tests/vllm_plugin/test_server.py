@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import treadle
-from treadle.params import RoutingParams
-from treadle.vllm_plugin import figures
+from treadle.common.params import RoutingParams
+from treadle.serving.vllm import figures
 
 from conftest import SAMPLES, save_adapter
 from vllm_plugin.engines import ALL, BASE, PROMPTS, reference, small_llama

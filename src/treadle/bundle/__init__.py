@@ -1,0 +1,1 @@
+"""A bundle's files on disk, and the base model that it names."""

@@ -1,0 +1,152 @@
+"""What the command line prints: text coloured by its leading adapter, and tables."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from treadle.routing.centroids import Floats
+
+if TYPE_CHECKING:
+    from treadle.engine.sequence import TokenEvent
+    from treadle.experiments.doctor import Report
+    from treadle.experiments.results import EvalResult
+    from treadle.experiments.router_quality import Quality
+    from treadle.routing.explain import Explanation
+
+FILE_WIDTH = 10_000
+"""Columns of a file or a pipe."""
+COLOURS = ("bright_blue", "bright_green", "bright_magenta", "yellow", "cyan", "red", "green", "blue", "magenta")
+
+
+def colour(index: int) -> str:
+    """Return the colour of the adapter at a place on the N axis; colours repeat after nine."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def legend(names: Sequence[str]) -> Text:
+    """Return the adapters' names in their colours."""
+    line = Text()
+    for index, name in enumerate(names):
+        line.append(f"■ {name}  ", style=colour(index))
+    return line.append("■ base", style="default")
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """Return where a command prints; into a file or a pipe a table is as wide as it is, with nothing cut."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=FILE_WIDTH)
+
+
+def print_coloured(console: Console, pieces: Sequence[str], weights: Floats) -> None:
+    """Print the text of T tokens, each in the colour that leads in its row of `weights` (T, N)."""
+    for piece, each in zip(pieces, weights, strict=True):
+        style = colour(int(each.argmax())) if each.any() else "default"
+        console.print(Text(piece, style=style), end="", soft_wrap=True)
+
+
+def stream_coloured(console: Console, events: Iterable["TokenEvent"]) -> list["TokenEvent"]:
+    """Print tokens as they come, each in the colour of its leading adapter (plain where none acts); return them."""
+    shown: list[TokenEvent] = []
+    for event in events:
+        print_coloured(console, [event.text], event.weights[None])
+        shown.append(event)
+    console.print()
+    return shown
+
+
+def weights_table(title: str, names: Sequence[str], rows: Sequence[tuple[str, Floats]]) -> Table:
+    """Return a table of mean weights (N,) with one row a text."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for index, name in enumerate(names):
+        table.add_column(name, style=colour(index), justify="right")
+    for label, weights in rows:
+        table.add_row(label, *(f"{weight:.2f}" for weight in weights))
+    return table
+
+
+def mean_weights(events: Sequence["TokenEvent"]) -> Floats:
+    """Return the mean (N,) over tokens."""
+    return np.mean([event.weights for event in events], axis=0)
+
+
+def explanation_table(explanation: "Explanation") -> Table:
+    """Return cosine, score and weight of each adapter; below, the words that decided."""
+    table = Table(title_justify="left")
+    for heading in ("adapter", "cosine", "score", "weight"):
+        table.add_column(heading, justify="left" if heading == "adapter" else "right")
+    scores = explanation.scores or (float("nan"),) * len(explanation.names)
+    for index, name in enumerate(explanation.names):
+        cosine, weight = explanation.cosines[index], explanation.weights[index]
+        style = "bold" if weight == max(explanation.weights) > 0 else ""
+        table.add_row(Text(name, colour(index)), f"{cosine:.3f}", f"{scores[index]:.2f}", f"{weight:.3f}", style=style)
+    notes = [f"its domain changes: what counts begins at character {explanation.begin}"] if explanation.begin else []
+    if explanation.words:
+        notes.append("for the nearest spoke: " + ", ".join(f"{word} +{lead:.2f}" for word, lead in explanation.words))
+    table.caption = "\n".join(notes) or None
+    return table
+
+
+def report_tables(report: "Report") -> list[Table]:
+    """Return what `treadle doctor` found, one row an adapter, and the cosines between the centroids."""
+    table = Table(title_justify="left")
+    for heading in ("adapter", "rank", "targets", "modules", "norm", "change (nats)", "samples"):
+        table.add_column(heading)
+    cosines = Table(title="cosines between the centroids", title_justify="left")
+    for heading in ("", *(adapter.name for adapter in report.adapters)):
+        cosines.add_column(heading, justify="right" if heading else "left")
+    for index, adapter in enumerate(report.adapters):
+        name = Text(adapter.name, colour(index))
+        table.add_row(
+            name,
+            ", ".join(map(str, adapter.ranks)),
+            ", ".join(adapter.targets),
+            str(adapter.modules),
+            f"{adapter.norm:.3f}",
+            f"{adapter.change:.4f}",
+            str(adapter.samples) if adapter.samples else "none: probe text",
+        )
+        cosines.add_row(name, *(f"{cosine:.3f}" for cosine in adapter.cosines))
+    return [table, cosines]
+
+
+def results_table(task: str, results: Sequence["EvalResult"]) -> Table:
+    """Return the values of one task with their 95 % intervals: one row an arm, one column a metric."""
+    metrics = list(dict.fromkeys(result.metric for result in results))
+    cells = {(result.arm, result.metric): result for result in results}
+    table = Table(title=f"{task} (n = {results[0].n})", title_justify="left")
+    table.add_column("arm")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for arm in dict.fromkeys(result.arm for result in results):
+        row = [cells.get((arm, metric)) for metric in metrics]
+        table.add_row(arm, *(f"{r.value:.3f} ({r.low:.3f}-{r.high:.3f})" if r else "" for r in row))
+    return table
+
+
+def quality_tables(qualities: Sequence["Quality"]) -> list[Table]:
+    """Return the accuracy of each score on each kind of text, then the confusion of the best score."""
+    kinds = list(qualities[0].accuracy)
+    summary = Table(title="accuracy of the nearest adapter, mean over domains", title_justify="left")
+    for heading in ("score", *kinds):
+        summary.add_column(heading, justify="left" if heading == "score" else "right")
+    for quality in qualities:
+        known = (f"{quality.accuracy[kind]:.3f}" if kind in quality.accuracy else "-" for kind in kinds)
+        summary.add_row(quality.score, *known)
+    if qualities[0].separation is not None:
+        summary.caption = f"separation of the centroids: {qualities[0].separation:.2f} pooled standard deviations"
+    best = max(qualities, key=lambda quality: min(quality.accuracy.values()))
+    tables = [summary]
+    for kind in kinds:
+        table = Table(title=f"{best.score}, {kind}: domain by nearest adapter", title_justify="left")
+        for heading in ("", *best.names):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, shares in zip(best.names, best.confusion[kind], strict=True):
+            asked = any(shares)  # else the domain has no examples of this kind
+            table.add_row(name, *(f"{share:.3f}" if asked else "-" for share in shares))
+        tables.append(table)
+    return tables

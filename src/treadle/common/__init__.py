@@ -1,0 +1,1 @@
+"""What every other package may use: errors, options, files and memory. It knows no model and no adapter."""

@@ -1,0 +1,224 @@
+"""The options of routing, sampling, evaluation and training: frozen, checked once, the same for flags and files.
+
+Pure Python, so that `treadle --help` need not wait for numpy or torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from treadle.common.errors import OptionProblem
+from treadle.common.options import check_fields, option, problem_of, raise_problems
+
+Score = Literal["cosine", "centred", "lda"]
+Rule = Literal["boosted", "softmax", "top_k", "fixed"]
+Combine = Literal["sum", "linear", "paper"]
+COMBINES: tuple[Combine, ...] = get_args(Combine)
+
+DEFAULT_TEMPERATURE: dict[Score, float] = {"lda": 1.6, "cosine": 0.05, "centred": 0.05}
+"""Log-posteriors are overconfident, cosines lie close together: for `lda`, the least log-loss on held-out prompts."""
+
+SMALLEST, LARGEST = 1e-6, 1_000_000
+"""Limits of numbers that scores are divided by; beyond them, float32 overflows."""
+COLDEST = 1e-3
+"""The lowest temperature above 0 of sampling; below, logits divided by it overflow."""
+
+
+@dataclass(frozen=True)
+class RoutingParams:
+    """How weights are made from the text, and when. The same fields are flags, request fields and result keys."""
+
+    score: Score = option("lda", "text against centroids: cosine (the paper), centred, or lda")
+    rule: Rule = option("softmax", "scores to weights: boosted (the paper), softmax, top_k or fixed")
+    boost: float = option(4.0, "boosted: factor on the largest cosine", at_least=SMALLEST, at_most=1000)
+    temperature: float | None = option(
+        None,
+        "softmax, top_k: divides the scores; none = 1.6 for lda, 0.05 for cosines",
+        at_least=SMALLEST,
+        at_most=LARGEST,
+    )
+    top_k: int = option(2, "top_k: how many adapters keep a weight", at_least=1)
+    fixed: Mapping[str, float] | None = option(None, "fixed: name=weight pairs; adapters not named get 0", at_least=0)
+    unit_scale: bool = option(False, "divide by the largest weight: the nearest acts at its trained strength")
+    floor: float | None = option(None, "adapters whose score is below get 0; where all are, the base answers")
+    every: int | None = option(2, "re-weigh every so many generated tokens; none = once, from the prompt", at_least=1)
+    lag: int = option(
+        0, "1 = weights come one decision late: a slow embedder then runs beside the model", at_least=0, at_most=1
+    )
+    window: int | None = option(None, "the embedder sees the last so many tokens; none = all", at_least=1)
+    recent: int | None = option(
+        32,
+        "running text: three quarters of the score are that of its last so many tokens; none = off",
+        at_least=1,
+    )
+    change: float | None = option(
+        4.0,
+        "lda: a prompt whose domain changes counts from the last change on, where that explains it by so many nats "
+        "better; none = all of it",
+        at_least=SMALLEST,
+        at_most=LARGEST,
+    )
+    prefill: Literal["prompt", "causal"] = option(
+        "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
+    )
+    past: Literal["keep", "recompute"] = option("keep", "on new weights: keep cached keys and values, or read again")
+    combine: Combine = option("sum", "sum (the true mixture), linear (PEFT >= 0.9) or paper (PEFT 0.4.0)")
+
+    def __post_init__(self) -> None:
+        """Check every field and the fields against each other; one message lists all problems."""
+        raise_problems("routing options:", [*check_fields(self), *self._clashes()])
+
+    def _clashes(self) -> list[OptionProblem]:
+        clashes: dict[tuple[str, ...], tuple[str, str]] = {}  # options -> text, what is allowed of the first
+        if self.rule == "boosted" and self.score == "lda":
+            text = "rule boosted multiplies a cosine; with score lda use rule softmax"
+            clashes["rule", "score"] = text, "'softmax' or 'top_k' with score 'lda'; 'boosted' multiplies a cosine"
+        text = "rule fixed and fixed weights go together: give both or neither"
+        if self.rule == "fixed" and self.fixed is None:
+            clashes["fixed", "rule"] = text, "an object like {\"math\": 0.7} with rule 'fixed'"
+        if self.rule != "fixed" and self.fixed is not None:
+            clashes["rule", "fixed"] = text, "'fixed', or leave it out"
+        if self.prefill == "causal" and self.every is None:
+            text = "prefill causal decides in blocks of `every` tokens; every none decides once, from the prompt"
+            clashes["every", "prefill"] = (
+                text,
+                "a whole number of at least 1 with prefill 'causal', which decides in blocks of so many",
+            )
+        if self.prefill == "causal" and self.lag:
+            text = "prefill causal decides while it reads the prompt; weights that come late (lag) cannot"
+            clashes["lag", "prefill"] = text, "0 with prefill 'causal'"
+        if self.prefill == "causal" and self.past == "recompute":
+            text = "past recompute reads the prompt again under later weights; it cannot be causal"
+            clashes["past", "prefill"] = text, "'keep' with prefill 'causal'"
+        return [
+            OptionProblem(options, text, getattr(self, options[0]), allowed)
+            for options, (text, allowed) in clashes.items()
+        ]
+
+    @classmethod
+    def paper(cls) -> "RoutingParams":
+        """Return what the paper's code computes; use a bundle whose embedder is the sentence embedder."""
+        return cls(
+            score="cosine",
+            rule="boosted",
+            boost=4.0,
+            every=2,
+            recent=None,
+            change=None,
+            past="recompute",
+            combine="paper",
+        )
+
+    @classmethod
+    def base(cls) -> "RoutingParams":
+        """Return params under which no adapter acts."""
+        return cls(rule="fixed", fixed={}, every=None)
+
+    @classmethod
+    def one(cls, name: str) -> "RoutingParams":
+        """Return params under which one adapter acts alone, at the strength it was trained at."""
+        return cls(rule="fixed", fixed={name: 1.0}, every=None)
+
+    @classmethod
+    def uniform(cls, names: Sequence[str]) -> "RoutingParams":
+        """Return params under which every adapter of `names` has the same weight; the weights sum to 1."""
+        return cls(rule="fixed", fixed={name: 1.0 / len(names) for name in names}, every=None)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a row ends."""
+
+    temperature: float = option(0.0, "0 = greedy; else logits are divided by it", at_least=0)
+    top_p: float = option(1.0, "sample from the smallest set of tokens with this probability mass", above=0, at_most=1)
+    top_k: int = option(0, "sample from so many most probable tokens; 0 = all", at_least=0)
+    max_tokens: int = option(128, "tokens to generate at most", at_least=1)
+    stop: tuple[str, ...] = option((), "strings that end the text; they are not part of it")
+    seed: int | None = option(
+        None, "of this row's random stream; none = a fresh one each time", at_least=0, at_most=2**63 - 1
+    )
+    stop_token_ids: tuple[int, ...] = option((), "token ids that end the text; they are not part of it", at_least=0)
+
+    def __post_init__(self) -> None:
+        """Check every field; one message lists all problems."""
+        problems = check_fields(self)
+        right = vars(self).keys() - {problem.options[0] for problem in problems}
+        if "temperature" in right and 0 < self.temperature < COLDEST:
+            allowed = f"0 (greedy) or at least {COLDEST}"
+            problems.append(problem_of("temperature", self.temperature, allowed))
+        if "stop" in right and "" in self.stop:
+            problems.append(problem_of("stop", self.stop, "texts that are not empty"))
+        raise_problems("sampling options:", problems)
+
+
+@dataclass(frozen=True)
+class EvalParams:
+    """What is evaluated: which rows, and how."""
+
+    limit: int = option(300, "examples a task, a seeded choice", at_least=1)
+    seed: int = option(0, "of the choice of examples and shots, of streams and of bootstrap samples", at_least=0)
+    shots: int = option(0, "solved examples of the same task before each prompt", at_least=0)
+    generate: bool = option(True, "generate texts and judge them; without, only likelihoods are measured")
+    max_tokens: int | None = option(None, "tokens to generate at most; none = the task's own number", at_least=1)
+
+    def __post_init__(self) -> None:
+        """Check every field; one message lists all problems."""
+        raise_problems("evaluation options:", check_fields(self))
+
+
+@dataclass(frozen=True)
+class BenchParams:
+    """How long and with what `treadle bench` measures."""
+
+    batch: tuple[int, ...] = option((1, 8), "rows of a batch", at_least=1)
+    prompt: int = option(32, "tokens of each prompt", at_least=1)
+    tokens: int = option(128, "tokens made a row", at_least=8)
+    rounds: int = option(5, "times that each call is measured, in turn with the others", at_least=1)
+    long_prompt: int = option(512, "prefill: tokens of a prompt", at_least=1)
+    paper_text: int = option(
+        256, "peers: tokens of the text that peers without a cache read for each token", at_least=1
+    )
+    sentence: str = option("sentence-transformers/all-MiniLM-L6-v2", "peers: embedder of the paper's loop")
+    vllm: str = option(".venv-vllm/bin/python", "peers: Python of an environment that has vLLM")
+    vllm_compile: bool = option(False, "peers: vLLM's compiled mode, which takes minutes to start")
+
+    def __post_init__(self) -> None:
+        """Check every field; one message lists all problems."""
+        problems = check_fields(self)
+        if self.batch == ():
+            problems.append(problem_of("batch", self.batch, "one number of rows or more"))
+        raise_problems("bench options:", problems)
+        object.__setattr__(self, "batch", tuple(dict.fromkeys(self.batch)))
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """How one adapter is trained; the defaults are the recipe of the demo."""
+
+    rank: int = option(16, "rank of each pair of factors", at_least=1)
+    alpha: int = option(32, "the update is scaled by alpha / rank", at_least=1)
+    targets: tuple[str, ...] = option(("q_proj", "v_proj"), "modules that get factors")
+    learning_rate: float = option(1e-3, "of the first step; falls to 0 linearly", above=0)
+    steps: int = option(120, "optimiser steps", at_least=1)
+    batch_size: int = option(8, "sequences a step", at_least=1)
+    max_tokens: int = option(384, "longer sequences are left out, and counted", at_least=1)
+    dropout: float = option(0.0, "share of an adapter's inputs that a step leaves out", at_least=0, below=1)
+    join: float = option(0.25, "share of the sequences that join two or three examples", at_least=0, at_most=1)
+    packing: bool = option(False, "put several sequences into one of max_tokens; each still sees itself alone")
+    dtype: str = option("bfloat16", "of the base model; the adapter itself trains in float32")
+    seed: int = option(0, "of the order, the joining and the first factors", at_least=0, at_most=2**32 - 1)
+
+    def __post_init__(self) -> None:
+        """Check every field; a target may name several modules, separated by commas."""
+        problems = check_fields(self)
+        if "targets" not in {problem.options[0] for problem in problems}:
+            names = tuple(name for each in self.targets for name in each.split(",") if name)
+            object.__setattr__(self, "targets", names)
+            if not names:
+                problems.append(problem_of("targets", self.targets, "the name of one module or more"))
+        raise_problems("training options:", problems)
+
+    @classmethod
+    def paper(cls) -> "TrainParams":
+        """Return the paper's recipe: rank 64, alpha 16, dropout 0.1 on q and v, no joined sequences."""
+        return cls(rank=64, alpha=16, dropout=0.1, learning_rate=2e-4, join=0.0)

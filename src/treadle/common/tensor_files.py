@@ -1,0 +1,45 @@
+"""Reads safetensors files that somebody else wrote: the header is judged before any tensor is touched."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from treadle.common.documents import open_file
+from treadle.common.errors import TreadleError, shown
+from treadle.common.memory import side_by_side
+
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL")
+"""As safetensors names them: those that every torch can copy."""
+MOST_HEADER = 32 << 20
+"""Bytes of a header; one of 300,000 tensors is shorter."""
+LONGEST_NAME = 1000
+"""Characters of a tensor's name."""
+
+
+class TensorFile(NamedTuple):
+    """The content of a file: tensors, as copies in memory of their own, and metadata."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_tensors(file: Path, error_type: type[TreadleError]) -> TensorFile:
+    """Return what a safetensors file holds; a damaged file is an error of `error_type`."""
+    with open_file(file, error_type) as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    if header > MOST_HEADER:
+        raise error_type(f"{file} cannot be read: its header has {header} bytes; allowed: {MOST_HEADER}")
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            for name in names:
+                if len(name) > LONGEST_NAME or tensors.get_slice(name).get_dtype() not in DTYPES:
+                    why = f"{len(name)} characters or a dtype other than {', '.join(DTYPES)}"
+                    raise error_type(f"{file} cannot be read: the tensor {shown(name)} has {why}")
+            # copies: a mapped file that somebody truncates later ends the process with SIGBUS
+            copies = side_by_side({name: tensors.get_tensor(name) for name in names})
+            return TensorFile(copies, dict(tensors.metadata() or {}))
+    except (SafetensorError, OSError) as error:
+        raise error_type(f"{file} cannot be read: {error}") from error

@@ -1,0 +1,396 @@
+"""The engine: a base model, a tokenizer, attached adapters and a router; generates, streams and scores."""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+
+import numpy as np
+
+from treadle.common.errors import (
+    AdapterError,
+    OptionError,
+    OptionProblem,
+    TreadleError,
+    problem_list,
+    unknown_name,
+)
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.batch import Batch
+from treadle.engine.chat import TokenPrompt, read_prompt, token_prompt
+from treadle.engine.completion import Completion, GenerationError
+from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.runners.runner import check_pack, is_plain_decoder, new_runner
+from treadle.engine.sequence import Report, Row, RowError, TokenEvent
+from treadle.engine.supported import check_supported, rereading_layers
+from treadle.engine.tokenization import Prompt, check_known, is_one_prompt
+from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.blend import attach
+from treadle.lora.compatibility import check_combine, check_tokens
+from treadle.lora.stacking import Stacks
+from treadle.routing.centroids import Centroids, Floats
+from treadle.routing.fitting import centroid_of
+from treadle.routing.router import Router
+from treadle.routing.samples import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_BATCH, GPU_BATCH = 32, 128
+"""Rows of one call to `generate` that share a forward pass, on a CPU and on a GPU; more wait until one ends."""
+Options = TypeVar("Options")
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[Mapping[str, Any]]]
+"""Texts, or chats."""
+Samplings = SamplingParams | Sequence[SamplingParams]
+Routings = RoutingParams | Sequence[RoutingParams]
+
+
+class Engine:
+    """One base model with its adapters. Use it from one thread at a time; several engines may live in one process."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        adapters: Sequence[Adapter],
+        router: Router,
+        *,
+        is_fast: bool = True,
+        pack: bool | None = None,
+    ) -> None:
+        """Attach the adapters.
+
+        Args:
+            model: the base.
+            tokenizer: the base's.
+            adapters: those that the router knows.
+            router: says who acts.
+            is_fast: False keeps our own steps out and always calls the model's `forward`.
+            pack: keep a second copy of the weights as oneDNN packs them (`treadle.engine.runners.cpu.packing`), which
+                makes steps on AMD's CPUs up to twice as fast; None = there, where it takes at most a GiB.
+
+        Raises:
+            ModelError: the engine cannot run the model (`treadle.engine.supported`).
+            AdapterError: router and adapters differ, or an adapter targets layers that cannot be blended by token.
+            OptionError: `pack` is true and nothing reads packed weights, or the adapters cannot be combined so.
+        """
+        check_supported(model)
+        self._rereading = frozenset[str]() if is_plain_decoder(model) else rereading_layers(model)
+        check_tokens(adapters, self._rereading)
+        if sorted(adapter.name for adapter in adapters) != sorted(router.names):
+            raise AdapterError(
+                f"the router knows {', '.join(router.names)}; the adapters are {', '.join(a.name for a in adapters)}."
+            )
+        check_pack(model, pack, is_fast=is_fast)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.router = router
+        self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
+        self.runner = new_runner(model, self.blend, pack=pack, is_fast=is_fast)
+        self._running: list[Row] = []
+        self._retired: set[str] = set()  # removed adapters that running rows still use
+        self.check_routing([router.params])
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether steps run through passes of our own rather than the model's own `forward`."""
+        return bool(self.runner.own)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order of every N axis."""
+        return self.router.names
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows; a tokenizer may have more, where tokens were added to it."""
+        return int(cast(Any, self.model.get_input_embeddings()).weight.shape[0])
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that a row may have, prompt and answer together; None = the model does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @overload
+    def generate(
+        self, prompt: Prompt, *, sampling: Samplings | None = None, routing: Routings | None = None
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompts, *, sampling: Samplings | None = None, routing: Routings | None = None
+    ) -> list[Completion]: ...
+
+    def generate(
+        self, prompt: Prompt | Prompts, *, sampling: Samplings | None = None, routing: Routings | None = None
+    ) -> Completion | list[Completion]:
+        """Generate from one prompt, a list of prompts, or chat messages.
+
+        Args:
+            prompt: a text; a list of texts; messages `[{"role": ..., "content": ...}, ...]`; or a list of these.
+                A chat is routed on the contents of its messages alone, joined by blank lines.
+            sampling: for all rows, or one a row.
+            routing: for all rows, or one a row; None takes the bundle's.
+
+        Returns:
+            a Completion; for a list of prompts a list of them, in its order.
+
+        Raises:
+            GenerationError: some prompts cannot be continued, such as where the model overflows; it has the others'
+                completions.
+            TreadleError: an option or prompt is not possible; nothing has been generated.
+        """
+        is_one = is_one_prompt(prompt)
+        started = time.perf_counter()
+        rows = self._rows(cast(Sequence[Prompt], [prompt] if is_one else prompt), sampling, routing)
+        completions = self._complete(rows, started)
+        return completions[0] if is_one else completions
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int] | TokenPrompt],
+        *,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        routing: RoutingParams | Sequence[RoutingParams] | None = None,
+    ) -> list[Completion]:
+        """Generate from prompts that are token ids already, each (T); see `generate`."""
+        started = time.perf_counter()
+        return self._complete(self._rows(prompts, sampling, routing, read=token_prompt), started)
+
+    def stream(
+        self, prompt: Prompt, *, sampling: SamplingParams | None = None, routing: RoutingParams | None = None
+    ) -> Generator[TokenEvent]:
+        """Generate from one prompt and yield each token as it comes; the texts join to the completion's text.
+
+        Options are checked by the call itself, before the first token is asked for. A GenerationError ends a text that
+        cannot be continued.
+        """
+        rows = self._rows([prompt], sampling, routing)
+        return self._stream(rows)
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], *, routing: RoutingParams | None = None
+    ) -> list[Floats]:
+        """Return the log-probabilities (nats) of each completion's tokens after its prompt, one array a row.
+
+        The weights are those that generation would have used had it chosen these tokens.
+        """
+        from treadle.engine.scoring import score
+
+        params = routing or self.router.params
+        self.check_routing([params])
+        return score(self, prompts, completions, params)
+
+    def add_adapter(self, name: str, path: str | Path, samples: Sequence[str | Sample]) -> None:
+        """Attach one more adapter and fit its centroid to sample texts; running rows go on without it.
+
+        On an error nothing has changed.
+        """
+        self._check_new(name)
+        adapter = read_adapter(path, name)
+        self.join_adapter(adapter, centroid_of(name, samples, self.router.embedder))
+
+    def plan_adapter(self, adapter: Adapter) -> Stacks:
+        """Check whether an adapter fits, and return stacks with it: to build beside the steps, for `join_adapter`."""
+        self._check_new(adapter.name)
+        check_tokens([adapter], self._rereading)
+        return self.blend.plan([*self.blend.adapters, adapter])
+
+    def join_adapter(self, adapter: Adapter, centroids: Centroids, stacks: Stacks | None = None) -> None:
+        """Attach an adapter that has been read, with its centroid; running rows go on without it.
+
+        On an error nothing has changed. `stacks` are used unless other adapters have come or gone since their plan.
+        """
+        self._check_new(adapter.name)
+        joined = self.router.centroids.join(centroids)
+        if joined.names != (*self.router.names, adapter.name):
+            raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")
+        router = self._able(replace(self.router, centroids=joined), [*self.blend.adapters, adapter])
+        if stacks is None or not self.blend.is_plan_of_more(stacks):
+            stacks = self.plan_adapter(adapter)
+        self.blend.take(stacks)
+        self.router = router
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter out: new rows no longer see it, running rows finish with it."""
+        if name not in self.adapter_names:
+            raise AdapterError(unknown_name("adapter", name, self.adapter_names))
+        if name in (self.router.params.fixed or {}):
+            raise AdapterError(f"adapter {name!r} has a weight in the default routing's `fixed`; change that first.")
+        left = replace(self.router, centroids=self.router.centroids.remove(name))
+        self.router = self._able(left, self.blend.adapters)
+        self._retired.add(name)
+        self._purge()
+
+    def check_routing(self, routing: Sequence[RoutingParams], router: Router | None = None) -> None:
+        """Raise a TreadleError that lists every option that these adapters, or those of `router`, do not allow."""
+        router = router or self.router
+        problems: dict[str, OptionProblem] = {}  # by text: many rows may have the same
+        for params in routing:
+            try:
+                router.fixed_weights(params)
+                self.blend.check_combine(params.combine, router.names)
+                if params.rule != "fixed":
+                    router.weigh(np.zeros((1, 1, router.embedder.dim), np.float32), params)
+            except OptionError as error:
+                problems |= {problem.text: problem for problem in error.problems}
+            except TreadleError as error:
+                problems[str(error)] = OptionProblem((), str(error))
+        if problems:
+            texts = list(problems)
+            message = texts[0] if len(texts) == 1 else problem_list("routing options:", texts)
+            raise OptionError(message, list(problems.values()))
+
+    def new_batch(self, end_ids: frozenset[int] | None = None, prefixes: PrefixCache | None = None) -> Batch:
+        """Return an empty batch whose rows end at `end_ids`, by default the model's; hooks rule out passes of our own.
+
+        Batches that are given the same `prefixes` read a beginning that their rows share only once.
+        """
+        end_ids = self._end_ids() if end_ids is None else end_ids
+        return Batch(self.runner.unhooked(), self.blend, end_ids, prefixes)
+
+    def new_rows(
+        self,
+        prompts: Sequence[Sequence[int] | TokenPrompt],
+        *,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        routing: RoutingParams | Sequence[RoutingParams] | None = None,
+        report: Report | None = None,
+        router: Router | None = None,
+    ) -> list[Row]:
+        """Return rows of prompts that are tokens, each (T), to `hold` and then run in a batch of `new_batch`.
+
+        Args:
+            prompts: token ids of each row; of a chat with what it says (`treadle.engine.chat.read_prompt`).
+            sampling: for all rows, or one a row.
+            routing: for all rows, or one a row; None takes the router's.
+            report: what the rows tell beyond their tokens.
+            router: of some of the engine's adapters; None takes all.
+        """
+        rows = self._rows(prompts, sampling, routing, read=token_prompt, router=router)
+        for row in rows:
+            row.report = report or row.report
+        return rows
+
+    def hold(self, rows: Sequence[Row]) -> None:
+        """Count rows as running, so that the adapters they started with stay; `release` them when they have ended."""
+        self._running += rows
+
+    def release(self, rows: Sequence[Row]) -> None:
+        """Let go of the adapters of rows that have ended or are given up."""
+        self._running = [row for row in self._running if row not in rows]
+        self._purge()
+
+    def detach(self) -> None:
+        """Give the base model back as it was; the engine is of no use afterwards."""
+        self.blend.detach()
+
+    def _stream(self, rows: Sequence[Row]) -> Generator[TokenEvent]:
+        for _, event in self._run(rows):
+            if isinstance(event, RowError):
+                raise GenerationError([None], {0: event}) from event
+            yield event
+
+    def _complete(self, rows: Sequence[Row], started: float) -> list[Completion]:
+        done: dict[Row, Completion] = {}
+        for row, event in self._run(rows):
+            if isinstance(event, TokenEvent) and event.finish_reason:
+                done[row] = Completion.of(row, event.finish_reason, time.perf_counter() - started)
+        if failures := {place: row.failure for place, row in enumerate(rows) if row.failure}:
+            raise GenerationError([done.get(row) for row in rows], failures) from next(iter(failures.values()))
+        return [done[row] for row in rows]
+
+    def _rows(
+        self,
+        prompts: Sequence[Any],
+        sampling: Any,
+        routing: Any,
+        *,
+        read: Callable[[Any], TokenPrompt] | None = None,
+        router: Router | None = None,
+    ) -> list[Row]:
+        """Make rows, or raise one error that lists what is wrong with any of them."""
+        router = router or self.router
+        samplings = _each(sampling or SamplingParams(), len(prompts), SamplingParams, "sampling")
+        routings = _each(routing or router.params, len(prompts), RoutingParams, "routing")
+        self.check_routing(routings, router)
+        context, vocabulary = self.context, self.vocabulary
+        rows: list[Row] = []
+        problems: list[str] = []
+        for index, (prompt, each, params) in enumerate(zip(prompts, samplings, routings, strict=True)):
+            try:
+                given = read(prompt) if read else read_prompt(self.tokenizer, prompt)
+                check_known(self.tokenizer, given.ids, vocabulary)
+            except OptionError as error:
+                problems.append(f"prompt {index}: {error}")
+                continue
+            length = len(given.ids)
+            room = context - length if context else each.max_tokens
+            if room < 1:
+                problems.append(f"prompt {index} has {length} tokens; the model reads at most {context}")
+                continue
+            limited = replace(each, max_tokens=min(each.max_tokens, room))
+            rows.append(Row(given, router, params, limited, self.tokenizer))
+        if problems:
+            raise OptionError(problem_list("prompts:", problems))
+        return rows
+
+    def _run(self, rows: Sequence[Row]) -> Generator[tuple[Row, TokenEvent | RowError]]:
+        """Run rows to their end, a limited number at a time, the longest-waiting first."""
+        batch = self.new_batch()
+        most = MAX_BATCH if self.model.device.type == "cpu" else GPU_BATCH
+        waiting = list(rows)
+        self.hold(rows)
+        try:
+            while waiting or batch.rows:
+                free = most - len(batch.rows)
+                joining, waiting = waiting[:free], waiting[free:]
+                if batch.rows:
+                    yield from batch.step()
+                if joining:
+                    yield from batch.join(joining)
+        finally:
+            self.release(rows)
+
+    def _able(self, router: Router, adapters: Sequence[Adapter]) -> Router:
+        """Return a changed router if its default routing can decide; an AdapterError where all requests would fail."""
+        try:
+            check_combine(router.params.combine, [each for each in adapters if each.name in router.names])
+            self.check_routing([router.params], router)
+        except OptionError as error:
+            names = ", ".join(router.names)
+            raise AdapterError(f"the default routing is not possible with the adapters {names}: {error}") from error
+        return router
+
+    def _check_new(self, name: str) -> None:
+        if name in self.blend.names:
+            why = "is still used by running rows" if name in self._retired else "exists already"
+            raise AdapterError(f"adapter {name!r} {why}.")
+
+    def _purge(self) -> None:
+        for name in sorted(self._retired):
+            if not any(name in row.router.names for row in self._running):
+                self.blend.remove(name)
+                self._retired.discard(name)
+
+    def _end_ids(self) -> frozenset[int]:
+        generation = getattr(self.model, "generation_config", None)
+        given: list[Any] = [getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id]
+        ids: list[Any] = [each for entry in given for each in (entry if isinstance(entry, list) else [entry])]
+        return frozenset(int(each) for each in ids if each is not None)
+
+
+def load(path: str | Path, *, device: str | None = None, dtype: str | None = None, pack: bool | None = None) -> Engine:
+    """Load a bundle folder into an engine; see `treadle.bundle.bundle`, and `Engine` for `pack`."""
+    from treadle.bundle.bundle import read_bundle
+
+    return read_bundle(path).engine(device=device, dtype=dtype, pack=pack)
+
+
+def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Options]:
+    """Return `count` options: the given one for all, or the given list."""
+    each = [given] * count if isinstance(given, kind) else list(cast(Iterable[Any], given))
+    if len(each) != count or not all(isinstance(entry, kind) for entry in each):
+        raise OptionError(f"{name}: expected one {kind.__name__}, or a list of {count}, one a prompt.")
+    return each

@@ -1,0 +1,1 @@
+"""The forward passes that the engine can take."""

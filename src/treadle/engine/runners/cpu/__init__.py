@@ -1,0 +1,1 @@
+"""The forward passes of Llama-like models on a CPU."""

@@ -1,0 +1,1 @@
+"""The forward pass of Llama-like models on an NVIDIA GPU, as a CUDA graph."""

@@ -1,0 +1,182 @@
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# Triton has no types, is absent on a CPU, and what `jit` decorates is not Python.
+"""The stages of a decode step as Triton kernels: what adapters add rides on the kernels that the base has anyway.
+
+`tests/reference_kernels.py` says what each computes. A launch inside a CUDA graph costs as much as reading four
+megabytes; a layer has five of these kernels and four products, with adapters and without.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from treadle.engine.runners.cuda.gemv import fastest_product
+from treadle.engine.runners.cuda.interface import Factor, HeadNorms, Heads, Norm, Unfinished, Update, Window
+from treadle.engine.runners.cuda.triton_kernels import activate_kernel, add_kernel, attend_kernel, store_kernel
+
+PROGRAMS = 8 * 132
+"""Programs that attention is split into if there are fewer heads and rows: eight on each multiprocessor of an H100."""
+MAX_SPLITS = 32
+RANK_BYTES, ROW_RANK_BYTES = 128, 512
+"""Of each row of B, what is read at once for several rows of x, and for one."""
+
+ROW_BLOCKS = 4
+"""Blocks of ranks at most that are written out for one row: a kernel with eight took minutes to compile."""
+
+
+class TritonKernels:
+    """See `treadle.engine.runners.cuda.interface.Kernels`."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[torch.device, Tensor] = {}
+
+    def bucket(self, num_rows: int) -> int:
+        """Return a power of two up to 8, a multiple of 8 up to 64, of 32 behind that."""
+        if num_rows <= 8:
+            return triton.next_power_of_2(num_rows)
+        step = 8 if num_rows <= 64 else 32
+        return triton.cdiv(num_rows, step) * step
+
+    def binds(self, buffers: tuple[Tensor, Tensor]) -> tuple[int, ...]:
+        """Return nothing: where the buffers lie is data."""
+        return ()
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x W^T (B, out) for x (B, in) in the form that is fastest."""
+        return fastest_product(x, weight)
+
+    def add(self, x: Tensor, product: Unfinished, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x + product (B, H), the same times `weight` (H,), and its sums of squares (B, parts)."""
+        y, update, bias, _ = product
+        num_rows, size = x.shape
+        [factor] = update.factors if update else [None]
+        block = _row_block(num_rows, update) if factor else 1
+        columns = 32 if factor else min(1024, triton.next_power_of_2(size))
+        parts = triton.cdiv(size, columns)
+        total, weighted = torch.empty_like(x), torch.empty_like(x)
+        squares = x.new_empty(num_rows, parts, dtype=torch.float32)
+        add_kernel[(triton.cdiv(num_rows, block), parts)](
+            x, y, y.stride(0), _or(bias, x), weight, total, weighted, squares, num_rows, size,
+            *_sources(update, x), *_factor(factor, x)[:2],
+            HAS_BIAS=bias is not None, HAS_UPDATE=factor is not None,
+            M=block, N=columns, **_ranks(update, block), num_warps=_warps(block, update),
+        )  # fmt: skip
+        return total, weighted, squares
+
+    def store(
+        self,
+        product: Unfinished,
+        shape: Heads,
+        rotation: tuple[Tensor, Tensor],
+        head_norms: HeadNorms | None,
+        window: Window,
+    ) -> Tensor:
+        """Write k and v to the cache, return q (B, q, head)."""
+        heads, update, bias, norm = product
+        num_rows = len(heads)
+        queries = heads.new_empty(num_rows, shape.q, shape.size)
+        block = _row_block(num_rows, update) if update else 1 if num_rows <= 8 else 4
+        factors = update.factors if update else (None, None, None)
+        q_norm, k_norm, epsilon = head_norms or (heads, heads, 0.0)
+        half = triton.next_power_of_2(shape.size // 2)
+        store_kernel[(triton.cdiv(num_rows, block), shape.q + 2 * shape.kv)](
+            heads, heads.stride(0), _or(bias, heads), *_norm(norm), *rotation, q_norm, k_norm, epsilon,
+            queries, window.pointers, window.first, window.place, num_rows,
+            *_sources(update, heads), *(each for factor in factors for each in _factor(factor, heads)),
+            Q=shape.q, KV=shape.kv, HEAD=shape.size,
+            HAS_BIAS=bias is not None, HAS_UPDATE=update is not None, HAS_NORMS=head_norms is not None,
+            M=block, N=max(16, half), **_ranks(update, block), P=_parts_block(norm),
+            num_warps=_warps(block, update) if update else 1,
+        )  # fmt: skip
+        return queries
+
+    def attend(self, queries: Tensor, num_kv: int, scaling: float, window: Window) -> Tensor:
+        """Return what queries (B, q, head) read from the cache: (B, q * head)."""
+        num_rows, num_q, size = queries.shape
+        group = num_q // num_kv
+        splits = max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, num_rows * num_kv)))
+        out = queries.new_empty(num_rows, num_q * size)
+        partial = queries.new_empty(num_rows, num_q, splits, size, dtype=torch.float32)
+        sums = queries.new_empty(num_rows, num_q, splits, 2, dtype=torch.float32)
+        attend_kernel[(num_rows, num_kv, splits)](
+            queries, window.pointers, window.first, window.place, scaling, out, partial, sums,
+            self._tickets_of(queries.device, num_rows * num_kv),
+            KV=num_kv, GROUP=group, HEAD=size, SPLITS=splits,
+            G=1 if group == 1 else max(16, triton.next_power_of_2(group)), D=max(16, triton.next_power_of_2(size)),
+            N=32 if group == 1 or queries.dtype == torch.float32 else 64, S=triton.next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def activate(self, product: Unfinished, size: int) -> Tensor:
+        """Return silu(gate) * up (B, size) of gate and up side by side (B, 2 * size)."""
+        gate_up, update, bias, norm = product
+        num_rows = len(gate_up)
+        out = gate_up.new_empty(num_rows, size)
+        block, columns = (_row_block(num_rows, update), 64) if update else (1, 256)
+        factors = update.factors if update else (None, None)
+        activate_kernel[(triton.cdiv(num_rows, block), triton.cdiv(size, columns))](
+            gate_up, gate_up.stride(0), _or(bias, gate_up), *_norm(norm), out, num_rows, size,
+            *_sources(update, gate_up), *(each for factor in factors for each in _factor(factor, gate_up)),
+            HAS_BIAS=bias is not None, HAS_UPDATE=update is not None,
+            M=block, N=columns, **_ranks(update, block), P=_parts_block(norm),
+            num_warps=_warps(block, update),
+        )  # fmt: skip
+        return out
+
+    def _tickets_of(self, device: torch.device, count: int) -> Tensor:
+        """Return zeros (count,) that kernels leave as zeros: made before a capture, whose memory another may use."""
+        if device not in self._tickets or len(self._tickets[device]) < count:
+            self._tickets[device] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
+        return self._tickets[device]
+
+
+def _row_block(num_rows: int, update: Update | None) -> int:
+    """Return how many rows a program takes whose adapters' factors are read for all of them at once."""
+    size = update.h.element_size() if update else 1
+    if num_rows == 1 and _widest(update) * size <= ROW_BLOCKS * ROW_RANK_BYTES:
+        return 1
+    return min(64, max(16, triton.next_power_of_2(num_rows)))
+
+
+def _widest(update: Update | None) -> int:
+    """Return the rank of the widest layer."""
+    return max((factor.b.shape[1] for factor in update.factors if factor), default=1) if update else 1
+
+
+def _ranks(update: Update | None, block: int) -> dict[str, int]:
+    """Return how many ranks are read at once, 16 at least, and in how many turns."""
+    size = update.h.element_size() if update else 1
+    most = (ROW_RANK_BYTES if block == 1 else RANK_BYTES) // size
+    ranks = min(most, max(16, triton.next_power_of_2(_widest(update))))
+    return {"R": ranks, "BLOCKS": triton.cdiv(_widest(update), ranks) if block == 1 else 0, "num_stages": 2}
+
+
+def _warps(block: int, update: Update | None) -> int:
+    return 8 if block >= 64 or (block == 1 and _widest(update) > 64) else 4
+
+
+def _parts_block(norm: Norm | None) -> int:
+    assert norm is not None
+    return triton.next_power_of_2(norm.squares.shape[1])
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Return the tensor, or another one in its place that the kernel will not read."""
+    return other if tensor is None else tensor
+
+
+def _norm(norm: Norm | None) -> tuple[Tensor, int, int, float]:
+    assert norm is not None
+    return norm.squares, norm.squares.shape[1], norm.size, norm.epsilon
+
+
+def _sources(update: Update | None, other: Tensor) -> tuple[Tensor, int, Tensor, int]:
+    if update is None:
+        return other, 0, other, 0
+    return update.h, update.h.stride(0), update.gates, update.gates.stride(0)
+
+
+def _factor(factor: Factor | None, other: Tensor) -> tuple[Tensor, int, int]:
+    """Return b, its rank and where its h begins; no rank where there is none."""
+    return (other, 0, 0) if factor is None else (factor.b, factor.b.shape[1], factor.start)

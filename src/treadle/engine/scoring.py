@@ -1,0 +1,212 @@
+"""Log-likelihoods of given completions, in one forward pass with weights (B, T, N)."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from treadle.common.errors import OptionError, collect, problem_list
+from treadle.common.params import RoutingParams
+from treadle.engine.chat import ChatText, RoutedText, pieces_of, read_prompt
+from treadle.engine.runners.rope import LengthRope
+from treadle.engine.sequence import RowError
+from treadle.engine.tokenization import Prompt, check_known, completion_ids
+from treadle.routing.centroids import Floats
+from treadle.routing.router import decision_length
+
+if TYPE_CHECKING:
+    from treadle.engine.engine import Engine
+
+BATCH, GPU_BATCH = 8, 32
+"""Rows of one forward pass, on a CPU and on a GPU."""
+MAX_AXES = 3
+"""Axes of weights that differ by token."""
+LISTED = 10
+"""Rows that a message names at most."""
+Pair = tuple[list[int], list[int]]
+"""Ids of a prompt and of the completion after it."""
+Chats = Sequence[ChatText | None]
+"""What each of some prompts says, where it is a chat."""
+Reader = Callable[[torch.Tensor, Sequence[int]], Floats]
+"""What is kept (T, ...) of the logits (T, V) that gave tokens (T)."""
+
+
+def score(
+    engine: "Engine", prompts: Sequence[Prompt], completions: Sequence[str], params: RoutingParams
+) -> list[Floats]:
+    """Return the log-probabilities (nats) of each completion's tokens, one array a row; see `Engine.score`."""
+    if len(prompts) != len(completions):
+        raise OptionError(f"{len(prompts)} prompts but {len(completions)} completions.")
+    read = [read_prompt(engine.tokenizer, prompt) for prompt in prompts]
+    pairs = [
+        (list(prompt.ids), completion_ids(engine.tokenizer, completion))
+        for prompt, completion in zip(read, completions, strict=True)
+    ]
+    if empty := [index for index, (_, answer) in enumerate(pairs) if not answer]:
+        raise OptionError(f"completions without a token: {', '.join(map(str, empty))}.")
+    return score_ids(engine, pairs, params, [prompt.chat for prompt in read])
+
+
+@torch.inference_mode()
+def score_ids(
+    engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats | None = None
+) -> list[Floats]:
+    """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair.
+
+    `chats` are what the prompts say, one a pair, None where a prompt is no chat.
+    """
+    chats = chats or [None] * len(pairs)
+    check_context(engine, pairs)
+    by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
+    results: dict[int, Floats] = {}
+    size = BATCH if engine.model.device.type == "cpu" else GPU_BATCH
+    for start in range(0, len(pairs), size):
+        chosen = by_length[start : start + size]
+        some, own = [pairs[index] for index in chosen], [chats[index] for index in chosen]
+        results |= zip(chosen, _score(engine, some, params, own, _chosen), strict=True)
+    return _checked([results[index] for index in range(len(pairs))])
+
+
+def check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
+    """Refuse texts that are longer than the model reads, though it would give numbers, and tokens unknown to it."""
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in pairs]  # nothing is read after the last token
+    unknown: list[str] = []
+    known = partial(check_known, engine.tokenizer, vocabulary=engine.vocabulary)
+    collect(unknown, [partial(known, prompt + answer) for prompt, answer in pairs])
+    if unknown:
+        raise OptionError(problem_list("tokens:", unknown[:LISTED]))
+    context = engine.context or max(lengths, default=0)
+    problems = [f"row {index} has {length + 1} tokens" for index, length in enumerate(lengths) if length > context]
+    if problems:
+        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        title = f"the model reads at most {context} tokens, of prompt and completion all but the last:"
+        raise OptionError(problem_list(title, [*problems[:LISTED], *more]))
+
+
+@torch.inference_mode()
+def score_greedy(
+    engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats | None = None
+) -> list[tuple[Floats, npt.NDArray[np.bool_]]]:
+    """Return the log-probabilities (T,) of `score_ids`, and for each token (T,) whether greedy decoding takes it.
+
+    The pairs are one batch, however many they are; pairs that differ in their last token only share a row of it.
+    """
+    scored = _checked(_score(engine, pairs, params, chats or [None] * len(pairs), _chosen_and_greedy))
+    return [(both[:, 0], both[:, 1] == 1) for both in scored]
+
+
+def trace_weights(
+    engine: "Engine", ids: Sequence[int], prompt_tokens: int, params: RoutingParams, chat: ChatText | None = None
+) -> Floats:
+    """Return the weights (T, N) under which generation reads each of the tokens `ids`.
+
+    `chat` is what the prompt says where it is a chat.
+    """
+    own = pieces_of(engine.tokenizer, ids)
+    text = RoutedText(chat, own[:prompt_tokens], params)
+    for piece in own[prompt_tokens:]:
+        text.add(piece)
+    return engine.router.trace(text.pieces, prompt_tokens, params, ends=text.ends)
+
+
+def _score(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats, read: Reader) -> list[Floats]:
+    traces = [
+        trace_weights(engine, prompt + answer[:-1], len(prompt), params, chat)
+        for (prompt, answer), chat in zip(pairs, chats, strict=True)
+    ]
+    # past="keep" is one pass over all rows, which is what cached decoding computes
+    run = _score_again if params.past == "recompute" and params.every is not None else _score_under
+    return run(engine, pairs, traces, params, read)
+
+
+@torch.inference_mode()
+def score_under(
+    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams
+) -> list[Floats]:
+    """Return the log-probabilities of `score_ids` under given weights, in one forward pass padded on the right.
+
+    Args:
+        engine: the model and its adapters.
+        pairs: ids of prompts and completions.
+        traces: (T, N) for each pair, T = its tokens but the last, which nothing follows.
+        params: only the combine is read.
+    """
+    return _checked(_score_under(engine, pairs, traces, params, _chosen))
+
+
+def _checked(scores: list[Floats]) -> list[Floats]:
+    """Return the scores (T, ...) of rows; a RowError names those where the model overflows."""
+    if bad := [str(index) for index, each in enumerate(scores) if np.isnan(each).any()]:
+        named = ", ".join(bad[:LISTED]) + (f" and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
+        raise RowError(f"the model overflows under these weights: no log-probabilities of row {named}.")
+    return scores
+
+
+def _score_under(
+    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
+) -> list[Floats]:
+    # the one-token options of a choice differ in what nobody reads: their rows are one row
+    keys = [((*prompt, *answer[:-1]), trace.tobytes()) for (prompt, answer), trace in zip(pairs, traces, strict=True)]
+    rows = {key: (list(key[0]), trace) for key, trace in zip(keys, traces, strict=True)}
+    length, names = max(len(row) for row, _ in rows.values()), engine.blend.names
+    ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in rows.values()])  # (rows, length)
+    weights = np.zeros((len(rows), length, len(names)), np.float32)
+    columns = [names.index(name) for name in engine.router.names]
+    for index, (row, trace) in enumerate(rows.values()):
+        weights[index, : len(row), columns] = trace.T
+    first = min(len(prompt) for prompt, _ in pairs) - 1  # the earliest position whose logits matter
+    logits = dict(zip(rows, _logits(engine, ids, weights, params, first), strict=True))
+    return [
+        read(logits[key][len(prompt) - 1 - first : len(prompt) - 1 - first + len(answer)], answer)
+        for key, (prompt, answer) in zip(keys, pairs, strict=True)
+    ]
+
+
+def _score_again(
+    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
+) -> list[Floats]:
+    """Run a pass for each decision, over all the text so far under the newest weights: past="recompute"."""
+    results: list[Floats] = []
+    columns = [engine.blend.names.index(name) for name in engine.router.names]
+    for (prompt, answer), trace in zip(pairs, traces, strict=True):
+        ids = prompt + answer[:-1]
+        scores: list[Floats] = []
+        positions = range(len(prompt) - 1, len(ids))
+        for _, group in groupby(positions, key=lambda p: decision_length(p, len(prompt), params)):
+            block = list(group)
+            weights = np.zeros(len(engine.blend.names), np.float32)
+            weights[columns] = trace[block[0]]
+            logits = _logits(engine, torch.tensor([ids[: block[-1] + 1]]), weights, params, block[0])
+            scores.append(read(logits[0], [answer[p - len(prompt) + 1] for p in block]))
+        results.append(np.concatenate(scores))
+    return results
+
+
+def _logits(
+    engine: "Engine", ids: torch.Tensor, weights: Floats, params: RoutingParams, first: int
+) -> torch.Tensor:  # (B, T) -> (B, T - first, V)
+    rope, length = LengthRope.of(engine.model), ids.shape[1]
+    if rope and first < rope.limit < length:  # the text grew in between, and was read again with other factors
+        short = weights[:, : rope.limit] if weights.ndim == MAX_AXES else weights
+        before = _logits(engine, ids[:, : rope.limit], short, params, first)
+        return torch.cat([before, _logits(engine, ids, weights, params, rope.limit)], 1)
+    device = engine.model.device
+    with engine.blend.using(weights if weights.any() else None, params.combine, [engine.router.names]):
+        output = engine.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=ids.shape[1] - first)
+    return output.logits
+
+
+def _chosen(logits: torch.Tensor, tokens: Sequence[int]) -> Floats:
+    """Return the log-probabilities (T,) of tokens under logits (T, V)."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    return logprobs[torch.arange(len(tokens)), torch.tensor(tokens)].cpu().numpy()
+
+
+def _chosen_and_greedy(logits: torch.Tensor, tokens: Sequence[int]) -> Floats:
+    """Return (T, 2): the log-probabilities of tokens under logits (T, V), and 1 where the token is the likeliest."""
+    greedy = logits.float().argmax(-1).cpu().numpy() == np.array(tokens)
+    return np.stack([_chosen(logits, tokens), greedy.astype(np.float32)], -1)

@@ -1,0 +1,1 @@
+"""Trains adapters, evaluates and measures them: data, tasks, results, figures and timings."""

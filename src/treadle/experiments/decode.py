@@ -1,0 +1,153 @@
+"""Decoding for `treadle bench`: calls beside transformers' `generate`, steps beside routing off; and prompts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import cycle, islice
+
+from torch import nn
+
+from treadle.common.errors import OptionError, reason_of
+from treadle.common.params import COMBINES, RoutingParams
+from treadle.engine.engine import Engine
+from treadle.experiments.peers.peers import BASE, transformers_generate
+from treadle.experiments.timing import Line, Table, Unit, interleave, lines
+from treadle.experiments.workbench import (
+    OFF,
+    SPARE,
+    Lab,
+    Steps,
+    blended,
+    not_run,
+    pooled,
+    routings,
+    run,
+    started,
+    time_steps,
+)
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WIDE = "every 1, rank 8 on all linear layers"
+SHORTER = (4, 3, 2, 1)
+"""Quarters of the prompt that the rows of a batch keep in turn, where their lengths differ."""
+
+
+def decode(lab: Lab) -> Iterator[Table]:
+    """Compare whole calls with transformers' `generate` of the bare base, then single steps with routing off."""
+    yield calls(lab)
+    yield steps(lab)
+
+
+def calls(lab: Lab) -> Table:
+    """Compare whole calls with transformers' own `generate` of the bare base."""
+    plain = lab.base()
+    made = [line for batch in lab.params.batch for line in _calls(lab, plain, batch)]
+    return Table("decode", call_title(lab), tuple(made))
+
+
+def call_title(lab: Lab) -> str:
+    """Return what a unit of a table of calls is."""
+    return f"A call that reads {lab.params.prompt} tokens and makes {lab.params.tokens} a row, per made token"
+
+
+def _calls(lab: Lab, plain: nn.Module, batch: int) -> list[Line]:
+    prompts, tokens = lab.prompts(batch, lab.params.prompt), lab.params.tokens
+    own = routings(lab.routing) | late(lab)
+    arms: dict[str, Unit] = {BASE: partial(transformers_generate, plain, prompts, tokens)}
+    arms |= {name: partial(run, lab.engine, prompts, tokens, each) for name, each in own.items()}
+    seconds = interleave(arms, lab.params.rounds)
+    each = {name: [value / tokens for value in values] for name, values in seconds.items()}
+    return lines(each, lab.setting(batch), tokens=batch)
+
+
+def late(lab: Lab) -> dict[str, RoutingParams]:
+    """Return arms of weights that come a decision late, for an embedder that takes long."""
+    own = lab.routing
+    can = lab.is_slow and own.rule != "fixed" and own.prefill == "prompt"
+    return {"treadle, every 2, lag 1": replace(own, every=2, lag=1)} if can else {}
+
+
+def steps(lab: Lab) -> Table:
+    """Compare single steps with those of routing off."""
+    wide = _wide(lab)
+    made = [line for batch in lab.params.batch for line in _steps(lab, wide, batch)]
+    start, end = lab.params.prompt, lab.params.prompt + lab.params.tokens
+    return Table("decode", f"One step, a token a row, at texts of {start} to {end} tokens", tuple(made))
+
+
+def _steps(lab: Lab, wide: Engine | str, batch: int) -> list[Line]:
+    tokens = lab.params.tokens
+    prompts = lab.prompts(batch, lab.params.prompt)
+
+    def ready(routing: RoutingParams, engine: Engine = lab.engine, rows: Sequence[Sequence[int]] = prompts) -> Steps:
+        return Steps(engine, started(engine, rows, tokens + SPARE, routing))
+
+    arms = {name: ready(each) for name, each in routings(lab.routing).items()}
+    combined, missing = _combines(lab)
+    arms |= {name: ready(each) for name, each in combined.items()}
+    if isinstance(wide, Engine):
+        arms[WIDE] = ready(pooled(lab.routing), wide)
+    else:
+        missing[WIDE] = wide
+    if batch > 1:
+        arms |= _uneven(lab, prompts)
+    setting = lab.setting(batch)
+    return [*time_steps(lab, arms, tokens, setting), *not_run(missing, setting)]
+
+
+def _combines(lab: Lab) -> tuple[dict[str, RoutingParams], dict[str, str]]:
+    """Return the routing of each other combine, and why these adapters cannot be combined so."""
+    able: dict[str, RoutingParams] = {}
+    missing: dict[str, str] = {}
+    for combine in COMBINES:
+        params = replace(blended(lab.routing), combine=combine)
+        name = f"every 1, combine {combine}"
+        try:
+            lab.engine.check_routing([params])
+        except OptionError as error:  # unequal ranks
+            missing[name] = reason_of(error)
+        else:
+            able[name] = params
+    own = f"every 1, combine {lab.routing.combine}"
+    return {name: each for name, each in able.items() if name != own}, missing
+
+
+def _uneven(lab: Lab, prompts: Sequence[Sequence[int]]) -> dict[str, Steps]:
+    """Return the arms of batches whose rows differ: in their routing, or in the length of their texts."""
+    total, own = lab.params.tokens + SPARE, blended(lab.routing)
+    mixed = islice(cycle([own, RoutingParams.one(lab.engine.adapter_names[0]), RoutingParams.base()]), len(prompts))
+    cut = [ids[: max(1, len(ids) * SHORTER[row % 4] // 4)] for row, ids in enumerate(prompts)]
+    batches = {
+        "mixed rows: every 1, one adapter, base": started(lab.engine, prompts, total, mixed),
+        "prompts of different lengths, routing off": started(lab.engine, cut, total, RoutingParams.base()),
+        "prompts of different lengths, every 1": started(lab.engine, cut, total, own),
+    }
+    return {name: Steps(lab.engine, batch) for name, batch in batches.items()}
+
+
+def _wide(lab: Lab) -> Engine | str:
+    """Return an engine with adapters of rank 8 on all linear layers, or why there is none."""
+    try:
+        return lab.pool(len(lab.bundle.adapters), rank=8, targets=ALL_LINEAR)
+    except OptionError as error:  # the base names them otherwise
+        return reason_of(error)
+
+
+def prefill(lab: Lab) -> list[Table]:
+    """Read a prompt, blended and not."""
+    length = lab.params.long_prompt
+    made: list[Line] = []
+    for batch in lab.params.batch:
+        prompts = lab.prompts(batch, length)
+        units = {name: partial(run, lab.engine, prompts, 1, each) for name, each in _readings(lab.routing).items()}
+        made += lines(interleave(units, max(lab.params.rounds, 5)), lab.setting(batch), tokens=batch * length)
+    return [Table("prefill", f"Reading a prompt of {length} tokens a row, its first token included", tuple(made))]
+
+
+def _readings(own: RoutingParams) -> Mapping[str, RoutingParams]:
+    """Return the ways to read a prompt."""
+    arms = {OFF: RoutingParams.base(), "blended": replace(own, prefill="prompt")}
+    if own.rule == "fixed":
+        return arms
+    causal = replace(own, prefill="causal", every=own.every or 2, lag=0, past="keep")
+    return arms | {"blended, prefill causal": causal}

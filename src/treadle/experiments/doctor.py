@@ -1,0 +1,144 @@
+"""Examines a bundle: does it load, does each adapter act, can the router tell them apart, what does a step cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from treadle.bundle.bundle import read_bundle
+from treadle.common.params import RoutingParams
+from treadle.engine.tokenization import prompt_ids
+from treadle.experiments.timing import interleave
+from treadle.experiments.workbench import PROBE, started
+from treadle.lora.adapter import Adapter
+
+if TYPE_CHECKING:
+    from treadle.engine.engine import Engine
+
+SMALLEST_CHANGE = 1e-6
+"""An adapter that moves no log-probability by more (in nats) does nothing."""
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What was found out about one adapter.
+
+    Attributes:
+        name: of the adapter.
+        ranks: all ranks of its factors, ascending.
+        targets: the last names of the modules it targets.
+        modules: how many modules that are.
+        norm: Frobenius norm of the whole update, scale included.
+        change: mean over its samples' tokens of the Kullback-Leibler divergence from base to adapter, in nats.
+        samples: how many of its own texts were read; 0 = the probe text.
+        cosines: of its centroid with those of all adapters.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    targets: tuple[str, ...]
+    modules: int
+    norm: float
+    change: float
+    samples: int
+    cosines: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found out about a bundle; it is healthy if `problems` is empty."""
+
+    base_model: str
+    device: str
+    dtype: str
+    adapters: tuple[AdapterReport, ...]
+    base_step: float  # seconds, median
+    blended_step: float  # seconds, median
+    problems: tuple[str, ...]
+
+
+def examine(
+    path: str | Path,
+    *,
+    samples: Mapping[str, Sequence[str]] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Report:
+    """Load a bundle strictly and measure it.
+
+    Args:
+        path: the bundle's folder.
+        samples: adapter name -> texts to read instead of those that the bundle keeps.
+        device: see `treadle.load`.
+        dtype: see `treadle.load`.
+
+    Raises:
+        TreadleError: the bundle does not load.
+    """
+    bundle = read_bundle(path)
+    engine = bundle.engine(device=device, dtype=dtype)
+    texts = {**bundle.samples, **(samples or {})}
+    cosines = bundle.router.centroids.score(bundle.router.centroids.means, "cosine")  # (N, N)
+    reports = tuple(
+        _examine_adapter(engine, adapter, texts.get(adapter.name, ()), tuple(row.tolist()))
+        for adapter, row in zip(bundle.adapters, cosines, strict=True)
+    )
+    base_step, blended_step = _step_times(engine)
+    return Report(
+        base_model=bundle.base_model,
+        device=str(engine.model.device),
+        dtype=str(engine.model.dtype).removeprefix("torch."),
+        adapters=reports,
+        base_step=base_step,
+        blended_step=blended_step,
+        problems=tuple(
+            f"adapter {report.name!r} moves nothing: its largest divergence from the base is {report.change:.1e} nats"
+            for report in reports
+            if not report.change > SMALLEST_CHANGE
+        ),
+    )
+
+
+def _examine_adapter(
+    engine: "Engine", adapter: Adapter, texts: Sequence[str], cosines: tuple[float, ...]
+) -> AdapterReport:
+    squares = 0.0
+    for pair in adapter.pairs.values():
+        a, b = pair.a.float(), pair.b.float()
+        squares += pair.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())  # |s B A|^2 without the (out, in) product
+    return AdapterReport(
+        name=adapter.name,
+        ranks=tuple(sorted({pair.rank for pair in adapter.pairs.values()})),
+        targets=tuple(sorted({module.rpartition(".")[2] for module in adapter.pairs})),
+        modules=len(adapter.pairs),
+        norm=squares**0.5,
+        change=sum(_divergence(engine, adapter.name, text) for text in texts or [PROBE]) / len(texts or [PROBE]),
+        samples=len(texts),
+        cosines=cosines,
+    )
+
+
+@torch.inference_mode()
+def _divergence(engine: "Engine", name: str, text: str) -> float:
+    """Return the mean over tokens of KL(base || adapter) in nats."""
+    ids = torch.tensor([prompt_ids(engine.tokenizer, text)], device=engine.model.device)
+    logprobs: list[torch.Tensor] = []
+    for weights in (None, engine.router.fixed_weights(RoutingParams.one(name))):
+        with engine.blend.using(weights):
+            logprobs.append(engine.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1))  # (T, V)
+    base, adapted = logprobs
+    return float((base.exp() * (base - adapted)).sum(-1).mean())
+
+
+def _step_times(engine: "Engine") -> tuple[float, float]:
+    """Return the median seconds of a decoding step of the base alone and of the blend, measured in turn."""
+    blended = RoutingParams(every=1) if engine.router.params.rule == "fixed" else engine.router.params
+    ids, warm_up = prompt_ids(engine.tokenizer, PROBE), 2
+    arms = {"base": RoutingParams.base(), "blended": blended}
+    steps = {name: started(engine, [ids], STEPS + warm_up + 2, routing).step for name, routing in arms.items()}
+    seconds = interleave(steps, STEPS, warm_up)
+    return median(seconds["base"]), median(seconds["blended"])

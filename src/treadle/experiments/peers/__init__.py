@@ -1,0 +1,1 @@
+"""Other programs that run the same adapters, to be measured beside treadle."""

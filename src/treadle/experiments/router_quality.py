@@ -1,0 +1,109 @@
+"""How well a router knows the domain, by itself: accuracy and confusion on held-out examples, without the base model.
+
+Four kinds of text: the prompt as it is asked, the prompt without the template's words (a router must know the domain,
+not the word `Context:`), and the running text with half of its reference answer and with all of it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.common.errors import OptionError, unknown_name
+from treadle.common.params import RoutingParams
+from treadle.experiments.tasks import Example
+from treadle.routing.centroids import Floats
+from treadle.routing.router import Router
+
+KINDS = ("template", "bare", "half", "answer")
+"""Before generation: prompts with the template and without its words. During it: half of the answer, and all of it."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a router did with held-out examples of each adapter's domain.
+
+    Attributes:
+        names: (N) adapters.
+        score: which score was read.
+        confusion: kind -> (N, N) shares: row = the domain, column = the adapter that came nearest; rows sum to 1.
+        accuracy: kind -> mean over the domains of the share that came nearest to their own.
+        cosines: (N, N) cosines between the centroids, of the score's kind (centred ones for `centred`).
+        separation: mean Mahalanobis distance between the means of two adapters, in pooled standard deviations; None
+            where there is one adapter, or one text each.
+        distributions: domain -> cosines (examples, N) of its prompts to all centroids.
+    """
+
+    names: tuple[str, ...]
+    score: str
+    confusion: Mapping[str, list[list[float]]]
+    accuracy: Mapping[str, float]
+    cosines: list[list[float]]
+    separation: float | None
+    distributions: Mapping[str, list[list[float]]]
+
+
+def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], params: RoutingParams) -> Quality:
+    """Route held-out examples of each adapter's domain and count which adapter came nearest.
+
+    Args:
+        router: centroids and embedder.
+        examples: adapter -> examples that it was not fitted on; adapters without examples get rows of zeros.
+        params: only the score is read.
+    """
+    unknown = [unknown_name("adapter", name, router.names) for name in examples if name not in router.names]
+    if unknown or not examples:
+        raise OptionError("; ".join(unknown) or "give examples of at least one adapter's domain")
+    confusion: dict[str, Any] = {kind: np.zeros((len(router.names),) * 2) for kind in KINDS}
+    for name, rows in examples.items():
+        for kind in KINDS:
+            texts = [text for text in (_text(row, kind) for row in rows) if text]
+            if texts:
+                nearest = router.scores(texts, params).argmax(-1)
+                shares = np.bincount(nearest, minlength=len(router.names)) / len(texts)
+                confusion[kind][router.names.index(name)] = shares
+    accuracy = {
+        kind: float(np.mean([table[i, i] for i in np.flatnonzero(table.any(1))]))  # over domains with such texts
+        for kind, table in confusion.items()
+        if table.any()
+    }
+    means = router.centroids.means
+    return Quality(
+        names=router.names,
+        score=params.score,
+        confusion={kind: table.tolist() for kind, table in confusion.items() if table.any()},
+        accuracy=accuracy,
+        cosines=router.centroids.score(means, "centred" if params.score == "centred" else "cosine").tolist(),
+        separation=_separation(router),
+        distributions={
+            name: router.centroids.score(router.embedder.encode([each.prompt for each in rows]), "cosine").tolist()
+            for name, rows in examples.items()
+        },
+    )
+
+
+def _text(example: Example, kind: str) -> str:
+    """Return the text of an example that a kind is about."""
+    words = re.findall(r"\s*\S+", example.completion)
+    half = example.routed + "".join(words[: len(words) // 2])
+    whole = example.routed + example.completion
+    return {"template": example.routed, "bare": example.bare, "half": half, "answer": whole}[kind]
+
+
+def _separation(router: Router) -> float | None:
+    """Return the mean Mahalanobis distance between two means, under the pooled covariance with a small ridge."""
+    means, centroids = router.centroids.means.astype(np.float64), router.centroids
+    freedom = int(centroids.counts.sum()) - len(router.names)
+    if freedom < 1 or len(router.names) < 2:
+        return None
+    pooled = centroids.scatter.sum(0, dtype=np.float64) / freedom  # (D, D)
+    if not np.trace(pooled) > 0:
+        return None  # all samples of an adapter are the same text
+    ridge = 1e-3 * np.trace(pooled) / len(pooled) * np.eye(len(pooled))
+    distances: list[Floats] = []
+    for i, mean in enumerate(means):
+        gaps = means[i + 1 :] - mean  # (N - i - 1, D)
+        distances.append(np.sqrt(np.einsum("nd,nd->n", gaps, np.linalg.solve(pooled + ridge, gaps.T).T)))
+    return float(np.concatenate(distances).mean())

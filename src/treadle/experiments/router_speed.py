@@ -1,0 +1,85 @@
+"""Decisions of the router for `treadle bench`: one, and 64 at once, by the length of the text, beside a step."""
+
+from dataclasses import replace
+from itertools import cycle, islice
+
+from treadle.common.params import RoutingParams
+from treadle.engine.tokenization import Detokenizer
+from treadle.experiments.timing import Table, Unit, interleave, lines
+from treadle.experiments.workbench import SPARE, WARM_UP, Lab, Steps, not_run, pooled, started
+from treadle.routing.router import RunningText, finish_views
+
+TEXT_LENGTHS = (64, 1024, 16384)
+"""Tokens of the texts that a decision of the router is timed on."""
+STREAMS = (1, 64)
+"""Texts that are decided at once."""
+SLOW_TOKENS = 16384
+"""Of all texts of an arm together, that an embedder which reads them anew is given."""
+BASE = "a step of the base"
+
+
+def router(lab: Lab) -> list[Table]:
+    """Decide weights after one more token, by the length of the text, against a step of the base.
+
+    A step of the base runs before each unit, without a clock: a decision falls due between two steps, when the model
+    has emptied the caches.
+    """
+    rounds = lab.params.rounds if lab.is_slow else lab.params.tokens
+    step, *steps = (_base_steps(lab, rounds) for _ in range(1 + len(TEXT_LENGTHS) * len(STREAMS)))
+    arms: dict[str, Unit] = {BASE: step}
+    missing: dict[str, str] = {}
+    for length in TEXT_LENGTHS:
+        for streams in STREAMS:
+            name = f"{streams} x one decision, text of {length} tokens"
+            if lab.is_slow and streams * length > SLOW_TOKENS:
+                missing[name] = f"this embedder reads every text anew; at most {SLOW_TOKENS} tokens a time"
+            else:
+                arms[name] = Decisions(lab, streams, length)
+    read = step.read
+    before: dict[str, Unit] = dict(zip(arms, [step, *steps], strict=False))
+    del before[BASE]
+    seconds = interleave(arms, rounds, WARM_UP, before=before)
+    setting = lab.setting(1)
+    made = lines(seconds, setting, read={BASE: (read + step.read) // 2}, peak=lab.peak)
+    name = lab.engine.router.embedder.id.partition(":")[0]
+    title = f"Decisions of the router, {name} embedder, each after a step of the base"
+    return [Table("router", title, (*made, *not_run(missing, setting)))]
+
+
+def _base_steps(lab: Lab, rounds: int) -> Steps:
+    batch = started(lab.engine, lab.prompts(1, lab.params.prompt), rounds + SPARE, RoutingParams.base())
+    return Steps(lab.engine, batch)
+
+
+class Decisions:
+    """Texts of the bundle's samples that grow by a token a call, and whose weights are decided each time."""
+
+    def __init__(self, lab: Lab, streams: int, length: int) -> None:
+        self._router = lab.engine.router
+        own = lab.routing
+        self._params = replace(own, every=1, lag=0) if own.rule != "fixed" else pooled(own)
+        pieces = sample_pieces(lab)
+        self._coming = [islice(cycle(pieces), stream * 7 % len(pieces), None) for stream in range(streams)]
+        self._pieces = [list(islice(coming, length)) for coming in self._coming]
+        self._texts = [RunningText(self._router, self._params) for _ in range(streams)]
+        self()
+
+    @property
+    def pieces(self) -> list[list[str]]:
+        """The text that each token of each stream adds."""
+        return self._pieces
+
+    def __call__(self) -> None:
+        """Read a token more of each text, and weigh."""
+        views: list[tuple[object, ...]] = []
+        for text, pieces, coming in zip(self._texts, self._pieces, self._coming, strict=True):
+            pieces.append(next(coming))
+            view = text.decide(pieces, len(pieces), 1)
+            views += [view] if view is not None else []
+        self._router.weigh(finish_views(self._router.embedder, views), self._params)
+
+
+def sample_pieces(lab: Lab) -> list[str]:
+    """Return the text that each token of the bundle's samples adds, one sample after the other."""
+    text = Detokenizer(lab.engine.tokenizer)
+    return [text.push(token_id) for ids in lab.sample_ids() for token_id in ids]

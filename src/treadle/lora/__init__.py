@@ -1,0 +1,1 @@
+"""LoRA adapters: their files, the layers that blend them, and what fits what."""

@@ -1,0 +1,85 @@
+"""Which module paths the names and regular expressions of an adapter's config mean, by PEFT's rules.
+
+An expression of Python's `re` may backtrack for ever, and holds the interpreter while it does. Engines of linear time
+lack the look-ahead of published configs, and others differ from PEFT's `re`. So expressions run in `re`, in a process
+of their own with limits on its time and memory; plain names, the usual case, are compared here.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+from treadle.common.errors import AdapterError, shown
+
+SECONDS, CPU_SECONDS, MEMORY = 4, 1, 1 << 29
+"""Wall-clock and processor time, and bytes of address space, that all expressions of a config have together."""
+MOST_LETTERS = 100_000
+"""Characters of one expression."""
+PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
+"""A name, in which a dot stands for any character: it is found in linear time."""
+Method = Literal["match", "fullmatch"]
+WORKER = f"""
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, ({CPU_SECONDS}, {CPU_SECONDS}))
+resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+method, expressions, paths = json.load(sys.stdin)
+compiled = []
+for index, expression in enumerate(expressions):
+    try:
+        compiled.append(getattr(re.compile(expression), method))
+    except (re.error, OverflowError, RecursionError) as error:
+        json.dump([index, f"{{type(error).__name__}}: {{error}}"], sys.stdout)
+        sys.exit()
+json.dump([[next((i for i, match in enumerate(compiled) if match(path)), None) for path in paths]], sys.stdout)
+"""
+"""Prints [the first expression that matches each path], or [the first expression that is none, why]."""
+
+
+def match_ends(patterns: Sequence[str], paths: Sequence[str]) -> list[int | None]:
+    """Return for each module path the first pattern that matches its end, by index, as PEFT's get_pattern_key does.
+
+    Raises:
+        AdapterError: a pattern is no regular expression, or all of them together take too much time or memory.
+    """
+    return list(_first(tuple(patterns), tuple(paths), "match"))
+
+
+def match_whole(pattern: str, paths: Sequence[str]) -> list[bool]:
+    """Return for each module path whether a regular expression of `target_modules` matches it; errors as above."""
+    return [found is not None for found in _first((pattern,), tuple(paths), "fullmatch")]
+
+
+@lru_cache(256)
+def _first(patterns: tuple[str, ...], paths: tuple[str, ...], method: Method) -> tuple[int | None, ...]:
+    """Return for each path the index of the first pattern that matches."""
+    expressions = [rf"(.*\.)?({pattern})$" for pattern in patterns] if method == "match" else list(patterns)
+    if all(map(PLAIN.fullmatch, patterns)):
+        matches = [getattr(re.compile(expression), method) for expression in expressions]
+        return tuple(next((i for i, match in enumerate(matches) if match(path)), None) for path in paths)
+    if long := [pattern for pattern in patterns if len(pattern) > MOST_LETTERS]:
+        raise AdapterError(f"an expression has {len(long[0])} characters; {MOST_LETTERS} at most are read")
+    answer = _ask(json.dumps([method, expressions, paths]))
+    if answer is None:
+        listed = ", ".join(map(shown, patterns[:3])) + (", ..." if len(patterns) > 3 else "")
+        raise AdapterError(
+            f"the regular expression {listed} takes more than {CPU_SECONDS} s or {MEMORY >> 20} MiB; name the modules"
+        )
+    if len(answer) == 2:
+        raise AdapterError(f"{shown(patterns[answer[0]])} is no regular expression: {answer[1]}")
+    return tuple(answer[0])
+
+
+def _ask(request: str) -> list[Any] | None:
+    """Return what a worker process answers; None where it was stopped."""
+    command = [sys.executable, "-I", "-S", "-c", WORKER]
+    try:
+        done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    except OSError as error:
+        raise AdapterError(f"no process can be started to try regular expressions: {error.strerror}") from error
+    return json.loads(done.stdout) if done.returncode == 0 else None

@@ -1,4 +1,0 @@
-"""The OpenAI-compatible server, `treadle serve`: a skin over the engine, for one machine.
-
-Options and the command need no web library; `treadle.server.serve` loads them.
-"""

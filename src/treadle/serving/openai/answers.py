@@ -1,0 +1,220 @@
+"""From tokens to the documents of OpenAI's API: whole answers, and the chunks of a stream."""
+
+import time
+import uuid
+from codecs import getincrementaldecoder
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from pydantic_core import to_json
+
+from treadle.engine.sequence import Likeliest, Row, TokenEvent
+from treadle.routing.centroids import Floats
+from treadle.serving.openai.bodies import Json
+from treadle.serving.openai.requests import Asked
+from treadle.serving.openai.tokens import TokenTexts
+
+DONE = b"data: [DONE]\n\n"
+"""The event that ends a stream."""
+DEEPEST, ENTRIES_A_PIECE = 4, 256
+"""Where the long lists of an answer are, and how much of one is written at a time."""
+
+
+class Answer:
+    """The answer to one request: its id, and how its choices are written."""
+
+    def __init__(self, asked: Asked, tokens: TokenTexts) -> None:
+        self.asked = asked
+        self.id = ("chatcmpl-" if asked.is_chat else "cmpl-") + uuid.uuid4().hex
+        self._tokens = tokens
+        self._created = int(time.time())  # seconds since 1970
+        kind = "chat.completion" if asked.is_chat else "text_completion"
+        self._kinds = kind, kind + ".chunk" * asked.is_chat  # of a whole answer, and of a chunk
+        self._offsets = [len(self._echo(index)) for index in range(len(asked.work.prompts))]  # characters so far
+
+    def whole(self, rows: Sequence[Row]) -> Json:
+        """Return the answer of finished rows."""
+        choices = [self._choice(index, row) for index, row in enumerate(rows)]
+        return {**self._head(self._kinds[0]), "choices": choices, "usage": self.usage(rows)}
+
+    def opening(self) -> list[Json]:
+        """Return the chunks that come before any token: of a chat, each choice's role."""
+        if not self.asked.is_chat:
+            return []
+        delta = {"delta": {"role": "assistant", "content": ""}}
+        return [self._chunk(index, delta, None) for index in range(len(self.asked.work.prompts))]
+
+    def chunk(self, index: int, row: Row, event: TokenEvent) -> Json | None:
+        """Return the chunk of one token, None where it has nothing to show yet; the first brings the echoed prompt."""
+        asked = self.asked
+        echo = self._echo(index) if event.index == 0 else ""
+        has_more = asked.likeliest is not None or asked.has_trace
+        if not echo and not event.text and not event.finish_reason and not has_more:
+            return None
+        text = echo + ("" if asked.is_silent else event.text)
+        if asked.is_chat:
+            delta: Json = {"delta": {"content": text}, "logprobs": self._chat_logprobs([event])}
+        else:
+            delta = {"text": text, "logprobs": self._text_logprobs(index, row, [event], has_prompt=bool(echo))}
+        if asked.has_trace:
+            delta["treadle"] = self._trace(row, [event], has_prompt=bool(echo))
+        return self._chunk(index, delta, event.finish_reason)
+
+    def usage(self, rows: Sequence[Row]) -> Json:
+        """Return how many tokens were read and generated; each prompt counts once, whatever its choices."""
+        prompts = rows[:: self.asked.n]
+        read = sum(row.prompt_tokens for row in prompts)
+        generated = 0 if self.asked.is_silent else sum(len(row.events) for row in rows)
+        cached = {"cached_tokens": sum(row.reused for row in prompts)}
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": generated,
+            "total_tokens": read + generated,
+            "prompt_tokens_details": cached,
+        }
+
+    def closing(self, rows: Sequence[Row]) -> Json:
+        """Return the last chunk of a stream, which has no choices."""
+        return {**self._head(self._kinds[1]), "choices": [], "usage": self.usage(rows)}
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self.asked.model}
+
+    def _chunk(self, index: int, delta: Json, reason: str | None) -> Json:
+        choice = {"index": index, "logprobs": None, **delta, "finish_reason": reason}
+        document = {**self._head(self._kinds[1]), "choices": [choice]}
+        return {**document, "usage": None} if self.asked.has_usage else document
+
+    def _choice(self, index: int, row: Row) -> Json:
+        asked = self.asked
+        text = "" if asked.is_silent else "".join(event.text for event in row.events)
+        choice: Json = {"index": index, "finish_reason": row.events[-1].finish_reason}
+        if asked.is_chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choice["logprobs"] = self._chat_logprobs(row.events)
+        else:
+            choice["text"] = self._echo(index) + text
+            choice["logprobs"] = self._text_logprobs(index, row, row.events, has_prompt=bool(asked.echo))
+        if asked.has_trace:
+            choice["treadle"] = self._trace(row, row.events, has_prompt=bool(asked.echo))
+        return choice
+
+    def _echo(self, index: int) -> str:
+        return self.asked.echo[index // self.asked.n] if self.asked.echo else ""
+
+    def _trace(self, row: Row, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json:
+        """Return the text of each token, the weights (T, N) of the pass that gave it, and what these were made from.
+
+        The prompt's tokens come first where it is echoed, each with the weights of the pass that read it.
+        """
+        events = [] if self.asked.is_silent else events
+        prompt = row.prompt_pieces if has_prompt else []
+        read_under = row.read_under if len(row.read_under) > 1 else row.events[0].weights[None]  # (T or 1, N)
+        after = row.read_after
+        made_from = [event.comparison for event in events]
+        return {
+            "adapters": list(row.router.names),
+            "prompt_tokens": len(prompt),
+            "tokens": [*prompt, *(event.text for event in events)],
+            "weights": [*_repeated(read_under, len(prompt)), *(_rounded(event.weights) for event in events)],
+            "cosines": [
+                *_repeated(after and after.cosines, len(prompt)),
+                *(each and _rounded(each.cosines) for each in made_from),
+            ],
+            "scores": [
+                *_repeated(after and after.scores, len(prompt)),
+                *(each and _rounded(each.scores) for each in made_from),
+            ],
+        }
+
+    def _chat_logprobs(self, events: Sequence[TokenEvent]) -> Json | None:
+        if self.asked.likeliest is None:
+            return None
+
+        def entry(token_id: int, logprob: float) -> Json:
+            raw = list(self._tokens.bytes_of(token_id))
+            return {"token": self._tokens.text_of(token_id), "logprob": logprob, "bytes": raw}
+
+        content: list[Json] = [
+            {
+                **entry(event.token_id, event.logprob),
+                "top_logprobs": [entry(token_id, logprob) for token_id, logprob in event.likeliest],
+            }
+            for event in events
+        ]
+        return {"content": content, "refusal": None}
+
+    def _text_logprobs(self, index: int, row: Row, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json | None:
+        """Return four lists with one entry a token; the first token of a prompt has no log-probability."""
+        if self.asked.likeliest is None:
+            return None
+        events = [] if self.asked.is_silent else events
+        ids = [event.token_id for event in events]
+        logprobs: list[float | None] = [event.logprob for event in events]
+        tops: list[Likeliest | None] = [event.likeliest for event in events]
+        offsets: list[int] = []
+        for event in events:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(event.text)
+        if has_prompt:
+            prompt = row.ids[: row.prompt_tokens]
+            ids = prompt + ids
+            logprobs = [None, *(score.logprob for score in row.prompt_scores), *logprobs]
+            tops = [None, *(score.likeliest for score in row.prompt_scores), *tops]
+            offsets = self._places(prompt) + offsets
+        return {
+            "tokens": [self._tokens.text_of(token_id) for token_id in ids],
+            "token_logprobs": logprobs,
+            "top_logprobs": [self._top(top) for top in tops] if self.asked.likeliest else None,
+            "text_offset": offsets,
+        }
+
+    def _top(self, likeliest: Likeliest | None) -> dict[str, float] | None:
+        return None if likeliest is None else {self._tokens.text_of(token_id): lp for token_id, lp in likeliest}
+
+    def _places(self, ids: Sequence[int]) -> list[int]:
+        """Return where in the text each token begins, in characters; a character's later parts begin behind it."""
+        places: list[int] = []
+        text = getincrementaldecoder("utf-8")(errors="ignore")
+        place = 0
+        for token_id in ids:
+            places.append(place)
+            place += len(text.decode(self._tokens.bytes_of(token_id)))
+        return places
+
+
+def _rounded(values: Floats) -> list[float]:
+    return [round(float(value), 6) for value in values]
+
+
+def _repeated(rows: Floats | None, length: int) -> list[list[float] | None]:
+    """Return `length` rows of (length, N), or of (1, N) for all alike; None has none."""
+    if rows is None or not length:
+        return [None] * length
+    return [_rounded(row) for row in rows] if len(rows) > 1 else [_rounded(rows[0])] * length
+
+
+def json_pieces(value: Any, depth: int = 0) -> Iterator[bytes]:
+    """Yield a document in pieces, so that other threads run while a long one is written."""
+    if depth == DEEPEST and isinstance(value, list):
+        entries = cast(list[Any], value)
+        for start in range(0, len(entries) or 1, ENTRIES_A_PIECE):
+            yield (b"," if start else b"[") + to_json(entries[start : start + ENTRIES_A_PIECE])[1:-1]
+        yield b"]"
+    elif depth < DEEPEST and isinstance(value, list):
+        for index, each in enumerate(cast(list[Any], value)):
+            yield b"," if index else b"["
+            yield from json_pieces(each, depth + 1)
+        yield b"]" if value else b"[]"
+    elif depth < DEEPEST and isinstance(value, dict):
+        for index, (key, each) in enumerate(cast(Json, value).items()):
+            yield (b"," if index else b"{") + to_json(key) + b":"
+            yield from json_pieces(each, depth + 1)
+        yield b"}" if value else b"{}"
+    else:
+        yield to_json(value)
+
+
+def event_line(document: Json) -> bytes:
+    """Return a server-sent event; pydantic's JSON takes a fifth of the standard library's time."""
+    return b"data: " + to_json(document) + b"\n\n"

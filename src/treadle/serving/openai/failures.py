@@ -1,0 +1,114 @@
+"""Errors as OpenAI's API has them: {"error": {"message", "type", "param", "code"}} with the right status."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from treadle.common.errors import SHOWN, AdapterError, TreadleError, problem_list, shown
+from treadle.serving.openai.loop import EngineFailed
+from treadle.serving.openai.scheduler import Busy, Stopping
+
+MOST_LISTED = 20
+"""Problems that one message lists; the others are counted."""
+GONE = 499
+"""Status in the log of a request whose client went away, as nginx has it."""
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong at one place of a request's body.
+
+    Attributes:
+        place: such as messages[0].role.
+        message: names place, given value and what is allowed; "" = these are only counted.
+        count: how many problems it stands for.
+        status: of the answer.
+        code: of the answer.
+    """
+
+    place: str
+    message: str
+    count: int = 1
+    status: int = 400
+    code: str | None = None
+
+    @classmethod
+    def of(cls, place: str, given: Any, allowed: str) -> "Problem":
+        """Return the problem that a value is not allowed."""
+        return cls(place, f"{cut(place)}: got {shown(given)}; allowed: {allowed}")
+
+    @classmethod
+    def others(cls, count: int) -> "Problem":
+        """Return problems that are only counted."""
+        return cls("", "", count)
+
+    @property
+    def field(self) -> str | None:
+        """The body's field."""
+        return cut(self.place.replace("[", ".").partition(".")[0]) or None
+
+
+Problems = list[Problem]
+
+
+def cut(name: str) -> str:
+    """Return a name for a message, cut where it is long."""
+    return name if len(name) <= SHOWN else name[: SHOWN - 4] + " ..."
+
+
+class Failure(Exception):
+    """A request that is not answered, and why."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.retry = retry  # seconds
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        kind = "server_error" if self.status >= 500 else TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the HTTP response."""
+        headers: Mapping[str, str] = {} if self.retry is None else {"Retry-After": str(self.retry)}
+        if self.status == 401:
+            headers = {**headers, "WWW-Authenticate": "Bearer"}
+        return JSONResponse(self.document(), self.status, headers)
+
+
+def refusal(problems: Problems) -> Failure:
+    """Return the failure for what is wrong with a body; a model that does not exist makes it a 404.
+
+    Its field and code are those of the first problem of the highest status, of one with a code where there is any.
+    """
+    messages = [problem.message for problem in problems if problem.message][:MOST_LISTED]
+    if more := sum(problem.count for problem in problems) - len(messages):
+        messages.append(f"... and {more} more")
+    text = messages[0] if len(messages) == 1 else problem_list("the request has several problems:", messages)
+    worst = max(problems, key=lambda problem: (problem.status, problem.code is not None))
+    return Failure(worst.status, text, param=worst.field, code=worst.code)
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return what the scheduler or the engine raised as a failure."""
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, Busy):
+        return Failure(429, str(error), code="queue_full", retry=error.seconds)
+    if isinstance(error, Stopping):
+        return Failure(503, str(error), code="shutting_down", retry=5)
+    if isinstance(error, EngineFailed):
+        return Failure(500, str(error), code="engine_failed")
+    if isinstance(error, AdapterError):
+        return Failure(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, TreadleError):
+        return Failure(400, str(error))
+    raise error

@@ -1,0 +1,240 @@
+"""The routes that generate: from a request to a job, and from its news to an answer or a stream."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from treadle.common.errors import TreadleError
+from treadle.serving.openai.answers import DONE, Answer, event_line, json_pieces
+from treadle.serving.openai.attending import while_connected, within
+from treadle.serving.openai.bodies import BodyKind, ChatBody, CompletionBody
+from treadle.serving.openai.failures import Failure, Problems, failure_of
+from treadle.serving.openai.gate import Visit
+from treadle.serving.openai.jobs import Box, Job, News, Started, Tokens
+from treadle.serving.openai.lines import Check
+from treadle.serving.openai.reading import read_body, read_object
+from treadle.serving.openai.requests import Asked
+from treadle.serving.openai.scheduler import TooMany
+from treadle.serving.openai.state import State
+
+Result = TypeVar("Result")
+
+FEW_ENTRIES = 2048
+"""Tokens, times what comes with each, that the event loop writes itself."""
+PING_SECONDS = 15.0
+"""A stream that has nothing to say says that it lives."""
+
+
+async def chat(request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    return await generate(request, ChatBody)
+
+
+async def complete(request: Request) -> Response:
+    """POST /v1/completions."""
+    return await generate(request, CompletionBody)
+
+
+async def generate(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+    """Read a body, run its job, and answer whole or as a stream."""
+    return await while_connected(request, _generate(request, kind))
+
+
+async def _generate(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+    state, visit = State.of(request), Visit.of(request)
+    asked = await _read_asked(request, kind)
+    visit.notes |= {"model": asked.model, "stream": asked.is_streamed}
+    run = Run(state, visit, asked)
+    try:
+        await run.start()
+        if asked.is_streamed:
+            return EventStream(run)
+        response = await run.whole()
+    except BaseException:  # an error, or the client went away
+        run.end()
+        raise
+    run.end()
+    return response
+
+
+async def _read_asked(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Asked:
+    """Return what a request asks for; not read in the event loop, as long prompts take a while."""
+    state, visit = State.of(request), Visit.of(request)
+
+    def read(raw: bytes, check: Check) -> Asked:
+        given = read_object(raw, request.headers.get("content-encoding", ""))
+        check()
+        body, problems = read_body(kind, given, state.params)
+        check()
+        asked = state.reader.read(body, problems, visit.caller, check)
+        if state.params.log_prompts:
+            visit.notes["body"] = given
+        return asked
+
+    return await _in_line(request, read)
+
+
+async def read(request: Request, kind: type[BodyKind]) -> tuple[BodyKind, Problems]:
+    """Return a request's body and what is wrong with it."""
+    state, encoding = State.of(request), request.headers.get("content-encoding", "")
+    return await _in_line(request, lambda raw, _: read_body(kind, read_object(raw, encoding), state.params))
+
+
+async def _in_line(request: Request, function: Callable[[bytes, Check], Result]) -> Result:
+    """Run a function that reads a request's body when its turn comes; afterwards nothing keeps the body."""
+    state, visit = State.of(request), Visit.of(request)
+    with visit.body as raw:
+        async with within(state.params.request_timeout):
+            return await state.preparing.run(partial(function, raw), visit.client, len(raw))
+
+
+class Late(Exception):
+    """The request has taken too long."""
+
+
+class Run:
+    """One request while it is generated; lives in the event loop."""
+
+    def __init__(self, state: State, visit: Visit, asked: Asked) -> None:
+        self._state = state
+        self._visit = visit
+        self._news = Box()
+        self._answer = Answer(asked, state.tokens)
+        loop = asyncio.get_running_loop()
+        self._job = Job(asked.work, self._news.put)
+        self._left = self._job.num_sequences
+        self.deadline = loop.time() + state.params.request_timeout
+        # timers rather than asyncio.timeout around each wait, which would cost more than a token's JSON
+        self._timer = loop.call_at(self.deadline, self._news.put, Late())
+        self._ping = loop.call_later(PING_SECONDS, self._say_ping)
+        self._last: dict[int, float] = {}  # when each sequence's last token came, seconds of the performance counter
+
+    async def start(self) -> None:
+        """Queue the job and wait until the engine has accepted it; raise a Failure where it does not."""
+        try:
+            self._state.scheduler.submit(self._job)
+        except TooMany as error:
+            raise Failure(400, str(error), param="n") from error
+        except TreadleError as error:
+            raise failure_of(error) from error
+        while not isinstance(await self._next(), Started):
+            pass
+
+    def end(self) -> None:
+        """End: give the job up, if it is not done."""
+        self._timer.cancel()
+        self._ping.cancel()
+        if self._left:
+            self._state.scheduler.cancel(self._job)
+
+    async def whole(self) -> Response:
+        """Return the answer when all sequences are finished."""
+        while self._left:
+            await self._next_tokens()
+        rows = self._job.rows
+
+        def write() -> bytes:
+            self._note()
+            return b"".join(json_pieces(self._answer.whole(rows)))
+
+        size = sum(row.prompt_tokens + len(row.events) for row in rows) * self._answer.asked.width
+        return Response(await self._aside(write, size), media_type="application/json")
+
+    async def _aside(self, function: Callable[[], Result], num_entries: int) -> Result:
+        """Run a function that writes so many entries: many of them beside the event loop."""
+        if num_entries <= FEW_ENTRIES:
+            return function()
+        return await self._state.writing.run(lambda _: function(), self._visit.client, num_entries)
+
+    async def lines(self) -> AsyncGenerator[bytes]:
+        """Yield the answer as server-sent events; an error ends it as one."""
+        answer, rows = self._answer, self._job.rows
+        try:
+            for chunk in answer.opening():
+                yield event_line(chunk)
+            while self._left:
+                tokens = await self._next_tokens()
+                size = sum(rows[index].prompt_tokens for index, event in tokens if event.index == 0)
+                if lines := await self._aside(partial(self._lines_of, tokens), size * answer.asked.width):
+                    yield lines
+            await self._aside(self._note, sum(len(row.events) for row in rows))
+            if answer.asked.has_usage:
+                yield event_line(answer.closing(rows))
+            yield DONE
+        except Failure as failure:
+            self._visit.notes["error"] = failure.code
+            yield event_line(failure.document())
+
+    def _lines_of(self, tokens: Tokens) -> bytes:
+        """Return the events of tokens; a comment where there are none."""
+        chunks = [self._answer.chunk(index, self._job.rows[index], event) for index, event in tokens]
+        lines = [event_line(chunk) for chunk in chunks if chunk is not None]
+        return b"".join(lines) if tokens else b": still there\n\n"
+
+    def _say_ping(self) -> None:
+        self._news.put([])
+        self._ping = asyncio.get_running_loop().call_later(PING_SECONDS, self._say_ping)
+
+    async def _next_tokens(self) -> Tokens:
+        """Return the tokens of the next step, and of those that came meanwhile; none to say that the stream lives."""
+        tokens = await self._next()
+        assert isinstance(tokens, list)
+        self._observe(tokens)
+        self._left -= sum(event.finish_reason is not None for _, event in tokens)
+        return tokens
+
+    async def _next(self) -> News:
+        """Return the job's next news; errors are raised as a Failure."""
+        news = await self._news.next()
+        if isinstance(news, Late):
+            seconds = self._state.params.request_timeout
+            raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout")
+        if isinstance(news, Exception):
+            self._left = 0
+            raise failure_of(news)
+        return news
+
+    def _observe(self, tokens: Tokens) -> None:
+        """Measure the time to the first token and between tokens."""
+        now, metrics = time.perf_counter(), self._state.metrics
+        for index, _ in tokens:
+            if index in self._last:
+                metrics.token.observe(now - self._last[index])
+            else:
+                metrics.first_token.observe(now - self._visit.started)
+            self._last[index] = now
+
+    def _note(self) -> None:
+        """Leave for the log what was read and generated, and how much each adapter weighed."""
+        rows = self._job.rows
+        usage: dict[str, Any] = self._answer.usage(rows)
+        self._visit.notes |= {"prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
+        means = np.mean([event.weights for row in rows for event in row.events], axis=0)
+        self._visit.notes["weights"] = {
+            name: round(float(mean), 3) for name, mean in zip(rows[0].router.names, means, strict=True)
+        }
+        if self._state.params.log_prompts:
+            self._visit.notes["texts"] = ["".join(event.text for event in row.events) for row in rows]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a run, which is given up when the client is gone or too slow."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            async with asyncio.timeout_at(self._run.deadline + PING_SECONDS):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._run.end()

@@ -1,0 +1,92 @@
+"""The sequences of one request on their way through the scheduler."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.chat import TokenPrompt
+from treadle.engine.sequence import Report, Row, TokenEvent
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be generated.
+
+    Attributes:
+        prompts: tokens (T) of each sequence, of a chat with what it says.
+        sampling: of each sequence.
+        routing: of all sequences.
+        report: what each tells beyond its tokens.
+        adapters: names of those that may take part; None = all.
+        owner: whose sequences may share keys and values of common beginnings.
+    """
+
+    prompts: Sequence[Sequence[int] | TokenPrompt]
+    sampling: Sequence[SamplingParams]
+    routing: RoutingParams
+    report: Report = Report()
+    adapters: frozenset[str] | None = None
+    owner: str = ""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The sequences have been accepted by the engine; they may still wait."""
+
+
+Tokens = list[tuple[int, TokenEvent]]
+"""What one step gave: index of the sequence in its job, and its token."""
+News: TypeAlias = Started | Tokens | Exception
+
+
+Mail: TypeAlias = "list[tuple[Job, News]]"
+"""What several jobs are to be told."""
+
+
+class Job:
+    """One request's work; `tell` gets its news: Started, then tokens, or an error and no more.
+
+    A job is done when each of its rows is finished, when an error was told, or when it was cancelled.
+    """
+
+    def __init__(self, work: Work, tell: Callable[[News], None]) -> None:
+        self.work = work
+        self.tell = tell
+        self.rows: list[Row] = []
+        self.is_cancelled = False
+
+    @property
+    def num_sequences(self) -> int:
+        """How many rows it has, or will have."""
+        return len(self.work.prompts)
+
+
+class Box:
+    """The news of one job for the one task that waits for them; asyncio's queues take several times as long."""
+
+    def __init__(self) -> None:
+        self._news: deque[News] = deque()
+        self._is_filled: asyncio.Future[None] | None = None  # while somebody waits
+
+    def put(self, news: News) -> None:
+        """Put in what came, in the event loop."""
+        self._news.append(news)
+        if self._is_filled is not None and not self._is_filled.done():
+            self._is_filled.set_result(None)
+
+    async def next(self) -> News:
+        """Return the next news; tokens with those of all steps that have come since."""
+        while not self._news:
+            self._is_filled = asyncio.get_running_loop().create_future()
+            await self._is_filled
+        news = self._news.popleft()
+        if not isinstance(news, list):
+            return news
+        tokens = list(news)
+        while self._news and isinstance(more := self._news[0], list):
+            tokens += more
+            self._news.popleft()
+        return tokens

@@ -1,0 +1,159 @@
+"""The memory of keys and values: how much there is, what running sequences may come to take, and who fits beside them.
+
+A sequence is let in when its longest possible text fits beside those of all that run, so none that runs is ever lost
+for want of memory. What is counted are the buffers as they are allocated, with their growth and padding.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from treadle.common.errors import OptionError
+from treadle.engine.batch import Batch, Reading
+from treadle.engine.engine import Engine
+from treadle.engine.sequence import Row
+
+if sys.platform != "win32":
+    import resource
+
+logger = logging.getLogger(__name__)
+
+SHARE, GPU_SHARE = 0.5, 0.8
+"""Of the free memory that keys and values may take by default; passes and prefixes need some too."""
+LEAST = 256 << 20
+"""Bytes that are taken to be there even so."""
+UNKNOWN = 4 << 30
+"""Bytes that are taken to be free where the system does not say."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class KvMemory:
+    """What the keys and values of running sequences may take, in bytes; used by the engine's thread alone."""
+
+    def __init__(self, engine: Engine, mebibytes: int | None, prefix_mebibytes: int) -> None:
+        """Take at most so many MiB; None = a share of what is free when the first sequence comes."""
+        self._engine = engine
+        self._mebibytes = mebibytes
+        self._prefix_bytes = prefix_mebibytes << 20
+
+    @cached_property
+    def total(self) -> int:
+        """Bytes that all buffers may take together."""
+        if self._mebibytes is not None:
+            return self._mebibytes << 20
+        device = self._engine.model.device
+        share = SHARE if device.type == "cpu" else GPU_SHARE
+        return max(LEAST, int(share * (free_memory(device) - self._prefix_bytes)))
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return self._measured[0]
+
+    @cached_property
+    def usable(self) -> int:
+        """Bytes to promise: while a layer's buffer grows, its old one is there too."""
+        token_bytes, num_layers = self._measured
+        usable = self.total * num_layers // (num_layers + 1)
+        given = f"{self.total / 2**20:.0f} MiB of keys and values hold {usable // token_bytes} tokens"
+        logger.info("%s (%.1f KiB each)", given, token_bytes / 1024)
+        return usable
+
+    @cached_property
+    def _probe(self) -> Batch:
+        return self._engine.new_batch()
+
+    @cached_property
+    def _measured(self) -> tuple[int, int]:
+        return self._probe.measure()
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raise an OptionError for a row that could never be held, even alone."""
+        most = self.usable // self.token_bytes
+        too_long = [row for row in rows if self._columns([row]) > most]
+        if too_long:
+            row = max(too_long, key=lambda row: row.most_tokens)
+            raise OptionError(
+                f"the prompt has {row.prompt_tokens} tokens and the answer up to {row.sampling.max_tokens}; allowed: "
+                f"at most {most} together, for which there is memory (--kv-memory). Ask for fewer max_tokens, or give "
+                "a shorter prompt."
+            )
+
+    def has_room(self, batches: Sequence[Batch], batch: Batch, group: Sequence[Row]) -> bool:
+        """Return whether rows fit into a batch beside what all batches may come to take."""
+        others = sum(self._held(each, each.rows) for each in batches if each is not batch)
+        wanted = self._held(batch, [*batch.rows, *group])
+        reading = len(group) * max(len(row.ids) for row in group) * self.token_bytes if batch.rows else 0
+        return others + wanted + reading <= self.usable
+
+    def allow(self, batches: Sequence[Batch], reading: tuple[Batch, Reading] | None) -> None:
+        """Tell each buffer how far it may grow ahead of what it needs, beside what the others may come to need."""
+        held = {batch: self._held(batch, batch.rows) for batch in batches}
+        inside = 0  # of rows that join running ones, and are there twice then
+        if reading is not None:
+            batch, text = reading
+            held[batch] = self._held(batch, [*batch.rows, *text.rows])
+            if batch.rows:
+                inside = max(text.cache.num_bytes, text.length * len(text.rows) * self.token_bytes)
+            own = inside or held[batch]
+            text.cache.allow(self._layer_bytes(self.usable - sum(held.values()) - inside + own))
+        for batch, own in held.items():
+            batch.cache.allow(self._layer_bytes(self.usable - sum(held.values()) - inside + own))
+
+    def _layer_bytes(self, num_bytes: int) -> int:
+        return max(0, num_bytes) // self._measured[1]
+
+    def used(self, batches: Sequence[Batch], reading: tuple[Batch, Reading] | None) -> int:
+        """Return the bytes of all buffers as they are."""
+        return sum(batch.cache.num_bytes for batch in batches) + (reading[1].cache.num_bytes if reading else 0)
+
+    def _held(self, batch: Batch, rows: Sequence[Row]) -> int:
+        """Return what a batch with these rows takes, or will take when all have grown, whichever is more."""
+        return max(batch.cache.num_bytes, self._columns(rows) * self.token_bytes)
+
+    def _columns(self, rows: Sequence[Row]) -> int:
+        """Return the columns of rows that have grown, each padded to the longest; those read anew are there twice."""
+        again = sum(map(self._probe.is_reread, rows))
+        return (len(rows) + again) * max((row.most_tokens for row in rows), default=0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device, as this process may take them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [*_free_of_system(), *_free_of_cgroup()]
+    if sys.platform != "win32":
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        found += [limit - _taken()] if limit != resource.RLIM_INFINITY else []
+    return max(0, min(found, default=UNKNOWN))
+
+
+def _free_of_system() -> list[int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    return [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+
+
+def _free_of_cgroup() -> list[int]:
+    """Return what a container's limit leaves; nothing where there is none. Pages of files count as free."""
+    try:
+        limit, current = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = [line.split() for line in (CGROUP / "memory.stat").read_text().splitlines()]
+    except OSError:
+        return []
+    files = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
+    return [int(limit) - int(current) + files] if limit.isdigit() else []
+
+
+def _taken() -> int:
+    """Return the bytes of this process's address space."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) << 12
+    except OSError:  # not Linux
+        return 0

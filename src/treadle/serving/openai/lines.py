@@ -1,0 +1,218 @@
+"""Work that would hold up the event loop waits in lines: bounded, fair between clients, left when the client goes.
+
+A line has threads of its own. One of them takes small work only, so that whatever others send, it is next in turn.
+"""
+
+import asyncio
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from treadle.serving.openai.failures import Failure, failure_of
+from treadle.serving.openai.scheduler import Stopping
+
+Result = TypeVar("Result")
+Check: TypeAlias = Callable[[], None]
+"""Called now and then by work that takes long: it raises `Gone` where nobody waits for the result any more."""
+
+SMALL_BYTES = 32 << 10
+"""Work on at most so many bytes has a thread of its own."""
+MOST_WAITING = 256
+"""Pieces of work that may wait in one line."""
+RETRY_SECONDS = 5
+
+
+class Gone(Exception):
+    """Nobody waits for this work any more: its client has gone, or the server ends."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Whose work it is: keys take turns, and the hosts that use the same key."""
+
+    key: str = ""
+    host: str = ""
+
+
+class Ticket(Generic[Result]):
+    """A place in a line; `check` ends work that nobody waits for."""
+
+    def __init__(self, function: Callable[[Check], Result], client: Client) -> None:
+        self.function = function
+        self.client = client
+        self.future: Future[Result] = Future()
+        self.is_given_up = False
+
+    def check(self) -> None:
+        """Raise Gone where nobody waits for the result."""
+        if self.is_given_up:
+            raise Gone
+
+
+class Turns:
+    """Tickets that wait. Keys take turns, and in a key its hosts; of a host it is first come, first served."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, dict[str, deque[Ticket[Any]]]] = {}  # in the order of their turns
+
+    def __len__(self) -> int:
+        return sum(map(self.num_of, self._keys))
+
+    def num_of(self, key: str) -> int:
+        """Return how many tickets of a key wait."""
+        return sum(map(len, self._keys.get(key, {}).values()))
+
+    def add(self, ticket: Ticket[Any]) -> None:
+        """Put a ticket at the end of its client's."""
+        self._keys.setdefault(ticket.client.key, {}).setdefault(ticket.client.host, deque()).append(ticket)
+
+    def take(self) -> Ticket[Any] | None:
+        """Return the ticket whose turn it is, and move its key and its host to the end."""
+        if not self._keys:
+            return None
+        key, hosts = next(iter(self._keys.items()))
+        host, tickets = next(iter(hosts.items()))
+        del self._keys[key], hosts[host]
+        ticket = tickets.popleft()
+        if tickets:
+            hosts[host] = tickets
+        if hosts:
+            self._keys[key] = hosts
+        return ticket
+
+    def remove(self, ticket: Ticket[Any]) -> None:
+        """Take a ticket out, if it still waits."""
+        hosts = self._keys.get(ticket.client.key, {})
+        tickets = hosts.get(ticket.client.host, deque())
+        if ticket in tickets:
+            tickets.remove(ticket)
+            if not tickets:
+                del hosts[ticket.client.host]
+            if not hosts:
+                del self._keys[ticket.client.key]
+
+    def longest(self) -> Ticket[Any] | None:
+        """Return the newest ticket of the host with the most, in the key with the most."""
+        if not self._keys:
+            return None
+        hosts = self._keys[max(self._keys, key=self.num_of)]
+        return max(hosts.values(), key=len)[-1]
+
+
+class Line:
+    """A line and its threads, which start with the first work and never keep the process alive."""
+
+    def __init__(self, name: str, num_threads: int = 2, most: int = MOST_WAITING) -> None:
+        self._name = name
+        self._most = most
+        self._changed = threading.Condition()  # guards what follows
+        self._small, self._large = Turns(), Turns()
+        self._running: set[Ticket[Any]] = set()
+        self._threads: list[threading.Thread] = []
+        self._num_threads = num_threads
+        self._is_closed = False
+
+    async def run(self, function: Callable[[Check], Result], client: Client, num_bytes: int = 0) -> Result:
+        """Run a function in a thread when its turn comes; it is given up when the task that waits is cancelled.
+
+        Args:
+            function: gets a `Check`, to call between its stages.
+            client: whose turn it takes.
+            num_bytes: how much it has to look at; small work does not wait for large.
+
+        Raises:
+            Failure: 429 where too much waits, 503 where the server ends.
+        """
+        ticket = Ticket(function, client)
+        self._join(ticket, self._small if num_bytes <= SMALL_BYTES else self._large)
+        try:
+            return await asyncio.wrap_future(ticket.future)
+        except Gone as error:
+            raise failure_of(Stopping()) from error
+        finally:
+            self._give_up(ticket)
+
+    def close(self) -> None:
+        """End the threads after what they do now, which is given up; whoever waits is told that the server ends."""
+        with self._changed:
+            self._is_closed = True
+            waiting = [ticket for turns in (self._small, self._large) for ticket in iter(turns.take, None)]
+            for ticket in self._running:
+                ticket.is_given_up = True
+            self._changed.notify_all()
+        for ticket in waiting:
+            _fail(ticket, failure_of(Stopping()))
+
+    def has_ended(self, seconds: float) -> bool:
+        """Wait for the threads of a closed line at most so long; return whether all have ended."""
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _join(self, ticket: Ticket[Any], turns: Turns) -> None:
+        """Let a ticket wait; where the line is full, the newest of the client that has most in it leaves."""
+        leaves: Ticket[Any] | None = None
+        with self._changed:
+            if self._is_closed:
+                raise failure_of(Stopping())
+            turns.add(ticket)
+            if len(self._small) + len(self._large) > self._most:
+                longest = max(self._small, self._large, key=len)
+                leaves = longest.longest() or ticket
+                longest.remove(leaves)
+            if not self._threads:
+                self._start()
+            self._changed.notify_all()
+        if leaves is not None:
+            _fail(leaves, Failure(429, "too many requests wait to be read", code="queue_full", retry=RETRY_SECONDS))
+
+    def _start(self) -> None:
+        """Start the threads; the first of several takes small work only."""
+        for number in range(self._num_threads):
+            takes_large = self._num_threads == 1 or number > 0
+            name = f"{self._name}_{number}"
+            thread = threading.Thread(target=self._work, args=[takes_large], name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _give_up(self, ticket: Ticket[Any]) -> None:
+        with self._changed:
+            ticket.is_given_up = True
+            self._small.remove(ticket)
+            self._large.remove(ticket)
+
+    def _work(self, takes_large: bool) -> None:
+        """Live as a thread of the line."""
+        while (ticket := self._next(takes_large)) is not None:
+            if ticket.future.set_running_or_notify_cancel():
+                try:
+                    ticket.future.set_result(ticket.function(ticket.check))
+                except BaseException as error:  # whoever waits gets it, and not what the work has made so far
+                    traceback.clear_frames(error.__traceback__)
+                    ticket.future.set_exception(error)
+            with self._changed:
+                self._running.discard(ticket)
+            del ticket  # and what it holds, while there is nothing to do
+
+    def _next(self, takes_large: bool) -> Ticket[Any] | None:
+        """Wait for the next ticket; None where the line has been closed."""
+        with self._changed:
+            while not self._is_closed:
+                ticket = (self._large.take() if takes_large else None) or self._small.take()
+                if ticket is not None:
+                    self._running.add(ticket)
+                    return ticket
+                self._changed.wait()
+        return None
+
+
+def _fail(ticket: Ticket[Any], error: Failure) -> None:
+    """Tell whoever waits for a ticket that nothing comes of it."""
+    if ticket.future.set_running_or_notify_cancel():
+        ticket.future.set_exception(error)

@@ -1,0 +1,319 @@
+"""Continuous batching: rows of many jobs share the steps of one engine, and join and leave between them.
+
+While rows run, prompts are read in chunks that take a small multiple of a step's time, so that running streams do not
+stall. Rows of very different lengths are kept in batches of their own: in one cache, the short ones would be padded to
+the longest. Everything here happens in the engine's thread.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from treadle.common.errors import TreadleError
+from treadle.engine.batch import Batch, Events, Reading
+from treadle.engine.engine import Engine
+from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.sequence import Row, RowError
+from treadle.serving.openai.jobs import Job, Mail, News, Started, Tokens
+from treadle.serving.openai.kv_memory import KvMemory
+from treadle.serving.openai.metrics import Metrics
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.routers import Routers
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+STEPS_A_CHUNK = 2.0
+"""A chunk of a prompt may take this many step times while rows run."""
+BURST = 8
+"""Prompts that are read together may take this many times as long, and more where more rows wait than run."""
+GROUP = 2
+"""Prompts that are read together may have this many times the tokens of a chunk."""
+SMALLEST_CHUNK = 16
+"""Tokens; a prompt gets on whatever a step costs. Passes over fewer say little about what a token costs."""
+FREE_PADDING = 1024
+"""Tokens of padding that a batch may have; beyond, half as many as it has tokens."""
+SMOOTHING = 0.3
+"""Weight of the newest measurement in a running mean."""
+
+
+class EngineFailed(Exception):
+    """A forward pass failed; the rows that it ran are lost."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Whose a row is, which of its sequences, and since when (seconds of the performance counter)."""
+
+    job: Job
+    index: int
+    since: float = field(default_factory=time.perf_counter)
+
+
+class Loop:
+    """The rows that wait, are read and run."""
+
+    def __init__(self, engine: Engine, routers: Routers, params: ServeParams, metrics: Metrics) -> None:
+        self._engine = engine
+        self._routers = routers
+        self._params = params
+        self._metrics = metrics
+        self._prefixes = PrefixCache(params.prefix_cache << 20) if params.prefix_cache else None
+        self._memory = KvMemory(engine, params.kv_memory, params.prefix_cache)
+        self._has_moved = False  # whether rows came or went since memory was shared out
+        self._seats: dict[int, Seat] = {}  # by identity of a row
+        self._waiting: deque[Row] = deque()
+        self._reading: tuple[Batch, Reading] | None = None
+        self._batches: list[Batch] = []
+        self._mail: Mail = []
+        self.post: Callable[[Mail], None] = deliver
+        self._step_seconds = 0.0  # running means
+        self._token_seconds = 0.0  # of a prompt that is read
+        self.sequence_seconds = 1.0
+        self.num_ended = 0  # sequences, ever
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to advance."""
+        return bool(self._seats)
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs that are not done."""
+        return list({id(seat.job): seat.job for seat in self._seats.values()}.values())
+
+    def accept(self, job: Job) -> None:
+        """Make the job's rows, or tell why they cannot be."""
+        work = job.work
+        if job.is_cancelled:
+            self.num_ended += job.num_sequences
+            return
+        try:
+            job.rows = self._engine.new_rows(
+                work.prompts,
+                sampling=work.sampling,
+                routing=work.routing,
+                report=work.report,
+                router=self._routers.among(work.adapters),
+            )
+            self._memory.check(job.rows)
+        except Exception as error:  # the thread lives on, whatever a request brings
+            if not isinstance(error, TreadleError):
+                logger.exception("a request could not be started")
+                error = EngineFailed("the request could not be started; the server's log says why.")
+            self.num_ended += job.num_sequences
+            self._tell(job, error)
+            return
+        for index, row in enumerate(job.rows):
+            row.owner = work.owner
+            self._seats[id(row)] = Seat(job, index)
+        self._engine.hold(job.rows)
+        self._waiting += job.rows
+        self._tell(job, Started())
+
+    def give_up(self, job: Job) -> None:
+        """Take a job's rows out of whatever they are in."""
+        rows = [row for row in job.rows if self._seats.pop(id(row), None)]
+        for batch in self._batches:
+            batch.leave(rows)
+        self._batches = [batch for batch in self._batches if batch.rows]
+        self._waiting = deque(row for row in self._waiting if row not in rows)
+        if self._reading is not None and not any(id(row) in self._seats for row in self._reading[1].members):
+            self._end_reading()
+        # with others, they leave and let go of their adapters when all have been read
+        still_read = self._reading[1].members if self._reading is not None else []
+        self._engine.release([row for row in rows if row not in still_read])
+        self.num_ended += len(rows)
+        self._has_moved = True
+
+    def advance(self) -> None:
+        """Give every running row its next token, and read on in a prompt."""
+        if self._prefixes:
+            self._prefixes.forget(self._engine.blend.adapters)
+        events: Events = []
+        num_running = self._num_running
+        self._share_memory()
+        started = time.perf_counter()
+        for batch in list(self._batches):
+            events += self._attempt(batch, batch.rows, batch.step, spoils=True) or []
+        if num_running:
+            seconds = time.perf_counter() - started
+            self._step_seconds = _smoothed(self._step_seconds, seconds)
+            self._metrics.observe_step(seconds, num_running)
+        is_new = self._reading is None
+        if is_new:
+            self._begin()
+        if self._reading is not None and not (is_new and self._reading[1].done):  # to copy a prefix took its time
+            events += self._read_on(*self._reading)
+        self._deliver(events)
+        self._batches = [batch for batch in self._batches if batch.rows]
+        kept = self._prefixes.num_bytes if self._prefixes else 0
+        self._metrics.set_load(self._num_running, len(self._waiting), kept)
+        self._metrics.set_kv_memory(self._memory.used(self._batches, self._reading), self._memory.total)
+        self.flush()
+
+    def _share_memory(self) -> None:
+        if self._has_moved:
+            self._memory.allow(self._batches, self._reading)
+            self._has_moved = False
+
+    def flush(self) -> None:
+        """Post the news of all jobs at once: waking another thread costs more than a token does."""
+        mail, self._mail = self._mail, []
+        if mail:
+            self.post(mail)
+
+    def _tell(self, job: Job, news: News) -> None:
+        self._mail.append((job, news))
+
+    @property
+    def _num_running(self) -> int:
+        return sum(len(batch.rows) for batch in self._batches)
+
+    def _begin(self) -> None:
+        """Start to read the prompts of the rows that wait longest, several if a chunk holds them."""
+        free = self._params.max_batch - self._num_running
+        if not self._waiting or free < 1:
+            return
+        group = [self._waiting.popleft()]
+        chunk = self._chunk(1 + len(self._waiting))
+        longest = len(group[0].ids)
+        while self._waiting and len(group) < free and not group[0].report.prompt:
+            longest = max(longest, len(self._waiting[0].ids))
+            if longest * (len(group) + 1) > chunk or longest > self._params.prompt_chunk // 2:
+                break  # a long one is read alone: its beginning may be known, and it would pad the others
+            if self._waiting[0].report.prompt:
+                break
+            group.append(self._waiting.popleft())
+        batch = self._batch_for(max(len(row.ids) for row in group))
+        while group and not self._memory.has_room(self._batches, batch, group):
+            self._waiting.appendleft(group.pop())
+        if not group:
+            return  # until rows that end make room
+        reading = self._attempt(batch, group, lambda: batch.begin(group), spoils=False)
+        self._reading = (batch, reading) if reading is not None else None
+        self._has_moved = True
+        self._share_memory()
+
+    def _batch_for(self, length: int) -> Batch:
+        """Return the batch that a row of `length` tokens pads least, or a new one where it would pad too much."""
+        best = min(self._batches, key=lambda batch: batch.padding_with(length)[1], default=None)
+        if best is not None:
+            tokens, padding = best.padding_with(length)
+            if padding <= max(FREE_PADDING, tokens // 2):
+                return best
+        return self._engine.new_batch(prefixes=self._prefixes)
+
+    def _chunk(self, num_waiting: int = 1) -> int:
+        """Return how many tokens of prompts may be read before the next step; more where several rows wait for it.
+
+        Short prompts that arrive together are read together: those that run wait once, and the others start at once.
+        Were they read by twos and threes, all of them would wait for the steps between.
+        """
+        is_group = num_waiting > 1
+        most = self._params.prompt_chunk * (GROUP if is_group else 1)
+        if not self._num_running:
+            return most
+        if not self._token_seconds:
+            return min(self._params.prompt_chunk, SMALLEST_CHUNK)
+        burst = BURST * max(1.0, num_waiting / self._num_running) if is_group else 1.0
+        tokens = int(STEPS_A_CHUNK * burst * self._step_seconds / self._token_seconds)
+        return min(most, max(SMALLEST_CHUNK, tokens))
+
+    def _read_on(self, batch: Batch, reading: Reading) -> Events:
+        """Read one chunk of prompts; with the last, their rows run."""
+        num_rows = len(reading.rows)
+        num_columns = reading.length if num_rows > 1 else self._chunk()  # several are only begun if a chunk holds them
+        before = reading.done
+        started = time.perf_counter()
+        is_last = before + num_columns >= reading.length
+        events = self._attempt(batch, reading.members, lambda: batch.read(reading, num_columns), spoils=is_last)
+        if events is None:
+            return []
+        seconds, num_tokens = time.perf_counter() - started, (reading.done - before) * num_rows
+        if num_tokens >= SMALLEST_CHUNK and (self._num_running or not self._token_seconds):
+            self._token_seconds = _smoothed(self._token_seconds, seconds / num_tokens)
+        if reading.is_finished:
+            if batch not in self._batches:
+                self._batches.append(batch)
+            self._end_reading()
+            self._metrics.count_prompts(reading.rows)
+        return events
+
+    def _end_reading(self) -> None:
+        """Forget the reading; rows in it that were given up meanwhile leave."""
+        assert self._reading is not None
+        batch, reading = self._reading
+        self._reading = None
+        self._has_moved = True
+        given_up = [row for row in reading.members if id(row) not in self._seats]
+        batch.leave(given_up)
+        self._engine.release(given_up)
+
+    def _attempt(self, batch: Batch, rows: Sequence[Row], run: Callable[[], Result], *, spoils: bool) -> Result | None:
+        """Run a part of a step; where it fails, its rows are lost, with the batch's if it `spoils`; others go on."""
+        lost = [*rows, *(batch.rows if spoils else ())]
+        try:
+            result = run()
+        except Exception:  # out of memory, a damaged cache: whatever it is must not end the thread
+            logger.exception("a forward pass failed; %d sequences are lost", len(lost))
+        else:
+            self._metrics.router.inc(batch.route_seconds)
+            batch.route_seconds = 0.0
+            return result
+        if spoils:
+            self._batches = [other for other in self._batches if other is not batch]
+            if self._reading is not None and self._reading[0] is batch:
+                self._reading = (self._engine.new_batch(prefixes=self._prefixes), self._reading[1])
+        jobs = {id(seat.job): seat.job for row in lost if (seat := self._seats.get(id(row)))}
+        for job in jobs.values():
+            self._tell(job, EngineFailed("the forward pass failed; the server's log says why."))
+            self.give_up(job)
+        return None
+
+    def _deliver(self, events: Events) -> None:
+        """Tell each job what its rows generated, and let finished rows go."""
+        news: dict[int, tuple[Job, Tokens]] = {}
+        finished: list[Row] = []
+        for row, event in events:
+            seat = self._seats.get(id(row))
+            if seat is None:
+                continue  # given up
+            if isinstance(event, RowError):
+                self._end(seat, event)
+                continue
+            news.setdefault(id(seat.job), (seat.job, []))[1].append((seat.index, event))
+            if event.finish_reason:
+                finished.append(row)
+        finished = [row for row in finished if id(row) in self._seats]  # not given up since
+        for row in finished:
+            seat = self._seats.pop(id(row))
+            self.sequence_seconds = _smoothed(self.sequence_seconds, time.perf_counter() - seat.since)
+            self._metrics.count_row(row)
+        self._engine.release(finished)
+        self._has_moved = self._has_moved or bool(finished)
+        self.num_ended += len(finished)
+        for job, tokens in news.values():
+            self._tell(job, tokens)
+
+    def _end(self, seat: Seat, failure: RowError) -> None:
+        """Tell a job which of its rows cannot be computed, and why; the log has the whole error."""
+        why = str(failure)
+        if failure.__cause__ is not None:
+            logger.error("a sequence cannot be computed", exc_info=failure.__cause__)
+            why = "the forward pass failed; the server's log says why."
+        named = f"choice {seat.index}: " if seat.job.num_sequences > 1 else ""
+        self._tell(seat.job, EngineFailed(named + why))
+        self.give_up(seat.job)
+
+
+def deliver(mail: Mail) -> None:
+    """Tell jobs their news."""
+    for job, news in mail:
+        job.tell(news)
+
+
+def _smoothed(mean: float, value: float) -> float:
+    return value if not mean else (1 - SMOOTHING) * mean + SMOOTHING * value

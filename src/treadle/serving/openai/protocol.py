@@ -1,0 +1,174 @@
+"""HTTP/1.1 connections that are limited in number, and each in what it may leave undone.
+
+uvicorn's own reads a head without an end, waits for ever for a client that does not read, and has no bound on
+connections but descriptors. Of too many connections those go that the server does nothing for, the oldest first.
+Offers of other protocols (HTTP/2, WebSocket) are left alone, and clients of HTTP/1.0 get no chunks.
+"""
+
+import asyncio
+import re
+from typing import Any
+
+from httptools import HttpParserError, HttpParserUpgrade
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from treadle.serving.openai.failures import Failure
+
+HEADER_BYTES = 32 << 10
+"""Of a request's line and all its headers."""
+HEAD_SECONDS = 30.0
+"""In which a head must have arrived, from the connection or from its own first byte on."""
+WRITE_SECONDS = 30.0
+"""In which a client must read what its connection's buffer holds (64 KiB), once that is full."""
+LEFT_SECONDS = 10.0
+"""In which the rest of a body must have arrived whose request has been answered; nobody reads it."""
+MOST_CONNECTIONS = 768
+"""Beyond, the oldest is closed of those on which no request runs; 1,024 descriptors are what systems often allow."""
+AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+"""The host in a request's line, as clients of a proxy write it."""
+
+
+class Protocol(HttpToolsProtocol):
+    """Closes a connection whose client is too slow, sends too long a head, or does not read; the gate limits bodies."""
+
+    parser: Any  # None once the connection is lost, when nothing comes any more
+    _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _is_in_head = True
+    _since: float = 0.0  # when the connection was made or its last request answered, seconds of the loop's clock
+
+    def connection_made(self, transport: Any) -> None:
+        """Wait for the first head."""
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        self._wait()
+        if len(self.connections) > MOST_CONNECTIONS:
+            others = [each for each in self.connections if isinstance(each, Protocol) and each.is_waiting]
+            min(others, key=Protocol.idle_since, default=self).drop()
+
+    def idle_since(self) -> float:
+        """Return since when nothing has been done for this connection, in seconds of the loop's clock."""
+        return self._since
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the server does nothing for this connection but wait for its client."""
+        cycle: Any = self.cycle
+        return cycle is None or cycle.response_complete or cycle.more_body
+
+    def drop(self) -> None:
+        """End the connection at once, whatever its client has not read."""
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._stop()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for the client to read."""
+        super().pause_writing()
+        self._write_timer = self._write_timer or self.loop.call_later(WRITE_SECONDS, self.drop)
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def on_response_complete(self) -> None:
+        """Expect the rest of the body, where the answer did not wait for it."""
+        super().on_response_complete()
+        self._since = self.loop.time()
+        if not self._is_in_head and not self.transport.is_closing():
+            self._timer = self._timer or self.loop.call_later(LEFT_SECONDS, self.drop)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless the head is too long."""
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            self._wait()
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except HttpParserError as error:
+            self.send_400_response(f"{str(error).rstrip('.')}.")
+            return
+        if self._is_in_head and self._head_bytes > HEADER_BYTES:
+            self.transport.close()
+
+    def _parse(self, data: bytes) -> None:
+        """Read requests; where the parser stops at an offer of another protocol, it is told to go on in this one."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except HttpParserUpgrade as offer:
+                if self.scope["method"] == "CONNECT":
+                    raise HttpParserError("CONNECT is for proxies.") from offer
+                rest = rest[offer.args[0] :]
+                self.parser.feed_data(self._head_without_offer())
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.scope["method"].encode(), self.url, version)]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
+    def on_headers_complete(self) -> None:
+        """Pass the request on."""
+        if self.parser.should_upgrade():
+            self.scope["method"] = self.parser.get_method().decode()
+            return  # the same head comes again, without the offer
+        self._stop()
+        self._head_bytes, self._is_in_head = 0, False
+        if found := AUTHORITY.match(self.url):  # counts for more than Host (RFC 9112, section 3.2.2)
+            self.headers[:] = [(b"host", found[1]), *(each for each in self.headers if each[0] != b"host")]
+        super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            _end_with_connection(self.cycle)
+
+    def on_message_complete(self) -> None:
+        """Expect another head, which may come later: until then uvicorn's keep-alive counts."""
+        if self.parser.should_upgrade():
+            return
+        self._stop()
+        self._is_in_head = True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say what does not parse, in the shape of all other errors, and close the connection."""
+        text = f"this is not an HTTP/1.1 request: {msg} Check the request line, the headers and Content-Length."
+        response = Failure(400, text, code="invalid_http").response()
+        head = [STATUS_LINE[400], *(name + b": " + value + b"\r\n" for name, value in response.raw_headers)]
+        self.transport.write(b"".join([*head, b"connection: close\r\n\r\n", response.body]))
+        self.transport.close()
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _end_with_connection(cycle: RequestResponseCycle) -> None:
+    """Let an answer of unknown length end where its connection does, for a client that knows no chunks."""
+    send, has_length = cycle.send, False
+
+    async def send_unchunked(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = None if has_length else False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_unchunked

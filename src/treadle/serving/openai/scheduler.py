@@ -1,0 +1,177 @@
+"""One thread owns the engine: jobs go in from any thread, between two steps, and their news come out.
+
+First come, first served. What a step is, and which rows share it, is `treadle.serving.openai.loop`'s.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeAlias, TypeVar
+
+from treadle.common.errors import TreadleError
+from treadle.serving.openai.jobs import Job, Mail
+from treadle.serving.openai.loop import Loop
+from treadle.serving.openai.params import ServeParams
+
+Result = TypeVar("Result")
+Call: TypeAlias = "tuple[Callable[[], Any], Future[Any]]"
+"""A function to run between two steps, and who waits for it."""
+
+LONGEST_WAIT = 60
+"""Seconds; what Retry-After says at most."""
+
+
+class Busy(TreadleError):
+    """The queue has no room for a job now; `seconds` is when it is worth trying again."""
+
+    def __init__(self, job: Job, waiting: int, seconds: int) -> None:
+        more = job.num_sequences
+        wanted = "" if more == 1 else f", and the request brings {more} more"
+        super().__init__(f"the queue is full: {waiting} sequences are waiting{wanted}. Try again in {seconds} s.")
+        self.seconds = seconds
+
+
+class TooMany(TreadleError):
+    """A job has more sequences than run and wait together; it would never fit."""
+
+    def __init__(self, job: Job, most: int) -> None:
+        super().__init__(
+            f"n: got {job.num_sequences} sequences (prompts times n); allowed: at most {most} at once. Send several "
+            "requests."
+        )
+
+
+class Stopping(TreadleError):
+    """The server is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down: send the request to another one, or later.")
+
+
+class Scheduler:
+    """Runs jobs on a loop in a thread of its own."""
+
+    def __init__(self, loop: Loop, params: ServeParams) -> None:
+        self._loop = loop
+        self._params = params
+        self._changed = threading.Condition()  # guards what follows
+        self._inbox: list[Job] = []
+        self._calls: deque[Call] = deque()
+        self._has_cancelled = False
+        self._is_draining = False
+        self._is_stopped = False
+        self._num_accepted = 0  # sequences, ever
+        self._thread = threading.Thread(target=self._run, name="treadle-engine", daemon=True)
+
+    def start(self, post: Callable[[Mail], None]) -> None:
+        """Start the engine's thread, which posts the jobs' news."""
+        self._loop.post = post
+        self._thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether jobs are accepted and the engine's thread lives."""
+        return self._thread.is_alive() and not self._is_draining
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine's thread is not there any more."""
+        return not self._thread.is_alive()
+
+    @property
+    def num_unfinished(self) -> int:
+        """How many sequences run or wait."""
+        return self._num_accepted - self._loop.num_ended
+
+    def submit(self, job: Job) -> None:
+        """Queue a job.
+
+        Raises:
+            Busy: more sequences than may would wait.
+            TooMany: it has more sequences than the batch and the queue hold.
+            Stopping: the server is shutting down.
+        """
+        most = self._params.max_batch + self._params.max_queue
+        if job.num_sequences > most:
+            raise TooMany(job, most)
+        with self._changed:
+            if self._is_draining:
+                raise Stopping
+            if self.num_unfinished + job.num_sequences > most:
+                waiting = max(self.num_unfinished - self._params.max_batch, 0)
+                seconds = 1 + int(max(waiting, 1) / self._params.max_batch * self._loop.sequence_seconds)
+                raise Busy(job, waiting, min(LONGEST_WAIT, seconds))
+            self._num_accepted += job.num_sequences
+            self._inbox.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up; its rows leave before the next step."""
+        with self._changed:
+            job.is_cancelled = self._has_cancelled = True
+            self._changed.notify()
+
+    def call(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Run a function between two steps, in the engine's thread; the future has its result or its error."""
+        future: Future[Any] = Future()
+        with self._changed:
+            if self._is_stopped:
+                raise Stopping
+            self._calls.append((function, future))
+            self._changed.notify()
+        return future
+
+    def drain(self) -> None:
+        """Accept no more jobs; those that are there go on."""
+        with self._changed:
+            self._is_draining = True
+
+    def stop(self) -> None:
+        """End the thread; jobs that are left are told so."""
+        with self._changed:
+            self._is_draining = self._is_stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        """Live as the engine's thread."""
+        while self._take():
+            self._loop.advance()
+        self._loop.post([(job, Stopping()) for job in [*self._loop.jobs(), *self._inbox]])
+        for _, future in self._calls:
+            future.set_exception(Stopping())
+
+    def _take(self) -> bool:
+        """Wait for something to do and take in what has arrived; return False when the thread shall end."""
+        with self._changed:
+            while not (self._inbox or self._calls or self._loop.is_busy or self._has_cancelled or self._is_stopped):
+                self._changed.wait()
+            if self._is_stopped:
+                return False
+            inbox, self._inbox = self._inbox, []
+            calls, self._calls = self._calls, deque()
+            is_cancelling, self._has_cancelled = self._has_cancelled, False
+        while calls:
+            _answer(calls)
+        for job in inbox:
+            self._loop.accept(job)
+        if is_cancelling:
+            for job in self._loop.jobs():
+                if job.is_cancelled:
+                    self._loop.give_up(job)
+        return True
+
+
+def _answer(calls: deque[Call]) -> None:
+    """Run the first function, and put what it returns or raises into its future."""
+    function, future = calls.popleft()
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except Exception as error:  # whoever waits for the future gets it
+        future.set_exception(error)
+    else:
+        del function  # whoever waits is the last to hold what it holds: to let go of a large adapter takes a while
+        future.set_result(result)

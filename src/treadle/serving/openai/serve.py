@@ -1,0 +1,148 @@
+"""Runs the web application until it is asked to end."""
+
+import gc
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import uvicorn
+
+from treadle.bundle.bundle import Bundle, read_bundle
+from treadle.engine.engine import Engine
+from treadle.serving.openai.app import make_app
+from treadle.serving.openai.keys import Keyring
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.protocol import Protocol
+from treadle.serving.openai.start import bound, check_start, listen
+from treadle.serving.openai.state import END_SECONDS, State
+
+logger = logging.getLogger("treadle.serving.openai")
+
+SWITCH_SECONDS = 0.001
+"""How long Python lets one thread run while another waits; the default, 5 ms, would be added to every token."""
+POLL_SECONDS = 0.05
+
+
+class Server(uvicorn.Server):
+    """Ends in order: asked to, it is not ready, finishes what runs within the shutdown timeout, and exits with 0."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring) -> None:
+        self.app = make_app(bundle, engine, params, keys)
+        self._state: State = self.app.state.treadle
+        self._shutdown_timeout = params.shutdown_timeout
+        self._drain: threading.Thread | None = None
+        self._is_urgent = threading.Event()
+        config = uvicorn.Config(
+            self.app,
+            host=params.host,
+            port=params.port,
+            http=Protocol,
+            lifespan="on",  # an application that cannot start is an error, not one without a start
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=params.keep_alive,
+            timeout_graceful_shutdown=1,  # for what `_drain` has told to end
+            ssl_certfile=params.tls_cert,
+            ssl_keyfile=params.tls_key,
+        )
+        super().__init__(config)
+
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 before it does."""
+        sockets = [each for server in self.servers for each in server.sockets] if self.started else []
+        return int(sockets[0].getsockname()[1]) if sockets else 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no thread is left that does something."""
+        return self._state.has_ended
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; after a second signal, what runs is told so and waited for no longer."""
+        del sig, frame
+        if self._drain is not None:
+            self._is_urgent.set()
+            return
+        self._drain = threading.Thread(target=self._finish, name="treadle-drain", daemon=True)
+        self._drain.start()
+
+    def _finish(self) -> None:
+        """Take no more requests, wait for those that are there, then end."""
+        scheduler = self._state.scheduler
+        self._state.take_no_more()
+        logger.info("shutting down: %d sequences are left", scheduler.num_unfinished)
+        until = time.monotonic() + self._shutdown_timeout
+        while scheduler.num_unfinished and time.monotonic() < until and not self._is_urgent.wait(POLL_SECONDS):
+            pass
+        if scheduler.num_unfinished:
+            why = "a second signal came" if self._is_urgent.is_set() else f"{self._shutdown_timeout:g} s are over"
+            logger.warning("%s: %d sequences do not finish", why, scheduler.num_unfinished)
+            stopping = threading.Thread(target=scheduler.stop, name="treadle-stop", daemon=True)
+            stopping.start()
+            stopping.join(END_SECONDS)  # a step that hangs must not keep the process
+        time.sleep(POLL_SECONDS)  # the last answers are on their way
+        self.should_exit = True
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; what the gate logs of a request is one already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        message = record.getMessage()
+        if message.startswith("{"):
+            return message
+        line = {"time": self.formatTime(record), "level": record.levelname, "message": message}
+        return json.dumps(line if record.exc_info is None else {**line, "error": self.formatException(record.exc_info)})
+
+
+def serve(folder: str, params: ServeParams) -> None:
+    """Load a bundle and serve it until SIGTERM or SIGINT; a TreadleError says why that cannot be."""
+    bundle = read_bundle(folder)
+    _set_up_log(params)
+    keys = check_start(bundle, params)
+    with bound(params.host, params.port) as sockets:
+        # in a thread that ends: OpenMP keeps workers for every thread that ever computed, and where these are more than
+        # the cores, it lets all of them sleep between operations, which makes a step a third slower
+        with ThreadPoolExecutor(1) as pool:
+            pack = {"auto": None, "always": True, "never": False}[params.pack]
+            engine = pool.submit(bundle.engine, device=params.device, dtype=params.dtype, pack=pack).result()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        server = Server(bundle, engine, params, keys)
+        # what is there now stays: to look through it for garbage would take several steps' time, whenever Python does
+        gc.collect()
+        gc.freeze()
+        listen(sockets, params)
+        announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
+        announce.start()
+        server.run(sockets)
+        if not server.has_ended:  # Python would wait for it, or break off in the middle of a library's code
+            logging.shutdown()
+            os._exit(0)
+
+
+def _announce(server: Server, params: ServeParams) -> None:
+    """Say where the server listens, once it does."""
+    while not server.started:
+        time.sleep(POLL_SECONDS)
+    scheme = "https" if params.tls_cert else "http"
+    logger.info("serving on %s://%s:%d", scheme, params.host, server.port)
+
+
+def _set_up_log(params: ServeParams) -> None:
+    """Write the server's log to standard error."""
+    handler = logging.StreamHandler()
+    is_json = params.log_format == "json"
+    handler.setFormatter(JsonLines() if is_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("treadle", "uvicorn.error"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO if name == "treadle" else logging.WARNING)

@@ -1,0 +1,125 @@
+"""What the routes of one server share."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from treadle.bundle.bundle import Bundle
+from treadle.engine.engine import Engine
+from treadle.routing.embedder import StaticEmbedder
+from treadle.serving.openai.jobs import Mail
+from treadle.serving.openai.lines import Check, Client, Line
+from treadle.serving.openai.loop import Loop, deliver
+from treadle.serving.openai.metrics import Metrics
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.requests import Reader
+from treadle.serving.openai.routers import Routers
+from treadle.serving.openai.scheduler import Scheduler
+from treadle.serving.openai.start import model_name
+from treadle.serving.openai.targets import AUTO, Targets
+from treadle.serving.openai.tokens import TokenTexts
+
+logger = logging.getLogger("treadle.serving.openai")
+Result = TypeVar("Result")
+
+END_SECONDS = 5.0
+"""How long the engine's thread and those of the lines get to end, once they have been told to."""
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class State:
+    """The engine, what runs it, and what reads requests for it."""
+
+    bundle: Bundle
+    engine: Engine
+    params: ServeParams
+    metrics: Metrics
+    routers: Routers
+    scheduler: Scheduler
+    targets: Targets
+    reader: Reader
+    tokens: TokenTexts
+    preparing: Line = field(default_factory=lambda: Line("treadle-prepare"))
+    weighing: Line = field(default_factory=lambda: Line("treadle-weigh"))  # nobody's prompt waits for whole texts
+    reading: Line = field(default_factory=lambda: Line("treadle-read", num_threads=1))  # of adapters' folders
+    writing: Line = field(default_factory=lambda: Line("treadle-write"))  # of long answers
+
+    @classmethod
+    def make(cls, bundle: Bundle, engine: Engine, params: ServeParams) -> "State":
+        """Return the state of a new server; its scheduler has not been started."""
+        metrics, routers = Metrics(), Routers(engine)
+        metrics.set_adapters(engine.adapter_names)
+        targets = Targets(engine, routers, tuple(dict.fromkeys((AUTO, model_name(bundle, params)))))
+        return cls(
+            bundle=bundle,
+            engine=engine,
+            params=params,
+            metrics=metrics,
+            routers=routers,
+            scheduler=Scheduler(Loop(engine, routers, params, metrics), params),
+            targets=targets,
+            reader=Reader(engine, targets, params),
+            tokens=TokenTexts(engine.tokenizer),
+        )
+
+    @classmethod
+    def of(cls, request: Request) -> "State":
+        """Return the state of the server that a request reached."""
+        return request.app.state.treadle
+
+    async def between_steps(self, function: Callable[[], Result]) -> Result:
+        """Run a function in the engine's thread, between two steps."""
+        return await asyncio.wrap_future(self.scheduler.call(function))
+
+    async def weigh(self, function: Callable[[Check], Result], client: Client, num_bytes: int) -> Result:
+        """Run a function that embeds whole texts beside the steps; see `Line.run`.
+
+        Between two steps where the embedder is a neural network: that reads few words, and OpenMP would keep workers
+        for one more thread (`treadle.serving.openai.serve`).
+        """
+
+        def between_steps(check: Check) -> Result:
+            return self.scheduler.call(lambda: function(check)).result()
+
+        is_neural = not isinstance(self.engine.router.embedder, StaticEmbedder)
+        return await self.weighing.run(between_steps if is_neural else function, client, num_bytes)
+
+    def take_no_more(self) -> None:
+        """Prepare no more requests: those that wait are told that the server ends."""
+        self.scheduler.drain()
+        for line in (self.preparing, self.weighing, self.reading):
+            line.close()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no thread is left that does something."""
+        lines = (self.preparing, self.weighing, self.reading, self.writing)
+        return self.scheduler.has_ended and all(line.has_ended(0) for line in lines)
+
+    async def shut_down(self) -> None:
+        """End the engine's thread and the lines; one that does not end in time is left to the end of the process."""
+        self.take_no_more()
+        self.writing.close()
+        threading.Thread(target=self.scheduler.stop, name="treadle-stop", daemon=True).start()
+        until = time.monotonic() + END_SECONDS
+        while not self.has_ended:
+            if time.monotonic() > until:
+                logger.warning("what runs does not end within %g s; it is left", END_SECONDS)
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+    def start(self) -> None:
+        """Start the engine's thread; its news arrive in the event loop that runs now."""
+        loop = asyncio.get_running_loop()
+
+        def post(mail: Mail) -> None:
+            loop.call_soon_threadsafe(deliver, mail)
+
+        self.scheduler.start(post)

@@ -1,0 +1,135 @@
+"""Whom a request means: the routed model, one adapter or the base, and with which routing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from treadle.common.errors import OptionError, OptionProblem, shown, unknown_name
+from treadle.common.options import meanings
+from treadle.common.params import RoutingParams
+from treadle.engine.engine import Engine
+from treadle.serving.openai.bodies import Json
+from treadle.serving.openai.failures import MOST_LISTED, Problem, Problems, cut
+from treadle.serving.openai.keys import Caller
+from treadle.serving.openai.routers import Routers
+from treadle.serving.request import requested, too_large
+
+AUTO, BASE = "auto", "base"
+BESIDE = ("adapters", "trace")
+"""Fields of `treadle` beside the options of routing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a request is routed.
+
+    Attributes:
+        routing: of all its sequences.
+        adapters: names of those that may take part; None = all.
+        has_trace: whether each choice carries its weights and what they were made from.
+    """
+
+    routing: RoutingParams
+    adapters: frozenset[str] | None
+    has_trace: bool
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What can be named on one server."""
+
+    engine: Engine
+    routers: Routers
+    names: tuple[str, ...]  # of the routed model
+
+    def models(self, caller: Caller) -> list[str]:
+        """Return what a caller may name as model: the routed one, its adapters, the base."""
+        return [*self.names, *self.adapters(caller), BASE]
+
+    def adapters(self, caller: Caller) -> list[str]:
+        """Return the adapters that a caller may use, in the order of the engine."""
+        allowed = caller.adapters
+        return [name for name in self.engine.adapter_names if allowed is None or name in allowed]
+
+    def unknown(self, model: str, caller: Caller) -> Problems:
+        """Return the problem of a model that does not exist, or that the caller may not use; else none."""
+        names = self.models(caller)
+        if model in names:
+            return []
+        return [Problem("model", unknown_name("model", model, names), status=404, code="model_not_found")]
+
+    def read(self, model: str, given: Json | None, problems: Problems, caller: Caller) -> Target:
+        """Return whom a request means by its fields `model` and `treadle`; adds to its problems.
+
+        Beside a model that does not exist, the options are read as those of the routed one.
+        """
+        unknown = self.unknown(model, caller)
+        problems += unknown
+        options = dict(given or {})
+        has_trace = options.pop("trace", False)
+        if not isinstance(has_trace, bool):
+            problems.append(Problem.of("treadle.trace", has_trace, "true or false"))
+        if model not in self.names and not unknown:
+            if options:
+                places = ", ".join(f"treadle.{name}" for name in list(options)[:MOST_LISTED])
+                what = f"{cut(places)}: model {shown(model)} is not routed"
+                problems.append(Problem("treadle", f"{what}; allowed: 'trace', or model {AUTO!r}"))
+            fixed = RoutingParams.base() if model == BASE else RoutingParams.one(model)
+            return Target(fixed, caller.adapters, bool(has_trace))
+        adapters = self._chosen(options.pop("adapters", None), problems, caller)
+        params = self._params(options, problems)
+        takes_part = [name for name in self.adapters(caller) if adapters is None or name in adapters]
+        problems += _unknown_names("treadle.fixed", list(params.fixed or {}), takes_part)
+        if not problems:
+            try:
+                self.engine.check_routing([params], self.routers.among(adapters))
+            except OptionError as error:
+                problems += [_worded(problem, options) for problem in error.problems]
+        return Target(params, adapters, bool(has_trace))
+
+    def _chosen(self, chosen: Any, problems: Problems, caller: Caller) -> frozenset[str] | None:
+        """Return the adapters that may take part: those that the request names, of those that the caller may use."""
+        if chosen is None:
+            return caller.adapters
+        names = self.adapters(caller)
+        if not isinstance(chosen, list) or not all(isinstance(name, str) for name in cast(list[Any], chosen)):
+            problems.append(Problem.of("treadle.adapters", chosen, f"a list of {', '.join(names)}"))
+            return caller.adapters
+        given = cast(list[str], chosen)
+        problems += _unknown_names("treadle.adapters", given, names)
+        return frozenset(given) & frozenset(names)
+
+    def _params(self, options: Json, problems: Problems) -> RoutingParams:
+        """Return the bundle's routing with a request's options over it."""
+        default, known = self.engine.router.params, meanings(RoutingParams)
+        unknown = [name for name in options if name not in known]
+        allowed = [*known, *BESIDE]
+        problems += [
+            Problem("treadle", f"{cut(f'treadle.{name}')}: {unknown_name('option', name, allowed)}") for name in unknown
+        ]
+        try:
+            params = requested(default, {name: value for name, value in options.items() if name in known})
+        except OptionError as error:
+            problems += [_worded(problem, options) for problem in error.problems]
+            return default
+        problems += [Problem("treadle", f"treadle.{problem}") for problem in too_large(params)]
+        return params
+
+
+def _unknown_names(place: str, given: Sequence[str], names: Sequence[str]) -> Problems:
+    """Return a problem for each name that is not among the adapters' names."""
+    unknown = list(dict.fromkeys(name for name in given if name not in names))
+    worded = [Problem(place, f"{place}: {unknown_name('adapter', name, names)}") for name in unknown[:MOST_LISTED]]
+    return [*worded, Problem.others(len(unknown) - len(worded))] if len(unknown) > len(worded) else worded
+
+
+def _worded(problem: OptionProblem, options: Json) -> Problem:
+    """Return what is wrong with an option in the words of a JSON document."""
+    if not problem.options:
+        return Problem("treadle", f"treadle: {problem.text}")
+    place, *others = [f"treadle.{option}" for option in problem.options]
+    if not problem.allowed:
+        return Problem(place, f"{cut(place)}: {problem.text}")
+    given = shown(options.get(problem.options[0], problem.given)) + (f" with {', '.join(others)}" if others else "")
+    allowed = problem.allowed.replace("or none", "or null")
+    return Problem(place, f"{cut(place)}: got {given}; allowed: {allowed}")

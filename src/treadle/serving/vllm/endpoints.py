@@ -1,0 +1,290 @@
+"""Routes beside vLLM's own: what a text's weights are, adapters that come and go, and figures for Prometheus.
+
+vLLM loads them where `VLLM_PLUGINS` names treadle. They lie below /v1, where vLLM's `--api-key` guards. A response of
+vLLM's has no place for weights; but they are a function of options and token ids, both of which the client has
+(`"return_token_ids": true`), so that `/v1/treadle/route` gives exactly those under which an answer was made.
+"""
+
+import asyncio
+import hmac
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from treadle.common.documents import parse_json
+from treadle.common.errors import AdapterError, OptionError, TreadleError, problem_list, shown, unknown_name
+from treadle.common.files import folder_below
+from treadle.engine.chat import contents_of
+from treadle.engine.tokenization import prompt_ids
+from treadle.serving.vllm import figures
+from treadle.serving.vllm.asked import Asked
+from treadle.serving.vllm.joining import check_name, read_newcomer, with_adapter, without_adapter
+from treadle.serving.vllm.params import KEY
+from treadle.serving.vllm.schedule import Schedule
+from treadle.serving.vllm.tokens import tokenizer_of
+
+ADMIN_VARIABLE = "TREADLE_ADMIN_KEY"
+"""The environment variable with the key that may add and remove adapters; an option would be in vLLM's log."""
+MAX_BODY = 4 << 20
+"""Bytes of a request's body."""
+MAX_SAMPLES = 1000
+"""Sample texts of an adapter that joins."""
+ROUTE_KEYS = ("prompt", "messages", "token_ids", KEY)
+
+
+class Endpoints:
+    """The endpoint plugin, as `vllm.plugins.endpoint_plugins.interface` describes it."""
+
+    name = KEY
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes to vLLM's app."""
+        app.add_api_route("/metrics", metrics, methods=["GET"], include_in_schema=False)  # in the place of vLLM's own
+        app.add_route("/v1/treadle/route", _answering(route), methods=["POST"])
+        app.add_route("/v1/treadle/adapters", _answering(adapters), methods=["GET", "POST"])
+        app.add_route("/v1/treadle/adapters/{name}", _answering(remove), methods=["DELETE"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Read the bundle; without one the routes answer 404."""
+        asked = Asked.of(engine_client.input_processor)
+        if asked is not None:
+            state.treadle = State(engine_client, asked)
+
+
+class State:
+    """What the routes share."""
+
+    def __init__(self, engine_client: Any, asked: Asked) -> None:
+        self.client = engine_client
+        self.asked = asked
+        model = engine_client.model_config
+        self.tokenizer = tokenizer_of(model)
+        self.max_tokens = int(model.max_model_len)
+        self.vocabulary = int(model.get_vocab_size())
+        self.longest_piece = max(map(len, self.tokenizer.get_vocab()))  # characters
+        served: str | Sequence[str] | None = model.served_model_name
+        self.served = (served,) if isinstance(served, str) else tuple(served or ())
+        self.admin_key = os.environ.get(ADMIN_VARIABLE, "").strip() or None
+        self.changing = asyncio.Lock()  # one adapter at a time
+
+    @property
+    def taken(self) -> set[str]:
+        """Names that no adapter can join under: the adapters', and what this server calls its routed model."""
+        asked = self.asked
+        return {*asked.mixture.names, *(name for name in self.served if name not in asked.left)}
+
+    async def ask(self, function: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Call a function of every engine's core and return the answers."""
+        return await self.client.engine_core.call_utility_all_async(function, *arguments)
+
+    async def call(self, function: str, *arguments: Any) -> dict[str, Any]:
+        """Call a function of every engine's core and return the first answer; an error of any is raised."""
+        return _first(await self.ask(function, *arguments))
+
+    async def add(self, *arguments: Any) -> dict[str, Any]:
+        """Let an adapter join in every engine, or in none; see `treadle.serving.vllm.live.treadle_add_adapter`."""
+        await self.call("treadle_check_adapter", *arguments)  # of all, before any of them changes
+        try:
+            return await self.call("treadle_add_adapter", *arguments)
+        except Exception:  # whatever kept one engine from it, the others must give it back
+            with suppress(Exception):  # an engine that is dead: the first error says more
+                await self.ask("treadle_remove_adapter", arguments[0])
+            raise
+
+    async def remove(self, name: str) -> dict[str, Any]:
+        """Take an adapter out in every engine; requests that name it are refused before the first hears of it."""
+        before = self.asked.mixture
+        self.asked.mixture = without_adapter(before, name)
+        try:
+            answers = await self.ask("treadle_remove_adapter", name)
+        except Exception:
+            self.asked.mixture = before
+            raise
+        if all("error" in answer for answer in answers):
+            self.asked.mixture = before
+        return _first(answers)
+
+
+def _first(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first engine's answer, or raise an AdapterError with the first error of any."""
+    for answer in answers:
+        if "error" in answer:
+            raise AdapterError(answer["error"])
+    return answers[0]
+
+
+class Refused(Exception):
+    """A request that is refused with a status other than 400."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _answering(handler: Callable[[Request, State], Any]) -> Callable[[Request], Any]:
+    """Return a route whose errors have OpenAI's shape."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            state = getattr(request.app.state, KEY, None)
+            if state is None:
+                raise Refused(404, "this server has no treadle bundle")
+            return JSONResponse(await handler(request, state))
+        except (TreadleError, Refused) as error:
+            status = error.status if isinstance(error, Refused) else 400
+            kind = {404: "NotFoundError", 403: "ForbiddenError"}.get(status, "BadRequestError")
+            return JSONResponse({"error": {"message": str(error), "type": kind, "param": None, "code": status}}, status)
+
+    return answer
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: vLLM's figures, and those of the blending after them."""
+    state: State | None = getattr(request.app.state, KEY, None)
+    return await figures.response(None if state is None else state.ask)
+
+
+async def route(request: Request, state: State) -> dict[str, Any]:
+    """Return the weights (T, N) of every token of a prompt and, where given, of what was generated after it."""
+    body = await _body(request)
+    if unknown := [unknown_name("field", name, ROUTE_KEYS) for name in body if name not in ROUTE_KEYS]:
+        raise OptionError(problem_list("route:", unknown))
+    prompt, messages = body.get("prompt"), body.get("messages")
+    if prompt is messages is None or not (messages is None or prompt is None or _are_ids(prompt)):
+        raise OptionError("route: give a prompt (a text or token ids), messages, or messages and their token ids")
+    return await asyncio.to_thread(_route, state, (prompt, messages), body.get("token_ids") or [], body.get(KEY))
+
+
+def _route(state: State, asked: tuple[Any, Any], generated: Any, given: Any) -> dict[str, Any]:
+    """Return the weights of a prompt, of messages, or of messages that were rendered as the prompt's token ids."""
+    prompt, messages = asked
+    contents = None if messages is None else contents_of(_checked_prompt(state, messages))
+    if _are_ids(prompt):
+        ids = list(prompt)
+    else:
+        ids = prompt_ids(state.tokenizer, _checked_prompt(state, messages if prompt is None else prompt))
+    if not _are_ids(generated) and generated != []:
+        raise OptionError("route: token_ids must be a list of token ids")
+    whole = [*ids, *generated]
+    if problems := _token_problems(state, whole):
+        raise OptionError(problem_list("route:", problems))
+    schedule = Schedule(state.asked.mixture, state.tokenizer)
+    stream = schedule.open(given, len(ids), contents)
+    schedule.decide([(stream, whole, len(whole))])
+    return {
+        "adapters": list(stream.mixture.names),
+        "prompt_tokens": len(ids),
+        "weights": stream.weights(0, len(whole)).tolist(),
+    }
+
+
+def _token_problems(state: State, ids: Sequence[int]) -> list[str]:
+    """Return why vLLM could not have read these tokens (T,)."""
+    problems: list[str] = []
+    if len(ids) > state.max_tokens:
+        problems.append(f"{len(ids)} tokens; this server reads at most {state.max_tokens} (--max-model-len)")
+    if max(ids) >= state.vocabulary:
+        problems.append(f"token id {max(ids)}; allowed: 0 to {state.vocabulary - 1}")
+    return problems
+
+
+def _checked_prompt(state: State, prompt: Any) -> Any:
+    """Return a prompt that is worth tokenising: a text, or messages whose contents are."""
+    messages = _messages(prompt)
+    length = sum(map(len, contents_of(messages)))
+    if length > state.max_tokens * state.longest_piece:
+        raise OptionError(f"route: {length} characters cannot be {state.max_tokens} tokens (--max-model-len) or fewer")
+    return prompt
+
+
+def _messages(prompt: Any) -> Sequence[Mapping[str, Any]]:
+    """Return a prompt as messages; an OptionError where it is neither a text nor messages."""
+    if isinstance(prompt, str):
+        return [{"content": prompt}]
+    messages = cast(Sequence[Any], prompt) if isinstance(prompt, list) else []
+    if not messages or not all(isinstance(each, Mapping) and "content" in each for each in messages):
+        raise OptionError("route: prompt is a text or token ids; messages are objects with role and content")
+    return messages
+
+
+def _are_ids(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(each) is int and each >= 0 for each in cast(list[Any], value))
+
+
+async def adapters(request: Request, state: State) -> dict[str, Any]:
+    """GET: the adapters and what the router has done. POST {"name", "path", "samples"}: one more."""
+    if request.method == "GET":
+        return await state.call("treadle_adapters")
+    _check_admin(request, state)
+    body = await _body(request)
+    allowed = ("name", "path", "samples")
+    if unknown := [unknown_name("field", name, allowed) for name in body if name not in allowed]:
+        raise OptionError(problem_list("adapters:", unknown))
+    name, samples = body.get("name"), body.get("samples")
+    path = _inside(state, body.get("path"))
+    is_list = isinstance(samples, list) and all(isinstance(each, str) for each in cast(list[Any], samples))
+    is_list = is_list and 1 <= len(cast(list[str], samples)) <= MAX_SAMPLES
+    if not isinstance(name, str) or not name or not (samples is None or is_list):
+        raise OptionError(f"adapters: name is a text, samples are a list of 1 to {MAX_SAMPLES} texts")
+    async with state.changing:
+        mixture, params = state.asked.mixture, state.asked.params
+        check_name(name, state.taken)
+        newcomer = await asyncio.to_thread(read_newcomer, mixture, params, state.asked.base, name, path, samples)
+        answer = await state.add(name, path, samples)
+        state.asked.mixture = with_adapter(mixture, newcomer, answer["adapters"][name])
+    return answer
+
+
+async def remove(request: Request, state: State) -> dict[str, Any]:
+    """DELETE: take an adapter out of the requests that begin from now on."""
+    name = str(request.path_params["name"])
+    _check_admin(request, state)
+    async with state.changing:
+        if name not in state.asked.mixture.names:
+            raise Refused(404, unknown_name("adapter", name, state.asked.mixture.names))
+        return await state.remove(name)
+
+
+def _check_admin(request: Request, state: State) -> None:
+    """Raise a Refused unless adapters can come and go here, and the request has the key for it."""
+    if state.asked.params.adapter_dir is None or state.admin_key is None:
+        needs = f"max_adapters and adapter_dir, and a key in {ADMIN_VARIABLE}"
+        raise Refused(403, f"adapters cannot come and go here: start the server with {needs}")
+    bearer = re.fullmatch(r"[Bb]earer +(\S+) *", request.headers.get("authorization", ""))
+    given = request.headers.get("x-admin-key") or (bearer[1] if bearer else "")
+    if not hmac.compare_digest(given.encode(), state.admin_key.encode()):
+        how = f"send X-Admin-Key: KEY, or Authorization: Bearer KEY, with the key of {ADMIN_VARIABLE}"
+        raise Refused(403, f"this needs the admin key: {how}")
+
+
+def _inside(state: State, path: Any) -> str:
+    """Return an adapter's folder, which must lie below `adapter_dir`."""
+    root = Path(state.asked.params.adapter_dir or "").expanduser()
+    folder = folder_below(root, path) if isinstance(path, str) else None
+    if folder is None:
+        raise OptionError(f"adapters: path: got {shown(path)}; allowed: a folder below adapter_dir")
+    return str(folder)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > MAX_BODY:
+            raise Refused(413, f"the body is longer than {MAX_BODY} bytes, the most that is allowed")
+    try:
+        body = parse_json(raw.decode("utf-8-sig"))
+    except ValueError as error:
+        raise OptionError(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise OptionError("the body is not an object")
+    return cast(dict[str, Any], body)

@@ -1,0 +1,222 @@
+"""What one process knows of the blended adapters: who sits in which slot, how texts are routed, what a request may ask.
+
+The API server, the scheduler and `/treadle/route` each hold a mixture of the same bundle. It holds no factors: those
+are in the workers (`treadle.serving.vllm.stacks`). Nothing here imports vLLM.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+
+from treadle.bundle.bundle import Bundle, read_bundle
+from treadle.common.errors import AdapterError, BundleError, OptionError, problem_list, unknown_name
+from treadle.common.params import Combine, RoutingParams
+from treadle.lora.adapter import Adapter
+from treadle.lora.compatibility import check_combine
+from treadle.routing.centroids import Floats
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import Router
+from treadle.serving.request import requested, too_large
+from treadle.serving.vllm.params import KEY, PluginParams, allowed_combines
+
+AUTO, BASE = "auto", "base"
+FIELDS = frozenset(each.name for each in fields(RoutingParams))
+"""What a request's object of options may set; an adapter of such a name is asked for by `fixed`."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Adapters in slots, and the router over them; a change makes a new one, and requests keep theirs.
+
+    Attributes:
+        router: of the adapters, in the order of its N axis.
+        slots: (N,) the slot of each adapter.
+        scales: (N,) what each adapter's factors are multiplied by.
+        identities: (N,) a digest of each adapter's factors.
+        num_slots: how many there are, taken or free.
+        combines: those that requests may ask for.
+    """
+
+    router: Router
+    slots: tuple[int, ...]
+    scales: tuple[float, ...]
+    identities: tuple[str, ...]
+    num_slots: int
+    combines: tuple[Combine, ...] = ("sum",)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order of every N axis."""
+        return self.router.names
+
+    @property
+    def num_gates(self) -> int:
+        """G: 1 where `sum` alone is allowed, else 3 (direct, inner and outer, see `treadle.lora.layer.Gates`)."""
+        return 1 if self.combines == ("sum",) else 3
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the adapters and their order: it is part of the hash of every block of keys and values.
+
+        The order too, because what follows it in the hash are weights (N,): one that leaves and comes back is the last.
+        """
+        parts = list(zip(self.slots, self.identities, self.scales, strict=True))
+        return hashlib.sha256(repr((parts, self.router.embedder.id)).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _columns(self) -> list[int]:
+        return list(self.slots)
+
+    def gates(self, weights: Floats, combine: Combine) -> Floats:
+        """Return what stands between the two products, (P, G, slots), of weights (P, N)."""
+        gates = np.zeros((len(weights), self.num_gates, self.num_slots), np.float32)
+        scaled = weights * np.array(self.scales, np.float32)  # (P, N)
+        if combine == "sum":
+            gates[:, 0, self._columns] = scaled
+        elif combine == "linear":
+            gates[:, 1:, self._columns] = np.sqrt(scaled)[:, None]
+        else:
+            gates[:, 1, self._columns] = scaled
+            gates[:, 2, self._columns] = 1.0
+        return gates
+
+    def read_request(self, given: Any) -> RoutingParams:
+        """Return the routing that a request asks for.
+
+        Args:
+            given: None or "auto" = the bundle's; "base" = no adapter; an adapter's name = that one alone;
+                `{"math": 0.7, "code": 0.3}` = these weights; `{"every": 8, ...}` = fields of `RoutingParams` over the
+                bundle's. Objects may come as JSON text, because vLLM's `vllm_xargs` take no objects.
+
+        Raises:
+            OptionError: it cannot be read, or these adapters do not allow it; lists every problem.
+        """
+        if isinstance(given, str) and given.lstrip().startswith("{"):
+            given = _read_json(given)
+        if given is None or given == AUTO:
+            params = self.router.params
+        elif given == BASE:
+            params = RoutingParams.base()
+        elif isinstance(given, str):
+            if given not in self.names:
+                raise OptionError(f"{KEY}: " + unknown_name("choice", given, self.choices()))
+            params = RoutingParams.one(given)
+        elif isinstance(given, Mapping):
+            params = self._read_options(cast(Mapping[str, Any], given))
+        else:
+            raise OptionError(f"{KEY}: got {given!r}; allowed: {', '.join(self.choices())}, or an object of options")
+        self.check(params)
+        return params
+
+    def choices(self) -> tuple[str, ...]:
+        """Return what a request may ask for by name."""
+        return (AUTO, BASE, *self.names)
+
+    def _read_options(self, given: Mapping[str, Any]) -> RoutingParams:
+        if given and all(name in self.names and name not in FIELDS for name in given):
+            given = {"fixed": given, "every": None}  # weights by name
+        try:
+            params = requested(self.router.params, given)
+        except OptionError as error:
+            raise OptionError(f"{KEY}: {error}; got {json.dumps(dict(given), default=str)[:200]}") from error
+        if problems := too_large(params):
+            raise OptionError(problem_list(f"{KEY}:", problems))
+        return params
+
+    def check(self, params: RoutingParams) -> None:
+        """Raise an OptionError that lists everything these params ask for that cannot be done here."""
+        problems: list[str] = []
+        if params.past == "recompute":
+            problems.append("past='recompute' reads the whole text again for each token; vLLM's cache cannot: use keep")
+        if params.combine not in self.combines:
+            problems.append(
+                f"combine {params.combine!r} was not asked for when the server started; allowed: "
+                f'{", ".join(self.combines)} (--additional-config \'{{"{KEY}": {{"combines": ...}}}}\')'
+            )
+        if params.rule == "fixed":
+            try:
+                self.router.fixed_weights(params)
+            except AdapterError as error:
+                problems.append(str(error))
+        else:
+            try:
+                self.router.weigh(np.zeros((1, 1, self.router.embedder.dim), np.float32), params)
+            except OptionError as error:
+                problems.append(str(error))
+        if problems:
+            raise OptionError(problem_list(f"{KEY}:", problems))
+
+
+def open_bundle(params: PluginParams) -> tuple[Bundle, Mixture]:
+    """Read a bundle and return it with its mixture.
+
+    Raises:
+        TreadleError: the bundle is damaged, or something in it cannot be done in vLLM; lists every problem.
+    """
+    bundle = read_bundle(params.bundle)
+    combines = allowed_combines(params, bundle.router.params.combine)
+    problems = list(_problems(bundle, params, combines))
+    if problems:
+        raise BundleError(problem_list(f"bundle {bundle.folder} cannot be blended in vLLM:", problems))
+    adapters = by_router(bundle)
+    mixture = Mixture(
+        router=bundle.router,
+        slots=tuple(range(len(adapters))),
+        scales=tuple(main_scale(adapter) for adapter in adapters),
+        identities=tuple(adapter.identity for adapter in adapters),
+        num_slots=params.max_adapters or len(adapters),
+        combines=combines,
+    )
+    mixture.check(bundle.router.params)
+    return bundle, mixture
+
+
+def by_router(bundle: Bundle) -> list[Adapter]:
+    """Return the adapters in the order of the router's N axis."""
+    return sorted(bundle.adapters, key=lambda adapter: bundle.router.names.index(adapter.name))
+
+
+def _problems(bundle: Bundle, params: PluginParams, combines: Sequence[Combine]) -> Iterable[str]:
+    adapters = bundle.adapters
+    if not isinstance(bundle.router.embedder, StaticEmbedder):
+        yield (
+            f"its embedder {bundle.router.embedder.id} runs a neural network for each decision, and the scheduler "
+            "cannot wait for that: fit the bundle again with a static embedder (treadle fit --embedder FOLDER)"
+        )
+    if params.max_adapters is not None and len(adapters) > params.max_adapters:
+        yield f"it has {len(adapters)} adapters; max_adapters is {params.max_adapters}"
+    ranks = {adapter.name: largest_rank(adapter) for adapter in adapters}
+    large = [f"{name} {rank}" for name, rank in ranks.items() if rank > (params.max_rank or rank)]
+    if large:
+        yield f"max_rank is {params.max_rank}; larger are: {', '.join(large)}"
+    for combine in combines:
+        try:
+            check_combine(combine, adapters)
+        except OptionError as error:
+            yield str(error)
+        uneven = [adapter.name for adapter in adapters if len({pair.scale for pair in adapter.pairs.values()}) > 1]
+        if combine != "sum" and uneven:
+            yield f"combine={combine!r} needs one scale an adapter here; it differs by module in {', '.join(uneven)}"
+
+
+def main_scale(adapter: Adapter) -> float:
+    """Return the scale of most of an adapter's modules; the others' factors are multiplied by what differs."""
+    scales = [pair.scale for _, pair in sorted(adapter.pairs.items())]
+    return max(dict.fromkeys(scales), key=scales.count)
+
+
+def largest_rank(adapter: Adapter) -> int:
+    """Return the largest rank of an adapter's factors."""
+    return max(pair.rank for pair in adapter.pairs.values())
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"{KEY}: {text[:60]!r} is not JSON: {error}") from error

@@ -1,0 +1,192 @@
+"""The weights of every token of every request, decided where vLLM schedules: a pure function of text and options.
+
+A stream (`treadle.serving.vllm.stream`) remembers each decision with the position from which it holds. A preempted
+request that is computed again, a prompt read in chunks, a batch of any make-up and another replica therefore see the
+same weights at the same position. Prompts are followed one by one; the texts that a step continues, all together
+(`treadle.serving.vllm.texts`). Nothing here imports vLLM.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from treadle.common.params import RoutingParams
+from treadle.engine.chat import ChatText
+from treadle.engine.tokenization import Detokenizer
+from treadle.routing.centroids import Floats
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.router import finish_views
+from treadle.serving.vllm.counts import Counts
+from treadle.serving.vllm.mixture import Mixture
+from treadle.serving.vllm.stream import Kind, Stream, keys_of
+from treadle.serving.vllm.texts import Texts, Words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_PARAMS = 1024
+"""Different routing params that are remembered."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The gates of one step, for the workers: it travels with vLLM's scheduler output.
+
+    Attributes:
+        rows: (S, G, slots) float32 gates of each run of tokens.
+        spans: request id -> (its first run, how many tokens each of its runs has).
+    """
+
+    rows: Floats
+    spans: Mapping[str, tuple[int, tuple[int, ...]]]
+
+    def in_order(self, request_ids: Sequence[str]) -> tuple[Floats, list[int]]:
+        """Return the runs (S, G, slots) in the order of a worker's batch, and the tokens of each run."""
+        order: list[int] = []
+        counts: list[int] = []
+        for request_id in request_ids:
+            first, each = self.spans[request_id]
+            order += range(first, first + len(each))
+            counts += each
+        rows = self.rows if order == list(range(len(self.rows))) else self.rows[order]
+        return rows, counts
+
+
+Need = tuple[Stream, Sequence[int], int]
+"""A stream, its token ids so far, and the position below which it needs weights."""
+
+
+class Schedule:
+    """Opens streams and gives them weights; the input thread and the scheduler may both call it."""
+
+    def __init__(self, mixture: Mixture, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._mixture = mixture
+        self._tokenizer = tokenizer
+        self._lock = Lock()  # of all below; a stream by itself belongs to one thread at a time
+        self._kinds: dict[RoutingParams, Kind] = {}  # equal params once, so that their streams are one product
+        self._words = Words(cast(StaticEmbedder, mixture.router.embedder))
+        self._texts: weakref.WeakValueDictionary[tuple[int | None, ...], Texts] = weakref.WeakValueDictionary()
+        self.counts = Counts(mixture.names)
+
+    @property
+    def mixture(self) -> Mixture:
+        """The adapters as they are now; streams that were opened before keep theirs."""
+        return self._mixture
+
+    @mixture.setter
+    def mixture(self, mixture: Mixture) -> None:
+        with self._lock:
+            self._mixture, self._kinds = mixture, {}
+            self.counts.rename(mixture.names)
+
+    def open(self, given: Any, prompt_tokens: int, contents: Sequence[str] | None = None) -> Stream:
+        """Return the stream of a new request; see `Mixture.read_request` for `given` and errors.
+
+        `contents` are those of a chat's messages, which alone count of its prompt; None = the prompt is no chat.
+        """
+        with self._lock:
+            kind = Kind(self._mixture, self._mixture.read_request(given))
+            if kind.params.rule != "fixed":  # those need no product
+                if len(self._kinds) >= MAX_PARAMS:
+                    self._kinds.clear()
+                kind = self._kinds.setdefault(kind.params, kind)
+        chat = None
+        if contents is not None and kind.params.rule != "fixed":
+            chat = ChatText.of(self._tokenizer, contents)
+        return Stream(kind, prompt_tokens, Detokenizer(self._tokenizer), chat)
+
+    def decide(self, needs: Sequence[Need]) -> None:
+        """Give weights to all positions that need them; one product for all streams of a kind that are due.
+
+        A prompt is read without the lock: it may be long, and no step shall wait for it. Until its request is handed to
+        the scheduler, only the thread that opened it knows its stream; what streams share without the lock (the
+        embedder's words, the tokenizer, the centroids) any thread may use.
+        """
+        needs = [need for need in needs if need[2] > need[0].decided]
+        if not needs:
+            return
+        started, made = perf_counter(), 0
+        while needs:
+            alone: list[Need] = []
+            together: dict[Texts, list[Need]] = {}
+            with self._lock:
+                for need in needs:
+                    texts = need[0].texts or self._joined(need[0])
+                    (alone if texts is None else together.setdefault(texts, [])).append(need)
+                made += sum(self._decide_together(texts, each) for texts, each in together.items())
+            made += self._decide_alone(alone)
+            needs = [need for need in needs if need[2] > need[0].decided]  # such as chunks of a text read again
+        with self._lock:
+            self.counts.decisions += made
+            self.counts.seconds += perf_counter() - started
+
+    def _joined(self, stream: Stream) -> Texts | None:
+        spans = stream.spans()
+        if spans is None:
+            return None
+        texts = self._texts.get(spans)
+        if texts is None:
+            texts = self._texts[spans] = Texts(self._words, spans)
+        stream.join(texts)
+        return texts
+
+    def _decide_alone(self, needs: Sequence[Need]) -> int:
+        """Decide all positions that prompts need, and texts with a long window; return how many decisions it were."""
+        due: dict[Kind, tuple[list[tuple[Stream, int]], list[tuple[Any, ...]]]] = {}
+        for stream, token_ids, end in needs:
+            starts, views = stream.pending(token_ids, end)
+            if starts:
+                places, all_views = due.setdefault(stream.kind, ([], []))
+                places += [(stream, start) for start in starts]
+                all_views += views
+        for kind, (places, views) in due.items():
+            self._settle(kind, places, finish_views(kind.mixture.router.embedder, views))
+        return sum(len(places) for places, _ in due.values())
+
+    def _decide_together(self, texts: Texts, needs: Sequence[Need]) -> int:
+        """Decide the next position of each running text; return how many decisions it were."""
+        due: dict[Kind, tuple[list[tuple[Stream, int]], list[int]]] = {}
+        rows: list[int] = []
+        pieces: list[list[str]] = []
+        for stream, token_ids, _ in needs:
+            start, news = stream.follow_on(token_ids)
+            if news:  # else it comes late, and was made from just as many tokens
+                rows.append(stream.row)
+                pieces.append(news)
+                places, kind_rows = due.setdefault(stream.kind, ([], []))
+                places.append((stream, start))
+                kind_rows.append(stream.row)
+        if rows:
+            texts.extend(rows, pieces)
+        for kind, (places, kind_rows) in due.items():
+            self._settle(kind, places, texts.embeddings(kind_rows))
+        return len(rows)
+
+    def _settle(self, kind: Kind, places: Sequence[tuple[Stream, int]], embeddings: Floats) -> None:
+        """Decide from the embeddings (P, K, D) of streams at their first positions."""
+        weights = kind.mixture.router.weigh(embeddings, kind.params)  # (P, N)
+        gates = kind.mixture.gates(weights, kind.params.combine)  # (P, G, slots)
+        for (stream, start), key, each in zip(places, keys_of(weights), gates, strict=True):
+            stream.settle(start, key, each)
+
+    def plan(self, scheduled: Sequence[tuple[str, Stream, Sequence[int], int, int]]) -> Plan:
+        """Return the gates of one step, of (request id, stream, token ids, start, end) of each scheduled request."""
+        self.decide([(stream, token_ids, end) for _, stream, token_ids, _, end in scheduled])
+        rows: list[Floats] = []
+        spans: dict[str, tuple[int, tuple[int, ...]]] = {}
+        made: dict[tuple[str, ...], list[bytes]] = {}  # adapters' names -> keys of the tokens that will be generated
+        for request_id, stream, token_ids, start, end in scheduled:
+            gates, counts = stream.gates(start, end)
+            spans[request_id] = (len(rows), counts)
+            rows += gates
+            if end == len(token_ids):
+                made.setdefault(stream.mixture.names, []).append(stream.newest_key)
+        for names, keys in made.items():
+            self.counts.add(names, keys)
+        shape = (len(rows), self._mixture.num_gates, self._mixture.num_slots)
+        return Plan(np.concatenate(rows).reshape(shape) if rows else np.zeros(shape, np.float32), spans)
