@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import treadle
+from treadle.common.moved import MOVED
 
 PACKAGE = Path(treadle.__file__).parent
 LEVELS = {
@@ -16,13 +18,8 @@ LEVELS = {
 }  # fmt: skip
 """Packages may import what is below them, and nothing beside them."""
 UPWARD = {
-    ("bundle.bundle", ""),
     ("bundle.bundle", "engine.engine"),
-    ("bundle.centroid_files", ""),
-    ("cli.experiments", ""),
-    ("experiments.machine", ""),
     ("routing.sentence_embedder", "bundle.base_model"),
-    ("serving.openai.openapi", ""),
 }
 """Arrows that still run upward: each is to be cut."""
 
@@ -72,7 +69,7 @@ def test_the_top_holds_eight_packages():
 
 
 def test_errors_and_options_stand_below_everything():
-    assert imported("common.errors") == set()
+    assert imported("common.errors") == imported("common.moved") == imported("common.version") == set()
     assert imported("common.options") == {"common.errors"}
     assert imported("common.params") == {"common.errors", "common.options"}
     assert imported("common.documents") == {"common.errors"}
@@ -104,8 +101,26 @@ def test_options_load_no_numpy():
 
 def test_public_names_all_resolve():
     assert sorted(treadle.__all__) == treadle.__all__
-    for name in treadle.__all__:
+    for name in {*treadle.__all__} - {"__version__"}:
         assert getattr(treadle, name).__name__ == name
+
+
+@pytest.mark.parametrize("old", [*MOVED, "treadle.bundle", "treadle.routing"])
+def test_modules_of_0_1_still_import_and_warn(old: str) -> None:
+    new = (
+        MOVED.get(old) or {"treadle.bundle": "treadle.bundle.bundle", "treadle.routing": "treadle.routing.router"}[old]
+    )
+    name = next(name for name, each in vars(import_module(new)).items() if getattr(each, "__module__", "") == new)
+    with pytest.warns(DeprecationWarning, match=f"{old}.{name} is {new}.{name} now".replace(".", r"\.")):
+        assert getattr(import_module(old), name) is getattr(import_module(new), name)
+
+
+def test_a_name_that_no_module_had_is_an_import_error() -> None:
+    for module in ("treadle.embed", "treadle.routing"):
+        with pytest.raises(AttributeError, match="nothing_of_this_name"):
+            import_module(module).nothing_of_this_name  # noqa: B018
+    with pytest.raises(ModuleNotFoundError):
+        import_module("treadle.never")
 
 
 def test_an_unknown_name_is_an_attribute_error():

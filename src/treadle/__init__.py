@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from treadle.common import moved
+from treadle.common.version import __version__
 
 if TYPE_CHECKING:
     from treadle.bundle.bundle import Bundle, read_bundle, save_bundle
@@ -33,6 +34,8 @@ _PUBLIC = {
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
+moved.install()
+
 __all__ = [
     "Adapter",
     "AdapterError",
@@ -55,6 +58,7 @@ __all__ = [
     "StaticEmbedder",
     "TokenEvent",
     "TreadleError",
+    "__version__",
     "attach",
     "fit",
     "load",

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from treadle import __version__
 from treadle.bundle.bundle_files import (
     ADAPTERS,
     BUNDLE_FILE,
@@ -35,6 +34,7 @@ from treadle.common.documents import is_file, is_inside, read_object
 from treadle.common.errors import LONGEST_NAME, BundleError, collect, problem_list, shown, unknown_name
 from treadle.common.options import read_options
 from treadle.common.params import RoutingParams
+from treadle.common.version import __version__
 from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from treadle.lora.compatibility import check_combine
 from treadle.routing.centroids import Centroids

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from treadle import __version__
 from treadle.common.documents import is_file, parse_json
 from treadle.common.errors import AdapterError, BundleError, problem_list, shown
 from treadle.common.tensor_files import read_tensors
+from treadle.common.version import __version__
 from treadle.routing.centroids import Centroids, Groups
 
 CENTROID_FILE, RECORD_FILE = "centroid.safetensors", "treadle.json"

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle import __version__
 from treadle.cli.flags import BundlePath, Device, Dtype, Json, Pack, takes
 from treadle.common.errors import OptionError, TreadleError, collect, raise_all
 from treadle.common.files import make_folder
 from treadle.common.options import read_options
 from treadle.common.params import BenchParams, EvalParams
+from treadle.common.version import __version__
 
 if TYPE_CHECKING:
     from treadle.bundle.bundle import Bundle

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from treadle import __version__
+from treadle.common.version import __version__
 from treadle.engine.runners.cpu.packing import CPU_FILE
 
 if TYPE_CHECKING:

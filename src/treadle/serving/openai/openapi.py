@@ -6,9 +6,9 @@ from functools import cache
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
-from treadle import __version__
 from treadle.common.options import meanings
 from treadle.common.params import RoutingParams
+from treadle.common.version import __version__
 from treadle.serving.openai.bodies import (
     AdapterBody,
     Body,
