@@ -18,7 +18,8 @@ from time import perf_counter, thread_time
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.bundle.base_model import load_tokenizer, locate
+from treadle.bundle.base_model import load_tokenizer
+from treadle.common.files import locate
 from treadle.serving.vllm.mixture import open_bundle
 from treadle.serving.vllm.params import PluginParams
 from treadle.serving.vllm.schedule import Schedule

@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-from treadle.bundle.base_model import locate, quiet_libraries
+from treadle.bundle.base_model import quiet_libraries
 from treadle.bundle.bundle import read_bundle, save_bundle
+from treadle.common.files import locate
 from treadle.experiments.timing import interleave
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -12,7 +12,7 @@ import openai
 
 from treadle.bundle.bundle import read_bundle
 from treadle.common.params import SamplingParams
-from treadle.engine.engine import Engine
+from treadle.engine.engine import Engine, load
 from treadle.serving.openai.keys import Keyring
 from treadle.serving.openai.params import ServeParams
 from treadle.serving.openai.serve import Server
@@ -71,7 +71,7 @@ class Serving:
 def serving(bundle: Path, **params: Any) -> Generator[Serving]:
     """Serve a bundle until the end of the block."""
     read = read_bundle(bundle)
-    engine = read.engine()
+    engine = load(read)
     engine.generate("x", sampling=SamplingParams(max_tokens=1))  # a broken engine fails its test here, not in waiting
     options = ServeParams(port=0, **params)
     server = Server(read, engine, options, Keyring(options))

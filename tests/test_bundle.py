@@ -608,13 +608,15 @@ def test_names_that_the_server_needs_are_reserved(tmp_path, embedder):
     assert not (tmp_path / "b").exists()
 
 
-def test_an_engine_is_made_of_the_bundles_parts(bundle, model, tokenizer, monkeypatch):
-    monkeypatch.setattr("treadle.bundle.base_model.load_model", lambda name, **options: (name == BASE, model)[1])
-    monkeypatch.setattr("treadle.bundle.base_model.load_tokenizer", lambda name: tokenizer)
-    loaded = treadle.load(bundle)
+@pytest.mark.parametrize("read", [lambda folder: folder, str, treadle.read_bundle])
+def test_an_engine_is_made_of_the_bundles_parts(bundle_folder, model, read):
+    loaded = treadle.load(read(bundle_folder))
     assert isinstance(loaded, Engine)
-    assert loaded.model is model
     assert loaded.adapter_names == tuple(SAMPLES)
+    loaded.detach()
+    own, wanted = loaded.model.state_dict(), model.state_dict()
+    assert own.keys() == wanted.keys()
+    assert all(torch.equal(own[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import treadle
-from treadle.bundle.base_model import locate
+from treadle.common.files import locate
 from treadle.common.params import RoutingParams
 
 from vllm_plugin.engines import DEMO, agree, reference, serving

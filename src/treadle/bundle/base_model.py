@@ -6,11 +6,11 @@ Hugging Face folder in the cache; from then on it loads like any other.
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.common.errors import ModelError, OptionError
+from treadle.common.files import cached_folder, locate
 from treadle.common.writing import check_writable, locked, put, workplace
 
 if TYPE_CHECKING:
@@ -20,26 +20,6 @@ if TYPE_CHECKING:
 ORIGIN_FILE = "treadle-origin.json"
 """Written into a converted folder: where its weights came from."""
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def home() -> Path:
-    """Return treadle's cache folder: `TREADLE_HOME`, else `treadle` in the user's cache folder."""
-    if given := os.environ.get("TREADLE_HOME"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treadle"
-
-
-def cached_folder(name: str) -> Path:
-    """Return where the cache keeps (or would keep) the base model called `name`."""
-    return home() / "models" / name.replace("/", "--")
-
-
-def locate(name: str) -> str:
-    """Return what transformers should load for `name`: an existing folder, the cached one, else the name itself."""
-    for folder in (Path(name).expanduser(), cached_folder(name)):
-        if (folder / "config.json").is_file():
-            return str(folder)
-    return name
 
 
 def load_tokenizer(

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from treadle.bundle.bundle_files import (
     ADAPTERS,
@@ -41,9 +41,6 @@ from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import load_embedder
 from treadle.routing.router import Router
 
-if TYPE_CHECKING:
-    from treadle.engine.engine import Engine
-
 KEYS = {"treadle": str, "base_model": str, "embedder": str, "adapters": list, "routing": dict}
 ADAPTER_KEYS = {"name": str, "path": str, "samples": int}
 RESERVED = ("base", "auto")
@@ -67,15 +64,6 @@ class Bundle:
     adapters: tuple[Adapter, ...]
     router: Router
     samples: Mapping[str, Sequence[str]]
-
-    def engine(self, *, device: str | None = None, dtype: str | None = None, pack: bool | None = None) -> "Engine":
-        """Load the base model and return it with the adapters attached; `pack` is the engine's."""
-        from treadle.bundle.base_model import load_model, load_tokenizer
-        from treadle.engine.engine import Engine
-
-        tokenizer = load_tokenizer(self.base_model)
-        model = load_model(self.base_model, device=device, dtype=dtype)
-        return Engine(model, tokenizer, self.adapters, self.router, pack=pack)
 
 
 def read_bundle(path: str | Path) -> Bundle:

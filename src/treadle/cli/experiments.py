@@ -220,9 +220,10 @@ def doctor_vllm(as_json: bool) -> None:
 def open_engine(bundle: "Bundle", device: str | None, dtype: str | None, pack: bool | None = None) -> "Engine":
     """Load the base of a bundle that has been read."""
     from treadle.bundle.base_model import quiet_libraries
+    from treadle.engine.engine import load
 
     quiet_libraries()
-    return bundle.engine(device=device, dtype=dtype, pack=pack)
+    return load(bundle, device=device, dtype=dtype, pack=pack)
 
 
 def _split(entries: Sequence[str]) -> list[str]:

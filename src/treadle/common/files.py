@@ -1,4 +1,4 @@
-"""Folders that a person named, and digests of what is in documents."""
+"""Folders that a person named, treadle's cache, and digests of documents."""
 
 import hashlib
 import json
@@ -31,3 +31,23 @@ def folder_below(root: Path, path: str) -> Path | None:
 def digest(document: Any) -> str:
     """Return what tells a JSON document from others."""
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
+
+
+def home() -> Path:
+    """Return treadle's cache folder: `TREADLE_HOME`, else `treadle` in the user's cache folder."""
+    if given := os.environ.get("TREADLE_HOME"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treadle"
+
+
+def cached_folder(name: str) -> Path:
+    """Return where the cache keeps (or would keep) the base model called `name`."""
+    return home() / "models" / name.replace("/", "--")
+
+
+def locate(name: str) -> str:
+    """Return what transformers should load for `name`: an existing folder, the cached one, else the name itself."""
+    for folder in (Path(name).expanduser(), cached_folder(name)):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    return name

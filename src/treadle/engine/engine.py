@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import numpy as np
 
+from treadle.bundle.base_model import load_model, load_tokenizer
+from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import (
     AdapterError,
     OptionError,
@@ -381,11 +383,24 @@ class Engine:
         return frozenset(int(each) for each in ids if each is not None)
 
 
-def load(path: str | Path, *, device: str | None = None, dtype: str | None = None, pack: bool | None = None) -> Engine:
-    """Load a bundle folder into an engine; see `treadle.bundle.bundle`, and `Engine` for `pack`."""
-    from treadle.bundle.bundle import read_bundle
+def load(
+    bundle: Bundle | str | Path, *, device: str | None = None, dtype: str | None = None, pack: bool | None = None
+) -> Engine:
+    """Load a bundle's base model and attach its adapters.
 
-    return read_bundle(path).engine(device=device, dtype=dtype, pack=pack)
+    Args:
+        bundle: its folder, or the bundle that was read from it (`treadle.read_bundle`).
+        device: a torch device; None takes CUDA where there is one, else the CPU.
+        dtype: `float32`, `bfloat16` or `float16`; None takes float32 on a CPU and the checkpoint's own elsewhere.
+        pack: as `Engine` takes it.
+
+    Raises:
+        TreadleError: the bundle is damaged, or its base model cannot be loaded.
+    """
+    read = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    tokenizer = load_tokenizer(read.base_model)
+    model = load_model(read.base_model, device=device, dtype=dtype)
+    return Engine(model, tokenizer, read.adapters, read.router, pack=pack)
 
 
 def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Options]:

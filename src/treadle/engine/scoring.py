@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,10 @@ from treadle.routing.centroids import Floats
 from treadle.routing.router import decision_length
 
 if TYPE_CHECKING:
-    from treadle.engine.engine import Engine
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from treadle.lora.blend import Blend
+    from treadle.routing.router import Router
 
 BATCH, GPU_BATCH = 8, 32
 """Rows of one forward pass, on a CPU and on a GPU."""
@@ -27,6 +30,42 @@ MAX_AXES = 3
 """Axes of weights that differ by token."""
 LISTED = 10
 """Rows that a message names at most."""
+
+
+class Scorer(Protocol):
+    """An engine, as far as scores need it."""
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The base model."""
+        ...
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The base model's."""
+        ...
+
+    @property
+    def blend(self) -> "Blend":
+        """The adapters attached to the model."""
+        ...
+
+    @property
+    def router(self) -> "Router":
+        """Weighs the adapters."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens of a text; None = the model does not say."""
+        ...
+
+
 Pair = tuple[list[int], list[int]]
 """Ids of a prompt and of the completion after it."""
 Chats = Sequence[ChatText | None]
@@ -35,9 +74,7 @@ Reader = Callable[[torch.Tensor, Sequence[int]], Floats]
 """What is kept (T, ...) of the logits (T, V) that gave tokens (T)."""
 
 
-def score(
-    engine: "Engine", prompts: Sequence[Prompt], completions: Sequence[str], params: RoutingParams
-) -> list[Floats]:
+def score(engine: Scorer, prompts: Sequence[Prompt], completions: Sequence[str], params: RoutingParams) -> list[Floats]:
     """Return the log-probabilities (nats) of each completion's tokens, one array a row; see `Engine.score`."""
     if len(prompts) != len(completions):
         raise OptionError(f"{len(prompts)} prompts but {len(completions)} completions.")
@@ -52,9 +89,7 @@ def score(
 
 
 @torch.inference_mode()
-def score_ids(
-    engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats | None = None
-) -> list[Floats]:
+def score_ids(engine: Scorer, pairs: Sequence[Pair], params: RoutingParams, chats: Chats | None = None) -> list[Floats]:
     """Return the log-probabilities (nats) of the second ids of each pair after the first, one array a pair.
 
     `chats` are what the prompts say, one a pair, None where a prompt is no chat.
@@ -71,7 +106,7 @@ def score_ids(
     return _checked([results[index] for index in range(len(pairs))])
 
 
-def check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
+def check_context(engine: Scorer, pairs: Sequence[Pair]) -> None:
     """Refuse texts that are longer than the model reads, though it would give numbers, and tokens unknown to it."""
     lengths = [len(prompt) + len(answer) - 1 for prompt, answer in pairs]  # nothing is read after the last token
     unknown: list[str] = []
@@ -89,7 +124,7 @@ def check_context(engine: "Engine", pairs: Sequence[Pair]) -> None:
 
 @torch.inference_mode()
 def score_greedy(
-    engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats | None = None
+    engine: Scorer, pairs: Sequence[Pair], params: RoutingParams, chats: Chats | None = None
 ) -> list[tuple[Floats, npt.NDArray[np.bool_]]]:
     """Return the log-probabilities (T,) of `score_ids`, and for each token (T,) whether greedy decoding takes it.
 
@@ -100,7 +135,7 @@ def score_greedy(
 
 
 def trace_weights(
-    engine: "Engine", ids: Sequence[int], prompt_tokens: int, params: RoutingParams, chat: ChatText | None = None
+    engine: Scorer, ids: Sequence[int], prompt_tokens: int, params: RoutingParams, chat: ChatText | None = None
 ) -> Floats:
     """Return the weights (T, N) under which generation reads each of the tokens `ids`.
 
@@ -113,7 +148,7 @@ def trace_weights(
     return engine.router.trace(text.pieces, prompt_tokens, params, ends=text.ends)
 
 
-def _score(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats: Chats, read: Reader) -> list[Floats]:
+def _score(engine: Scorer, pairs: Sequence[Pair], params: RoutingParams, chats: Chats, read: Reader) -> list[Floats]:
     traces = [
         trace_weights(engine, prompt + answer[:-1], len(prompt), params, chat)
         for (prompt, answer), chat in zip(pairs, chats, strict=True)
@@ -124,9 +159,7 @@ def _score(engine: "Engine", pairs: Sequence[Pair], params: RoutingParams, chats
 
 
 @torch.inference_mode()
-def score_under(
-    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams
-) -> list[Floats]:
+def score_under(engine: Scorer, pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams) -> list[Floats]:
     """Return the log-probabilities of `score_ids` under given weights, in one forward pass padded on the right.
 
     Args:
@@ -147,7 +180,7 @@ def _checked(scores: list[Floats]) -> list[Floats]:
 
 
 def _score_under(
-    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
+    engine: Scorer, pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
 ) -> list[Floats]:
     # the one-token options of a choice differ in what nobody reads: their rows are one row
     keys = [((*prompt, *answer[:-1]), trace.tobytes()) for (prompt, answer), trace in zip(pairs, traces, strict=True)]
@@ -167,7 +200,7 @@ def _score_under(
 
 
 def _score_again(
-    engine: "Engine", pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
+    engine: Scorer, pairs: Sequence[Pair], traces: Sequence[Floats], params: RoutingParams, read: Reader
 ) -> list[Floats]:
     """Run a pass for each decision, over all the text so far under the newest weights: past="recompute"."""
     results: list[Floats] = []
@@ -187,7 +220,7 @@ def _score_again(
 
 
 def _logits(
-    engine: "Engine", ids: torch.Tensor, weights: Floats, params: RoutingParams, first: int
+    engine: Scorer, ids: torch.Tensor, weights: Floats, params: RoutingParams, first: int
 ) -> torch.Tensor:  # (B, T) -> (B, T - first, V)
     rope, length = LengthRope.of(engine.model), ids.shape[1]
     if rope and first < rope.limit < length:  # the text grew in between, and was read again with other factors

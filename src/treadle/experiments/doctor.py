@@ -4,19 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 
 from treadle.bundle.bundle import read_bundle
 from treadle.common.params import RoutingParams
+from treadle.engine.engine import Engine, load
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.timing import interleave
 from treadle.experiments.workbench import PROBE, started
 from treadle.lora.adapter import Adapter
-
-if TYPE_CHECKING:
-    from treadle.engine.engine import Engine
 
 SMALLEST_CHANGE = 1e-6
 """An adapter that moves no log-probability by more (in nats) does nothing."""
@@ -80,7 +77,7 @@ def examine(
         TreadleError: the bundle does not load.
     """
     bundle = read_bundle(path)
-    engine = bundle.engine(device=device, dtype=dtype)
+    engine = load(bundle, device=device, dtype=dtype)
     texts = {**bundle.samples, **(samples or {})}
     cosines = bundle.router.centroids.score(bundle.router.centroids.means, "cosine")  # (N, N)
     reports = tuple(
@@ -104,7 +101,7 @@ def examine(
 
 
 def _examine_adapter(
-    engine: "Engine", adapter: Adapter, texts: Sequence[str], cosines: tuple[float, ...]
+    engine: Engine, adapter: Adapter, texts: Sequence[str], cosines: tuple[float, ...]
 ) -> AdapterReport:
     squares = 0.0
     for pair in adapter.pairs.values():
@@ -123,7 +120,7 @@ def _examine_adapter(
 
 
 @torch.inference_mode()
-def _divergence(engine: "Engine", name: str, text: str) -> float:
+def _divergence(engine: Engine, name: str, text: str) -> float:
     """Return the mean over tokens of KL(base || adapter) in nats."""
     ids = torch.tensor([prompt_ids(engine.tokenizer, text)], device=engine.model.device)
     logprobs: list[torch.Tensor] = []
@@ -134,7 +131,7 @@ def _divergence(engine: "Engine", name: str, text: str) -> float:
     return float((base.exp() * (base - adapted)).sum(-1).mean())
 
 
-def _step_times(engine: "Engine") -> tuple[float, float]:
+def _step_times(engine: Engine) -> tuple[float, float]:
     """Return the median seconds of a decoding step of the base alone and of the blend, measured in turn."""
     blended = RoutingParams(every=1) if engine.router.params.rule == "fixed" else engine.router.params
     ids, warm_up = prompt_ids(engine.tokenizer, PROBE), 2

@@ -25,7 +25,7 @@ from treadle.common.errors import OptionError, TreadleError
 from treadle.common.options import parse, read_options
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.chat import TokenPrompt
-from treadle.engine.engine import MAX_BATCH, Engine
+from treadle.engine.engine import MAX_BATCH, Engine, load
 from treadle.engine.rendered_chats import RenderedChats
 from treadle.engine.scoring import BATCH, score_greedy
 
@@ -58,7 +58,7 @@ class TreadleLM(TemplateLM):
             device = None  # what lm-eval's command line passes where nobody chose a device
         loaded = bundle if isinstance(bundle, Engine) else read_bundle(bundle)
         self._routing = _routing(loaded.router.params, routing)  # before the base model loads
-        self.engine = loaded if isinstance(loaded, Engine) else loaded.engine(device=device, dtype=dtype)
+        self.engine = loaded if isinstance(loaded, Engine) else load(loaded, device=device, dtype=dtype)
         self.engine.check_routing([self._routing])
         self.tokenizer: Any = self.engine.tokenizer
         self._chats = RenderedChats(self.tokenizer)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from statistics import median
 
-from treadle.bundle.base_model import locate
+from treadle.common.files import locate
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.processes import (
     IMPORTS,

@@ -6,10 +6,10 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from treadle.bundle.base_model import load_model, load_tokenizer
-from treadle.bundle.bundle import Bundle, read_bundle
+from treadle.bundle.bundle import Bundle
 from treadle.common.params import BenchParams, RoutingParams, SamplingParams
 from treadle.engine.batch import Batch
-from treadle.engine.engine import Engine
+from treadle.engine.engine import Engine, load
 from treadle.engine.sequence import Row
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.machine import Machine
@@ -86,7 +86,7 @@ class Lab:
         cls, bundle: Bundle, device: str | None, dtype: str | None, params: BenchParams, *, pack: bool | None = None
     ) -> "Lab":
         """Load the base model and measure the machine."""
-        engine = bundle.engine(device=device, dtype=dtype, pack=pack)
+        engine = load(bundle, device=device, dtype=dtype, pack=pack)
         name = str(engine.model.dtype).removeprefix("torch.")
         return cls(bundle, engine, name, params, bandwidth(engine.model.device))
 
@@ -229,7 +229,7 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, routing: 
 
 def answer(bundle: str, device: str, dtype: str, pack: str, tokens: str, prompt: str) -> None:
     """Print what a bundle's engine makes of a prompt: `tokens` tokens, whatever they are."""
-    engine = read_bundle(bundle).engine(device=device, dtype=dtype, pack=pack == "1")
+    engine = load(bundle, device=device, dtype=dtype, pack=pack == "1")
     batch = started(engine, [prompt_ids(engine.tokenizer, prompt)], int(tokens), engine.router.params)
     [row] = batch.rows
     while batch.rows:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from treadle.common.documents import check_text
 from treadle.common.errors import ModelError
+from treadle.common.files import cached_folder
 from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault, reason
 
 Floats = NDArray[np.float32]
@@ -37,7 +38,6 @@ class SentenceEmbedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ModelError("the sentence embedder needs: pip install 'treadle[sentence]'") from error
-        from treadle.bundle.base_model import cached_folder
 
         local = Path(name) if os.path.isdir(name) else cached_folder(name)
         is_local = os.path.isdir(local)

@@ -13,8 +13,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from treadle.bundle.base_model import locate
 from treadle.common.errors import TreadleError
+from treadle.common.files import locate
 from treadle.experiments.peers import vllm_worker
 from treadle.experiments.timing import Elsewhere
 from treadle.experiments.workbench import cache_bytes

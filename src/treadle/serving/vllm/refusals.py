@@ -56,7 +56,7 @@ def tokenizer_problems(config: Any) -> list[str]:
 
 def base_problems(config: Any, base: str, params: PluginParams) -> list[str]:
     """Return what is wrong where `--model` is not the bundle's base, as far as the names say."""
-    from treadle.bundle.base_model import locate
+    from treadle.common.files import locate
 
     model = config.model_config.model
     names = {model, Path(model).name, Path(model).name.replace("--", "/")}
