@@ -107,7 +107,7 @@ def router(options: argparse.Namespace) -> None:
 def size(shape: Shape, targets: tuple[str, ...], adapters: int, rank: int, tokens: int) -> tuple[int, int]:
     """Return the bytes of all layers' factors, and of the gates."""
     device, dtype = torch.device("meta"), torch.bfloat16
-    board = GateBoard(tokens, adapters, 1, device, dtype)
+    board = GateBoard(tokens, device, dtype)
     fused = {
         "qkv": (shape.hidden, {"q": shape.hidden, "k": shape.kv, "v": shape.kv}),
         "o": (shape.hidden, {"o": shape.hidden}),

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    board = GateBoard(max(options.tokens), ADAPTERS, 1, torch.device("cpu"), torch.bfloat16)
+    board = GateBoard(max(options.tokens), torch.device("cpu"), torch.bfloat16)
     print(f"{processor()}; torch {torch.__version__}, vLLM {vllm.__version__}\n")
     print("| tokens | beside | us | with vLLM's own product | products with A, B |\n|---|---|---|---|---|")
     with torch.inference_mode():

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from treadle.bundle.bundle import save_bundle
-from treadle.common.errors import AdapterError, OptionError, TreadleError
-from treadle.common.params import RoutingParams
+from treadle.common.errors import AdapterError, BundleError, OptionError, TreadleError
+from treadle.common.params import Combine, RoutingParams
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import fit
 from treadle.serving.vllm.joining import check_name, read_newcomer, with_adapter, without_adapter
@@ -59,22 +59,18 @@ def test_keys_of_adapters_in_another_order_are_not_taken_for_each_other(
     assert whole.fingerprint == again.fingerprint  # the same order again: what is cached may be used
 
 
-def paper_bundle(folder: Path, adapters: dict[str, Path], embedder: StaticEmbedder) -> Path:
-    router = fit(SAMPLES, embedder, RoutingParams(score="cosine", rule="boosted", combine="paper"))
-    return save_bundle(folder, base=BASE, adapters=adapters, router=router)
-
-
-def test_base_and_one_adapter_may_be_asked_for_whatever_the_bundle_combines(
-    equal_folders: dict[str, Path], embedder: StaticEmbedder, tmp_path: Path
+@pytest.mark.parametrize("combine", ["linear", "paper"])
+def test_combines_other_than_sum_are_refused_with_the_way_out(
+    mixture: Mixture, equal_folders: dict[str, Path], embedder: StaticEmbedder, tmp_path: Path, combine: Combine
 ) -> None:
-    bundle = paper_bundle(tmp_path / "paper", equal_folders, embedder)
-    mixture = open_bundle(PluginParams(bundle=str(bundle)))[1]
-    assert mixture.combines == ("sum", "paper")
-    assert mixture.read_request(None).combine == "paper"
-    assert mixture.read_request("base") == RoutingParams.base()
-    assert mixture.read_request("math") == RoutingParams.one("math")
-    with pytest.raises(OptionError, match="'linear' was not asked for"):
-        mixture.read_request({"combine": "linear"})
+    way_out = rf"combine '{combine}': vLLM blends by combine 'sum' only; use sum, or the embedded engine"
+    for given in ({"combine": combine}, {"fixed": {"math": 1.0}, "combine": combine}):
+        with pytest.raises(OptionError, match=way_out):
+            mixture.read_request(given)
+    router = fit(SAMPLES, embedder, RoutingParams(score="cosine", rule="boosted", combine=combine))
+    bundle = save_bundle(tmp_path / combine, base=BASE, adapters=equal_folders, router=router)
+    with pytest.raises(BundleError, match=rf"its default routing has {way_out}"):
+        open_bundle(PluginParams(bundle=str(bundle)))
 
 
 @pytest.mark.parametrize("name", ["math", "base", "auto", "every", "a b", "../x", "{", "", "x" * 200, "demo"])

@@ -54,7 +54,7 @@ def test_weights_are_those_of_the_router(schedule: Schedule, tokenizer, mode: st
     ids = tokenizer(TEXT).input_ids
     stream = whole(schedule, MODES[mode], ids, 20)
     pieces = [tokenizer.decode([token]) for token in ids]  # each byte of this text is a character
-    expected = schedule.mixture.router.trace(pieces, 20, stream.kind.params)
+    expected = schedule.mixture.router.trace(pieces, 20, stream.group.params)
     np.testing.assert_array_equal(stream.weights(0, len(ids)), expected)
 
 
@@ -65,7 +65,7 @@ def test_weights_token_by_token_are_those_of_the_router(schedule: Schedule, toke
     for end in range(20, len(ids) + 1):
         schedule.decide([(stream, ids[:end], end)])
     pieces = [tokenizer.decode([token]) for token in ids]
-    expected = schedule.mixture.router.trace(pieces, 20, stream.kind.params)
+    expected = schedule.mixture.router.trace(pieces, 20, stream.group.params)
     np.testing.assert_array_equal(stream.weights(0, len(ids)), expected)
 
 
@@ -101,7 +101,7 @@ def test_a_chats_weights_are_those_of_the_engines_row(
     stream = schedule.open(MODES[mode], len(prompt.ids), contents_of(messages))
     for end in [len(ids)] if is_at_once else range(len(prompt.ids), len(ids) + 1):
         schedule.decide([(stream, ids[:end], end)])
-    params = stream.kind.params
+    params = stream.group.params
     text = RoutedText(prompt.chat, pieces_of(tokenizer, prompt.ids), params)
     for piece in pieces_of(tokenizer, ids[len(prompt.ids) :]):
         text.add(piece)
@@ -157,13 +157,13 @@ def test_a_plan_follows_the_order_of_the_batch(schedule: Schedule, tokenizer) ->
     entries = [("a", streams["a"], ids, 18, 23), ("b", streams["b"], ids, 0, 16), ("c", streams["c"], ids, 40, 41)]
     plan = schedule.plan(entries)
     rows, counts = plan.in_order(["c", "a", "b"])
-    gates = np.repeat(rows, counts, 0)  # (T, G, slots)
+    gates = np.repeat(rows, counts, 0)  # (T, slots)
     assert counts[0] == 1
     assert sum(counts) == len(gates) == 22
     scales = np.array(schedule.mixture.scales)
-    np.testing.assert_allclose(gates[1:6, 0], streams["a"].weights(18, 23) * scales)
+    np.testing.assert_allclose(gates[1:6], streams["a"].weights(18, 23) * scales)
     assert not gates[0].any()
-    np.testing.assert_allclose(gates[6:, 0], [[0, 0, scales[2]]] * 16)
+    np.testing.assert_allclose(gates[6:], [[0, 0, scales[2]]] * 16)
 
 
 def test_what_is_generated_is_counted(schedule: Schedule, tokenizer) -> None:
@@ -231,7 +231,7 @@ def test_options_come_from_the_configuration_or_the_environment() -> None:
         3,
         {"bundel": "b"},
         {},
-        {"bundle": "b", "combines": ["max"]},
+        {"bundle": "b", "combines": ["sum"]},
         {"bundle": "b", "max_rank": 4},
         {"bundle": "b", "max_adapters": 0},
     ],
@@ -241,3 +241,8 @@ def test_options_that_are_wrong_are_refused(given) -> None:
         read_plugin_params({"treadle": given}, {})
     with pytest.raises(TreadleError):
         read_plugin_params({}, {"TREADLE_VLLM": "{bundle"})
+
+
+def test_the_option_that_went_is_refused_with_the_way_out() -> None:
+    with pytest.raises(TreadleError, match=r"combines is no longer an option.*use sum, or the embedded engine"):
+        read_plugin_params({"treadle": {"bundle": "b", "combines": ["linear"]}}, {})

@@ -38,17 +38,17 @@ def row_parallel(shards: int, shard: int) -> Place:
     return Place((part,), mine, 32)
 
 
-def board(num_adapters: int, num_gates: int = 1, num_slots: int | None = None) -> GateBoard:
-    return GateBoard(16, num_slots or num_adapters, num_gates, torch.device("cpu"), torch.float32)
+def board() -> GateBoard:
+    return GateBoard(16, torch.device("cpu"), torch.float32)
 
 
 def update(place: Place, adapters: list[Adapter], weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    gates = board(len(adapters))
+    gates = board()
     stack = Stack(place, gates, room_for(place, adapters))
     for slot, adapter in enumerate(adapters):
         stack.put(slot, adapter)
     scales = [next(iter(adapter.pairs.values())).scale for adapter in adapters]
-    gates.fill((weights * torch.tensor(scales)).numpy()[:, None], [1] * len(weights))
+    gates.fill((weights * torch.tensor(scales)).numpy(), [1] * len(weights))
     return stack.update(torch.zeros(len(x), place.size_out), x)
 
 
@@ -91,41 +91,29 @@ def test_weights_of_zero_change_nothing(adapters: list[Adapter]) -> None:
     assert not update(fused(), adapters, torch.zeros(5, 3), torch.randn(5, 32)).any()
 
 
-@pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
-def test_combines_are_those_of_the_embedded_blend(equal_folders: dict[str, Path], combine: str) -> None:
-    adapters = [read_adapter(folder, name) for name, folder in equal_folders.items()]
+def test_the_sum_is_that_of_the_embedded_blend(adapters: list[Adapter]) -> None:
     x, weights = torch.randn(1, 4, 32), torch.rand(1, 4, 3)
     model = tiny_llama()
-    blend = attach(model, adapters, combine)
+    blend = attach(model, adapters)
     layers = [model.get_submodule(f"{LAYER}.{name}") for name in NAMES]
     with torch.no_grad():
         base = torch.cat([layer(x) for layer in layers], -1)[0]
         with blend.using(weights):
             expected = torch.cat([layer(x) for layer in layers], -1)[0] - base
-    gates = board(3, 3)
-    stack = Stack(fused(), gates, room_for(fused(), adapters))
-    rows = np.zeros((4, 3, 3), np.float32)
-    scaled = weights[0].numpy() * np.array([next(iter(a.pairs.values())).scale for a in adapters], np.float32)
-    if combine == "sum":
-        rows[:, 0] = scaled
-    else:
-        rows[:, 1:] = np.sqrt(scaled)[:, None] if combine == "linear" else np.stack([scaled, np.ones_like(scaled)], 1)
-    for slot, adapter in enumerate(adapters):
-        stack.put(slot, adapter)
-    gates.fill(rows, [1] * 4)
-    torch.testing.assert_close(stack.update(torch.zeros(4, 64), x[0]), expected, atol=1e-5, rtol=1e-4)
+    made = update(fused(), adapters, weights[0], x[0])
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_slot_is_overwritten_in_place(adapters: list[Adapter], tmp_path: Path) -> None:
     late = read_adapter(save_adapter(tmp_path / "late", seed=7, r=2, target_modules=["k_proj"]))
-    gates = board(3, num_slots=4)
+    gates = board()
     stack = Stack(fused(), gates, equal_room(fused(), frozenset(NAMES), 4, 6))
     addresses = [each.data_ptr() for each in stack.buffers()]
     x = torch.randn(2, 32)
     for slot, adapter in enumerate(adapters):
         stack.put(slot, adapter)
     stack.put(0, late)
-    gates.fill(np.array([[[4.0, 0, 0, 0]]], np.float32), [2])  # its weight 1 times its scale 8 / 2
+    gates.fill(np.array([[4.0, 0, 0, 0]], np.float32), [2])  # its weight 1 times its scale 8 / 2
     made = stack.update(torch.zeros(2, 64), x)
     torch.testing.assert_close(made, plain_update(fused(), [late], torch.ones(2, 1), x).float())
     assert [each.data_ptr() for each in stack.buffers()] == addresses
@@ -133,12 +121,12 @@ def test_a_slot_is_overwritten_in_place(adapters: list[Adapter], tmp_path: Path)
 
 def test_more_tokens_than_there_are_gates_for_are_refused(adapters: list[Adapter]) -> None:
     with pytest.raises(RuntimeError, match="gates for 16"):
-        board(3).fill(np.zeros((1, 1, 3), np.float32), [17])
+        board().fill(np.zeros((1, 3), np.float32), [17])
 
 
 @pytest.mark.parametrize("most", [0, 2, 1000], ids="kernels that write for up to {} tokens".format)
 def test_packed_products_are_the_same(adapters: list[Adapter], most: int) -> None:
-    gates = board(3)
+    gates = board()
     stack = Stack(fused(), gates, room_for(fused(), adapters))
     for slot, adapter in enumerate(adapters):
         stack.put(slot, adapter)
@@ -151,7 +139,7 @@ def test_packed_products_are_the_same(adapters: list[Adapter], most: int) -> Non
 
         return Product(lambda x: x @ weight.t(), into if most else None, most, len(weight))
 
-    rows = np.array([[[2.0, 1.0, 0.5]], [[0.0, 1.0, 3.0]], [[1.0, 0.0, 0.0]]], np.float32)  # (S, 1, slots)
+    rows = np.array([[2.0, 1.0, 0.5], [0.0, 1.0, 3.0], [1.0, 0.0, 0.0]], np.float32)  # (S, slots)
     steps = [(rows[[which] * num_tokens], num_tokens) for which, num_tokens in enumerate((3, 1, 3))]
     inputs = [(torch.randn(num_tokens, 32), torch.randn(num_tokens, 64)) for _, num_tokens in steps]
     made: list[list[torch.Tensor]] = []
@@ -170,7 +158,7 @@ def test_packed_products_are_the_same(adapters: list[Adapter], most: int) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_captured_graph_reads_new_gates(adapters: list[Adapter]) -> None:
     device = torch.device("cuda")
-    gates = GateBoard(16, 3, 1, device, torch.float32)
+    gates = GateBoard(16, device, torch.float32)
     stack = Stack(fused(), gates, room_for(fused(), adapters))
     for slot, adapter in enumerate(adapters):
         stack.put(slot, adapter)
@@ -184,7 +172,7 @@ def test_a_captured_graph_reads_new_gates(adapters: list[Adapter]) -> None:
     scales = torch.tensor([next(iter(adapter.pairs.values())).scale for adapter in adapters])
     for seed in range(3):
         weights = torch.rand(4, 3, generator=torch.Generator().manual_seed(seed))
-        gates.fill((weights * scales).numpy()[:, None], [1] * 4)
+        gates.fill((weights * scales).numpy(), [1] * 4)
         graph.replay()
         expected = base.cpu() + plain_update(fused(), adapters, weights, x).float()
         torch.testing.assert_close(made.cpu(), expected, atol=1e-4, rtol=1e-3)

@@ -1,5 +1,6 @@
-"""All three combines in one batch, and adapters that come and go in a running engine."""
+"""Combines that vLLM refuses, and adapters that come and go in a running engine."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,45 +8,23 @@ import pytest
 import torch
 
 import treadle
+from treadle.bundle.bundle import read_bundle, save_bundle
+from treadle.common.errors import TreadleError
 from treadle.common.params import RoutingParams
 
 from conftest import SAMPLES, save_adapter
 from vllm_plugin.engines import ALL, BASE, PROMPTS, agree, reference, serving, small_llama
 
-AUTO = {"score": "centred", "temperature": 0.3, "every": 1, "recent": 8}
 
-
-def test_the_three_combines_in_one_batch(equal: Path) -> None:
-    engine = treadle.load(equal, device="cpu", dtype="float32")
-    routing = [
-        params
-        for combine in ("sum", "linear", "paper")
-        for params in (
-            RoutingParams(**AUTO, combine=combine),
-            RoutingParams(rule="fixed", fixed={"math": 1.0}, every=None, combine=combine),
-            RoutingParams.base(),
-        )
-    ]
-    given = [
-        each
-        for combine in ("sum", "linear", "paper")
-        for each in ({"combine": combine}, {"fixed": {"math": 1.0}, "every": None, "combine": combine}, "base")
-    ]
-    prompts = [PROMPTS[4]] * len(given)
-    expected = reference(engine, prompts, routing)
-    assert len({str(each) for each in expected}) == 6  # one-hot sum = one-hot linear; base three times
-    with serving(equal, treadle={"combines": ["sum", "linear", "paper"]}) as served:
-        assert agree(served.run(prompts, given), expected) == []
-
-
-def test_a_combine_that_the_bundle_cannot_is_refused_at_the_start(small: Path) -> None:
-    from treadle.common.errors import TreadleError
-
-    with (
-        pytest.raises(TreadleError, match=r"linear.*needs adapters of equal ranks"),
-        serving(small, treadle={"combines": ["linear"]}),
-    ):
-        pass
+def test_a_bundle_that_combines_otherwise_is_refused_at_the_start(small: Path, tmp_path: Path) -> None:
+    bundle = read_bundle(small)
+    router = replace(bundle.router, params=replace(bundle.router.params, combine="linear"))
+    equal = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    folders = {name: save_adapter(tmp_path / name, small_llama(), 1, **equal) for name in bundle.router.names}
+    linear = save_bundle(tmp_path / "linear", base=bundle.base_model, adapters=folders, router=router)
+    with pytest.raises(TreadleError, match=r"combine 'linear'.*use sum, or the embedded engine"):
+        with serving(linear, small.parent / BASE):
+            pass
 
 
 @pytest.fixture(scope="module")

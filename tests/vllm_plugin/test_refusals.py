@@ -58,7 +58,7 @@ BAD: list[tuple[Any, str]] = [
     ({"math": -1}, "must be finite and not negative"),
     ({"math": 1e9}, "at most 100"),
     ({"past": "recompute"}, "past='recompute'"),
-    ({"combine": "paper"}, "was not asked for when the server started"),
+    ({"combine": "paper"}, "use sum, or the embedded engine"),
     ({"rule": "boosted", "score": "lda"}, "rule boosted multiplies a cosine"),
     ({"math": 0.5, "every": 2}, "unknown option 'math'"),
     ({"fixed": {"maths": 1}}, "unknown adapter 'maths'"),

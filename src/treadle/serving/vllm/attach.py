@@ -76,7 +76,7 @@ def attach(model: nn.Module, bundle: Bundle, mixture: Mixture, params: PluginPar
     _check(adapters, places, absent, limits.dtype)
     rooms = {name: room for name, (_, place) in places.items() if any(room := _room(place, adapters, mixture, params))}
     _check_calls({name: places[name][0] for name in rooms}, limits)
-    board = GateBoard(limits.num_tokens, mixture.num_slots, mixture.num_gates, limits.device, limits.dtype)
+    board = GateBoard(limits.num_tokens, limits.device, limits.dtype)
     stacks: dict[str, Stack] = {}
     for name, room in rooms.items():
         layer, place = places[name]
@@ -203,7 +203,7 @@ def _test(
         return  # a pipeline stage whose layers no adapter targets
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(3, len(adapters), generator=generator)  # (T, N)
-    stacks.board.fill(mixture.gates(weights.numpy(), "sum"), [1, 1, 1])
+    stacks.board.fill(mixture.gates(weights.numpy()), [1, 1, 1])
     for name in kinds.values():
         layer, place = places[name]
         x = torch.randn(3, place.size_in, generator=generator).to(stacks.board.device, stacks.board.dtype)
@@ -216,7 +216,7 @@ def _test(
             raise ModelError(
                 f"{name} does not compute the blend here: off by {error:.3g} where values reach {scale:.3g}"
             )
-    stacks.board.fill(mixture.gates(weights.numpy() * 0, "sum"), [1, 1, 1])
+    stacks.board.fill(mixture.gates(weights.numpy() * 0), [1, 1, 1])
 
 
 def plain_update(place: Place, adapters: Sequence[Adapter], weights: Tensor, x: Tensor) -> Tensor:

@@ -15,11 +15,9 @@ KEPT = 64
 class GateBoard(nn.Module):
     """The gates of the tokens of a step, (T, R) for each layout of ranks, at addresses that never change."""
 
-    def __init__(
-        self, num_tokens: int, num_slots: int, num_gates: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_tokens, self.num_slots, self.num_gates = num_tokens, num_slots, num_gates
+        self.num_tokens = num_tokens
         self.device, self.dtype = device, dtype
         self._layouts: dict[tuple[int, ...], int] = {}
         self._kept: dict[int, Tensor] = {}
@@ -35,13 +33,12 @@ class GateBoard(nn.Module):
         if owners not in self._layouts:
             index = self._layouts[owners] = len(self._layouts)
             self.register_buffer(f"owners_{index}", torch.tensor(owners, device=self.device), persistent=False)
-            shape = (self.num_gates, self.num_tokens, len(owners))
-            gates = torch.zeros(shape, device=self.device, dtype=self.dtype)
+            gates = torch.zeros(self.num_tokens, len(owners), device=self.device, dtype=self.dtype)
             self.register_buffer(f"gates_{index}", gates, persistent=False)
         return self._layouts[owners]
 
     def gates(self, layout: int) -> Tensor:
-        """Return the gates (G, tokens at most, R) of a layout."""
+        """Return the gates (tokens at most, R) of a layout."""
         return self.get_buffer(f"gates_{layout}")
 
     @torch.inference_mode()
@@ -49,16 +46,16 @@ class GateBoard(nn.Module):
         """Set the gates of a step's tokens, from its runs.
 
         Args:
-            rows: (S, G, slots), the gates of each run.
+            rows: (S, slots), the gates of each run.
             counts: how many tokens each run has.
         """
         total = sum(counts)
         if total > self.num_tokens:
             raise RuntimeError(f"a step of {total} tokens; there are gates for {self.num_tokens}")
-        step = torch.from_numpy(np.repeat(rows, counts, 0) if total != len(rows) else rows)  # (T, G, slots)
+        step = torch.from_numpy(np.repeat(rows, counts, 0) if total != len(rows) else rows)  # (T, slots)
         if self.device.type == "cuda":
             step = step.pin_memory()  # a fresh one each step: the copy of the step before may still be running
-        step = step.to(self.device, non_blocking=True).transpose(0, 1).to(self.dtype)  # (G, T, slots)
+        step = step.to(self.device, non_blocking=True).to(self.dtype)
         for layout in range(len(self._layouts)):
-            chosen = step.index_select(2, self.get_buffer(f"owners_{layout}"))
-            self.gates(layout)[:, :total].copy_(chosen)  # (G, T, R)
+            chosen = step.index_select(1, self.get_buffer(f"owners_{layout}"))
+            self.gates(layout)[:total].copy_(chosen)  # (T, R)

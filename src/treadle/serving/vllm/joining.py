@@ -55,8 +55,6 @@ def read_newcomer(
     problems = [foreign_base(adapter, base)]
     if params.max_rank is not None and largest_rank(adapter) > params.max_rank:
         problems.append(f"adapter {name!r} has rank {largest_rank(adapter)}; max_rank is {params.max_rank}")
-    if mixture.combines != ("sum",):
-        problems.append(f"adapters can join only where combine 'sum' alone is allowed, not {mixture.combines}")
     if any(problems):
         raise AdapterError(problem_list("the adapter cannot join:", [problem for problem in problems if problem]))
     embedder = mixture.router.embedder

@@ -6,7 +6,7 @@ are in the workers (`treadle.serving.vllm.stacks`). Nothing here imports vLLM.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, cast
@@ -15,14 +15,13 @@ import numpy as np
 
 from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import AdapterError, BundleError, OptionError, problem_list, unknown_name
-from treadle.common.params import Combine, RoutingParams
+from treadle.common.params import RoutingParams
 from treadle.lora.adapter import Adapter
-from treadle.lora.compatibility import check_combine
 from treadle.routing.centroids import Floats
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import Router
 from treadle.serving.request import requested, too_large
-from treadle.serving.vllm.params import KEY, PluginParams, allowed_combines
+from treadle.serving.vllm.params import KEY, SUM_ONLY, PluginParams
 
 AUTO, BASE = "auto", "base"
 FIELDS = frozenset(each.name for each in fields(RoutingParams))
@@ -39,7 +38,6 @@ class Mixture:
         scales: (N,) what each adapter's factors are multiplied by.
         identities: (N,) a digest of each adapter's factors.
         num_slots: how many there are, taken or free.
-        combines: those that requests may ask for.
     """
 
     router: Router
@@ -47,17 +45,11 @@ class Mixture:
     scales: tuple[float, ...]
     identities: tuple[str, ...]
     num_slots: int
-    combines: tuple[Combine, ...] = ("sum",)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in the order of every N axis."""
         return self.router.names
-
-    @property
-    def num_gates(self) -> int:
-        """G: 1 where `sum` alone is allowed, else 3 (direct, inner and outer, see `treadle.lora.layer.Gates`)."""
-        return 1 if self.combines == ("sum",) else 3
 
     @cached_property
     def fingerprint(self) -> str:
@@ -72,17 +64,10 @@ class Mixture:
     def _columns(self) -> list[int]:
         return list(self.slots)
 
-    def gates(self, weights: Floats, combine: Combine) -> Floats:
-        """Return what stands between the two products, (P, G, slots), of weights (P, N)."""
-        gates = np.zeros((len(weights), self.num_gates, self.num_slots), np.float32)
-        scaled = weights * np.array(self.scales, np.float32)  # (P, N)
-        if combine == "sum":
-            gates[:, 0, self._columns] = scaled
-        elif combine == "linear":
-            gates[:, 1:, self._columns] = np.sqrt(scaled)[:, None]
-        else:
-            gates[:, 1, self._columns] = scaled
-            gates[:, 2, self._columns] = 1.0
+    def gates(self, weights: Floats) -> Floats:
+        """Return the gates (P, slots) of weights (P, N): each weight times its adapter's scale, 0 in free slots."""
+        gates = np.zeros((len(weights), self.num_slots), np.float32)
+        gates[:, self._columns] = weights * np.array(self.scales, np.float32)
         return gates
 
     def read_request(self, given: Any) -> RoutingParams:
@@ -133,11 +118,8 @@ class Mixture:
         problems: list[str] = []
         if params.past == "recompute":
             problems.append("past='recompute' reads the whole text again for each token; vLLM's cache cannot: use keep")
-        if params.combine not in self.combines:
-            problems.append(
-                f"combine {params.combine!r} was not asked for when the server started; allowed: "
-                f'{", ".join(self.combines)} (--additional-config \'{{"{KEY}": {{"combines": ...}}}}\')'
-            )
+        if params.combine != "sum":
+            problems.append(f"combine {params.combine!r}: {SUM_ONLY}")
         if params.rule == "fixed":
             try:
                 self.router.fixed_weights(params)
@@ -159,8 +141,7 @@ def open_bundle(params: PluginParams) -> tuple[Bundle, Mixture]:
         TreadleError: the bundle is damaged, or something in it cannot be done in vLLM; lists every problem.
     """
     bundle = read_bundle(params.bundle)
-    combines = allowed_combines(params, bundle.router.params.combine)
-    problems = list(_problems(bundle, params, combines))
+    problems = list(_problems(bundle, params))
     if problems:
         raise BundleError(problem_list(f"bundle {bundle.folder} cannot be blended in vLLM:", problems))
     adapters = by_router(bundle)
@@ -170,7 +151,6 @@ def open_bundle(params: PluginParams) -> tuple[Bundle, Mixture]:
         scales=tuple(main_scale(adapter) for adapter in adapters),
         identities=tuple(adapter.identity for adapter in adapters),
         num_slots=params.max_adapters or len(adapters),
-        combines=combines,
     )
     mixture.check(bundle.router.params)
     return bundle, mixture
@@ -181,7 +161,7 @@ def by_router(bundle: Bundle) -> list[Adapter]:
     return sorted(bundle.adapters, key=lambda adapter: bundle.router.names.index(adapter.name))
 
 
-def _problems(bundle: Bundle, params: PluginParams, combines: Sequence[Combine]) -> Iterable[str]:
+def _problems(bundle: Bundle, params: PluginParams) -> Iterable[str]:
     adapters = bundle.adapters
     if not isinstance(bundle.router.embedder, StaticEmbedder):
         yield (
@@ -194,14 +174,8 @@ def _problems(bundle: Bundle, params: PluginParams, combines: Sequence[Combine])
     large = [f"{name} {rank}" for name, rank in ranks.items() if rank > (params.max_rank or rank)]
     if large:
         yield f"max_rank is {params.max_rank}; larger are: {', '.join(large)}"
-    for combine in combines:
-        try:
-            check_combine(combine, adapters)
-        except OptionError as error:
-            yield str(error)
-        uneven = [adapter.name for adapter in adapters if len({pair.scale for pair in adapter.pairs.values()}) > 1]
-        if combine != "sum" and uneven:
-            yield f"combine={combine!r} needs one scale an adapter here; it differs by module in {', '.join(uneven)}"
+    if bundle.router.params.combine != "sum":
+        yield f"its default routing has combine {bundle.router.params.combine!r}: {SUM_ONLY}"
 
 
 def main_scale(adapter: Adapter) -> float:

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from treadle.common.errors import OptionError, OptionProblem, unknown_name
+from treadle.common.errors import OptionError, OptionProblem
 from treadle.common.options import check_fields, option, raise_problems, read_options
-from treadle.common.params import COMBINES, Combine
 
 KEY = "treadle"
 """Of `--additional-config`, of a request's `vllm_xargs`, and of what is attached to vLLM's objects."""
 CONTENTS = "treadle_contents"
 """Of a rendered chat and of its request's extra arguments: the contents of its messages, which are routed on."""
+SUM_ONLY = "vLLM blends by combine 'sum' only; use sum, or the embedded engine (treadle serve) for the others"
+"""Why a combine is refused, and the two ways out."""
 VARIABLE = "TREADLE_VLLM"
 """The environment variable that says the same: a bundle's folder, or a JSON object of options."""
 
@@ -24,7 +25,6 @@ class PluginParams:
 
     bundle: str = option("", "folder of the bundle")
     base_model: str | None = option(None, "the bundle's base, where this server's --model has another name for it")
-    combines: tuple[str, ...] = option((), "combines that requests may ask for beside the bundle's own and sum")
     max_adapters: int | None = option(
         None, "slots for adapters that come later; none = the bundle's adapters, fixed", at_least=1
     )
@@ -36,10 +36,6 @@ class PluginParams:
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""
         problems = check_fields(self)
-        wrong = {problem.options[0] for problem in problems}
-        if "combines" not in wrong:
-            unknown = [unknown_name("combine", name, COMBINES) for name in self.combines if name not in COMBINES]
-            problems += [OptionProblem(("combines",), text) for text in unknown]
         if self.bundle == "":
             problems.append(OptionProblem(("bundle",), "bundle is missing: name the folder of a bundle"))
         if self.max_adapters is None and (self.max_rank is not None or self.adapter_dir is not None):
@@ -54,7 +50,7 @@ class PluginParams:
 
     def document(self) -> dict[str, Any]:
         """Return the options as `--additional-config` may hold them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return asdict(self)
 
 
 def read_plugin_params(additional: Any, environ: Mapping[str, str] = os.environ) -> PluginParams | None:
@@ -74,7 +70,10 @@ def read_plugin_params(additional: Any, environ: Mapping[str, str] = os.environ)
         raise OptionError(
             f"{KEY} in --additional-config: a bundle's folder or an object of options, not {configured!r}"
         )
-    return read_options(PluginParams, cast(Mapping[str, Any], configured))
+    options = cast(Mapping[str, Any], configured)
+    if "combines" in options:  # an option until 0.1
+        raise OptionError(f"{KEY} in --additional-config: combines is no longer an option, leave it out: {SUM_ONLY}")
+    return read_options(PluginParams, options)
 
 
 def _from_environment(environ: Mapping[str, str]) -> Any:
@@ -85,11 +84,3 @@ def _from_environment(environ: Mapping[str, str]) -> Any:
         return json.loads(given)
     except ValueError as error:
         raise OptionError(f"{VARIABLE} is neither a folder nor JSON: {error}") from error
-
-
-def allowed_combines(params: PluginParams, default: Combine) -> tuple[Combine, ...]:
-    """Return the combines that requests may ask for: those of the options, the bundle's own, and `sum`.
-
-    `base` and one adapter alone are `sum`, which any adapters allow.
-    """
-    return tuple(name for name in COMBINES if name in (*params.combines, default, "sum"))

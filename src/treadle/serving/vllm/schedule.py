@@ -21,9 +21,8 @@ from treadle.engine.tokenization import Detokenizer
 from treadle.routing.centroids import Floats
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import finish_views
-from treadle.serving.vllm.counts import Counts
 from treadle.serving.vllm.mixture import Mixture
-from treadle.serving.vllm.stream import Kind, Stream, keys_of
+from treadle.serving.vllm.stream import RoutingGroup, Stream, keys_of
 from treadle.serving.vllm.texts import Texts, Words
 
 if TYPE_CHECKING:
@@ -33,12 +32,46 @@ MAX_PARAMS = 1024
 """Different routing params that are remembered."""
 
 
+class Counts:
+    """Counts decisions and generated tokens for vLLM's metrics, for the adapters that are there now.
+
+    Attributes:
+        decisions: how often weights were made from a text.
+        seconds: the time spent on decisions.
+        tokens: how many tokens were generated.
+        base_tokens: how many of them no adapter acted on.
+        weights: adapter -> the sum of its weights over generated tokens.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.decisions = 0
+        self.seconds = 0.0
+        self.tokens = 0
+        self.base_tokens = 0
+        self.weights = dict.fromkeys(names, 0.0)
+
+    def rename(self, names: Sequence[str]) -> None:
+        """Count for these adapters from now on; those that stay keep their sums."""
+        self.weights = {name: self.weights.get(name, 0.0) for name in names}
+
+    def add(self, names: Sequence[str], keys: Sequence[bytes]) -> None:
+        """Count generated tokens by the keys of the weights under which they were made."""
+        acting = [key for key in keys if key]
+        self.tokens += len(keys)
+        self.base_tokens += len(keys) - len(acting)
+        if acting:
+            weights = np.frombuffer(b"".join(acting), np.float32).reshape(-1, len(names))
+            for name, weight in zip(names, cast(list[float], weights.sum(0, np.float64).tolist()), strict=True):
+                if name in self.weights:  # a running request may still have one that has left
+                    self.weights[name] += weight
+
+
 @dataclass(frozen=True)
 class Plan:
     """The gates of one step, for the workers: it travels with vLLM's scheduler output.
 
     Attributes:
-        rows: (S, G, slots) float32 gates of each run of tokens.
+        rows: (S, slots) float32 gates of each run of tokens.
         spans: request id -> (its first run, how many tokens each of its runs has).
     """
 
@@ -46,7 +79,7 @@ class Plan:
     spans: Mapping[str, tuple[int, tuple[int, ...]]]
 
     def in_order(self, request_ids: Sequence[str]) -> tuple[Floats, list[int]]:
-        """Return the runs (S, G, slots) in the order of a worker's batch, and the tokens of each run."""
+        """Return the runs (S, slots) in the order of a worker's batch, and the tokens of each run."""
         order: list[int] = []
         counts: list[int] = []
         for request_id in request_ids:
@@ -68,7 +101,7 @@ class Schedule:
         self._mixture = mixture
         self._tokenizer = tokenizer
         self._lock = Lock()  # of all below; a stream by itself belongs to one thread at a time
-        self._kinds: dict[RoutingParams, Kind] = {}  # equal params once, so that their streams are one product
+        self._groups: dict[RoutingParams, RoutingGroup] = {}  # equal params once, so that their streams are one product
         self._words = Words(cast(StaticEmbedder, mixture.router.embedder))
         self._texts: weakref.WeakValueDictionary[tuple[int | None, ...], Texts] = weakref.WeakValueDictionary()
         self.counts = Counts(mixture.names)
@@ -81,7 +114,7 @@ class Schedule:
     @mixture.setter
     def mixture(self, mixture: Mixture) -> None:
         with self._lock:
-            self._mixture, self._kinds = mixture, {}
+            self._mixture, self._groups = mixture, {}
             self.counts.rename(mixture.names)
 
     def open(self, given: Any, prompt_tokens: int, contents: Sequence[str] | None = None) -> Stream:
@@ -90,18 +123,18 @@ class Schedule:
         `contents` are those of a chat's messages, which alone count of its prompt; None = the prompt is no chat.
         """
         with self._lock:
-            kind = Kind(self._mixture, self._mixture.read_request(given))
-            if kind.params.rule != "fixed":  # those need no product
-                if len(self._kinds) >= MAX_PARAMS:
-                    self._kinds.clear()
-                kind = self._kinds.setdefault(kind.params, kind)
+            group = RoutingGroup(self._mixture, self._mixture.read_request(given))
+            if group.params.rule != "fixed":  # those need no product
+                if len(self._groups) >= MAX_PARAMS:
+                    self._groups.clear()
+                group = self._groups.setdefault(group.params, group)
         chat = None
-        if contents is not None and kind.params.rule != "fixed":
+        if contents is not None and group.params.rule != "fixed":
             chat = ChatText.of(self._tokenizer, contents)
-        return Stream(kind, prompt_tokens, Detokenizer(self._tokenizer), chat)
+        return Stream(group, prompt_tokens, Detokenizer(self._tokenizer), chat)
 
     def decide(self, needs: Sequence[Need]) -> None:
-        """Give weights to all positions that need them; one product for all streams of a kind that are due.
+        """Give weights to all positions that need them; one product for all streams of a group that are due.
 
         A prompt is read without the lock: it may be long, and no step shall wait for it. Until its request is handed to
         the scheduler, only the thread that opened it knows its stream; what streams share without the lock (the
@@ -137,20 +170,20 @@ class Schedule:
 
     def _decide_alone(self, needs: Sequence[Need]) -> int:
         """Decide all positions that prompts need, and texts with a long window; return how many decisions it were."""
-        due: dict[Kind, tuple[list[tuple[Stream, int]], list[tuple[Any, ...]]]] = {}
+        due: dict[RoutingGroup, tuple[list[tuple[Stream, int]], list[tuple[Any, ...]]]] = {}
         for stream, token_ids, end in needs:
             starts, views = stream.pending(token_ids, end)
             if starts:
-                places, all_views = due.setdefault(stream.kind, ([], []))
+                places, all_views = due.setdefault(stream.group, ([], []))
                 places += [(stream, start) for start in starts]
                 all_views += views
-        for kind, (places, views) in due.items():
-            self._settle(kind, places, finish_views(kind.mixture.router.embedder, views))
+        for group, (places, views) in due.items():
+            self._settle(group, places, finish_views(group.mixture.router.embedder, views))
         return sum(len(places) for places, _ in due.values())
 
     def _decide_together(self, texts: Texts, needs: Sequence[Need]) -> int:
         """Decide the next position of each running text; return how many decisions it were."""
-        due: dict[Kind, tuple[list[tuple[Stream, int]], list[int]]] = {}
+        due: dict[RoutingGroup, tuple[list[tuple[Stream, int]], list[int]]] = {}
         rows: list[int] = []
         pieces: list[list[str]] = []
         for stream, token_ids, _ in needs:
@@ -158,19 +191,19 @@ class Schedule:
             if news:  # else it comes late, and was made from just as many tokens
                 rows.append(stream.row)
                 pieces.append(news)
-                places, kind_rows = due.setdefault(stream.kind, ([], []))
+                places, group_rows = due.setdefault(stream.group, ([], []))
                 places.append((stream, start))
-                kind_rows.append(stream.row)
+                group_rows.append(stream.row)
         if rows:
             texts.extend(rows, pieces)
-        for kind, (places, kind_rows) in due.items():
-            self._settle(kind, places, texts.embeddings(kind_rows))
+        for group, (places, group_rows) in due.items():
+            self._settle(group, places, texts.embeddings(group_rows))
         return len(rows)
 
-    def _settle(self, kind: Kind, places: Sequence[tuple[Stream, int]], embeddings: Floats) -> None:
+    def _settle(self, group: RoutingGroup, places: Sequence[tuple[Stream, int]], embeddings: Floats) -> None:
         """Decide from the embeddings (P, K, D) of streams at their first positions."""
-        weights = kind.mixture.router.weigh(embeddings, kind.params)  # (P, N)
-        gates = kind.mixture.gates(weights, kind.params.combine)  # (P, G, slots)
+        weights = group.mixture.router.weigh(embeddings, group.params)  # (P, N)
+        gates = group.mixture.gates(weights)  # (P, slots)
         for (stream, start), key, each in zip(places, keys_of(weights), gates, strict=True):
             stream.settle(start, key, each)
 
@@ -188,5 +221,5 @@ class Schedule:
                 made.setdefault(stream.mixture.names, []).append(stream.newest_key)
         for names, keys in made.items():
             self.counts.add(names, keys)
-        shape = (len(rows), self._mixture.num_gates, self._mixture.num_slots)
+        shape = (len(rows), self._mixture.num_slots)
         return Plan(np.concatenate(rows).reshape(shape) if rows else np.zeros(shape, np.float32), spans)

@@ -17,7 +17,6 @@ from torch.nn import functional
 from treadle.common.errors import AdapterError, problem_list
 from treadle.lora.adapter import Adapter, LoraPair
 from treadle.lora.compatibility import check_range
-from treadle.lora.layer import Gates
 from treadle.serving.vllm.board import KEPT, GateBoard
 from treadle.serving.vllm.mixture import largest_rank, main_scale
 from treadle.serving.vllm.products import Into, Product
@@ -114,13 +113,11 @@ class Stack(nn.Module):
                 owners += [slot] * rank
             edges.append(len(owners))
         self._spans = [slice(start, end) for start, end in pairwise(edges)]  # rows of each part
-        self._blocks = [len(each) for each in ranks]
         self.register_buffer("gates", board.gates(board.layout(tuple(owners))), persistent=False)  # the board's own
         self.register_buffer("a", self._zeros(board, len(owners), place.size_in), persistent=False)  # (R, in)
         self._groups = self._grouped(board.dtype.itemsize)
         whole = Group(slice(0, len(owners)), slice(0, place.size_out))
         self._is_whole = self._groups == [whole]  # then nothing is cut out of the output
-        self._is_crossed = board.num_gates > 1
         for index, group in enumerate(self._groups):
             rows, columns = group.rows.stop - group.rows.start, group.columns.stop - group.columns.start
             self.register_buffer(f"b_t_{index}", self._zeros(board, rows, columns), persistent=False)
@@ -144,7 +141,7 @@ class Stack(nn.Module):
 
     def has_room(self, part: int) -> bool:
         """Return whether adapters can have factors for a part, by its number."""
-        return self._blocks[part] > 0
+        return self._spans[part].stop > self._spans[part].start
 
     @torch.inference_mode()
     def put(self, slot: int, adapter: Adapter) -> None:
@@ -173,7 +170,7 @@ class Stack(nn.Module):
         """Make all products by functions of packed weights from now on; adapters can no longer be put in."""
         self._shrink = make(self.a)
         self._expand = [make(self.get_buffer(f"b_t_{i}").t().contiguous()) for i in range(len(self._groups))]
-        if self._is_whole and not self._is_crossed:
+        if self._is_whole:
             self._most = min(KEPT, self._shrink.most, self._expand[0].most)
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
@@ -184,13 +181,13 @@ class Stack(nn.Module):
             expand(made, hidden.mul_(gates))
             return y.add_(made)
         if self._shrink is not None:
-            h = self._gated(self._shrink(x))
+            h = self._shrink(x).mul_(self.gates[: x.shape[0]])
             if self._is_whole:
                 return y.add_(self._expand[0](h))
             for group, expand in zip(self._groups, self._expand, strict=True):
                 y[:, group.columns].add_(expand(h[:, group.rows].contiguous()))
             return y
-        h = self._gated(functional.linear(x.to(self.a.dtype), self.a))
+        h = functional.linear(x.to(self.a.dtype), self.a).mul_(self.gates[: x.shape[0]])
         if self._is_whole and y.dtype == h.dtype:
             return y.addmm_(h, self.b_t_0)
         for index, group in enumerate(self._groups):
@@ -205,23 +202,8 @@ class Stack(nn.Module):
         if shrink is None or expand is None:
             raise RuntimeError("products that only return what they make have nothing to keep")
         hidden, made = (self._keep(num_tokens, size) for size in (self.a.shape[0], self.place.size_out))
-        kept = self._kept[num_tokens] = Kept(shrink, hidden, self.gates[0, :num_tokens], expand, made)
+        kept = self._kept[num_tokens] = Kept(shrink, hidden, self.gates[:num_tokens], expand, made)
         return kept
-
-    def _gated(self, h: Tensor) -> Tensor:
-        """Return h (T, R), which is overwritten, times the gates of its tokens."""
-        if self._is_crossed:
-            return self._crossed(h, self.gates[:, : h.shape[0]])
-        return h.mul_(self.gates[0, : h.shape[0]])
-
-    def _crossed(self, h: Tensor, gates: Tensor) -> Tensor:
-        """Return h (T, R) gated part by part: `linear` and `paper` mix the adapters of one part only."""
-        each = [
-            Gates(gates[0][:, span], gates[1][:, span], gates[2][:, span], blocks).apply(h[:, span])
-            for span, blocks in zip(self._spans, self._blocks, strict=True)
-            if blocks
-        ]
-        return torch.cat(each, 1)
 
 
 class Stacks:

@@ -31,7 +31,7 @@ def keys_of(weights: Floats) -> list[bytes]:
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class RoutingGroup:
     """Streams that are decided together: the same adapters, the same params."""
 
     mixture: Mixture
@@ -43,22 +43,24 @@ class Kind:
         return np.frombuffer(b"".join(key or none for key in keys), np.float32).reshape(len(keys), -1)
 
     def gates_of(self, keys: Sequence[bytes]) -> Floats:
-        """Return the gates (P, G, slots) of the weights that keys stand for."""
-        return self.mixture.gates(self.weights_of(keys), self.params.combine)
+        """Return the gates (P, slots) of the weights that keys stand for."""
+        return self.mixture.gates(self.weights_of(keys))
 
 
 class Stream:
     """One request: its text so far, and every decision that has been made on it."""
 
-    def __init__(self, kind: Kind, prompt_tokens: int, detokenizer: Detokenizer, chat: ChatText | None = None) -> None:
-        self.kind = kind
+    def __init__(
+        self, group: RoutingGroup, prompt_tokens: int, detokenizer: Detokenizer, chat: ChatText | None = None
+    ) -> None:
+        self.group = group
         self.decided = 0  # positions that have weights
         self.texts: Texts | None = None  # where it is followed together with others, in `row`
         self.row = -1
         self._prompt_tokens = prompt_tokens
         self._push = detokenizer.push
-        self._every = kind.params.every or 0  # tokens between two decisions; 0 = the prompt's is the only one
-        self._behind = kind.params.lag * self._every  # tokens that a decision comes late
+        self._every = group.params.every or 0  # tokens between two decisions; 0 = the prompt's is the only one
+        self._behind = group.params.lag * self._every  # tokens that a decision comes late
         self._pieces: list[str] = []
         self._length = 0  # tokens that have been read
         self._pushed = 0  # tokens that the detokenizer has seen: at once all of a chat's prompt
@@ -67,19 +69,19 @@ class Stream:
         self._between = "" if chat is None else BLANK_LINE  # before the answer
         self._starts: list[int] = []  # the first position of each decision
         self._keys: list[bytes] = []  # of each decision (`keys_of`)
-        self._newest: Floats = np.zeros(0, np.float32)  # (G, slots) of the newest decision
+        self._newest: Floats = np.zeros(0, np.float32)  # (slots,) of the newest decision
         self._running: RunningText | None = None
-        if kind.params.rule == "fixed":
-            weights = kind.mixture.router.fixed_weights(kind.params)[None]
-            self.settle(0, keys_of(weights)[0], kind.mixture.gates(weights, kind.params.combine)[0])
-            self.decided = next_decision(0, prompt_tokens, kind.params)
+        if group.params.rule == "fixed":
+            weights = group.mixture.router.fixed_weights(group.params)[None]
+            self.settle(0, keys_of(weights)[0], group.mixture.gates(weights)[0])
+            self.decided = next_decision(0, prompt_tokens, group.params)
         else:
-            self._running = RunningText(kind.mixture.router, kind.params)
+            self._running = RunningText(group.mixture.router, group.params)
 
     @property
     def mixture(self) -> Mixture:
         """The adapters that there were when it was opened."""
-        return self.kind.mixture
+        return self.group.mixture
 
     def pending(self, token_ids: Sequence[int], end: int) -> tuple[list[int], list[tuple[Any, ...]]]:
         """Read on to position `end` and return the decisions that are due, as first positions and views.
@@ -102,7 +104,7 @@ class Stream:
 
     def _follow(self, token_ids: Sequence[int]) -> tuple[int, list[str]]:
         """Count the next position that has no weights as decided; return it, and the texts of the tokens to read."""
-        position, params = self.decided, self.kind.params
+        position, params = self.decided, self.group.params
         if position == 0 and params.prefill == "prompt":
             position = self._prompt_tokens - 1  # a prompt is decided at its last token
         length = decision_length(position, self._prompt_tokens, params)
@@ -130,7 +132,7 @@ class Stream:
         if self._chat is not None:
             own = [self._push(each) for each in token_ids[: self._prompt_tokens]]
             self._pieces = list(self._chat.pieces)
-            self._ends, self._pushed, self._chat = self._chat.ends(own, self.kind.params), self._prompt_tokens, None
+            self._ends, self._pushed, self._chat = self._chat.ends(own, self.group.params), self._prompt_tokens, None
         if length <= self._prompt_tokens:
             return []
         before, self._between = self._between, ""
@@ -161,7 +163,7 @@ class Stream:
         weakref.finalize(self, texts.release, self.row).atexit = False
 
     def settle(self, start: int, key: bytes, gates: Floats) -> None:
-        """Take a decision: its first position, its key and its gates (G, slots)."""
+        """Take a decision: its first position, its key and its gates (slots,)."""
         self._starts.append(start)
         self._keys.append(key)
         self._newest = gates
@@ -176,16 +178,16 @@ class Stream:
         return [(first + index, after - before) for index, (before, after) in enumerate(pairwise(edges))]
 
     def gates(self, start: int, end: int) -> tuple[Sequence[Floats], tuple[int, ...]]:
-        """Return the gates (G, slots) of each run of some positions, and how many tokens each run has."""
+        """Return the gates (slots,) of each run of some positions, and how many tokens each run has."""
         if start >= self._starts[-1]:
             return (self._newest,), (end - start,)
         runs = self._runs(start, end)
-        return list(self.kind.gates_of([self._keys[index] for index, _ in runs])), tuple(count for _, count in runs)
+        return list(self.group.gates_of([self._keys[index] for index, _ in runs])), tuple(count for _, count in runs)
 
     def weights(self, start: int, end: int) -> Floats:
         """Return the weights (T, N) of some positions."""
         runs = self._runs(start, end)
-        made = self.kind.weights_of([self._keys[index] for index, _ in runs])
+        made = self.group.weights_of([self._keys[index] for index, _ in runs])
         return np.repeat(made, [count for _, count in runs], 0)
 
     @property
@@ -198,5 +200,5 @@ class Stream:
         runs = [(self._keys[index], count) for index, count in self._runs(start, end)]
         if not any(key for key, _ in runs):
             return None
-        parts = [self.mixture.fingerprint.encode(), self.kind.params.combine.encode()]
-        return b"|".join([*parts, *(b"%d:%b" % (count, key) for key, count in runs)])
+        fingerprint = self.mixture.fingerprint.encode()
+        return b"|".join([fingerprint, *(b"%d:%b" % (count, key) for key, count in runs)])
