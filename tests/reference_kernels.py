@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from treadle.engine.runners.cuda.interface import Factor, HeadNorms, Heads, Unfinished, Window
+from treadle.engine.runners.cuda.interface import CacheWindow, HeadNorms, Heads, LayerB, PendingProduct
 
 
 class PlainKernels:
@@ -22,18 +22,18 @@ class PlainKernels:
         """Return x W^T (B, out) for x (B, in)."""
         return functional.linear(x, weight)
 
-    def add(self, x: Tensor, product: Unfinished, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def add(self, x: Tensor, product: PendingProduct, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x + product (B, H), the same times `weight` (H,), and its sums of squares (B, 1)."""
         total = (x.float() + finished(product, [x.shape[1]])).to(x.dtype)
         return total, total * weight, total.float().square().sum(-1, keepdim=True)
 
     def store(
         self,
-        product: Unfinished,
+        product: PendingProduct,
         shape: Heads,
         rotation: tuple[Tensor, Tensor],
         head_norms: HeadNorms | None,
-        window: Window,
+        window: CacheWindow,
     ) -> Tensor:
         """Write k and v to the cache, return q (B, q, head)."""
         sizes = [shape.q * shape.size, shape.kv * shape.size, shape.kv * shape.size]
@@ -50,7 +50,7 @@ class PlainKernels:
             buffer.index_put_(places, states.to(buffer.dtype))
         return q.to(product.y.dtype)
 
-    def attend(self, queries: Tensor, num_kv: int, scaling: float, window: Window) -> Tensor:
+    def attend(self, queries: Tensor, num_kv: int, scaling: float, window: CacheWindow) -> Tensor:
         """Return what queries (B, q, head) read from the cache: (B, q * head)."""
         rows = len(queries)
         columns = torch.arange(window.buffers[0].shape[2], device=queries.device)
@@ -63,13 +63,13 @@ class PlainKernels:
         mask = seen[:, None, None]
         return functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling).reshape(rows, -1)
 
-    def activate(self, product: Unfinished, size: int) -> Tensor:
+    def activate(self, product: PendingProduct, size: int) -> Tensor:
         """Return silu(gate) * up (B, size) of gate and up side by side (B, 2 * size)."""
         gate, up = finished(product, [size, size]).chunk(2, -1)
         return (functional.silu(gate) * up).to(product.y.dtype)
 
 
-def finished(product: Unfinished, sizes: list[int]) -> Tensor:
+def finished(product: PendingProduct, sizes: list[int]) -> Tensor:
     """Return (y + update) / rms + bias (B, sum of sizes) of layers with these `sizes`, in float32."""
     y, update, bias, norm = product
     total = y[:, : sum(sizes)].float()
@@ -82,7 +82,7 @@ def finished(product: Unfinished, sizes: list[int]) -> Tensor:
     return total if bias is None else total + bias
 
 
-def _of_layer(gated: Tensor, factor: Factor | None, size: int) -> Tensor:
+def _of_layer(gated: Tensor, factor: LayerB | None, size: int) -> Tensor:
     if factor is None:
         return gated.new_zeros((len(gated), size), dtype=torch.float32)
     b, start = factor

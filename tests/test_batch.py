@@ -187,7 +187,7 @@ def test_nothing_is_shared_between_adapters_weights_combines_or_owners(engine: E
 def test_the_texts_kept_are_so_many_and_each_is_one_piece_of_memory(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.engine.prefix_cache.MOST", 3)
+    monkeypatch.setattr("treadle.engine.prefix_cache.MAX_ENTRIES", 3)
     prefixes = PrefixCache(1 << 24)
     texts = [f"{number} and so the list of planets" for number in range(5)]
     for text in texts:

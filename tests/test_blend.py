@@ -74,7 +74,7 @@ def all_paths(adapters: list[Adapter]) -> set[str]:
 def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every law holds for few adapters, which are all laid out, and for many, of which those that act are."""
     if request.param == "those that act":
-        monkeypatch.setattr("treadle.lora.blend.FEW_ROWS", 0)
+        monkeypatch.setattr("treadle.lora.blend.ALWAYS_ACTIVE_ROWS", 0)
 
 
 @pytest.fixture
@@ -520,11 +520,11 @@ def test_of_many_adapters_only_those_that_act_are_computed(tmp_path: Path) -> No
         blend.set_weights(full)
         pair.set_weights(weights)
         assert_close(logits(model), logits(few))
-        assert layer.b.shape[1] == 32, "two of nine, also where one of them is enough"
+        assert layer.b_active.shape[1] == 32, "two of nine, also where one of them is enough"
     blend.set_weights(np.eye(9, dtype=np.float32)[4])
-    assert layer.b.shape[1] == 16
+    assert layer.b_active.shape[1] == 16
     blend.set_weights([0.1] * 9)
-    assert layer.b.shape[1] == 9 * 16
+    assert layer.b_active.shape[1] == 9 * 16
 
 
 def test_factors_are_in_memory_once(model: PreTrainedModel, unequal: list[Adapter]) -> None:
@@ -535,8 +535,8 @@ def test_factors_are_in_memory_once(model: PreTrainedModel, unequal: list[Adapte
             assert isinstance(layer, BlendedLinear)
             assert torch.equal(pair.a, given.pairs[path].a)
             assert torch.equal(pair.b, given.pairs[path].b)
-            assert pair.a.untyped_storage().data_ptr() == layer.shrink.every_a.untyped_storage().data_ptr()
-            assert pair.b.untyped_storage().data_ptr() == layer.every_b.untyped_storage().data_ptr()
+            assert pair.a.untyped_storage().data_ptr() == layer.stacked_a.a_all.untyped_storage().data_ptr()
+            assert pair.b.untyped_storage().data_ptr() == layer.b_all.untyped_storage().data_ptr()
 
 
 def held_bytes(model: PreTrainedModel) -> int:

@@ -89,8 +89,8 @@ def test_rows_that_join_and_leave_keep_what_is_theirs(
     actions: list[tuple[str, object]], growth: int, row_growth: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caches, "GROWTH", growth)
-        patch.setattr(caches, "ROW_GROWTH", row_growth)
+        patch.setattr(caches, "GROWTH_TOKENS", growth)
+        patch.setattr(caches, "GROWTH_ROWS", row_growth)
         model = Model()
         for name, argument in actions:
             if name == "join":

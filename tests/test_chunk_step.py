@@ -10,7 +10,7 @@ from treadle.common.params import RoutingParams, SamplingParams
 from treadle.common.transformers_names import cache_argument
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
-from treadle.engine.runners.cpu.chunk import MOST_TOKENS, ChunkPass
+from treadle.engine.runners.cpu.chunk import MAX_CHUNK_TOKENS, ChunkPass
 from treadle.engine.runners.cpu.layouts import COLUMN_ROWS
 from treadle.engine.runners.decoder import ARCHITECTURES
 from treadle.engine.runners.passes import PassInput, PassOutput
@@ -54,7 +54,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("columns", [7, 32, MOST_TOKENS])
+@pytest.mark.parametrize("columns", [7, 32, MAX_CHUNK_TOKENS])
 def test_a_chunk_is_forward(
     make_engine: Callable[..., Engine],  # noqa: F811
     chunks: list[int],

@@ -19,8 +19,15 @@ from treadle.common.params import RoutingParams, SamplingParams
 from treadle.common.transformers_names import cache_argument
 from treadle.engine.engine import Completion, Engine
 from treadle.engine.kv_cache import RowCache
-from treadle.engine.runners.cpu.layouts import Columns, Form, Packed, Twice, Vector, fastest_form
-from treadle.engine.runners.cpu.packing import PACKED_BYTES, can_pack, pack, packs_unasked
+from treadle.engine.runners.cpu.layouts import (
+    ColumnMajor,
+    DuplicatedColumn,
+    GemmLayout,
+    PackedRowMajor,
+    VectorLayout,
+    fastest_layout,
+)
+from treadle.engine.runners.cpu.packing import DEFAULT_PACK_BYTES, can_pack, pack, packs_by_default
 from treadle.engine.runners.cpu.step import FastStep
 from treadle.engine.runners.decoder import ARCHITECTURES, fits
 from treadle.engine.runners.passes import PassInput
@@ -63,10 +70,10 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
 def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every law holds for few adapters, all laid out, for many, of which those that act are, and for packed weights."""
     if request.param == "those that act":
-        monkeypatch.setattr("treadle.lora.blend.FEW_ROWS", 0)
+        monkeypatch.setattr("treadle.lora.blend.ALWAYS_ACTIVE_ROWS", 0)
     is_packed = request.param == "packed"
     monkeypatch.setattr(
-        "treadle.engine.runners.cpu.step.packs_unasked", lambda size, dtype: is_packed and can_pack(dtype)
+        "treadle.engine.runners.cpu.step.packs_by_default", lambda size, dtype: is_packed and can_pack(dtype)
     )
 
 
@@ -127,21 +134,21 @@ def test_every_form_is_forward(
 @pytest.mark.parametrize(
     ("dtype", "on_amd", "kinds"),
     [
-        (torch.float32, True, [Twice, Columns, Columns, Columns, Form]),
-        (torch.bfloat16, True, [Form, Form, Columns, Columns, Form]),
-        (torch.float32, False, [Vector, Form, Columns, Columns, Form]),
-        (torch.bfloat16, False, [Vector, Columns, Columns, Form, Form]),
+        (torch.float32, True, [DuplicatedColumn, ColumnMajor, ColumnMajor, ColumnMajor, GemmLayout]),
+        (torch.bfloat16, True, [GemmLayout, GemmLayout, ColumnMajor, ColumnMajor, GemmLayout]),
+        (torch.float32, False, [VectorLayout, GemmLayout, ColumnMajor, ColumnMajor, GemmLayout]),
+        (torch.bfloat16, False, [VectorLayout, ColumnMajor, ColumnMajor, GemmLayout, GemmLayout]),
     ],
 )
 def test_the_form_follows_the_machine(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, on_amd: bool, kinds: list[type[Form]]
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, on_amd: bool, kinds: list[type[GemmLayout]]
 ) -> None:
     monkeypatch.setattr("treadle.engine.runners.cpu.layouts.is_amd", lambda: on_amd)
     monkeypatch.setattr("treadle.engine.runners.cpu.layouts.HAS_MKL", True)
-    assert [type(fastest_form(num_rows, dtype, has_packs=False)) for num_rows in (1, 2, 8, 32, 33)] == kinds
-    first = kinds[0] if dtype == torch.float32 else Packed  # one row of float32 is slower so
-    found = [type(fastest_form(num_rows, dtype, has_packs=True)) for num_rows in (1, 2, 33)]
-    assert found == [first, Packed, Packed]
+    assert [type(fastest_layout(num_rows, dtype, has_packs=False)) for num_rows in (1, 2, 8, 32, 33)] == kinds
+    first = kinds[0] if dtype == torch.float32 else PackedRowMajor  # one row of float32 is slower so
+    found = [type(fastest_layout(num_rows, dtype, has_packs=True)) for num_rows in (1, 2, 33)]
+    assert found == [first, PackedRowMajor, PackedRowMajor]
 
 
 @pytest.mark.parametrize("on_amd", [True, False])
@@ -224,13 +231,13 @@ def test_adapters_that_come_and_go(make_engine: Callable[..., Engine], folders: 
 def test_large_models_are_packed_only_if_asked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr("treadle.engine.runners.cpu.packing.is_amd", lambda: True)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    assert packs_unasked(PACKED_BYTES, dtype) == can_pack(dtype)
-    assert not packs_unasked(PACKED_BYTES + 1, dtype)
+    assert packs_by_default(DEFAULT_PACK_BYTES, dtype) == can_pack(dtype)
+    assert not packs_by_default(DEFAULT_PACK_BYTES + 1, dtype)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
-    assert not packs_unasked(1, dtype)
+    assert not packs_by_default(1, dtype)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("treadle.engine.runners.cpu.packing.is_amd", lambda: False)
-    assert not packs_unasked(1, dtype)
+    assert not packs_by_default(1, dtype)
 
 
 def test_asked_or_not(tokenizer: PreTrainedTokenizerFast, router: Router, folders: dict[str, Path]) -> None:

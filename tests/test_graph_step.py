@@ -187,7 +187,7 @@ def test_rows_join_and_leave_and_a_batch_is_its_singles(make_engine: MakeEngine,
 def test_weights_and_buffers_change_without_another_capture(
     make_engine: MakeEngine, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.engine.kv_cache.GROWTH", 2)
+    monkeypatch.setattr("treadle.engine.kv_cache.GROWTH_TOKENS", 2)
     engines = [make_engine(each) for each in (kernels, None)]
     sampling = SamplingParams(max_tokens=12)
     graph, plain = (
@@ -222,7 +222,7 @@ def test_weights_keep_their_values_and_are_held_once(make_engine: MakeEngine) ->
     pairs = engine.blend.adapters[0].pairs
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     own = pairs["model.layers.0.self_attn.q_proj"].a.untyped_storage().data_ptr()
-    assert own == layer.weight.untyped_storage().data_ptr() == layer.shrink.every_a.untyped_storage().data_ptr()
+    assert own == layer.weight.untyped_storage().data_ptr() == layer.stacked_a.a_all.untyped_storage().data_ptr()
     assert held(model) == sum(parameter.nbytes for parameter, _ in before.values()) + factors(engine)
     engine.detach()
     for name, parameter in model.named_parameters():
@@ -232,7 +232,7 @@ def test_weights_keep_their_values_and_are_held_once(make_engine: MakeEngine) ->
 
 def held(model: nn.Module) -> int:
     """Return the bytes of the storages that the parameters are views of, and of the B."""
-    tensors = [*model.parameters(), *(each for name, each in model.named_buffers() if name.endswith("every_b"))]
+    tensors = [*model.parameters(), *(each for name, each in model.named_buffers() if name.endswith("b_all"))]
     return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in tensors}.values())
 
 

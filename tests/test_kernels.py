@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from treadle.engine.runners.cuda.interface import Factor, HeadNorms, Heads, Norm, Unfinished, Update, Window
+from treadle.engine.runners.cuda.interface import (
+    CacheWindow,
+    HeadNorms,
+    Heads,
+    LayerB,
+    PendingNorm,
+    PendingProduct,
+    PendingUpdate,
+)
 
 from reference_kernels import PlainKernels
 
@@ -36,18 +44,18 @@ def noise(draw: torch.Generator, *shape: int) -> Tensor:
 
 def product(
     draw: torch.Generator, rows: int, outs: list[int], ranks: list[int], *, has_norm: bool = True, has_bias: bool = True
-) -> Unfinished:
+) -> PendingProduct:
     """Return a product of layers with these outputs, whose adapters have these ranks; 0 = none."""
     out, rank = sum(outs), sum(ranks)
     y = noise(draw, rows, out + rank)
     starts = [sum(ranks[:index]) for index in range(len(ranks))]
     factors = [
-        Factor(noise(draw, size, each), start) if each else None
+        LayerB(noise(draw, size, each), start) if each else None
         for size, each, start in zip(outs, ranks, starts, strict=True)
     ]
-    update = Update(y[:, out:], noise(draw, rows, rank), factors) if rank else None
-    norm = Norm(noise(draw, rows, 3).square() * 20, 48, 1e-5) if has_norm else None
-    return Unfinished(y, update, noise(draw, out) if has_bias else None, norm)
+    update = PendingUpdate(y[:, out:], noise(draw, rows, rank), factors) if rank else None
+    norm = PendingNorm(noise(draw, rows, 3).square() * 20, 48, 1e-5) if has_norm else None
+    return PendingProduct(y, update, noise(draw, out) if has_bias else None, norm)
 
 
 def assert_same(one: Tensor, other: Tensor) -> None:
@@ -73,7 +81,7 @@ def test_activate(draw: torch.Generator, rows: int, ranks: list[int]) -> None:
     assert_same(kernels.TritonKernels().activate(given, 72), PLAIN.activate(given, 72))
 
 
-def window(draw: torch.Generator, rows: int, room: int, heads: Heads, first: list[int], column: int) -> Window:
+def window(draw: torch.Generator, rows: int, room: int, heads: Heads, first: list[int], column: int) -> CacheWindow:
     """Return a cache of 40 columns with room for more rows, NaN wherever no row may look."""
     buffers = tuple(noise(draw, room, heads.kv, 40, heads.size) for _ in range(2))
     for buffer in buffers:
@@ -82,7 +90,7 @@ def window(draw: torch.Generator, rows: int, room: int, heads: Heads, first: lis
             buffer[row, :, :begin] = torch.nan
     pointers = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
     place = torch.tensor([40, column, rows], device=DEVICE)
-    return Window(buffers, pointers, torch.tensor(first, device=DEVICE), place)
+    return CacheWindow(buffers, pointers, torch.tensor(first, device=DEVICE), place)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 18])
@@ -109,13 +117,13 @@ def test_rows_that_are_not_real_write_and_read_nothing(draw: torch.Generator) ->
     read = own.attend(q, 2, 0.3, cache)
     assert torch.isfinite(read).all()
     assert not read[2:].any()
-    real = Window(cache.buffers, cache.pointers, cache.first[:2], cache.place)
+    real = CacheWindow(cache.buffers, cache.pointers, cache.first[:2], cache.place)
     assert_same(read[:2], PLAIN.attend(q[:2], 2, 0.3, real))
 
 
 @pytest.mark.parametrize(("num_kv", "splits"), [(1, 1), (2, 5), (4, 1), (4, 32)])
 def test_attend(draw: torch.Generator, num_kv: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "PROGRAMS", splits * 3 * num_kv)
+    monkeypatch.setattr(kernels, "ATTENTION_PROGRAMS", splits * 3 * num_kv)
     cache = window(draw, 3, 5, Heads(4, num_kv, 16), [0, 5, 33], 35)
     q, own = noise(draw, 3, 4, 16), kernels.TritonKernels()
     for _ in range(2):  # the tickets are zeros again

@@ -276,7 +276,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         monkeypatch.setattr(caches, "new_pages", limited)
 
-    monkeypatch.setattr(caches, "GROWTH", 4)
+    monkeypatch.setattr(caches, "GROWTH_TOKENS", 4)
     return limit
 
 

@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from treadle.common.memory import new_pages
 
-GROWTH = 256
+GROWTH_TOKENS = 256
 """Tokens by which a full buffer grows, or by a quarter; in a CPU's memory it doubles."""
-ROW_GROWTH = 8
+GROWTH_ROWS = 8
 """Rows by which a full buffer grows when a row joins, and four times as many in a CPU's memory."""
 
 
@@ -150,7 +150,7 @@ class RowLayer(DynamicLayer):
         length, num_rows = keys.shape[-2], self._num_rows + len(keys)
         missing = max(0, length - self.get_seq_length())  # columns on the left
         if num_rows > len(self._buffers[0]) or missing > self._start:
-            growth = ROW_GROWTH * (4 if keys.device.type == "cpu" else 1)
+            growth = GROWTH_ROWS * (4 if keys.device.type == "cpu" else 1)
             capacity = len(self._buffers[0]) if num_rows <= len(self._buffers[0]) else num_rows + growth
             self._reserve((keys, values), (num_rows, capacity), missing, max(self.get_seq_length(), length))
             self.show()
@@ -174,7 +174,7 @@ class RowLayer(DynamicLayer):
         They are not filled: what becomes visible later is written first. `rows` are those needed, and those wanted.
         """
         before, length = self._buffers, self.get_seq_length()
-        spare = max(GROWTH, columns if like[0].device.type == "cpu" else columns // 4)
+        spare = max(GROWTH_TOKENS, columns if like[0].device.type == "cpu" else columns // 4)
         num_rows, num_columns = self._room.size(like, rows, (columns, columns + spare))
         keys, values = (  # latent attention: values are shorter than keys
             new_pages((num_rows, each.shape[1], num_columns, each.shape[-1]), each) for each in like

@@ -23,11 +23,11 @@ from treadle.lora.adapter import Adapter
 from treadle.lora.blend import Blend
 from treadle.routing.centroids import Floats
 
-SHORTEST = 16
+MIN_PREFIX_TOKENS = 16
 """Tokens; a shorter prefix is read again."""
-MOST = 128
+MAX_ENTRIES = 128
 """Entries; with more, on a small model, to compare would take longer than to read again."""
-MOST_COPIED = 256
+MAX_COPIED_TOKENS = 256
 """Columns; of what has been read, a pass copies so many."""
 Key: TypeAlias = tuple[str, str]
 """An adapter's name and identity."""
@@ -57,7 +57,7 @@ class Text:
     @cached_property
     def head(self) -> bytes:
         """The first tokens; texts that differ in these have nothing in common that is worth keeping."""
-        return self.ids[:SHORTEST].tobytes()
+        return self.ids[:MIN_PREFIX_TOKENS].tobytes()
 
     @classmethod
     def of(cls, row: Row, blend: Blend, rope: str = "") -> "Text":
@@ -73,7 +73,7 @@ class Text:
         return cls(ids, acting, present, (row.routing.combine, row.owner, rope))
 
     def shared(self, other: "Text") -> int:
-        """Return how many tokens at the beginning are the same and read in the same way; 0 if fewer than `SHORTEST`."""
+        """Return the number of first tokens that both texts share, read in the same way; 0 if their heads differ."""
         if (self.head, self.way, self.present) != (other.head, other.way, other.present):
             return 0
         length = min(len(self.ids), len(other.ids))
@@ -113,7 +113,7 @@ class PrefixCache:
         """
         known = [min(entry.text.shared(text), len(text.ids) - 1) for entry in self._entries]
         longest = max(known, default=0)
-        if longest < SHORTEST:
+        if longest < MIN_PREFIX_TOKENS:
             return 0
         entry = self._entries.pop(known.index(longest))
         self._entries.append(entry)
@@ -129,7 +129,7 @@ class PrefixCache:
         length = len(text.ids)
         copy = copy or Copy(length, self.max_bytes)
         num_bytes = copy.size(cache)
-        if length < SHORTEST or num_bytes > self.max_bytes:
+        if length < MIN_PREFIX_TOKENS or num_bytes > self.max_bytes:
             return
         shared = [entry.text.shared(text) for entry in self._entries]
         if length in shared:
@@ -137,7 +137,7 @@ class PrefixCache:
         copy.extend(cache, length, index)
         # a text that the new one continues is in it
         kept = [e for e, same in zip(self._entries, shared, strict=True) if same < len(e.text.ids)]
-        self._entries = [*kept[1 - MOST :], Entry(text, copy.states, num_bytes)]
+        self._entries = [*kept[1 - MAX_ENTRIES :], Entry(text, copy.states, num_bytes)]
         while self.num_bytes > self.max_bytes:
             del self._entries[0]
 
@@ -169,7 +169,7 @@ class Copy:
         buffers = [each for pair in cache.buffers() for each in pair]  # (rows, H, columns, head)
         return sum(each.itemsize * each.shape[1] * self._length * each.shape[3] for each in buffers)
 
-    def extend(self, cache: RowCache, most: int = MOST_COPIED, index: int = 0) -> None:
+    def extend(self, cache: RowCache, most: int = MAX_COPIED_TOKENS, index: int = 0) -> None:
         """Copy the next columns, at most so many, of the row at `index`; its text ends where the cache does."""
         if self.size(cache) > self._max_bytes:
             return

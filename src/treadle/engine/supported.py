@@ -20,11 +20,11 @@ from treadle.lora.compatibility import linear_shape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HELD_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+SUPPORTED_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 """The layers of transformers' caches that `kv_cache` can stand for: keys and values of each token, or nothing."""
-STATES = ("conv", "linear_attention", "mamba", "recurrent")
+STATEFUL_LAYER_TYPES = ("conv", "linear_attention", "mamba", "recurrent")
 """Layer types of a configuration that keep a state; the caches of older releases do not tell."""
-PADDING = 3
+PADDING_TOKENS = 3
 """Columns of padding that the probe puts before a text."""
 
 
@@ -43,8 +43,8 @@ def _state_problems(model: "PreTrainedModel") -> Iterator[str]:
     if not any(name in inspect.signature(model.forward).parameters for name in CACHE_NAMES):
         yield "it takes no cache of keys and values, so each token would read the whole text again"
         return
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - set(HELD_LAYERS)
-    types = set(getattr(config, "layer_types", None) or ()) & set(STATES)
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - set(SUPPORTED_CACHE_LAYERS)
+    types = set(getattr(config, "layer_types", None) or ()) & set(STATEFUL_LAYER_TYPES)
     if kinds or types:
         yield (
             f"it keeps {', '.join(sorted(kinds or types))}; the engine holds keys and values of each token, and no "
@@ -60,8 +60,8 @@ def _padding_problems(model: "PreTrainedModel") -> Iterator[str]:
     if "position_ids" in inspect.signature(model.forward).parameters:
         return
     ids = torch.arange(1, 5, device=model.device)[None]  # (1, T)
-    padded = torch.nn.functional.pad(ids, (PADDING, 0))  # (1, PADDING + T)
-    mask = (torch.arange(padded.shape[1], device=model.device) >= PADDING).long()[None]
+    padded = torch.nn.functional.pad(ids, (PADDING_TOKENS, 0))  # (1, PADDING_TOKENS + T)
+    mask = (torch.arange(padded.shape[1], device=model.device) >= PADDING_TOKENS).long()[None]
     alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()  # (V,)
     beside = model(input_ids=padded, attention_mask=mask).logits[0, -1].float()
     if (alone - beside).abs().max() > alone.std() * (0.01 if model.dtype == torch.float32 else 0.1):

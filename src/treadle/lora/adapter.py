@@ -22,7 +22,7 @@ from treadle.common.tensor_files import read_tensors
 from treadle.lora.magnitudes import range_problems
 from treadle.lora.patterns import match_ends, match_whole
 
-MOST_CONFIG = 16 << 20
+MAX_CONFIG_BYTES = 16 << 20
 """Bytes of a config."""
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -52,7 +52,7 @@ HARMLESS_FIELDS = frozenset(
 """Fields that are read above, or that matter to training only."""
 BASE_WEIGHT = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight$")
 """A whole weight: PEFT saves the base's own beside factors of the head, or where the vocabulary was resized."""
-MATRIX = 2
+MATRIX_AXES = 2
 """Axes of a whole weight."""
 TENSOR_NAME = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight$"
@@ -182,7 +182,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     if not is_file(file):
         raise AdapterError(f"adapter {name!r}: {folder} is not a PEFT folder: it has no {CONFIG_FILE}.")
     try:
-        config = read_object(file, AdapterError, MOST_CONFIG)
+        config = read_object(file, AdapterError, MAX_CONFIG_BYTES)
     except AdapterError as error:
         raise AdapterError(f"adapter {name!r}: {error}") from error
     if (kind := config.get("peft_type", "LORA")) != "LORA":
@@ -245,7 +245,7 @@ def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 def _take_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Take the whole weights, by module path, out of what a file holds; a model says whether they are its own."""
     names = {key: found for key in tensors if ".lora_" not in key and (found := BASE_WEIGHT.match(key))}
-    return {found["module"]: tensors.pop(key) for key, found in names.items() if tensors[key].dim() == MATRIX}
+    return {found["module"]: tensors.pop(key) for key, found in names.items() if tensors[key].dim() == MATRIX_AXES}
 
 
 def _sides(tensors: dict[str, torch.Tensor], problems: list[str]) -> dict[str, dict[str, torch.Tensor]]:

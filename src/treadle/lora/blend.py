@@ -19,12 +19,12 @@ from treadle.common.errors import AdapterError, OptionError, unknown_name
 from treadle.common.params import Combine
 from treadle.lora.adapter import Adapter, LoraPair
 from treadle.lora.compatibility import check_adapters, check_combine, check_range, is_routed, with_model_names
-from treadle.lora.layer import BlendedLinear, Gates, LayerRole, Layout, Shrink
+from treadle.lora.layer import BlendedLinear, Gates, LayerRole, StackedA, StackLayout
 from treadle.lora.stacking import Stacks
 
-FEW_ROWS = 128
+ALWAYS_ACTIVE_ROWS = 128
 """Rows of a stack up to which all adapters are laid out, used or not."""
-MOST_CHECKED = 1024
+MAX_CHECKED_COMBINES = 1024
 """Combines and sets of adapters that are remembered as checked."""
 Weights = Tensor | np.ndarray[Any, Any] | Sequence[float]
 Among = Sequence[Sequence[str]]
@@ -45,14 +45,14 @@ class Blend:
         self.adapters: tuple[Adapter, ...] = ()
         self._layers: dict[str, BlendedLinear] = {}
         self._gates: dict[int, Gates] = {}
-        self._layouts: list[Layout] = []
-        self._acting_layouts: list[Layout] = []  # of those adapters whose factors are laid out
+        self._layouts: list[StackLayout] = []
+        self._acting_layouts: list[StackLayout] = []  # of those adapters whose factors are laid out
         self._names: tuple[str, ...] = ()
         self._ranks: list[int] = []  # of each adapter, its largest
         self._spreads: dict[tuple[int, float], Tensor] = {}
         self._folds: dict[int, Tensor | None] = {}
         self._combinable: set[tuple[str, tuple[str, ...]]] = set()  # combines and adapters that have been checked
-        self._shrinks: list[tuple[Shrink, list[int]]] = []  # and the slots of its layers
+        self._stacked: list[tuple[StackedA, list[int]]] = []  # and the slots of its layers
         self._acting: frozenset[int] | None = None  # adapters whose factors are laid out; None = all
         self._replace_all(tuple(adapters))
 
@@ -119,7 +119,10 @@ class Blend:
 
     def factors(self) -> list[Tensor]:
         """Return the stacked factors that a pass reads, each once."""
-        return [*(shrink.a for shrink, _ in self._shrinks), *(layer.b for layer in self._layers.values())]
+        return [
+            *(stacked_a.a_active for stacked_a, _ in self._stacked),
+            *(layer.b_active for layer in self._layers.values()),
+        ]
 
     def spread(self, slot: int) -> Tensor:
         """Return the (N, R) matrix from weights to the gates of a layout, by its slot, where the combine is `sum`."""
@@ -149,7 +152,7 @@ class Blend:
         pairs = zip(combines, among, strict=True) if is_each else product(combines, among)
         for combine, names in {(combine, tuple(names)) for combine, names in pairs} - self._combinable:
             self.check_combine(combine, names)
-            if len(self._combinable) >= MOST_CHECKED:  # requests choose from 2**N sets of adapters
+            if len(self._combinable) >= MAX_CHECKED_COMBINES:  # requests choose from 2**N sets of adapters
                 self._combinable.clear()
             self._combinable.add((combine, names))
 
@@ -193,9 +196,9 @@ class Blend:
         rows = [None if acting is None else layout.rows(acting) for layout in self._layouts]
         for layer in self._layers.values():
             layer.choose(rows[layer.slot])
-        for shrink, slots in self._shrinks:
+        for stacked_a, slots in self._stacked:
             chosen = [each for slot in slots if (each := rows[slot]) is not None]
-            shrink.choose(chosen if acting is not None else None)
+            stacked_a.choose(chosen if acting is not None else None)
         self._acting = acting
         self._acting_layouts = [layout if acting is None else layout.only(acting) for layout in self._layouts]
         self._spreads.clear()
@@ -310,7 +313,9 @@ class Blend:
         self._layers = stacks.layers
         self._names = tuple(adapter.name for adapter in stacks.adapters)
         self._ranks = _ranks(stacks.adapters)
-        self._shrinks = [(shrink, [self._layers[path].slot for path in paths]) for shrink, paths in stacks.shrinks]
+        self._stacked = [
+            (stacked_a, [self._layers[path].slot for path in paths]) for stacked_a, paths in stacks.stacked
+        ]
         self.adapters = self._views(stacks.adapters)
         self._layouts = list(stacks.layouts)
         # of many, those that act: the first step knows
@@ -330,9 +335,9 @@ class Blend:
             for path, pair in adapter.pairs.items():
                 layer, start = self._layers[path], taken[path]
                 taken[path] = end = start + pair.rank
-                first = layer.shrink.start_of(layer.index)
+                first = layer.stacked_a.start_of(layer.index)
                 pairs[path] = replace(
-                    pair, a=layer.shrink.every_a[first + start : first + end], b=layer.every_b[:, start:end]
+                    pair, a=layer.stacked_a.a_all[first + start : first + end], b=layer.b_all[:, start:end]
                 )
             views.append(replace(adapter, pairs=pairs, weights={}))  # compared, and let go
         return tuple(views)
@@ -355,7 +360,7 @@ def attach(model: nn.Module, adapters: Sequence[Adapter], combine: Combine = "su
 
 
 def _are_few(ranks: Sequence[int]) -> bool:
-    return sum(ranks) <= FEW_ROWS
+    return sum(ranks) <= ALWAYS_ACTIVE_ROWS
 
 
 def _ranks(adapters: Sequence[Adapter]) -> list[int]:

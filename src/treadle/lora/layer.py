@@ -17,14 +17,14 @@ from treadle.common.errors import OptionError
 
 
 @dataclass(frozen=True)
-class Layout:
+class StackLayout:
     """Who owns which rows of a stack: (adapter index, rank, scale) of each adapter that has factors there."""
 
     parts: tuple[tuple[int, int, float], ...]
 
-    def only(self, adapters: Collection[int]) -> "Layout":
+    def only(self, adapters: Collection[int]) -> "StackLayout":
         """Return the layout of the stack that holds only some adapters, by index."""
-        return Layout(tuple(part for part in self.parts if part[0] in adapters))
+        return StackLayout(tuple(part for part in self.parts if part[0] in adapters))
 
     def rows(self, adapters: Collection[int]) -> Tensor:
         """Return which rows of this stack belong to some adapters, (R of these,)."""
@@ -102,59 +102,59 @@ class Gates:
         return crossed if self.gate is None else torch.addcmul(crossed, h, self.gate)
 
 
-class Shrink(nn.Module):
+class StackedA(nn.Module):
     """The first product, A x, of all layers of a block that read the same input (q, k and v, say): made once a pass.
 
     It holds every adapter's A as stored on disk, and multiplies by those that act (`choose`), in `dtype`.
     """
 
-    a: Tensor
-    every_a: Tensor
+    a_active: Tensor
+    a_all: Tensor
 
     def __init__(self, factors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> None:
         """Stack the A (R, in) of each layer; `choose` before a pass."""
         super().__init__()
-        self.register_buffer("every_a", torch.cat(list(factors)).to(device), persistent=False)  # (sum of R, in)
+        self.register_buffer("a_all", torch.cat(list(factors)).to(device), persistent=False)  # (sum of R, in)
         self.dtype = dtype
         self._starts = [0, *accumulate(len(each) for each in factors)]
         self._x: Tensor | None = None
         self._products: list[Tensor | None] = []
 
     def start_of(self, index: int) -> int:
-        """Return the row of `every_a` where the stack of the layer `index` begins."""
+        """Return the row of `a_all` where the stack of the layer `index` begins."""
         return self._starts[index]
 
     def choose(self, rows: Sequence[Tensor] | None) -> None:
         """Let only these rows of each layer's stack act; None = all of them."""
         if rows is None:
-            chosen, self.sizes = self.every_a, [end - start for start, end in pairwise(self._starts)]
+            chosen, self.sizes = self.a_all, [end - start for start, end in pairwise(self._starts)]
         else:
             index = torch.cat([start + each for start, each in zip(self._starts, rows, strict=False)])
-            chosen, self.sizes = self.every_a.index_select(0, index.to(self.every_a.device)), list(map(len, rows))
-        self.register_buffer("a", chosen.to(self.dtype), persistent=False)  # (sum of acting R, in)
+            chosen, self.sizes = self.a_all.index_select(0, index.to(self.a_all.device)), list(map(len, rows))
+        self.register_buffer("a_active", chosen.to(self.dtype), persistent=False)  # (sum of acting R, in)
         starts = [0, *accumulate(self.sizes)]
         self.rows = [slice(start, end) for start, end in pairwise(starts)]
 
     def held(self, dtype: torch.dtype) -> Tensor | None:
         """Return the A of the layers that act, in this dtype, if they are held so; as stored on disk if all act."""
         if dtype == self.dtype:
-            return self.a
-        return self.every_a if dtype == self.every_a.dtype and len(self.a) == len(self.every_a) else None
+            return self.a_active
+        return self.a_all if dtype == self.a_all.dtype and len(self.a_active) == len(self.a_all) else None
 
     def share(self, a: Tensor) -> None:
         """Hold all A in this tensor, which has the values: those that act, those as stored on disk, or both."""
-        if a.dtype == self.every_a.dtype:
-            self.register_buffer("every_a", a, persistent=False)
+        if a.dtype == self.a_all.dtype:
+            self.register_buffer("a_all", a, persistent=False)
         if a.dtype == self.dtype:
-            self.register_buffer("a", a, persistent=False)
+            self.register_buffer("a_active", a, persistent=False)
 
     def product(self, x: Tensor, index: int) -> Tensor:
         """Return A x (B, T, R) of the layer `index`; an input is known again by being the same object."""
         if len(self.sizes) == 1:
-            return functional.linear(x.to(self.dtype), self.a)
+            return functional.linear(x.to(self.dtype), self.a_active)
         if x is not self._x or self._products[index] is None:
             self._x = x
-            self._products = list(functional.linear(x.to(self.dtype), self.a).split(self.sizes, -1))
+            self._products = list(functional.linear(x.to(self.dtype), self.a_active).split(self.sizes, -1))
         product, self._products[index] = self._products[index], None
         if not any(each is not None for each in self._products):
             self._x = None  # hold no activations between passes
@@ -200,8 +200,8 @@ class LayerRole:
 class BlendedLinear(nn.Module):
     """A linear layer of the base model and, beside it, the stacked factors of all adapters that target it."""
 
-    b: Tensor
-    every_b: Tensor
+    b_active: Tensor
+    b_all: Tensor
 
     def __init__(self, base: nn.Module, dtype: torch.dtype, gates: dict[int, Gates], role: LayerRole) -> None:
         super().__init__()
@@ -215,20 +215,20 @@ class BlendedLinear(nn.Module):
         """Where the base layer is; some quantised layers have buffers only."""
         return next(chain(self.base.parameters(), self.base.buffers())).device
 
-    def stack(self, every: Tensor, shrink: Shrink, index: int, slot: int) -> None:
+    def stack(self, every: Tensor, stacked_a: StackedA, index: int, slot: int) -> None:
         """Take the stacked B (out, R) of all adapters; `shrink` holds their A as its layer number `index`.
 
         Then `choose`; `slot` is the key of the gates.
         """
-        self.register_buffer("every_b", every, persistent=False)  # (out, R)
-        self.shrink, self.index, self.slot = shrink, index, slot
+        self.register_buffer("b_all", every, persistent=False)  # (out, R)
+        self.stacked_a, self.index, self.slot = stacked_a, index, slot
 
     def choose(self, rows: Tensor | None) -> None:
         """Let only the columns of B act that belong to the rows of A that `shrink` chooses too; None = all of them."""
-        chosen = self.every_b
+        chosen = self.b_all
         if rows is not None:
             chosen = chosen.t().index_select(0, rows.to(self.device)).t().contiguous()
-        self.register_buffer("b", chosen.to(self.dtype), persistent=False)  # (out, acting R)
+        self.register_buffer("b_active", chosen.to(self.dtype), persistent=False)  # (out, acting R)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) + the gated update: (B, T, in) -> (B, T, out)."""
@@ -237,9 +237,9 @@ class BlendedLinear(nn.Module):
         if h is None:
             return y
         if y.dtype != self.dtype or not y.is_contiguous():
-            return y.add_(functional.linear(h, self.b))
+            return y.add_(functional.linear(h, self.b_active))
         # in place: y is ours, fresh from the base
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b.t())
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b_active.t())
         return y
 
     def gated(self, x: Tensor) -> Tensor | None:
@@ -247,7 +247,7 @@ class BlendedLinear(nn.Module):
         gates = self.gates.get(self.slot)
         if gates is None:
             return None
-        h = self.shrink.product(x, self.index)  # (B, T, R), or as the model shapes its tokens
+        h = self.stacked_a.product(x, self.index)  # (B, T, R), or as the model shapes its tokens
         num_rows, num_tokens, _ = gates.shape
         if h.dim() == 3 and num_rows in (1, h.shape[0]) and num_tokens in (1, h.shape[1]) and not self.role.is_routed:
             return gates.apply(h)

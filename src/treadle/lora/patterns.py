@@ -17,7 +17,7 @@ from treadle.common.errors import AdapterError, shown
 
 SECONDS, CPU_SECONDS, MEMORY = 4, 1, 1 << 29
 """Wall-clock and processor time, and bytes of address space, that all expressions of a config have together."""
-MOST_LETTERS = 100_000
+MAX_EXPRESSION_CHARACTERS = 100_000
 """Characters of one expression."""
 PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 """A name, in which a dot stands for any character: it is found in linear time."""
@@ -60,8 +60,8 @@ def _first(patterns: tuple[str, ...], paths: tuple[str, ...], method: Method) ->
     if all(map(PLAIN.fullmatch, patterns)):
         matches = [getattr(re.compile(expression), method) for expression in expressions]
         return tuple(next((i for i, match in enumerate(matches) if match(path)), None) for path in paths)
-    if long := [pattern for pattern in patterns if len(pattern) > MOST_LETTERS]:
-        raise AdapterError(f"an expression has {len(long[0])} characters; {MOST_LETTERS} at most are read")
+    if long := [pattern for pattern in patterns if len(pattern) > MAX_EXPRESSION_CHARACTERS]:
+        raise AdapterError(f"an expression has {len(long[0])} characters; {MAX_EXPRESSION_CHARACTERS} at most are read")
     answer = _ask(json.dumps([method, expressions, paths]))
     if answer is None:
         listed = ", ".join(map(shown, patterns[:3])) + (", ..." if len(patterns) > 3 else "")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from treadle.lora.adapter import Adapter
-from treadle.lora.layer import BlendedLinear, Layout, Shrink
+from treadle.lora.layer import BlendedLinear, StackedA, StackLayout
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of the linear layers of a block that read one input; a layer given another input computes its own product."""
@@ -27,8 +27,8 @@ class Stacks:
         """Plan the stacks; `by_columns` says how the B lie (`stack_b`)."""
         self.adapters = adapters
         self.layers = dict(layers)
-        self.layouts: dict[Layout, int] = {}
-        self.shrinks: list[tuple[Shrink, list[str]]] = []
+        self.layouts: dict[StackLayout, int] = {}
+        self.stacked: list[tuple[StackedA, list[str]]] = []
         self._by_columns = by_columns
         self._b: dict[str, Tensor] = {}  # (out, R) of each layer
 
@@ -36,25 +36,25 @@ class Stacks:
         """Copy all factors into stacks, unless that is done; where it fails, nothing has changed for the layers."""
         if len(self._b) == len(self.layers):
             return
-        self.shrinks.clear()
+        self.stacked.clear()
         for paths in _same_input(self.layers):
             pairs = [[each.pairs[path] for each in self.adapters if path in each.pairs] for path in paths]
             first = self.layers[paths[0]]
-            shrink = Shrink([torch.cat([pair.a for pair in each]) for each in pairs], first.device, first.dtype)
-            self.shrinks.append((shrink, paths))
+            stacked_a = StackedA([torch.cat([pair.a for pair in each]) for each in pairs], first.device, first.dtype)
+            self.stacked.append((stacked_a, paths))
             for path, each in zip(paths, pairs, strict=True):
                 self._b[path] = _stack_b([pair.b for pair in each], by_columns=self._by_columns).to(first.device)
 
     def put(self) -> None:
         """Give the layers their stacks; then each has to `choose`."""
-        for shrink, paths in self.shrinks:
+        for stacked_a, paths in self.stacked:
             for index, path in enumerate(paths):
                 slot = self.layouts.setdefault(self._layout(path), len(self.layouts))
-                self.layers[path].stack(self._b[path], shrink, index, slot)
+                self.layers[path].stack(self._b[path], stacked_a, index, slot)
 
-    def _layout(self, path: str) -> Layout:
+    def _layout(self, path: str) -> StackLayout:
         pairs = [(index, each.pairs[path]) for index, each in enumerate(self.adapters) if path in each.pairs]
-        return Layout(tuple((index, pair.rank, pair.scale) for index, pair in pairs))
+        return StackLayout(tuple((index, pair.rank, pair.scale) for index, pair in pairs))
 
 
 def _stack_b(factors: Sequence[Tensor], *, by_columns: bool) -> Tensor:

@@ -22,7 +22,7 @@ from treadle.lora.layer import BlendedLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MOST_TOKENS = 64
+MAX_CHUNK_TOKENS = 64
 """Tokens of a chunk; of longer ones the products take most of the time, and the mask would be large."""
 
 
@@ -35,7 +35,7 @@ class ChunkPass:
 
     def takes(self, given: PassInput) -> bool:
         """Whether this is a chunk of one row behind others, of which the last logits are asked for."""
-        is_chunk = given.cache.length > 0 and 1 < given.ids.shape[1] <= MOST_TOKENS
+        is_chunk = given.cache.length > 0 and 1 < given.ids.shape[1] <= MAX_CHUNK_TOKENS
         return is_chunk and len(given.ids) == given.num_logits == 1
 
     @torch.inference_mode()
@@ -86,7 +86,7 @@ def _column_product(layer: nn.Module, base: nn.Linear, x: Tensor) -> Tensor:
     h = layer.gated(x) if isinstance(layer, BlendedLinear) else None  # (1, T, R)
     if not isinstance(layer, BlendedLinear) or h is None:
         return y
-    return y.addmm_(layer.b, h[0].t()) if y.dtype == h.dtype else y.add_(torch.mm(layer.b, h[0].t()))
+    return y.addmm_(layer.b_active, h[0].t()) if y.dtype == h.dtype else y.add_(torch.mm(layer.b_active, h[0].t()))
 
 
 def _attend(layer: DecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, kept: RowLayer) -> Tensor:

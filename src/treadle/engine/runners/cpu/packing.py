@@ -1,8 +1,8 @@
-"""Weights of the base's as oneDNN packs them: a second copy, in the order in which its kernels read.
+"""Base weights packed by oneDNN: a second copy, in the order in which its kernels read.
 
-On AMD's CPUs products of few rows with such a copy take about half the time that MKL takes with the weights as they
-lie (`benchmarks/products.py`). vLLM packs on every CPU and drops the plain weights; here the model's own `forward`
-reads these, so both are kept, and models whose copy would take more than a GiB are packed only if they are asked to.
+On AMD's CPUs a product of few rows with a packed copy takes about half the time of MKL's with the plain weights
+(`benchmarks/products.py`). vLLM packs on every CPU and drops the plain weights. Treadle keeps both, because the model's
+own `forward` reads the plain ones; models whose copy takes more than 1 GiB are packed only on request.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 CPU_FILE = Path("/proc/cpuinfo")
-PACKED_BYTES = 1 << 30
-"""The most bytes of weights of which a packed copy is made without being asked for."""
+DEFAULT_PACK_BYTES = 1 << 30
+"""Models up to this many bytes of weights are packed without being asked."""
 OPERATIONS = torch.ops.mkldnn  # inductor's own: PyTorch has no public name for them
 
 
@@ -26,10 +26,20 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(OPERATIONS._is_mkldnn_bf16_supported()))
 
 
-def packs_unasked(num_bytes: int, dtype: torch.dtype) -> bool:
-    """Return whether so many bytes of weights are packed where nobody says: where it was measured to be faster."""
-    is_faster = is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return is_faster and num_bytes <= PACKED_BYTES and can_pack(dtype)
+def packs_by_default(
+    num_bytes: int, dtype: torch.dtype, *, on_amd: bool | None = None, capability: str | None = None
+) -> bool:
+    """Return whether weights of `num_bytes` bytes are packed unasked, which is where packing was measured to be faster.
+
+    Args:
+        num_bytes: of all weights.
+        dtype: of the weights.
+        on_amd: the CPU is AMD's; None asks the system.
+        capability: the CPU's vector instructions as PyTorch names them; None asks PyTorch.
+    """
+    on_amd = is_amd() if on_amd is None else on_amd
+    is_faster = on_amd and (capability or torch.backends.cpu.get_cpu_capability()) == "AVX512"
+    return is_faster and num_bytes <= DEFAULT_PACK_BYTES and can_pack(dtype)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -44,31 +54,33 @@ def packed_product(x: Tensor, packed: Tensor) -> Tensor:
 
 @cache
 def is_amd() -> bool:
-    """Return whether the system says that this is a CPU of AMD's."""
+    """Return whether the system reports a CPU made by AMD."""
     return CPU_FILE.exists() and "AuthenticAMD" in CPU_FILE.read_text("utf-8")
 
 
-class Packs:
-    """The packed copies of a model's weights, each made when a step first needs it, kept while adapters come and go."""
+class PackedWeights:
+    """The packed copies of a model's weights. Each is made on first use and kept while adapters come and go."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[nn.Linear, ...], Tensor] = {}
         self._versions: dict[tuple[nn.Linear, ...], int] = {}
+        self.num_packed = 0  # so far
 
-    def of(self, layers: tuple[nn.Linear, ...], weight: Tensor) -> Tensor:
-        """Return the packed copy of the weights of some layers, which lie one below the other in `weight`."""
+    def get(self, layers: tuple[nn.Linear, ...], weight: Tensor) -> Tensor:
+        """Return the packed copy of the weights of some layers, which are stacked in `weight`."""
         if layers not in self._made:
-            self._made[layers] = self.fresh(layers, weight)
+            self._made[layers] = self.pack(layers, weight)
         return self._made[layers]
 
-    def fresh(self, layers: tuple[nn.Linear, ...], weight: Tensor) -> Tensor:
-        """Return a copy of their weights and of what else lies in `weight`, for one who keeps it."""
+    def pack(self, layers: tuple[nn.Linear, ...], weight: Tensor) -> Tensor:
+        """Return a new packed copy of `weight`, which the caller keeps; watch the layers for later writes."""
         self._versions.setdefault(layers, _version(layers))
+        self.num_packed += 1
         return pack(weight)
 
     @property
     def are_stale(self) -> bool:
-        """Whether somebody has written to weights since they were packed."""
+        """True if a weight has been written to since it was packed."""
         return any(_version(layers) != version for layers, version in self._versions.items())
 
 
@@ -76,16 +88,16 @@ def _version(layers: Sequence[nn.Linear]) -> int:
     return sum(0 if layer.weight.is_inference() else layer.weight._version for layer in layers)
 
 
-class Weight:
-    """A matrix W of the base's, (out, in), or one with adapters' A below it: as it lies, and packed once asked for."""
+class BaseWeight:
+    """A matrix W (out, in) of the base, or W with adapters' A below it: plain, and packed on first use."""
 
-    def __init__(self, plain: Tensor, packs: Packs, layers: Sequence[nn.Linear], *, has_factors: bool) -> None:
-        """Take the weights of some layers, in one piece with factors that come and go or not."""
+    def __init__(self, plain: Tensor, packs: PackedWeights, layers: Sequence[nn.Linear], *, has_factors: bool) -> None:
+        """Take the stacked weights of some layers; `has_factors` says that A rows, which come and go, lie below."""
         self.plain = plain
         self._packs, self._layers, self._has_factors = packs, tuple(layers), has_factors
 
     @cached_property
     def packed(self) -> Tensor:
         """The packed copy."""
-        make = self._packs.fresh if self._has_factors else self._packs.of
+        make = self._packs.pack if self._has_factors else self._packs.get
         return make(self._layers, self.plain)

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from treadle.common.memory import trim
 from treadle.engine.kv_cache import RowLayer
-from treadle.engine.runners.cpu.layouts import Form, fastest_form
-from treadle.engine.runners.cpu.packing import Packs, packs_unasked
-from treadle.engine.runners.cpu.stacked_linear import Buffers, Stack, StackStep, StepGates
+from treadle.engine.runners.cpu.layouts import GemmLayout, fastest_layout
+from treadle.engine.runners.cpu.packing import PackedWeights, packs_by_default
+from treadle.engine.runners.cpu.stacked_linear import ResultBuffers, StackedLinear, StackedLinearStep, StepGates
 from treadle.engine.runners.decoder import DecoderLayer, decoder_layers
 from treadle.engine.runners.passes import PassInput, PassOutput
 from treadle.lora.blend import Blend
@@ -26,11 +26,11 @@ from treadle.lora.blend import Blend
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEPT = 4
+MAX_STEP_PLANS = 4
 """For how many numbers of rows a step keeps its buffers and views: rows join and leave one by one."""
 
 
-class Norm:
+class RmsNorm:
     """An RMS norm in half the operations that `functional.rms_norm` is on a CPU, and without rounding in between."""
 
     def __init__(self, module: Any) -> None:
@@ -44,56 +44,56 @@ class Norm:
         return (x * scale * self._weight).to(x.dtype)
 
 
-class Layer(NamedTuple):
+class CpuLayer(NamedTuple):
     """One decoder layer, its linear layers as stacks."""
 
-    first_norm: Norm
-    qkv: Stack
-    head_norms: tuple[Norm, Norm] | None
+    first_norm: RmsNorm
+    qkv: StackedLinear
+    head_norms: tuple[RmsNorm, RmsNorm] | None
     scaling: float
-    output: Stack
-    second_norm: Norm
-    gate_up: Stack
-    down: Stack
+    output: StackedLinear
+    second_norm: RmsNorm
+    gate_up: StackedLinear
+    down: StackedLinear
 
     @classmethod
-    def of(cls, layer: DecoderLayer, packs: Packs, *, with_factors: bool) -> "Layer":
-        """Collect what a layer computes with; `packs` and `with_factors` as `Stack` takes them."""
-        stack = partial(Stack, packs=packs, with_factors=with_factors)
+    def of(cls, layer: DecoderLayer, packs: PackedWeights, *, with_factors: bool) -> "CpuLayer":
+        """Collect what a layer computes with; `packs` and `with_factors` as `StackedLinear` takes them."""
+        stack = partial(StackedLinear, packs=packs, with_factors=with_factors)
         return cls(
-            first_norm=Norm(layer.first_norm),
+            first_norm=RmsNorm(layer.first_norm),
             qkv=stack(layer.qkv),
-            head_norms=layer.head_norms and (Norm(layer.head_norms[0]), Norm(layer.head_norms[1])),
+            head_norms=layer.head_norms and (RmsNorm(layer.head_norms[0]), RmsNorm(layer.head_norms[1])),
             scaling=layer.scaling,
             output=stack(layer.output),
-            second_norm=Norm(layer.second_norm),
+            second_norm=RmsNorm(layer.second_norm),
             gate_up=stack(layer.gate_up),
             down=stack(layer.down),
         )
 
-    def block(self, buffers: Buffers) -> "Block":
+    def block(self, buffers: ResultBuffers) -> "LayerStep":
         """Return the layer at work on a number of rows."""
         roles = {"qkv": self.qkv, "output": self.output, "gate up": self.gate_up, "down": self.down}
-        return Block(self, *(StackStep(stack, buffers, role) for role, stack in roles.items()))
+        return LayerStep(self, *(StackedLinearStep(stack, buffers, role) for role, stack in roles.items()))
 
 
-class Block(NamedTuple):
+class LayerStep(NamedTuple):
     """A layer at work on a number of rows."""
 
-    layer: Layer
-    qkv: StackStep
-    output: StackStep
-    gate_up: StackStep
-    down: StackStep
+    layer: CpuLayer
+    qkv: StackedLinearStep
+    output: StackedLinearStep
+    gate_up: StackedLinearStep
+    down: StackedLinearStep
 
 
-class Blocks(NamedTuple):
+class StepPlan(NamedTuple):
     """All that a step of a number of rows computes with."""
 
-    form: Form
-    layers: tuple[Block, ...]
-    last_norm: Norm
-    head: StackStep
+    layout: GemmLayout
+    layers: tuple[LayerStep, ...]
+    last_norm: RmsNorm
+    head: StackedLinearStep
 
 
 class FastStep:
@@ -107,8 +107,8 @@ class FastStep:
         self._model: Any = model
         self._blend = blend
         size = sum(parameter.nbytes for parameter in model.parameters())
-        self.has_packs = packs_unasked(size, model.dtype) if pack is None else pack
-        self._packs = Packs()
+        self.has_packs = packs_by_default(size, model.dtype) if pack is None else pack
+        self._packs = PackedWeights()
         config = model.config
         self._num_kv: int = config.num_key_value_heads
         self._num_rotated: int = config.num_attention_heads + config.num_key_value_heads
@@ -120,36 +120,36 @@ class FastStep:
     def _gather(self) -> None:
         """Collect what each layer computes with; once more when adapters come or go."""
         every = self._blend.has_few
-        self._blocks: dict[int, Blocks] = {}
-        self._layers: list[Layer] = []  # what it held before would keep weights that move from being freed
-        self._head = Stack([self._model.lm_head], self._packs, with_factors=every)
-        self._last_norm = Norm(self._model.model.norm)
+        self._plans: dict[int, StepPlan] = {}
+        self._layers: list[CpuLayer] = []  # what it held before would keep weights that move from being freed
+        self._head = StackedLinear([self._model.lm_head], self._packs, with_factors=every)
+        self._last_norm = RmsNorm(self._model.model.norm)
         layers = decoder_layers(self._model)
-        self._layers = [Layer.of(layer, self._packs, with_factors=every) for layer in layers]
+        self._layers = [CpuLayer.of(layer, self._packs, with_factors=every) for layer in layers]
         self._blend.renew()
         self._adapters = self._blend.adapters
         self._laid_out: object = None
         trim()  # weights and factors that moved have left what the allocator would keep
 
-    def _blocks_for(self, num_rows: int) -> Blocks:
+    def _plan_for(self, num_rows: int) -> StepPlan:
         """Return what a step of so many rows computes with, the adapters as they are laid out now."""
         if self._packs.are_stale:  # somebody has written to the base's weights
-            self._packs = Packs()
+            self._packs = PackedWeights()
             self._gather()
         if self._adapters is not self._blend.adapters:
             self._gather()
         if self._laid_out is not self._blend.arrangement:
             self._laid_out = self._blend.arrangement
-            self._blocks.clear()
-        if num_rows not in self._blocks:
-            while len(self._blocks) >= KEPT:
-                del self._blocks[next(iter(self._blocks))]
-            buffers = Buffers(fastest_form(num_rows, self._head.weight.dtype, has_packs=self.has_packs))
+            self._plans.clear()
+        if num_rows not in self._plans:
+            while len(self._plans) >= MAX_STEP_PLANS:
+                del self._plans[next(iter(self._plans))]
+            buffers = ResultBuffers(fastest_layout(num_rows, self._head.weight.dtype, has_packs=self.has_packs))
             layers = tuple(layer.block(buffers) for layer in self._layers)
-            self._blocks[num_rows] = Blocks(
-                buffers.form, layers, self._last_norm, StackStep(self._head, buffers, "head")
+            self._plans[num_rows] = StepPlan(
+                buffers.layout, layers, self._last_norm, StackedLinearStep(self._head, buffers, "head")
             )
-        return self._blocks[num_rows]
+        return self._plans[num_rows]
 
     def takes(self, given: PassInput) -> bool:
         """Whether each row has one new token, and weights that are summed."""
@@ -163,9 +163,9 @@ class FastStep:
 
     def _read(self, given: PassInput) -> PassOutput:
         ids, mask = given.ids, given.mask()
-        form, layers, last_norm, head = self._blocks_for(len(ids))
+        layout, layers, last_norm, head = self._plan_for(len(ids))
         inner = self._model.model
-        gates = StepGates(self._blend.gates, form)
+        gates = StepGates(self._blend.gates, layout)
         x = inner.embed_tokens(ids)[:, 0]  # (B, H)
         cos, sin = inner.rotary_emb(x, given.positions())  # (B, 1, head)
         half = self._head_dim // 2
@@ -183,7 +183,7 @@ class FastStep:
         return PassOutput(head(x, gates)[:, None], None if hidden is None else hidden[:, None])
 
     def _attend(
-        self, layer: Layer, heads: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor | None, kept: RowLayer
+        self, layer: CpuLayer, heads: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor | None, kept: RowLayer
     ) -> Tensor:
         """Return what the heads read (B, heads * head), given their q, k and v (B, (q + k + v) * head)."""
         cos, sin = rotation

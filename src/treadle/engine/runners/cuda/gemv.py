@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-VECTOR = (2, 2048, 8)
+VECTOR_TILE = (2, 2048, 8)
 """Outputs a program, columns of W at a time, warps: of one row, the fastest for every product of both models."""
-THIN = ((8, 4608, (32, 128, 4, 4)), (32, 16384, (64, 128, 4, 3)))
+THIN_TILES = ((8, 4608, (32, 128, 4, 4)), (32, 16384, (64, 128, 4, 3)))
 """Rows at most, outputs at least: outputs a program, columns of W at a time, warps, stages. The last that fits counts.
 
 Both were measured by `python benchmarks/gpu.py` (its lines `product`) on an H100, in bfloat16. With up to 32 rows the
@@ -79,8 +79,8 @@ def fastest_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T (B, out) for x (B, in), W (out, in), in the form that was fastest; by cuBLAS if none was."""
     num_rows, num_out = len(x), len(weight)
     if num_rows == 1:
-        return vector_product(x, weight, *VECTOR)
-    fitting = [how for rows, outs, how in THIN if num_rows <= rows and num_out >= outs]
+        return vector_product(x, weight, *VECTOR_TILE)
+    fitting = [how for rows, outs, how in THIN_TILES if num_rows <= rows and num_out >= outs]
     if fitting and x.dtype == torch.bfloat16:
         return thin_product(x, weight, *fitting[-1])
     return functional.linear(x, weight)

@@ -10,14 +10,14 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
-class Factor(NamedTuple):
+class LayerB(NamedTuple):
     """The second product of one layer's adapters: b (out, R), and the column of h where its R begin."""
 
     b: Tensor
     start: int
 
 
-class Update(NamedTuple):
+class PendingUpdate(NamedTuple):
     """What adapters add to layers that read the same input.
 
     Attributes:
@@ -28,10 +28,10 @@ class Update(NamedTuple):
 
     h: Tensor
     gates: Tensor
-    factors: Sequence[Factor | None]
+    factors: Sequence[LayerB | None]
 
 
-class Norm(NamedTuple):
+class PendingNorm(NamedTuple):
     """A norm that is still to be multiplied in: sums of squares (B, parts) of rows of `size`, and its epsilon."""
 
     squares: Tensor
@@ -39,7 +39,7 @@ class Norm(NamedTuple):
     epsilon: float
 
 
-class Unfinished(NamedTuple):
+class PendingProduct(NamedTuple):
     """A product y (B, out and more) and what is still to come: (y + update) / rms + bias.
 
     Attributes:
@@ -50,9 +50,9 @@ class Unfinished(NamedTuple):
     """
 
     y: Tensor
-    update: Update | None = None
+    update: PendingUpdate | None = None
     bias: Tensor | None = None
-    norm: Norm | None = None
+    norm: PendingNorm | None = None
 
 
 class HeadNorms(NamedTuple):
@@ -71,7 +71,7 @@ class Heads(NamedTuple):
     size: int
 
 
-class Window(NamedTuple):
+class CacheWindow(NamedTuple):
     """Where a layer's keys and values lie, all of it data on the device: nothing here is part of a captured graph.
 
     Attributes:
@@ -102,17 +102,17 @@ class Kernels(Protocol):
         """Return x W^T (B, out) for x (B, in)."""
         ...
 
-    def add(self, x: Tensor, product: Unfinished, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def add(self, x: Tensor, product: PendingProduct, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x + product (B, H), the same times `weight` (H,), and its sums of squares (B, parts)."""
         ...
 
     def store(
         self,
-        product: Unfinished,
+        product: PendingProduct,
         shape: Heads,
         rotation: tuple[Tensor, Tensor],
         head_norms: HeadNorms | None,
-        window: Window,
+        window: CacheWindow,
     ) -> Tensor:
         """Finish q, k, v side by side (B, (q + kv + kv) * head), rotate q and k and write k and v to the cache.
 
@@ -128,10 +128,10 @@ class Kernels(Protocol):
         """
         ...
 
-    def attend(self, queries: Tensor, num_kv: int, scaling: float, window: Window) -> Tensor:
+    def attend(self, queries: Tensor, num_kv: int, scaling: float, window: CacheWindow) -> Tensor:
         """Return what queries (B, q, head) read from the cache: (B, q * head)."""
         ...
 
-    def activate(self, product: Unfinished, size: int) -> Tensor:
+    def activate(self, product: PendingProduct, size: int) -> Tensor:
         """Return silu(gate) * up (B, size) of gate and up side by side (B, 2 * size)."""
         ...

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from treadle.engine.runners import decoder
-from treadle.engine.runners.cuda.interface import Factor, HeadNorms, Heads, Kernels, Norm, Unfinished, Update, Window
+from treadle.engine.runners.cuda.interface import (
+    CacheWindow,
+    HeadNorms,
+    Heads,
+    Kernels,
+    LayerB,
+    PendingNorm,
+    PendingProduct,
+    PendingUpdate,
+)
 from treadle.engine.runners.decoder import DecoderLayer, bases, decoder_layers, in_one_piece, joined_bias
 from treadle.engine.runners.passes import PassInput, PassOutput
 from treadle.lora.blend import Blend
@@ -31,12 +40,12 @@ from treadle.lora.layer import BlendedLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Run = Callable[[], PassOutput]
-DTYPES = (torch.bfloat16, torch.float32)
+Replay = Callable[[], PassOutput]
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
 """The norm is multiplied in behind a product: float16 could overflow before it."""
-SEQUENCE_ROTATIONS = ("dynamic", "longrope")
+LENGTH_ROPE_TYPES = ("dynamic", "longrope")
 """Kinds of rotary positions that depend on the longest row, which a graph does not look at."""
-CAPABILITY = (8, 0)
+MIN_COMPUTE_CAPABILITY = (8, 0)
 """Of the oldest GPU whose tensor cores know bfloat16."""
 
 
@@ -46,8 +55,10 @@ def fits(model: "PreTrainedModel") -> bool:
         return False
     inner: Any = cast(Any, model).model
     is_aligned = inner.layers[0].self_attn.head_dim % 8 == 0  # the kernels read 16 bytes at once
-    is_known = model.dtype in DTYPES and torch.cuda.get_device_capability(model.device) >= CAPABILITY
-    return is_aligned and is_known and inner.rotary_emb.rope_type not in SEQUENCE_ROTATIONS
+    is_known = (
+        model.dtype in SUPPORTED_DTYPES and torch.cuda.get_device_capability(model.device) >= MIN_COMPUTE_CAPABILITY
+    )
+    return is_aligned and is_known and inner.rotary_emb.rope_type not in LENGTH_ROPE_TYPES
 
 
 def has_triton() -> bool:
@@ -63,7 +74,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, run: Run) -> Run:
+    def __call__(self, run: Replay) -> Replay:
         """Return a function that replays `run` and returns the same tensors each time, with what they now hold."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
@@ -82,21 +93,23 @@ class CudaGraphs:
         return replay
 
 
-class Group:
+class FusedLinear:
     """Linear layers that read the same input, and the adapters of all of them: W above A, in one piece."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         plain = bases(layers)
         blended = [layer for layer in layers if isinstance(layer, BlendedLinear)]
-        shrink = blended[0].shrink if blended else None
+        stacked_a = blended[0].stacked_a if blended else None
         self.bias = joined_bias(plain)  # (sum of out,)
         self.num_out = sum(layer.out_features for layer in plain)
-        self.whole = in_one_piece([*(layer.weight for layer in plain), *([shrink.a] if shrink else [])])
-        if shrink:
-            shrink.share(self.whole[self.num_out :])
+        self.whole = in_one_piece([*(layer.weight for layer in plain), *([stacked_a.a_active] if stacked_a else [])])
+        if stacked_a:
+            stacked_a.share(self.whole[self.num_out :])
         self.slots = tuple(layer.slot for layer in sorted(blended, key=lambda layer: layer.index))
         self.factors = tuple(
-            Factor(layer.b, layer.shrink.rows[layer.index].start) if isinstance(layer, BlendedLinear) else None
+            LayerB(layer.b_active, layer.stacked_a.rows[layer.index].start)
+            if isinstance(layer, BlendedLinear)
+            else None
             for layer in layers
         )
 
@@ -106,21 +119,21 @@ class Group:
         return self.whole[: self.num_out]
 
 
-class Block(NamedTuple):
+class GraphLayer(NamedTuple):
     """What one decoder layer computes with."""
 
-    qkv: Group
+    qkv: FusedLinear
     head_norms: HeadNorms | None
     scaling: float
-    output: Group
+    output: FusedLinear
     second_norm: Any
-    gate_up: Group
-    down: Group
+    gate_up: FusedLinear
+    down: FusedLinear
     next_norm: Any
     """What reads the layer's result: the first norm of the next one, or the last norm."""
 
 
-class Inputs:
+class StepInputs:
     """What changes between the steps of a number of rows: on the device, and the memory on the host it is copied from.
 
     Attributes:
@@ -172,7 +185,7 @@ class GraphStep:
         model: "PreTrainedModel",
         blend: Blend,
         kernels: Kernels | None = None,
-        capture: Callable[[Run], Run] | None = None,
+        capture: Callable[[Replay], Replay] | None = None,
     ) -> None:
         """Take a model that `fits`; its weights come to lie in one piece with the adapters', with the values they have.
 
@@ -206,7 +219,7 @@ class GraphStep:
         rows = self._kernels.bucket(len(ids))
         if rows not in self._inputs:
             device = self._model.device
-            self._inputs[rows] = Inputs(rows, len(self._adapters), len(self._blocks), device)
+            self._inputs[rows] = StepInputs(rows, len(self._adapters), len(self._blocks), device)
         inputs = self._inputs[rows]
         place = cache.extend(len(self._blocks))
         buffers = cache.buffers()
@@ -230,12 +243,12 @@ class GraphStep:
     def _gather(self) -> None:
         """Collect what each layer computes with; once more when adapters come or go."""
         with torch.inference_mode(False), torch.no_grad():
-            self._runs: dict[tuple[int | None, ...], Run] = {}
-            self._inputs: dict[int, Inputs] = {}
+            self._runs: dict[tuple[int | None, ...], Replay] = {}
+            self._inputs: dict[int, StepInputs] = {}
             layers = decoder_layers(self._model)
             norms = [*(layer.first_norm for layer in layers[1:]), self._model.model.norm]
-            self._blocks = [_block(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
-            self._head = Group([self._model.lm_head])
+            self._blocks = [_graph_layer(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
+            self._head = FusedLinear([self._model.lm_head])
             self._groups = {
                 "qkv": [block.qkv for block in self._blocks],
                 "o": [block.output for block in self._blocks],
@@ -247,7 +260,7 @@ class GraphStep:
             self._adapters = self._blend.adapters
             self._spread, self._gate_columns = self._gates(list(chain(*self._groups.values())))
 
-    def _gates(self, groups: Sequence[Group]) -> tuple[Tensor | None, dict[tuple[int, ...], slice]]:
+    def _gates(self, groups: Sequence[FusedLinear]) -> tuple[Tensor | None, dict[tuple[int, ...], slice]]:
         """Return the matrix (N, sum of R) from weights to the gates of each kind of group, and the columns of each."""
         parts: list[Tensor] = []
         columns: dict[tuple[int, ...], slice] = {}
@@ -258,7 +271,7 @@ class GraphStep:
         return (torch.cat(parts, 1) if parts else None), columns
 
     def _run(
-        self, inputs: Inputs, is_blended: bool, buffers: Sequence[tuple[Tensor, Tensor]], asked: int | None
+        self, inputs: StepInputs, is_blended: bool, buffers: Sequence[tuple[Tensor, Tensor]], asked: int | None
     ) -> PassOutput:
         """Compute a step, with the hidden states of the layer `asked` for: all of it is captured."""
         inner, kernels = self._model.model, self._kernels
@@ -266,19 +279,19 @@ class GraphStep:
         x = inner.embed_tokens(inputs.ids)  # (B, H)
         cos, sin = (each[:, 0].contiguous() for each in inner.rotary_emb(x, inputs.positions))  # (B, head)
         first = inner.layers[0].input_layernorm
-        x, weighted, squares = kernels.add(x, Unfinished(torch.zeros_like(x)), first.weight)
+        x, weighted, squares = kernels.add(x, PendingProduct(torch.zeros_like(x)), first.weight)
         epsilon = first.variance_epsilon
         hidden: Tensor | None = None
         for index, (block, pair, pointers) in enumerate(zip(self._blocks, buffers, inputs.pointers, strict=True)):
             hidden = x if index == asked else hidden  # stages return new tensors: nobody writes to it
-            window = Window(pair, pointers, inputs.first, inputs.place)
-            norm = Norm(squares, x.shape[1], epsilon)
+            window = CacheWindow(pair, pointers, inputs.first, inputs.place)
+            norm = PendingNorm(squares, x.shape[1], epsilon)
             heads = self._products(block.qkv, weighted, gates, norm)
             q = kernels.store(heads, self._heads, (cos, sin), block.head_norms, window)  # (B, q, head)
             read = kernels.attend(q, self._heads.kv, block.scaling, window)
             product = self._products(block.output, read, gates)
             x, weighted, squares = kernels.add(x, product, block.second_norm.weight)
-            norm = Norm(squares, x.shape[1], block.second_norm.variance_epsilon)
+            norm = PendingNorm(squares, x.shape[1], block.second_norm.variance_epsilon)
             gate_up = self._products(block.gate_up, weighted, gates, norm)
             active = kernels.activate(gate_up, block.gate_up.num_out // 2)
             product = self._products(block.down, active, gates)
@@ -288,13 +301,15 @@ class GraphStep:
         hidden = x if asked == len(self._blocks) else hidden
         return PassOutput(self._logits(x, gates)[:, None], None if hidden is None else hidden[:, None])
 
-    def _products(self, group: Group, x: Tensor, gates: Tensor | None, norm: Norm | None = None) -> Unfinished:
+    def _products(
+        self, group: FusedLinear, x: Tensor, gates: Tensor | None, norm: PendingNorm | None = None
+    ) -> PendingProduct:
         """Return W x (B, sum of out and more) of a group and what is still to come; `norm` is that of x."""
         if gates is None or not group.slots:
-            return Unfinished(self._kernels.product(x, group.weight), None, group.bias, norm)
+            return PendingProduct(self._kernels.product(x, group.weight), None, group.bias, norm)
         y = self._kernels.product(x, group.whole)
-        update = Update(y[:, group.num_out :], gates[:, self._gate_columns[group.slots]], group.factors)
-        return Unfinished(y, update, group.bias, norm)
+        update = PendingUpdate(y[:, group.num_out :], gates[:, self._gate_columns[group.slots]], group.factors)
+        return PendingProduct(y, update, group.bias, norm)
 
     def _logits(self, x: Tensor, gates: Tensor | None) -> Tensor:
         """Return the logits (B, V) of x (B, H); no stage is behind the head, for its adapters to ride on."""
@@ -313,18 +328,18 @@ def _triton_kernels() -> Kernels:
     return TritonKernels()
 
 
-def _block(layer: DecoderLayer, next_norm: Any) -> Block:
+def _graph_layer(layer: DecoderLayer, next_norm: Any) -> GraphLayer:
     head_norms = None
     if layer.head_norms:
         q_norm, k_norm = layer.head_norms
         head_norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
-    return Block(
-        qkv=Group(layer.qkv),
+    return GraphLayer(
+        qkv=FusedLinear(layer.qkv),
         head_norms=head_norms,
         scaling=layer.scaling,
-        output=Group(layer.output),
+        output=FusedLinear(layer.output),
         second_norm=layer.second_norm,
-        gate_up=Group(layer.gate_up),
-        down=Group(layer.down),
+        gate_up=FusedLinear(layer.gate_up),
+        down=FusedLinear(layer.down),
         next_norm=next_norm,
     )

@@ -10,7 +10,7 @@ them are there. A function that is no kernel is compiled into those that call it
 import triton
 import triton.language as tl
 
-LOOSE = ["num_rows", "parts"]
+UNSPECIALIZED_ARGUMENTS = ["num_rows", "parts"]
 """Arguments for whose values nothing is compiled anew."""
 
 
@@ -62,7 +62,7 @@ def _scale(squares, parts, size, epsilon, rows, is_row, P: tl.constexpr):
     return tl.rsqrt(total / size + epsilon)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED_ARGUMENTS)
 def add_kernel(
     x, y, y_stride, bias, weight, total_out, weighted_out, squares, num_rows, size,
     h, h_stride, gates, gates_stride, b, rank,
@@ -90,7 +90,7 @@ def add_kernel(
     tl.store(squares + rows * tl.num_programs(1) + block, tl.sum(exact * exact, 1), mask=is_row)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED_ARGUMENTS)
 def activate_kernel(
     y, y_stride, bias, squares, parts, norm_size, epsilon, out, num_rows, size,
     h, h_stride, gates, gates_stride, gate_b, gate_rank, gate_start, up_b, up_rank, up_start,
@@ -174,7 +174,7 @@ def _write_head(
         tl.store(target + HEAD // 2, two.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@triton.jit(do_not_specialize=UNSPECIALIZED_ARGUMENTS)
 def store_kernel(
     y, y_stride, bias, squares, parts, norm_size, epsilon, cos, sin, q_norm, k_norm, head_epsilon,
     queries, pointers, first, place, num_rows,

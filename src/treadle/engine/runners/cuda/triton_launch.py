@@ -12,16 +12,24 @@ import triton
 from torch import Tensor
 
 from treadle.engine.runners.cuda.gemv import fastest_product
-from treadle.engine.runners.cuda.interface import Factor, HeadNorms, Heads, Norm, Unfinished, Update, Window
+from treadle.engine.runners.cuda.interface import (
+    CacheWindow,
+    HeadNorms,
+    Heads,
+    LayerB,
+    PendingNorm,
+    PendingProduct,
+    PendingUpdate,
+)
 from treadle.engine.runners.cuda.triton_kernels import activate_kernel, add_kernel, attend_kernel, store_kernel
 
-PROGRAMS = 8 * 132
+ATTENTION_PROGRAMS = 8 * 132
 """Programs that attention is split into if there are fewer heads and rows: eight on each multiprocessor of an H100."""
 MAX_SPLITS = 32
-RANK_BYTES, ROW_RANK_BYTES = 128, 512
+TILE_BYTES, ROW_TILE_BYTES = 128, 512
 """Of each row of B, what is read at once for several rows of x, and for one."""
 
-ROW_BLOCKS = 4
+MAX_ROW_TILES = 4
 """Blocks of ranks at most that are written out for one row: a kernel with eight took minutes to compile."""
 
 
@@ -46,7 +54,7 @@ class TritonKernels:
         """Return x W^T (B, out) for x (B, in) in the form that is fastest."""
         return fastest_product(x, weight)
 
-    def add(self, x: Tensor, product: Unfinished, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def add(self, x: Tensor, product: PendingProduct, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x + product (B, H), the same times `weight` (H,), and its sums of squares (B, parts)."""
         y, update, bias, _ = product
         num_rows, size = x.shape
@@ -66,11 +74,11 @@ class TritonKernels:
 
     def store(
         self,
-        product: Unfinished,
+        product: PendingProduct,
         shape: Heads,
         rotation: tuple[Tensor, Tensor],
         head_norms: HeadNorms | None,
-        window: Window,
+        window: CacheWindow,
     ) -> Tensor:
         """Write k and v to the cache, return q (B, q, head)."""
         heads, update, bias, norm = product
@@ -91,11 +99,11 @@ class TritonKernels:
         )  # fmt: skip
         return queries
 
-    def attend(self, queries: Tensor, num_kv: int, scaling: float, window: Window) -> Tensor:
+    def attend(self, queries: Tensor, num_kv: int, scaling: float, window: CacheWindow) -> Tensor:
         """Return what queries (B, q, head) read from the cache: (B, q * head)."""
         num_rows, num_q, size = queries.shape
         group = num_q // num_kv
-        splits = max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, num_rows * num_kv)))
+        splits = max(1, min(MAX_SPLITS, triton.cdiv(ATTENTION_PROGRAMS, num_rows * num_kv)))
         out = queries.new_empty(num_rows, num_q * size)
         partial = queries.new_empty(num_rows, num_q, splits, size, dtype=torch.float32)
         sums = queries.new_empty(num_rows, num_q, splits, 2, dtype=torch.float32)
@@ -108,7 +116,7 @@ class TritonKernels:
         )  # fmt: skip
         return out
 
-    def activate(self, product: Unfinished, size: int) -> Tensor:
+    def activate(self, product: PendingProduct, size: int) -> Tensor:
         """Return silu(gate) * up (B, size) of gate and up side by side (B, 2 * size)."""
         gate_up, update, bias, norm = product
         num_rows = len(gate_up)
@@ -131,32 +139,32 @@ class TritonKernels:
         return self._tickets[device]
 
 
-def _row_block(num_rows: int, update: Update | None) -> int:
+def _row_block(num_rows: int, update: PendingUpdate | None) -> int:
     """Return how many rows a program takes whose adapters' factors are read for all of them at once."""
     size = update.h.element_size() if update else 1
-    if num_rows == 1 and _widest(update) * size <= ROW_BLOCKS * ROW_RANK_BYTES:
+    if num_rows == 1 and _widest(update) * size <= MAX_ROW_TILES * ROW_TILE_BYTES:
         return 1
     return min(64, max(16, triton.next_power_of_2(num_rows)))
 
 
-def _widest(update: Update | None) -> int:
+def _widest(update: PendingUpdate | None) -> int:
     """Return the rank of the widest layer."""
     return max((factor.b.shape[1] for factor in update.factors if factor), default=1) if update else 1
 
 
-def _ranks(update: Update | None, block: int) -> dict[str, int]:
+def _ranks(update: PendingUpdate | None, block: int) -> dict[str, int]:
     """Return how many ranks are read at once, 16 at least, and in how many turns."""
     size = update.h.element_size() if update else 1
-    most = (ROW_RANK_BYTES if block == 1 else RANK_BYTES) // size
+    most = (ROW_TILE_BYTES if block == 1 else TILE_BYTES) // size
     ranks = min(most, max(16, triton.next_power_of_2(_widest(update))))
     return {"R": ranks, "BLOCKS": triton.cdiv(_widest(update), ranks) if block == 1 else 0, "num_stages": 2}
 
 
-def _warps(block: int, update: Update | None) -> int:
+def _warps(block: int, update: PendingUpdate | None) -> int:
     return 8 if block >= 64 or (block == 1 and _widest(update) > 64) else 4
 
 
-def _parts_block(norm: Norm | None) -> int:
+def _parts_block(norm: PendingNorm | None) -> int:
     assert norm is not None
     return triton.next_power_of_2(norm.squares.shape[1])
 
@@ -166,17 +174,17 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def _norm(norm: Norm | None) -> tuple[Tensor, int, int, float]:
+def _norm(norm: PendingNorm | None) -> tuple[Tensor, int, int, float]:
     assert norm is not None
     return norm.squares, norm.squares.shape[1], norm.size, norm.epsilon
 
 
-def _sources(update: Update | None, other: Tensor) -> tuple[Tensor, int, Tensor, int]:
+def _sources(update: PendingUpdate | None, other: Tensor) -> tuple[Tensor, int, Tensor, int]:
     if update is None:
         return other, 0, other, 0
     return update.h, update.h.stride(0), update.gates, update.gates.stride(0)
 
 
-def _factor(factor: Factor | None, other: Tensor) -> tuple[Tensor, int, int]:
+def _factor(factor: LayerB | None, other: Tensor) -> tuple[Tensor, int, int]:
     """Return b, its rank and where its h begins; no rank where there is none."""
     return (other, 0, 0) if factor is None else (factor.b, factor.b.shape[1], factor.start)
