@@ -181,7 +181,8 @@ def test_an_adapter_that_only_running_rows_hold_does_not_act_on_new_ones(
     assert "code" in engine.blend.names
     beside = engine.generate(PROMPTS[0], sampling=GREEDY, routing=routing)
     (scored,) = engine.score([PROMPTS[0]], [" plus"], routing=routing)
-    engine.release(running)
+    assert engine.release(running)
+    engine.drop_retired()
     assert engine.blend.names == ("math", "science")
     assert_same(engine.generate(PROMPTS[0], sampling=GREEDY, routing=routing), beside)
     np.testing.assert_allclose(engine.score([PROMPTS[0]], [" plus"], routing=routing)[0], scored, atol=1e-4)
@@ -459,6 +460,41 @@ def test_a_plan_that_others_have_made_stale_is_made_anew(engine: Engine, tmp_pat
     alone = engine.generate("add", sampling=GREEDY, routing=RoutingParams.one("late"))
     engine.remove_adapter("science")
     assert engine.generate("add", sampling=GREEDY, routing=RoutingParams.one("late")).token_ids == alone.token_ids
+
+
+def test_stacks_without_a_removed_adapter_are_built_beside_the_steps(engine: Engine, tmp_path: Path) -> None:
+    routing = RoutingParams.one("code")
+    before = engine.generate("add", sampling=GREEDY, routing=routing)
+    running = engine.new_rows([[97]])
+    engine.hold(running)
+    engine.retire_adapter("math")
+    assert engine.adapter_names == ("science", "code")
+    assert engine.plan_drop() is None  # a running row uses it
+    engine.drop_retired()
+    assert "math" in engine.blend.names
+    with pytest.raises(AdapterError, match="still used by running rows"):
+        engine.add_adapter("math", "anywhere", ["add"])
+    assert engine.release(running)
+    assert not engine.release(running)
+    stacks = engine.plan_drop()
+    assert stacks is not None
+    stacks.build()
+    assert engine.generate("add", sampling=GREEDY, routing=routing).token_ids == before.token_ids
+    engine.drop_retired(stacks)
+    assert engine.blend.names == ("science", "code")
+    assert engine.plan_drop() is None
+    assert engine.generate("add", sampling=GREEDY, routing=routing).token_ids == before.token_ids
+
+
+def test_an_adapter_takes_the_place_of_a_retired_one_of_its_name(engine: Engine, tmp_path: Path) -> None:
+    other = read_adapter(save_adapter(tmp_path / "other", seed=77), "math")
+    own = centroid_of("math", ["add the loop", "the loop"], engine.router.embedder)
+    engine.retire_adapter("math")
+    stale = engine.plan_drop()
+    engine.join_adapter(other, own)
+    assert engine.blend.names == engine.adapter_names == ("science", "code", "math")
+    engine.drop_retired(stale)
+    assert engine.blend.names == ("science", "code", "math")
 
 
 def test_adapters_with_which_the_default_routing_cannot_decide_neither_come_nor_go(

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from treadle.bundle.centroid_files import save_centroid
-from treadle.lora import stacking
+from treadle.lora.stacking import Stacks
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import StaticEmbedder
 from treadle.serving.openai import adapters
@@ -116,7 +116,7 @@ def test_running_requests_finish_untouched(served: Serving) -> None:
         assert "still used by running rows" in refused.json()["error"]["message"]
         texts = [each.result().json()["choices"][0]["text"] for each in running]
     assert texts == list(expected.values())
-    assert served.engine.blend.names == ("science", "code", "poetry")
+    served.wait_until(lambda: served.engine.blend.names == ("science", "code", "poetry"))
 
 
 def test_as_vllm_has_it(served: Serving, folder: Path) -> None:
@@ -193,13 +193,14 @@ def test_samples_are_embedded_beside_the_steps(served: Serving, monkeypatch: pyt
 
 def test_factors_are_stacked_and_let_go_of_beside_the_steps(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
-    stack, read = stacking._stack_b, adapters.read_adapter
+    build, read = Stacks.build, adapters.read_adapter
 
-    def noted(*factors: Any, **options: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return stack(*factors, **options)
+    def noted(stacks: Stacks) -> None:
+        if not stacks.shrinks:  # not built yet
+            threads.append(threading.current_thread().name)
+        build(stacks)
 
-    monkeypatch.setattr(stacking, "_stack_b", noted)
+    monkeypatch.setattr(Stacks, "build", noted)
 
     def followed(*given: Any) -> Any:
         adapter = read(*given)
@@ -212,3 +213,7 @@ def test_factors_are_stacked_and_let_go_of_beside_the_steps(served: Serving, mon
         assert add(served, **changes).status_code == status
         served.wait_until(lambda: bool(threads))
         assert set(threads) == {"treadle-read_0"}
+    threads.clear()
+    assert served.request("DELETE", ADAPTERS + "/poetry", headers=ADMIN).status_code == 200
+    assert threads == ["treadle-read_0"]
+    assert served.engine.blend.names == ("math", "science", "code")

@@ -91,7 +91,7 @@ class Engine:
         self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
         self.runner = new_runner(model, self.blend, pack=pack, is_fast=is_fast)
         self._running: list[Row] = []
-        self._retired: set[str] = set()  # removed adapters that running rows still use
+        self._retired: set[str] = set()  # removed adapters whose factors are still attached
         self.check_routing([router.params])
 
     @property
@@ -197,7 +197,7 @@ class Engine:
         """Check whether an adapter fits, and return stacks with it: to build beside the steps, for `join_adapter`."""
         self._check_new(adapter.name)
         check_tokens([adapter], self._rereading)
-        return self.blend.plan([*self.blend.adapters, adapter])
+        return self.blend.plan([*self._used_adapters(), adapter])
 
     def join_adapter(self, adapter: Adapter, centroids: Centroids, stacks: Stacks | None = None) -> None:
         """Attach an adapter that has been read, with its centroid; running rows go on without it.
@@ -208,14 +208,20 @@ class Engine:
         joined = self.router.centroids.join(centroids)
         if joined.names != (*self.router.names, adapter.name):
             raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")
-        router = self._able(replace(self.router, centroids=joined), [*self.blend.adapters, adapter])
-        if stacks is None or not self.blend.is_plan_of_more(stacks):
+        router = self._able(replace(self.router, centroids=joined), [*self._used_adapters(), adapter])
+        if stacks is None or not self.blend.is_current(stacks):
             stacks = self.plan_adapter(adapter)
-        self.blend.take(stacks)
+        self._take(stacks)
+        self._retired.discard(adapter.name)
         self.router = router
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out: new rows no longer see it, running rows finish with it."""
+        self.retire_adapter(name)
+        self.drop_retired()
+
+    def retire_adapter(self, name: str) -> None:
+        """Hide an adapter from new rows; its factors stay until `drop_retired`."""
         if name not in self.adapter_names:
             raise AdapterError(unknown_name("adapter", name, self.adapter_names))
         if name in (self.router.params.fixed or {}):
@@ -223,7 +229,20 @@ class Engine:
         left = replace(self.router, centroids=self.router.centroids.remove(name))
         self.router = self._able(left, self.blend.adapters)
         self._retired.add(name)
-        self._purge()
+
+    def plan_drop(self) -> Stacks | None:
+        """Return stacks without the unused retired adapters, to build beside the steps; None = no adapter is unused."""
+        return self.blend.plan(self._used_adapters()) if self._unused() else None
+
+    def drop_retired(self, stacks: Stacks | None = None) -> None:
+        """Detach the retired adapters that no running row uses.
+
+        `stacks` of `plan_drop` are used unless other adapters have come or gone since.
+        """
+        if stacks is None or not self.blend.is_current(stacks):
+            stacks = self.plan_drop()
+        if stacks is not None:
+            self._take(stacks)
 
     def check_routing(self, routing: Sequence[RoutingParams], router: Router | None = None) -> None:
         """Raise a TreadleError that lists every option that these adapters, or those of `router`, do not allow."""
@@ -279,10 +298,11 @@ class Engine:
         """Count rows as running, so that the adapters they started with stay; `release` them when they have ended."""
         self._running += rows
 
-    def release(self, rows: Sequence[Row]) -> None:
-        """Let go of the adapters of rows that have ended or are given up."""
+    def release(self, rows: Sequence[Row]) -> bool:
+        """Stop counting rows as running; return whether a retired adapter lost its last row, for `drop_retired`."""
+        unused = self._unused()
         self._running = [row for row in self._running if row not in rows]
-        self._purge()
+        return self._unused() > unused
 
     def detach(self) -> None:
         """Give the base model back as it was; the engine is of no use afterwards."""
@@ -354,6 +374,7 @@ class Engine:
                     yield from batch.join(joining)
         finally:
             self.release(rows)
+            self.drop_retired()
 
     def _able(self, router: Router, adapters: Sequence[Adapter]) -> Router:
         """Return a changed router if its default routing can decide; an AdapterError where all requests would fail."""
@@ -366,15 +387,23 @@ class Engine:
         return router
 
     def _check_new(self, name: str) -> None:
-        if name in self.blend.names:
+        if name in self.blend.names and name not in self._unused():
             why = "is still used by running rows" if name in self._retired else "exists already"
             raise AdapterError(f"adapter {name!r} {why}.")
 
-    def _purge(self) -> None:
-        for name in sorted(self._retired):
-            if not any(name in row.router.names for row in self._running):
-                self.blend.remove(name)
-                self._retired.discard(name)
+    def _unused(self) -> frozenset[str]:
+        """Return the retired adapters that no running row uses."""
+        if not self._retired:
+            return frozenset()
+        return frozenset(self._retired).difference(*(row.router.names for row in self._running))
+
+    def _used_adapters(self) -> list[Adapter]:
+        unused = self._unused()
+        return [adapter for adapter in self.blend.adapters if adapter.name not in unused]
+
+    def _take(self, stacks: Stacks) -> None:
+        self.blend.take(stacks)
+        self._retired.intersection_update(self.blend.names)
 
     def _end_ids(self) -> frozenset[int]:
         generation = getattr(self.model, "generation_config", None)

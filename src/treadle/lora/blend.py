@@ -4,7 +4,6 @@ The blended layers (`treadle.lora.layer`) hold the factors; the blend holds what
 of gates for each layout of ranks, computed once a step. Base weights are never written to.
 """
 
-import operator
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -295,12 +294,11 @@ class Blend:
                 layers[path] = BlendedLinear(base, _factor_dtype(base, self.model), self._gates, role)
         for dtype in {layer.dtype for layer in layers.values()}:
             check_range(new, dtype)
-        return Stacks(adapters, layers, by_columns=not self._lays_out_all(_ranks(adapters)))
+        return Stacks(adapters, layers, self.adapters, by_columns=not self._lays_out_all(_ranks(adapters)))
 
-    def is_plan_of_more(self, stacks: Stacks) -> bool:
-        """Return whether a plan is still right: its adapters are those attached, where they lie, and one more."""
-        *before, _ = stacks.adapters
-        return len(before) == len(self.adapters) and all(map(operator.is_, before, self.adapters))
+    def is_current(self, stacks: Stacks) -> bool:
+        """Return whether a plan still holds: no adapter has come, gone or moved in memory since."""
+        return stacks.attached is self.adapters
 
     def take(self, stacks: Stacks) -> None:
         """Attach the adapters of a plan and no others; where stacks cannot be built, nothing has changed."""

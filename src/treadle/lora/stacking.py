@@ -19,13 +19,22 @@ class Stacks:
     Attributes:
         adapters: whose factors they are.
         layers: all that the adapters target, by path; some may not be in the model yet.
+        attached: the adapters that the blend had when the stacks were planned.
         layouts: of the layers' stacks, each with its slot.
         shrinks: the first products, and the layers of each.
     """
 
-    def __init__(self, adapters: tuple[Adapter, ...], layers: Mapping[str, BlendedLinear], *, by_columns: bool) -> None:
-        """Plan the stacks; `by_columns` says how the B lie (`stack_b`)."""
+    def __init__(
+        self,
+        adapters: tuple[Adapter, ...],
+        layers: Mapping[str, BlendedLinear],
+        attached: tuple[Adapter, ...] = (),
+        *,
+        by_columns: bool,
+    ) -> None:
+        """Plan the stacks; `by_columns` says how the B lie (`_stack_b`)."""
         self.adapters = adapters
+        self.attached = attached
         self.layers = dict(layers)
         self.layouts: dict[StackLayout, int] = {}
         self.stacked: list[tuple[StackedA, list[str]]] = []

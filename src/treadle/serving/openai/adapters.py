@@ -1,5 +1,6 @@
 """The routes of adapters: what there is, how a text is weighed, and adding and removing while requests run."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -131,7 +132,7 @@ async def add(request: Request) -> Response:
 async def remove(request: Request) -> Response:
     """DELETE /v1/adapters/{name}: new requests no longer see it, running ones finish with it."""
     _check_admin(request)
-    await _remove(State.of(request), request.path_params["name"], "name")
+    await _remove(request, request.path_params["name"], "name")
     return await adapters(request)
 
 
@@ -150,7 +151,7 @@ async def unload(request: Request) -> Response:
     body, problems = await read(request, UnloadBody)
     if problems:
         raise refusal(problems)
-    await _remove(State.of(request), body.lora_name, "lora_name")
+    await _remove(request, body.lora_name, "lora_name")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -247,16 +248,21 @@ def _attach(state: State, adapter: Adapter, own: Centroids, stacks: Stacks) -> N
     state.metrics.set_adapters(state.engine.adapter_names)
 
 
-async def _remove(state: State, name: str, field: str) -> None:
-    def detach() -> Router:
-        state.engine.remove_adapter(name)
+async def _remove(request: Request, name: str, field: str) -> None:
+    """Hide an adapter from new requests at once; its factors go beside the steps, when no sequence uses them."""
+    state = State.of(request)
+
+    def retire() -> Router:
+        state.engine.retire_adapter(name)
         state.metrics.set_adapters(state.engine.adapter_names)
         return state.engine.router
 
     try:
-        await state.between_steps(detach)
+        await state.between_steps(retire)
     except AdapterError as error:
         raise Failure(404, str(error), param=field, code="adapter_not_found") from error
+    with suppress(Failure):  # too much waits: the factors go with the next change
+        await state.reading.run(state.drop_now, Visit.of(request).client)
 
 
 def _name_problems(state: State, new: New) -> Problems:

@@ -128,14 +128,23 @@ class Line:
         Raises:
             Failure: 429 where too much waits, 503 where the server ends.
         """
-        ticket = Ticket(function, client)
-        self._join(ticket, self._small if num_bytes <= SMALL_BYTES else self._large)
+        ticket = self.queue(function, client, num_bytes)
         try:
             return await asyncio.wrap_future(ticket.future)
         except Gone as error:
             raise failure_of(Stopping()) from error
         finally:
             self._give_up(ticket)
+
+    def queue(self, function: Callable[[Check], Result], client: Client, num_bytes: int = 0) -> Ticket[Result]:
+        """Run a function in a thread when its turn comes, and do not wait for it; the ticket has its future.
+
+        Raises:
+            Failure: 503 where the server ends.
+        """
+        ticket = Ticket(function, client)
+        self._join(ticket, self._small if num_bytes <= SMALL_BYTES else self._large)
+        return ticket
 
     def close(self) -> None:
         """End the threads after what they do now, which is given up; whoever waits is told that the server ends."""

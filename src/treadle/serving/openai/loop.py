@@ -70,6 +70,7 @@ class Loop:
         self._batches: list[Batch] = []
         self._mail: Mail = []
         self.post: Callable[[Mail], None] = deliver
+        self.on_unused: Callable[[], None] = _do_nothing  # called when a removed adapter has lost its last row
         self._step_seconds = 0.0  # running means
         self._token_seconds = 0.0  # of a prompt that is read
         self.sequence_seconds = 1.0
@@ -124,7 +125,7 @@ class Loop:
             self._end_reading()
         # with others, they leave and let go of their adapters when all have been read
         still_read = self._reading[1].members if self._reading is not None else []
-        self._engine.release([row for row in rows if row not in still_read])
+        self._release([row for row in rows if row not in still_read])
         self.num_ended += len(rows)
         self._has_moved = True
 
@@ -242,6 +243,10 @@ class Loop:
             self._metrics.count_prompts(reading.rows)
         return events
 
+    def _release(self, rows: Sequence[Row]) -> None:
+        if self._engine.release(rows):
+            self.on_unused()
+
     def _end_reading(self) -> None:
         """Forget the reading; rows in it that were given up meanwhile leave."""
         assert self._reading is not None
@@ -250,7 +255,7 @@ class Loop:
         self._has_moved = True
         given_up = [row for row in reading.members if id(row) not in self._seats]
         batch.leave(given_up)
-        self._engine.release(given_up)
+        self._release(given_up)
 
     def _attempt(self, batch: Batch, rows: Sequence[Row], run: Callable[[], Result], *, spoils: bool) -> Result | None:
         """Run a part of a step; where it fails, its rows are lost, with the batch's if it `spoils`; others go on."""
@@ -292,7 +297,7 @@ class Loop:
             seat = self._seats.pop(id(row))
             self.sequence_seconds = _smoothed(self.sequence_seconds, time.perf_counter() - seat.since)
             self._metrics.count_row(row)
-        self._engine.release(finished)
+        self._release(finished)
         self._has_moved = self._has_moved or bool(finished)
         self.num_ended += len(finished)
         for job, tokens in news.values():
@@ -313,6 +318,10 @@ def deliver(mail: Mail) -> None:
     """Tell jobs their news."""
     for job, news in mail:
         job.tell(news)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _smoothed(mean: float, value: float) -> float:

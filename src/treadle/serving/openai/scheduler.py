@@ -64,9 +64,10 @@ class Scheduler:
         self._num_accepted = 0  # sequences, ever
         self._thread = threading.Thread(target=self._run, name="treadle-engine", daemon=True)
 
-    def start(self, post: Callable[[Mail], None]) -> None:
-        """Start the engine's thread, which posts the jobs' news."""
+    def start(self, post: Callable[[Mail], None], on_unused: Callable[[], None]) -> None:
+        """Start the engine's thread; it posts the jobs' news and says when a removed adapter is unused."""
         self._loop.post = post
+        self._loop.on_unused = on_unused
         self._thread.start()
 
     @property

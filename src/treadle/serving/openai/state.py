@@ -5,7 +5,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -13,6 +15,7 @@ from starlette.requests import Request
 from treadle.bundle.bundle import Bundle
 from treadle.engine.engine import Engine
 from treadle.routing.embedder import StaticEmbedder
+from treadle.serving.openai.failures import Failure
 from treadle.serving.openai.jobs import Mail
 from treadle.serving.openai.lines import Check, Client, Line
 from treadle.serving.openai.loop import Loop, deliver
@@ -20,7 +23,7 @@ from treadle.serving.openai.metrics import Metrics
 from treadle.serving.openai.params import ServeParams
 from treadle.serving.openai.requests import Reader
 from treadle.serving.openai.routers import Routers
-from treadle.serving.openai.scheduler import Scheduler
+from treadle.serving.openai.scheduler import Scheduler, Stopping
 from treadle.serving.openai.start import model_name
 from treadle.serving.openai.targets import AUTO, Targets
 from treadle.serving.openai.tokens import TokenTexts
@@ -74,6 +77,23 @@ class State:
         """Return the state of the server that a request reached."""
         return request.app.state.treadle
 
+    def drop_removed(self) -> None:
+        """Free the factors of removed adapters that no sequence uses; their stacks are built beside the steps."""
+        with suppress(Failure):  # the server ends
+            self.reading.queue(self.drop_now, Client())
+
+    def drop_now(self, _: Check) -> None:
+        """Do the same in the calling thread; where it fails, the factors stay and requests go on."""
+        try:
+            stacks = self.scheduler.call(self.engine.plan_drop).result()
+            if stacks is not None:
+                stacks.build()
+                self.scheduler.call(partial(self.engine.drop_retired, stacks)).result()
+        except Stopping:
+            pass
+        except Exception:  # out of memory
+            logger.exception("the factors of a removed adapter stay in memory")
+
     async def between_steps(self, function: Callable[[], Result]) -> Result:
         """Run a function in the engine's thread, between two steps."""
         return await asyncio.wrap_future(self.scheduler.call(function))
@@ -122,4 +142,4 @@ class State:
         def post(mail: Mail) -> None:
             loop.call_soon_threadsafe(deliver, mail)
 
-        self.scheduler.start(post)
+        self.scheduler.start(post, self.drop_removed)
