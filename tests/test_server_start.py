@@ -1,9 +1,10 @@
 """A server that could not work says so before it loads a model."""
 
 import logging
+import re
 import socket
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from treadle.bundle.base_model import load_model
 from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import OptionError
-from treadle.engine.engine import Engine
+from treadle.engine.engine import Engine, load
 from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.serve import serve
 from treadle.serving.openai.start import bound, check_start
 
 from conftest import Run
@@ -92,37 +94,27 @@ def another_process_listens(port: int = 0) -> Generator[int]:
         yield taken.getsockname()[1]
 
 
-def assert_says_that_the_port_is_taken(err: str, port: int) -> None:
-    line = f"cannot listen on 127.0.0.1, port {port}: Address already in use; give another --port"
-    assert [each for each in err.splitlines() if each] == [f"treadle: {line} (0 = any free) or --host"]
+def raises_that_the_port_is_taken(port: int) -> AbstractContextManager[object]:
+    line = f"cannot listen on 127.0.0.1, port {port}: Address already in use; give another --port (0 = any free)"
+    return pytest.raises(OptionError, match=f"^{re.escape(line)} or --host$")
 
 
-def test_a_port_that_is_taken_ends_the_command_before_the_model_is_loaded(
-    run: Run, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Bundle, "engine", lambda *_, **__: pytest.fail("the model was loaded"))
-    with another_process_listens() as port:
-        code, _, err = run("serve", bundle_folder, "--port", port)
-    assert code == 1
-    assert_says_that_the_port_is_taken(err, port)
+def test_a_port_that_is_taken_ends_the_server_before_the_model_is_loaded(bundle_folder: Path) -> None:
+    with another_process_listens() as port, raises_that_the_port_is_taken(port):
+        serve(str(bundle_folder), ServeParams(port=port), lambda *_, **__: pytest.fail("the model was loaded"))
 
 
-def test_a_port_that_another_server_takes_while_the_model_is_loaded_ends_the_command(
-    run: Run, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = Bundle.engine
+def test_a_port_that_another_server_takes_while_the_model_is_loaded_ends_the_server(bundle_folder: Path) -> None:
     with bound("127.0.0.1", 0) as (free,), ExitStack() as stack:
         port = free.getsockname()[1]
         free.close()
 
-        def load_and_lose(self: Bundle, **options: Any) -> Engine:
+        def load_and_lose(bundle: Bundle, **options: Any) -> Engine:
             stack.enter_context(another_process_listens(port))
-            return load(self, **options)
+            return load(bundle, **options)
 
-        monkeypatch.setattr(Bundle, "engine", load_and_lose)
-        code, _, err = run("serve", bundle_folder, "--port", port)
-    assert code == 1
-    assert_says_that_the_port_is_taken(err, port)
+        with raises_that_the_port_is_taken(port):
+            serve(str(bundle_folder), ServeParams(port=port), load_and_lose)
 
 
 def test_every_address_of_a_host_gets_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
 
 from treadle.bundle.bundle import Bundle, read_bundle
-from treadle.engine.engine import Engine
+from treadle.engine.engine import Engine, load
 from treadle.serving.openai.app import make_app
 from treadle.serving.openai.keys import Keyring
 from treadle.serving.openai.params import ServeParams
@@ -104,8 +105,8 @@ class JsonLines(logging.Formatter):
         return json.dumps(line if record.exc_info is None else {**line, "error": self.formatException(record.exc_info)})
 
 
-def serve(folder: str, params: ServeParams) -> None:
-    """Load a bundle and serve it until SIGTERM or SIGINT; a TreadleError says why that cannot be."""
+def serve(folder: str, params: ServeParams, load: Callable[..., Engine] = load) -> None:
+    """Load a bundle by `load` and serve it until SIGTERM or SIGINT; a TreadleError says why that cannot be."""
     bundle = read_bundle(folder)
     _set_up_log(params)
     keys = check_start(bundle, params)
@@ -114,7 +115,7 @@ def serve(folder: str, params: ServeParams) -> None:
         # the cores, it lets all of them sleep between operations, which makes a step a third slower
         with ThreadPoolExecutor(1) as pool:
             pack = {"auto": None, "always": True, "never": False}[params.pack]
-            engine = pool.submit(bundle.engine, device=params.device, dtype=params.dtype, pack=pack).result()
+            engine = pool.submit(load, bundle, device=params.device, dtype=params.dtype, pack=pack).result()
         sys.setswitchinterval(SWITCH_SECONDS)
         server = Server(bundle, engine, params, keys)
         # what is there now stays: to look through it for garbage would take several steps' time, whenever Python does
