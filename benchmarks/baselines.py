@@ -23,6 +23,7 @@ import peft
 import torch
 from nevergrad.optimization import registry
 from nevergrad.parametrization.parameter import Array
+from peers.peers import arrow, xlora
 
 import treadle
 from treadle.bundle.base_model import load_model, load_tokenizer, quiet_libraries
@@ -30,7 +31,6 @@ from treadle.common.params import EvalParams, RoutingParams
 from treadle.engine.engine import Engine
 from treadle.engine.scoring import BATCH
 from treadle.engine.tokenization import completion_ids, prompt_ids
-from treadle.experiments.peers.peers import arrow, xlora
 from treadle.experiments.results import EvalResult, interval, write_cell, write_results
 from treadle.experiments.sets import load_sets
 from treadle.experiments.tasks import PAPER, Example

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from peers.peers import cached_step
 from torch.profiler import ProfilerActivity, profile
 
 from treadle.bundle.base_model import load_model, quiet_libraries
 from treadle.bundle.bundle import read_bundle
 from treadle.common.params import BenchParams, RoutingParams
 from treadle.engine.engine import Engine
-from treadle.experiments.peers.peers import cached_step
 from treadle.experiments.timing import PRODUCTS, Counter, interleave
 from treadle.experiments.workbench import Lab, started
 

@@ -18,10 +18,11 @@ from gpu_lab import (
     draw_prompts,
     save_adapters,
 )
+from peers.peers import arrow, next_token, one_adapter, xlora
 
 from treadle.common.params import RoutingParams
 from treadle.engine.engine import Engine
-from treadle.experiments.peers.peers import arrow, next_token, one_adapter, transformers_generate, xlora
+from treadle.experiments.decode import transformers_generate
 from treadle.experiments.timing import interleave
 from treadle.experiments.workbench import run
 

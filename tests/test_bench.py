@@ -1,78 +1,53 @@
 """Timings: arms take turns and are compared with the first; suites measure what they say, on a tiny model."""
 
 import gc
-import io
 import json
 import platform
-import re
-import subprocess
 import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from benching import SHORT, endless, open_lab, shrink
 from transformers import LlamaForCausalLM
 
 import treadle
-from treadle.bundle.bundle import read_bundle
 from treadle.common.errors import OptionError, TreadleError
-from treadle.common.params import BenchParams, RoutingParams
+from treadle.common.params import RoutingParams
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
-from treadle.experiments import machine, memory_use, processes, router_speed, timing, workbench
-from treadle.experiments.memory_use import CLASS, ENGINE, IMPORTED, PLAIN, peak_table
-from treadle.experiments.peers import suite_adapters
-from treadle.experiments.peers.peers import EACH_DECISION, PAPER, Missing, cached_peers, tried, uncached_peers
-from treadle.experiments.peers.suite_adapters import dictated_rows, drifting
-from treadle.experiments.peers.vllm_peer import VllmWorker
-from treadle.experiments.pools import random_adapters, save_adapter
-from treadle.experiments.processes import Spent, measure_processes, plain_command, run_process
+from treadle.experiments import machine, memory_use, router_speed, workbench
+from treadle.experiments.memory_use import (
+    CLASS,
+    ENGINE,
+    IMPORTED,
+    PLAIN,
+    Spent,
+    measure_processes,
+    peak_table,
+    plain_command,
+    run_process,
+)
+from treadle.experiments.pools import random_adapters
 from treadle.experiments.ratios import ratios_figure
 from treadle.experiments.router_speed import Decisions
 from treadle.experiments.suites import check_lab, measure
 from treadle.experiments.timing import Elsewhere, Line, Table, interleave, lines, markdown
 from treadle.experiments.workbench import COPY, OFF, Lab, Steps, is_acting, routings, started, step_bytes
-from treadle.lora.adapter import read_adapter
 from treadle.lora.compatibility import linear_shapes
 
 from conftest import Run
 
-SHORT = BenchParams(
-    batch=(2,),
-    prompt=12,
-    tokens=8,
-    rounds=2,
-    long_prompt=20,
-    paper_text=16,
-    sentence="/nowhere",
-    vllm="/nowhere/python",
-)
-
-
-class SmallHeap:
-    """Garbage collection of a process that holds little: here it would take far longer than what is timed."""
-
-    isenabled, enable, disable = gc.isenabled, gc.enable, gc.disable
-
-    @staticmethod
-    def collect() -> None: ...
-
-    freeze = unfreeze = collect
-
 
 @pytest.fixture(autouse=True)
-def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(timing, "gc", SmallHeap)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
 
 
 @pytest.fixture
-def lab(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    monkeypatch.setattr(suite_adapters, "POOLS", (2, 5))
-    monkeypatch.setattr(router_speed, "TEXT_LENGTHS", (16, 64))
-    return Lab.open(read_bundle(bundle), None, None, SHORT)
+def lab(bundle: Path) -> Lab:
+    return open_lab(bundle)
 
 
 def reroute(lab: Lab, **options: object) -> Lab:
@@ -80,12 +55,6 @@ def reroute(lab: Lab, **options: object) -> Lab:
     own = replace(lab.bundle.router.params, **options)
     lab.engine.router = replace(lab.engine.router, params=own)
     return lab
-
-
-def endless(lab: Lab) -> None:
-    """Let every token end the base's texts."""
-    config = Path(lab.bundle.base_model) / "generation_config.json"
-    config.write_text(json.dumps({"eos_token_id": list(range(260)), "pad_token_id": 258}))
 
 
 def test_arms_take_turns_each_round_begins_with_the_next_and_warm_up_rounds_are_not_timed() -> None:
@@ -196,11 +165,11 @@ def test_any_routing_of_a_bundle_can_be_measured(lab: Lab, routing: dict[str, ob
 def test_texts_longer_than_the_context_are_refused_before_anything_is_timed_all_in_one_error(
     lab: Lab, run: Run, bundle: Path
 ) -> None:
-    check_lab(lab, ["decode", "prefill", "router", "adapters", "peers", "memory"])
-    long = replace(lab, params=replace(SHORT, tokens=505, long_prompt=512, paper_text=600))
+    check_lab(lab, ["decode", "prefill", "router", "memory"])
+    long = replace(lab, params=replace(SHORT, tokens=505, long_prompt=512))
     with pytest.raises(OptionError) as refused:
-        check_lab(long, ["decode", "prefill", "router", "peers"])
-    for said in ("--prompt + --tokens: texts of 521", "--long-prompt: texts of 513", "--paper-text", "at most 512"):
+        check_lab(long, ["decode", "prefill", "router"])
+    for said in ("--prompt + --tokens: texts of 521", "--long-prompt: texts of 513", "at most 512"):
         assert said in str(refused.value)
     code, out, err = run("bench", bundle, "--suite", "prefill", "--long-prompt", 600)
     assert (code, out) == (1, "")
@@ -244,64 +213,6 @@ def test_an_embedder_that_reads_every_text_anew_gets_fewer_texts_and_a_note(
     assert "at most 1024 tokens" in notes["64 x one decision, text of 64 tokens"]
 
 
-# Pools of adapters
-
-
-def in_this_process(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-    """Run the program of `python -c` here: another process takes seconds to import."""
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(sys, "argv", command[2:])
-        exec(command[2], {})
-    return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
-
-
-def made_pool(lab: Lab, root: Path) -> Path:
-    """Write five random adapters as PEFT does."""
-    for adapter in random_adapters(lab.engine.model, lab.bundle.base_model, 5, rank=16, targets=["q_proj", "v_proj"]):
-        save_adapter(root / "pool" / adapter.name, adapter, ["q_proj", "v_proj"])
-    return root / "pool"
-
-
-def test_pools_are_stepped_and_loaded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_adapters, "STEPS", 6)
-    monkeypatch.setattr(suite_adapters.subprocess, "run", in_this_process)
-    steps, loaded = measure(lab, ["adapters"])
-    assert [line.arm for line in steps.lines] == ["2 adapters", "5 adapters", COPY]
-    assert all(line.bandwidth and line.mean and "laid out anew" in line.note for line in steps.lines[:2])
-    [line] = loaded.lines
-    own = suite_adapters.load_apart(lab, made_pool(lab, tmp_path)).own
-    assert line.seconds
-    assert f"their own bytes: {own / 2**20:.0f} MiB" in line.note
-    assert own == 5 * 4 * 16 * 2 * ((32 + 32) + (32 + 16))  # adapters, bytes, rank, layers, q and v
-
-
-def test_texts_go_from_one_domain_to_the_next_whatever_the_model_says(lab: Lab) -> None:
-    samples = [[1] * 40, [2] * 40, list(range(100, 140))]
-    text = drifting(samples, 1, 100)
-    assert [text[place] for place in range(0, 96, 16)] == [2, 100, 1, 2, 116, 1]
-    assert len(text) == 100
-    rows = dictated_rows(lab, lab.engine, 2, 30)
-    batch = lab.engine.new_batch(end_ids=frozenset())
-    batch.join(rows)
-    for _ in range(10):
-        batch.step()
-    for index, row in enumerate(rows):
-        assert row.ids == drifting(lab.sample_ids(), index, 42)[: len(row.ids)]
-        assert len(row.ids) == 12 + 11
-
-
-def test_a_pool_that_does_not_load_is_a_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "first\nno room")
-
-    monkeypatch.setattr(suite_adapters, "STEPS", 2)
-    monkeypatch.setattr(suite_adapters.subprocess, "run", failing)
-    steps, loaded = measure(lab, ["adapters"])
-    assert steps.lines[0].seconds
-    assert loaded.lines[0].note.endswith("in a process of its own failed: no room")
-
-
 def test_layings_are_counted(lab: Lab) -> None:
     engine = lab.pool(40, rank=16, targets=("q_proj", "v_proj"))
     first, second, third = (
@@ -311,78 +222,6 @@ def test_layings_are_counted(lab: Lab) -> None:
     for steps in (first, first, second, first, second, third):  # two stay beside each other, three do not
         steps()
     assert [each.num_layings for each in (first, second, third)] == [2, 1, 1]
-
-
-def test_a_base_with_other_layer_names_loses_no_suite(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_adapters, "TARGETS", ("wq", "wv"))
-    [table] = measure(lab, ["adapters"])
-    assert [line.note for line in table.lines] == [
-        "not run: OptionError: the base has no linear layer called wq, wv"
-    ] * 2
-
-
-def test_a_saved_adapter_is_read_back(engine: Engine, tmp_path: Path) -> None:
-    [adapter] = random_adapters(engine.model, "base", 1, rank=3, targets=["q_proj", "v_proj"])
-    read = read_adapter(save_adapter(tmp_path / "a0", adapter, ["q_proj", "v_proj"]))
-    assert read.pairs.keys() == adapter.pairs.keys()
-    for path, pair in read.pairs.items():
-        assert pair.scale == adapter.pairs[path].scale
-        assert pair.a.equal(adapter.pairs[path].a.float())
-
-
-# Peers
-
-
-def test_peers_run_and_those_that_cannot_say_why(lab: Lab) -> None:
-    calls, single = measure(lab, ["peers"])
-    ran = {line.arm for line in calls.lines if line.seconds}
-    assert calls.lines[0].arm == "transformers generate, base"
-    assert {"treadle, every 1", "PEFT, one adapter", "PEFT, one adapter merged"} <= ran
-    notes = {line.arm: line.note for line in (*calls.lines, *single.lines) if not line.seconds}
-    assert "same r value" in notes[PAPER]
-    assert "same r value" in notes[EACH_DECISION]
-    assert "no /nowhere/python" in notes["vLLM, base"]
-    ratios = {line.arm: line.ratio for line in single.lines if line.seconds}
-    assert next(iter(ratios)) == "transformers, base, one step with its cache"
-    assert "transformers, base, the whole text" in ratios
-    assert {line.arm for line in single.lines if line.bandwidth} == {"treadle, every 1"}
-
-
-def test_rows_of_peers_do_not_end_early_and_a_peer_that_fails_is_a_line(lab: Lab, bundle: Path) -> None:
-    endless(lab)
-    calls, _ = measure(lab, ["decode"])
-    assert calls.lines[0].seconds
-    merged = cached_peers(lab, [[1, 2, 3]], 4)["PEFT, one adapter"]
-    merged()  # it would say how many tokens it made, were they fewer
-
-    def broken() -> None:
-        raise KeyError("no such key\nand more")
-
-    found = tried({"whole": lambda: None, "broken": broken, "absent": Missing("why")})
-    assert (found["broken"], found["absent"]) == (Missing("KeyError: 'no such key\\nand more'"), Missing("why"))
-    assert not isinstance(found["whole"], Missing)
-
-
-def test_lines_of_another_job_say_so(lab: Lab, equal_folders: dict[str, Path]) -> None:
-    adapters = tuple(read_adapter(folder, name) for name, folder in equal_folders.items())
-    equal = replace(lab, bundle=replace(lab.bundle, adapters=adapters))
-    calls, single = measure(equal, ["peers"])
-    notes = {line.arm: line.note for line in (*calls.lines, *single.lines)}
-    assert notes[EACH_DECISION] == "the first row's mixture serves all rows"
-    assert "batch 1 only" in notes["PEFT X-LoRA, untrained"]
-
-
-def test_a_peer_that_merges_changes_what_the_model_computes(lab: Lab, equal_folders: dict[str, Path]) -> None:
-    from treadle.experiments.peers.peers import Merging
-
-    model = lab.engine.model
-    lab.engine.detach()
-    merging = Merging(lab, model, equal_folders)
-    outputs = []
-    for weights in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
-        merging.blend(weights)
-        outputs.append(merging.model(input_ids=model.dummy_inputs["input_ids"]).logits)
-    assert not outputs[0].allclose(outputs[1])
 
 
 def test_a_step_reads_weights_cache_and_factors(lab: Lab) -> None:
@@ -423,14 +262,6 @@ def test_processes_are_measured_from_outside() -> None:
         run_process([sys.executable, "-c", "raise SystemExit('gone wrong')"])
 
 
-def test_a_missing_sentence_embedder_leaves_the_paper_out(lab: Lab, equal_folders: dict[str, Path]) -> None:
-    adapters = tuple(read_adapter(folder, name) for name, folder in equal_folders.items())
-    equal = replace(lab, bundle=replace(lab.bundle, adapters=adapters))
-    assert "/nowhere" in uncached_peers(equal, [1, 2, 3], "/nowhere")[PAPER].reason
-    merged = cached_peers(equal, [[1, 2, 3]], 4)[EACH_DECISION]
-    merged()
-
-
 def test_peaks_are_compared_with_the_sum_of_what_a_process_must_hold(lab: Lab) -> None:
     spent = {
         name: [Spent(1.0, size << 20)] * 2
@@ -455,13 +286,13 @@ def test_processes_make_all_their_tokens(
     steps: list[int] = []
     step = Batch.step
     monkeypatch.setattr(Batch, "step", lambda self: (steps.append(1), step(self))[1])
-    workbench.answer(str(lab.bundle.folder), "cpu", "float32", "0", "10", "abc")
+    memory_use.answer(str(lab.bundle.folder), "cpu", "float32", "0", "10", "abc")
     assert len(steps) == 9
     made: list[torch.Tensor] = []
     generate = LlamaForCausalLM.generate
     monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *a, **k: (made.append(generate(*a, **k)), made[-1])[1])
     monkeypatch.setattr(sys, "argv", plain_command(lab.bundle.base_model, "cpu", "float32", 10, "abc")[2:])
-    exec(processes.PLAIN, {})
+    exec(memory_use.PLAIN_CODE, {})
     assert made[0].shape == (1, 13)
 
 
@@ -479,41 +310,6 @@ def test_the_memory_suite_measures_these_processes(lab: Lab, monkeypatch: pytest
     first, _, whole = asked
     assert all("cpu" in command for command in (*first.values(), whole[PLAIN], whole[ENGINE]))
     assert [str(SHORT.tokens) in command for command in whole.values()] == [False, False, True, True]
-
-
-# vLLM's process, in which a script of ours takes the place of its Python
-
-
-ANSWERS = """#!{python}
-import json, sys
-options = json.loads(sys.stdin.readline())
-for line in sys.stdin:
-    asked = json.loads(line)
-    if asked["arm"] == "lora":
-        sys.exit("out of memory")
-    right = [options["length"], len(asked["prompts"]), asked["tokens"], sys.argv[1]] == [21, 2, 8, "-P"]
-    print(json.dumps({{"seconds": 12.5, "about": "vLLM 0"}} if right else {{"error": "TypeError: what"}}), flush=True)
-"""
-
-
-def test_vllm_counts_its_own_seconds_and_what_it_says_becomes_a_line(lab: Lab, tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(ANSWERS.format(python=sys.executable))
-    python.chmod(0o755)
-    able = replace(lab, params=replace(SHORT, vllm=str(python)))
-    with VllmWorker.start(able) as worker:
-        assert (worker.call("base", [[1], [2]], 8), worker.about) == (Elsewhere(12.5), "vLLM 0")
-        with pytest.raises(TreadleError, match="vLLM: TypeError: what"):
-            worker.call("base", [[1], [2]], 9)
-        with pytest.raises(TreadleError, match="vLLM's process ended: out of memory"):
-            worker.call("lora", [[1], [2]], 8)
-        with pytest.raises(TreadleError, match="out of memory"):  # it is not started again
-            worker.call("base", [[1], [2]], 8)
-
-
-def test_the_worker_imports_nothing_of_treadle() -> None:
-    code = (Path(treadle.__file__).parent / "experiments/peers/vllm_worker.py").read_text()
-    assert not re.search(r"^\s*(from|import) treadle", code, re.MULTILINE)
 
 
 # The command
@@ -568,3 +364,9 @@ def test_ratios_are_drawn_with_their_quartiles_and_lines_that_did_not_run_are_no
     assert [list(each) for each in drawn[:2]] == [[1.0, 2.5], [0.5, 2.0]]  # from below
     assert [label.get_text() for label in axis.get_yticklabels()] == ["own", "base"]
     assert ratios_figure([]) is None
+
+
+def test_suites_of_other_programs_are_refused_by_the_command_that_has_them(run: Run, bundle: Path) -> None:
+    code, _, err = run("bench", bundle, "--suite", "decode,peers,adapters")
+    assert code == 1
+    assert "python -m benchmarks.peers BUNDLE --suite peers adapters" in err

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from benchmarks.peers.peers import cached_step
 from treadle.common.params import SamplingParams
 from treadle.common.transformers_names import CACHE_NAMES, cache_argument, find_cache
 from treadle.engine.hf import routed
 from treadle.engine.runners.runner import Runner
-from treadle.experiments.peers.peers import cached_step
 
 from conftest import tiny_llama
 

@@ -117,7 +117,7 @@ def bench(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     bundle: BundlePath,
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="decode, prefill, router, adapters, peers, memory; repeatable, or with commas"),
+        typer.Option(help="decode, prefill, router, memory; repeatable, or with commas"),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -175,12 +175,6 @@ class BenchParams:
     tokens: int = option(128, "tokens made a row", at_least=8)
     rounds: int = option(5, "times that each call is measured, in turn with the others", at_least=1)
     long_prompt: int = option(512, "prefill: tokens of a prompt", at_least=1)
-    paper_text: int = option(
-        256, "peers: tokens of the text that peers without a cache read for each token", at_least=1
-    )
-    sentence: str = option("sentence-transformers/all-MiniLM-L6-v2", "peers: embedder of the paper's loop")
-    vllm: str = option(".venv-vllm/bin/python", "peers: Python of an environment that has vLLM")
-    vllm_compile: bool = option(False, "peers: vLLM's compiled mode, which takes minutes to start")
 
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
+from typing import Any
 
+import torch
 from torch import nn
 
-from treadle.common.errors import OptionError, reason_of
+from treadle.common.errors import OptionError, TreadleError, reason_of
 from treadle.common.params import COMBINES, RoutingParams
 from treadle.engine.engine import Engine
-from treadle.experiments.peers.peers import BASE, transformers_generate
 from treadle.experiments.timing import Line, Table, Unit, interleave, lines
 from treadle.experiments.workbench import (
     OFF,
@@ -26,6 +27,7 @@ from treadle.experiments.workbench import (
     time_steps,
 )
 
+BASE = "transformers generate, base"
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDE = "every 1, rank 8 on all linear layers"
 SHORTER = (4, 3, 2, 1)
@@ -58,6 +60,18 @@ def _calls(lab: Lab, plain: nn.Module, batch: int) -> list[Line]:
     seconds = interleave(arms, lab.params.rounds)
     each = {name: [value / tokens for value in values] for name, values in seconds.items()}
     return lines(each, lab.setting(batch), tokens=batch)
+
+
+@torch.inference_mode()
+def transformers_generate(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+    """Make `tokens` tokens a row with transformers' own greedy `generate`."""
+    from transformers import GenerationConfig
+
+    ids = torch.tensor(prompts, device=model.device)  # (B, T)
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    if output.shape != (len(prompts), len(prompts[0]) + tokens):
+        raise TreadleError(f"generate gave {tuple(output.shape)} tokens")
 
 
 def late(lab: Lab) -> dict[str, RoutingParams]:

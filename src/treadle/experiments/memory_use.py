@@ -1,26 +1,57 @@
 """Whole processes for `treadle bench`: time to the first token and to `--help`, peak memory beside what it must be."""
 
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import NamedTuple
 
+from treadle.common.errors import TreadleError
 from treadle.common.files import locate
+from treadle.engine.engine import load
 from treadle.engine.tokenization import prompt_ids
-from treadle.experiments.processes import (
-    IMPORTS,
-    Spent,
-    endless_command,
-    measure_processes,
-    plain_command,
-    treadle_command,
-)
 from treadle.experiments.timing import Line, Table, lines
-from treadle.experiments.workbench import PROBE, Lab, cache_bytes, weight_bytes
+from treadle.experiments.workbench import PROBE, Lab, cache_bytes, started, weight_bytes
 
 HELP, IMPORTED = "treadle --help", "import torch, transformers"
 PLAIN, COMMAND, ENGINE = "transformers, base", "treadle generate", "treadle"
 CLASS = "the same and the base's class"
 NEEDED = "base + adapters + cache + imports"
+IMPORTS_CODE = "import torch, transformers"
+PLAIN_CODE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, device, dtype, tokens, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+model.generation_config.eos_token_id = None
+ids = tokenizer(prompt, return_tensors="pt").to(device)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=int(tokens), do_sample=False)[0]))
+"""
+"""What a user of transformers would write to see the base model's answer, but that no token ends it."""
+ENDLESS_CODE = """
+import sys
+from treadle.experiments.memory_use import answer
+answer(*sys.argv[1:])
+"""
+
+LAUNCH_CODE = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+process.returncode = os.waitstatus_to_exitcode(status)
+print(time.perf_counter() - started, usage.ru_maxrss)
+sys.exit(process.returncode)
+"""
+"""A process counts the memory of the one that started it: a small one has to."""
+
+
+class Spent(NamedTuple):
+    """What a process took."""
+
+    seconds: float
+    peak: int  # bytes of resident memory
 
 
 def memory(lab: Lab) -> list[Table]:
@@ -33,7 +64,7 @@ def memory(lab: Lab) -> list[Table]:
         COMMAND: treadle_command(bundle, device, lab.dtype, 1, prompt, pack=lab.has_packs),
     }
     whole = {
-        IMPORTED: [sys.executable, "-c", IMPORTS],
+        IMPORTED: [sys.executable, "-c", IMPORTS_CODE],
         CLASS: [sys.executable, "-c", f"import torch; from transformers import {type(lab.engine.model).__name__}"],
         PLAIN: plain_command(base, device, lab.dtype, lab.params.tokens, prompt),
         ENGINE: endless_command(bundle, device, lab.dtype, lab.params.tokens, prompt, pack=lab.has_packs),
@@ -85,3 +116,52 @@ def _middle(spent: Sequence[Spent]) -> int:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.0f}"
+
+
+def measure_processes(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[Spent]]:
+    """Run each command `rounds` times, in turn, after a first round that only fills the file cache."""
+    spent: dict[str, list[Spent]] = {name: [] for name in commands}
+    for round_index in range(rounds + 1):
+        for name, command in commands.items():
+            each = run_process(command)
+            if round_index:
+                spent[name].append(each)
+    return spent
+
+
+def run_process(command: Sequence[str]) -> Spent:
+    """Run one command to its end; a TreadleError with its last line where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCH_CODE, *command], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise TreadleError(f"{' '.join(command[:4])} ... failed: {said[-1]}")
+    seconds, peak = done.stdout.split()
+    return Spent(float(seconds), int(peak) * 1024)
+
+
+def plain_command(folder: str, device: str, dtype: str, tokens: int, prompt: str) -> list[str]:
+    """Return the command that generates with transformers and the bare base."""
+    return [sys.executable, "-c", PLAIN_CODE, folder, device, dtype, str(tokens), prompt]
+
+
+def treadle_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str, *, pack: bool) -> list[str]:
+    """Return the command that generates with treadle and a bundle; the end of the text may come first."""
+    command = [sys.executable, "-m", "treadle", "generate", bundle, "--prompt", prompt, "--max-tokens", str(tokens)]
+    return [*command, "--device", device, "--dtype", dtype, "--pack" if pack else "--no-pack"]
+
+
+def endless_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str, *, pack: bool) -> list[str]:
+    """Return the command that generates with treadle's engine and a bundle, so many tokens whatever they are."""
+    return [sys.executable, "-c", ENDLESS_CODE, bundle, device, dtype, str(int(pack)), str(tokens), prompt]
+
+
+def answer(bundle: str, device: str, dtype: str, pack: str, tokens: str, prompt: str) -> None:
+    """Print what a bundle's engine makes of a prompt: `tokens` tokens, whatever they are."""
+    engine = load(bundle, device=device, dtype=dtype, pack=pack == "1")
+    batch = started(engine, [prompt_ids(engine.tokenizer, prompt)], int(tokens), engine.router.params)
+    [row] = batch.rows
+    while batch.rows:
+        batch.step()
+    print("".join(event.text for event in row.events))

@@ -1,17 +1,15 @@
 """Engines with random adapters, as many and as large as wanted: their cost is that of trained ones."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from treadle.common.errors import OptionError
-from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraPair
+from treadle.lora.adapter import Adapter, LoraPair
 from treadle.lora.compatibility import linear_shapes
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import Embedder
@@ -50,22 +48,6 @@ def random_adapters(
         )
         for index in range(count)
     ]
-
-
-def save_adapter(folder: Path, adapter: Adapter, targets: Sequence[str]) -> Path:
-    """Write an adapter of one rank as PEFT does, in float32; return the folder."""
-    folder.mkdir(parents=True)
-    tensors = {
-        f"base_model.model.{path}.lora_{side}.weight": factor.float().cpu().contiguous()
-        for path, pair in adapter.pairs.items()
-        for side, factor in (("A", pair.a), ("B", pair.b))
-    }
-    save_file(tensors, folder / WEIGHTS_FILE)
-    pair = next(iter(adapter.pairs.values()))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base_model}
-    config |= {"r": pair.rank, "lora_alpha": pair.scale * pair.rank, "target_modules": list(targets), "bias": "none"}
-    (folder / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
-    return folder
 
 
 def random_router(names: Sequence[str], embedder: Embedder) -> Router:

@@ -3,23 +3,21 @@
 Tokens are counted, not judged: no row ends before its time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from treadle.common.errors import OptionError, problem_list, unknown_name
 from treadle.experiments.decode import decode, prefill
 from treadle.experiments.memory_use import memory
-from treadle.experiments.peers.suite_adapters import STEPS, adapters
-from treadle.experiments.peers.suite_peers import peers
 from treadle.experiments.router_speed import router
 from treadle.experiments.timing import Table
 from treadle.experiments.workbench import SPARE, Lab, routings
 
+PEERS = ("adapters", "peers")
+"""Suites that 0.1 had and that benchmarks/peers has now."""
 SUITES: dict[str, Callable[[Lab], Iterable[Table]]] = {
     "decode": decode,
     "prefill": prefill,
     "router": router,
-    "adapters": adapters,
-    "peers": peers,
     "memory": memory,
 }
 """By the name that the command line takes."""
@@ -27,6 +25,11 @@ SUITES: dict[str, Callable[[Lab], Iterable[Table]]] = {
 
 def check_suites(names: Sequence[str]) -> None:
     """Raise an OptionError that lists the names that are no suite."""
+    if moved := [name for name in names if name in PEERS]:
+        raise OptionError(
+            f"suites {', '.join(moved)}: in treadle's repository, run `python -m benchmarks.peers BUNDLE --suite "
+            f"{' '.join(moved)}`"
+        )
     if unknown := [unknown_name("suite", name, SUITES) for name in names if name not in SUITES]:
         raise OptionError(problem_list("suites:", unknown))
 
@@ -38,16 +41,21 @@ def check_lab(lab: Lab, names: Sequence[str]) -> None:
         "decode": [("--prompt + --tokens", params.prompt + params.tokens + SPARE)],
         "prefill": [("--long-prompt", params.long_prompt + 1)],
         "router": [("--prompt + --tokens", params.prompt + params.tokens + SPARE)],
-        "adapters": [("--prompt", params.prompt + STEPS + SPARE)],
-        "peers": [
-            ("--prompt + --tokens", params.prompt + params.tokens),
-            ("--paper-text + --rounds", params.paper_text + params.rounds + SPARE),
-        ],
         "memory": [("--tokens", params.tokens)],
     }
     longest: dict[str, int] = {}
     for flags, tokens in (each for name in names for each in texts[name]):
         longest[flags] = max(tokens, longest.get(flags, 0))
+    check_texts(lab, longest)
+
+
+def check_texts(lab: Lab, longest: Mapping[str, int]) -> None:
+    """Raise an OptionError where texts are longer than the context, or the bundle's routing cannot be measured.
+
+    Args:
+        lab: what measures.
+        longest: tokens of the longest text, by the flags that set them.
+    """
     problems = [problem for flags, tokens in longest.items() if (problem := lab.context_problem(tokens, flags))]
     try:
         lab.engine.check_routing(list(routings(lab.routing).values()))

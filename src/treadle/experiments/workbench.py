@@ -227,16 +227,6 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, routing: 
         batch.step()
 
 
-def answer(bundle: str, device: str, dtype: str, pack: str, tokens: str, prompt: str) -> None:
-    """Print what a bundle's engine makes of a prompt: `tokens` tokens, whatever they are."""
-    engine = load(bundle, device=device, dtype=dtype, pack=pack == "1")
-    batch = started(engine, [prompt_ids(engine.tokenizer, prompt)], int(tokens), engine.router.params)
-    [row] = batch.rows
-    while batch.rows:
-        batch.step()
-    print("".join(event.text for event in row.events))
-
-
 def cache_bytes(model: "PreTrainedModel") -> int:
     """Return the bytes of one token's keys and values in all layers."""
     config: Any = model.config.get_text_config()

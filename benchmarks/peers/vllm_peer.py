@@ -15,13 +15,15 @@ import torch
 
 from treadle.common.errors import TreadleError
 from treadle.common.files import locate
-from treadle.experiments.peers import vllm_worker
 from treadle.experiments.timing import Elsewhere
 from treadle.experiments.workbench import cache_bytes
 
+from . import vllm_worker
+
 if TYPE_CHECKING:
-    from treadle.experiments.peers.peers import Peers
     from treadle.experiments.workbench import Lab
+
+    from .peers import PeerOptions, Peers
 
 LIMIT = 900
 """Seconds that one answer may take: the first includes the start, and where vLLM compiles, minutes of that."""
@@ -45,7 +47,7 @@ class VllmWorker:
         self._why_not = ""  # it does not answer any more; it is not started again
 
     @classmethod
-    def start(cls, lab: "Lab") -> "VllmWorker":
+    def start(cls, lab: "Lab", peers: "PeerOptions") -> "VllmWorker":
         """Return the worker of a bench: its base, dtype and first adapter, room for its largest batch."""
         params, model, first = lab.params, lab.engine.model, lab.bundle.adapters[0]
         length, rows = params.prompt + params.tokens + 1, max(params.batch)
@@ -56,12 +58,12 @@ class VllmWorker:
             "rank": max(pair.rank for pair in first.pairs.values()),
             "dtype": lab.dtype,
             "device": model.device.type,
-            "eager": not params.vllm_compile,
+            "eager": not peers.vllm_compile,
             "length": length,
             "rows": rows,
             "cache": 2 * rows * blocks * BLOCK * cache_bytes(model),
         }
-        return cls(params.vllm, options)
+        return cls(peers.vllm, options)
 
     def __enter__(self) -> "VllmWorker":
         """Return itself."""

@@ -1,4 +1,4 @@
-"""Runs in vLLM's own environment, by its path: makes calls of vLLM one at a time, for `treadle bench --suite peers`.
+"""Runs in vLLM's own environment, by its path: makes calls of vLLM one at a time, for `python -m benchmarks.peers`.
 
 It imports nothing of treadle. The first line of its input is a JSON object with what to load; each further line is a
 call, answered by one line: the seconds that the call took and what made it, or an error. Answers come when its threads

@@ -1,4 +1,4 @@
-"""Other ways to run the same adapters on the same model, for `treadle bench`: transformers, PEFT, the paper's loop.
+"""Other ways to run the same adapters on the same model, beside treadle: transformers, PEFT, the paper's loop.
 
 Each peer is the library's own code, called as its documentation says. One that cannot run says why.
 """
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treadle.common.errors import TreadleError, reason_of
+from treadle.common.errors import reason_of
 from treadle.common.transformers_names import cache_argument, find_cache
+from treadle.experiments.decode import BASE, transformers_generate
 from treadle.experiments.timing import Unit
 from treadle.routing.embedder import Embedder, load_embedder
 from treadle.routing.router import Router, boosted
@@ -23,10 +24,27 @@ if TYPE_CHECKING:
 
 BLEND = "blend"
 """What the peers that merge call the merged adapter."""
-BASE, ONE, MERGED = "transformers generate, base", "PEFT, one adapter", "PEFT, one adapter merged"
+ONE, MERGED = "PEFT, one adapter", "PEFT, one adapter merged"
 EACH_DECISION, ARROW = "PEFT, add_weighted_adapter every 2 tokens", "PEFT Arrow, top 2"
 XLORA, PAPER = "PEFT X-LoRA, untrained", "the paper's loop"
 BASE_STEP, BASE_TEXT = "transformers, base, one step with its cache", "transformers, base, the whole text"
+
+
+@dataclass(frozen=True)
+class PeerOptions:
+    """Options of the peers alone.
+
+    Attributes:
+        paper_text: tokens of the text that peers without a cache read for each token.
+        sentence: embedder of the paper's loop.
+        vllm: Python of an environment that has vLLM.
+        vllm_compile: vLLM's compiled mode, which takes minutes to start.
+    """
+
+    paper_text: int = 256
+    sentence: str = "sentence-transformers/all-MiniLM-L6-v2"
+    vllm: str = ".venv-vllm/bin/python"
+    vllm_compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,18 +109,6 @@ def _or_missing(make: Callable[[], Unit]) -> Unit | Missing:
         return make()
     except Exception as error:  # the errors of other people's libraries have no narrower base in common
         return Missing(reason_of(error))
-
-
-@torch.inference_mode()
-def transformers_generate(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-    """Make `tokens` tokens a row with transformers' own greedy `generate`."""
-    from transformers import GenerationConfig
-
-    ids = torch.tensor(prompts, device=model.device)  # (B, T)
-    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    if output.shape != (len(prompts), len(prompts[0]) + tokens):
-        raise TreadleError(f"generate gave {tuple(output.shape)} tokens")
 
 
 def one_adapter(model: Any, folders: Mapping[str, Path]) -> Any:

@@ -1,24 +1,25 @@
-"""Other libraries with the same adapters for `treadle bench`: calls, or single tokens where they keep no cache."""
+"""Other libraries with the same adapters beside treadle: calls, or single tokens where they keep no cache."""
 
 from dataclasses import replace
 from functools import partial
 
-from treadle.experiments.decode import call_title
-from treadle.experiments.peers.peers import (
-    BASE,
+from treadle.experiments.decode import BASE, call_title
+from treadle.experiments.timing import Line, Table, Unit, interleave, lines
+from treadle.experiments.workbench import SPARE, Lab, Steps, not_run, routings, run, started
+
+from .peers import (
     BASE_STEP,
     EACH_DECISION,
     PAPER,
     XLORA,
     Missing,
+    PeerOptions,
     Peers,
     cached_peers,
     tried,
     uncached_peers,
 )
-from treadle.experiments.peers.vllm_peer import ARMS, VllmWorker, vllm_peers
-from treadle.experiments.timing import Line, Table, Unit, interleave, lines
-from treadle.experiments.workbench import SPARE, Lab, Steps, not_run, routings, run, started
+from .vllm_peer import ARMS, VllmWorker, vllm_peers
 
 UNCACHED = "keeps no cache: reads the whole text for each token"
 NOTES = {
@@ -27,11 +28,11 @@ NOTES = {
 }
 
 
-def peers(lab: Lab) -> list[Table]:
+def peers(lab: Lab, options: PeerOptions) -> list[Table]:
     """Run other libraries with the same adapters: whole calls, or single tokens where they keep no cache."""
-    with VllmWorker.start(lab) as worker:
+    with VllmWorker.start(lab, options) as worker:
         made = [line for batch in lab.params.batch for line in _calls(lab, batch, worker)]
-    return [Table("peers", call_title(lab), tuple(made)), _tokens(lab)]
+    return [Table("peers", call_title(lab), tuple(made)), _tokens(lab, options)]
 
 
 def _calls(lab: Lab, batch: int, worker: VllmWorker) -> list[Line]:
@@ -45,12 +46,12 @@ def _calls(lab: Lab, batch: int, worker: VllmWorker) -> list[Line]:
     return [replace(line, note=worker.about) if line.arm in ARMS and line.seconds else line for line in made]
 
 
-def _tokens(lab: Lab) -> Table:
+def _tokens(lab: Lab, options: PeerOptions) -> Table:
     """Time one token at a text, beside the base with and without its cache."""
-    [text] = lab.prompts(1, lab.params.paper_text)
+    [text] = lab.prompts(1, options.paper_text)
     name, routing = list(routings(lab.routing).items())[-1]
     batch = started(lab.engine, [text], lab.params.rounds + SPARE, routing)
-    others = uncached_peers(lab, text, lab.params.sentence)
+    others = uncached_peers(lab, text, options.sentence)
     arms: Peers = {BASE_STEP: others.pop(BASE_STEP), name: Steps(lab.engine, batch), **others}
     title = f"One token at a text of {len(text)} tokens"
     return Table("peers", title, tuple(_lines(arms, lab, 1, 1, NOTES)))

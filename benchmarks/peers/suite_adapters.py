@@ -1,7 +1,9 @@
-"""Pools of adapters for `treadle bench`: steps with 4 to 256 of them, and loading 256 from PEFT folders."""
+"""Pools of adapters beside each other: steps with 4 to 256 of them, and loading 256 from PEFT folders."""
 
 import gc
 import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from safetensors.torch import save_file
+
 from treadle.bundle.base_model import load_model, load_tokenizer, quiet_libraries
 from treadle.bundle.bundle import read_bundle
 from treadle.common.errors import OptionError, TreadleError, reason_of
@@ -19,15 +23,16 @@ from treadle.common.memory import trim
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
 from treadle.engine.sequence import Row, TokenEvent
-from treadle.experiments.pools import random_adapters, random_router, save_adapter
-from treadle.experiments.processes import resident_bytes
+from treadle.experiments.pools import random_adapters, random_router
 from treadle.experiments.timing import Line, Table, lines
 from treadle.experiments.workbench import SPARE, WARM_UP, Lab, Steps, not_run, pooled, time_steps
-from treadle.lora.adapter import read_adapter
+from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 
 if TYPE_CHECKING:
     from treadle.engine.sequence import Likeliest
 
+ROOT = Path(__file__).parents[2]
+"""The process that loads a pool finds this package here."""
 POOLS = (4, 16, 64, 256)
 """Numbers of adapters in one engine."""
 RANK, TARGETS = 16, ("q_proj", "v_proj")
@@ -40,28 +45,31 @@ LOADS = 3
 """Times at most that the largest pool is loaded."""
 
 
-def adapters(lab: Lab) -> list[Table]:
+def adapters(
+    lab: Lab, *, pools: Sequence[int] = POOLS, num_steps: int = STEPS, targets: Sequence[str] = TARGETS
+) -> list[Table]:
     """Step with pools of random adapters over texts whose domain changes, and load the largest."""
-    where = f"adapters of rank {RANK} on {' and '.join(name[0] for name in TARGETS)}"
+    where = f"adapters of rank {RANK} on {' and '.join(name[0] for name in targets)}"
     title = f"One step with a pool of {where}, top {TOP} of each row, a text of another domain every {DOMAIN} tokens"
     try:
-        engines = {f"{count} adapters": lab.pool(count, rank=RANK, targets=TARGETS) for count in POOLS}
+        engines = {f"{count} adapters": lab.pool(count, rank=RANK, targets=targets) for count in pools}
     except OptionError as error:  # the base names its layers otherwise
-        names = {f"{count} adapters": reason_of(error) for count in POOLS}
+        names = {f"{count} adapters": reason_of(error) for count in pools}
         return [Table("adapters", title, tuple(not_run(names, lab.dtype)))]
-    made = [line for batch in lab.params.batch for line in _steps(lab, engines, batch)]
+    made = [line for batch in lab.params.batch for line in _steps(lab, engines, batch, num_steps)]
     del engines
     gc.collect()
-    return [Table("adapters", title, tuple(made)), _load_table(lab, where)]
+    return [Table("adapters", title, tuple(made)), _load_table(lab, max(pools), targets, where)]
 
 
-def _steps(lab: Lab, engines: dict[str, Engine], batch: int) -> list[Line]:
+def _steps(lab: Lab, engines: dict[str, Engine], batch: int, num_steps: int) -> list[Line]:
     arms: dict[str, Steps] = {}
     for name, engine in engines.items():
         arms[name] = Steps(engine, engine.new_batch(end_ids=frozenset()))
-        arms[name].batch.join(dictated_rows(lab, engine, batch, STEPS + SPARE))
-    spent = time_steps(lab, arms, STEPS, lab.setting(batch))
-    layings = {name: f"laid out anew in {steps.num_layings} of {STEPS + WARM_UP} steps" for name, steps in arms.items()}
+        arms[name].batch.join(dictated_rows(lab, engine, batch, num_steps + SPARE))
+    spent = time_steps(lab, arms, num_steps, lab.setting(batch))
+    total = num_steps + WARM_UP
+    layings = {name: f"laid out anew in {steps.num_layings} of {total} steps" for name, steps in arms.items()}
     return [replace(line, note=layings.get(line.arm, line.note)) for line in spent]
 
 
@@ -120,15 +128,14 @@ class Loaded:
     own: int
 
 
-def _load_table(lab: Lab, where: str) -> Table:
+def _load_table(lab: Lab, count: int, targets: Sequence[str], where: str) -> Table:
     """Load the largest pool from PEFT folders, each time in a process of its own."""
-    count = max(POOLS)
     name = f"{count} {where}"
     title = "Loading PEFT folders into an engine; MiB: resident memory that they add, the ratio is to their bytes"
     with tempfile.TemporaryDirectory() as root:
-        made = random_adapters(lab.engine.model, lab.bundle.base_model, count, rank=RANK, targets=TARGETS)
+        made = random_adapters(lab.engine.model, lab.bundle.base_model, count, rank=RANK, targets=targets)
         for adapter in made:
-            save_adapter(Path(root) / adapter.name, adapter, TARGETS)
+            save_adapter(Path(root) / adapter.name, adapter, targets)
         del made
         try:
             loads = [load_apart(lab, Path(root)) for _ in range(min(lab.params.rounds, LOADS))]
@@ -144,11 +151,27 @@ def _load_table(lab: Lab, where: str) -> Table:
     return Table("adapters", title, (replace(line, peak=resident, ratio=resident / own, note=note),))
 
 
+def save_adapter(folder: Path, adapter: Adapter, targets: Sequence[str]) -> Path:
+    """Write an adapter of one rank as PEFT does, in float32; return the folder."""
+    folder.mkdir(parents=True)
+    tensors = {
+        f"base_model.model.{path}.lora_{side}.weight": factor.float().cpu().contiguous()
+        for path, pair in adapter.pairs.items()
+        for side, factor in (("A", pair.a), ("B", pair.b))
+    }
+    save_file(tensors, folder / WEIGHTS_FILE)
+    pair = next(iter(adapter.pairs.values()))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base_model}
+    config |= {"r": pair.rank, "lora_alpha": pair.scale * pair.rank, "target_modules": list(targets), "bias": "none"}
+    (folder / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
+    return folder
+
+
 def load_apart(lab: Lab, root: Path) -> Loaded:
     """Return what `load_pool` takes in a process of its own; a TreadleError with its last line where it fails."""
-    code = "import sys; from treadle.experiments.peers.suite_adapters import load_pool; load_pool(*sys.argv[1:])"
-    given = [str(lab.bundle.folder), str(root), str(lab.engine.model.device), lab.dtype]
-    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
+    code = "import sys; from benchmarks.peers.suite_adapters import load_pool; load_pool(*sys.argv[1:])"
+    given = [str(lab.bundle.folder.resolve()), str(root), str(lab.engine.model.device), lab.dtype]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
         raise TreadleError(f"loading adapters in a process of its own failed: {said[-1]}")
@@ -179,3 +202,11 @@ def load_pool(bundle: str, root: str, device: str, dtype: str) -> None:
     trimmed = resident_bytes() - before if trim() else None
     print(json.dumps(asdict(Loaded(seconds, resident, trimmed, own))))
     engine.detach()
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory; where the system keeps no such file, the most that it has been."""
+    file = Path("/proc/self/statm")
+    if file.exists():
+        return int(file.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,1 +1,0 @@
-"""Other programs that run the same adapters, to be measured beside treadle."""
