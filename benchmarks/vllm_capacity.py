@@ -17,11 +17,11 @@ from time import thread_time
 import torch
 
 from treadle.bundle.base_model import load_tokenizer
-from treadle.serving.vllm.board import GateBoard
 from treadle.serving.vllm.mixture import open_bundle
 from treadle.serving.vllm.params import PluginParams
 from treadle.serving.vllm.schedule import Schedule
-from treadle.serving.vllm.stacks import Part, Place, Stack
+from treadle.serving.vllm.shards import LayerShard, ShardPart
+from treadle.serving.vllm.stacks import GateBoard, LayerStack
 
 ROOT = Path(__file__).parents[1]
 GROUP, MANY = 64, 1000
@@ -116,21 +116,21 @@ def size(shape: Shape, targets: tuple[str, ...], adapters: int, rank: int, token
     }
     factors = 0
     for size_in, outputs in fused.values():
-        place = _place(size_in, outputs)
+        shard = _shard(size_in, outputs)
         room = [dict.fromkeys(range(adapters), rank) if name in targets else {} for name in outputs]
         if any(room):
-            stack = Stack(place, board, room)
+            stack = LayerStack(shard, board, room)
             own = sum(each.nbytes for name, each in stack.named_buffers() if name != "gates")
             factors += shape.layers * own
     return factors, sum(each.nbytes for each in board.buffers())
 
 
-def _place(size_in: int, outputs: dict[str, int]) -> Place:
+def _shard(size_in: int, outputs: dict[str, int]) -> LayerShard:
     parts, start = [], 0
     for name, rows in outputs.items():
-        parts.append(Part(name, (size_in, rows), slice(0, size_in), slice(0, rows), start))
+        parts.append(ShardPart(name, (size_in, rows), slice(0, size_in), slice(0, rows), start))
         start += rows
-    return Place(tuple(parts), size_in, start)
+    return LayerShard(tuple(parts), size_in, start)
 
 
 def router_constants() -> tuple[float, float]:

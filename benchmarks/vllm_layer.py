@@ -24,10 +24,9 @@ import vllm
 from torch import nn
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from treadle.serving.vllm.board import GateBoard
-from treadle.serving.vllm.cpu import branch_of, cpu_product
-from treadle.serving.vllm.products import Product
-from treadle.serving.vllm.stacks import Part, Place, Stack
+from treadle.serving.vllm.cpu import Product, branch_of, cpu_product
+from treadle.serving.vllm.shards import LayerShard, ShardPart
+from treadle.serving.vllm.stacks import GateBoard, LayerStack
 
 HIDDEN, KEYS, INNER = 576, 192, 1536
 LAYERS = {
@@ -54,7 +53,7 @@ def main() -> None:
             for name, (size_in, parts) in LAYERS.items():
                 x = torch.randn(tokens, size_in, dtype=torch.bfloat16)
                 stack, other = (stacked(board, size_in, parts, pack) for pack in (cpu_product, own_product))
-                y = torch.randn(tokens, stack.place.size_out, dtype=torch.bfloat16)
+                y = torch.randn(tokens, stack.shard.size_out, dtype=torch.bfloat16)
                 taken = microseconds({"ours": partial(stack.update, y, x), "own": partial(other.update, y, x)})
                 ways = ", ".join(dict.fromkeys(branch_of(weight) for weight in factors(stack)))
                 print(f"| {tokens} | {name} | {taken['ours']:.1f} | {taken['own']:.1f} | {ways} |", flush=True)
@@ -86,19 +85,19 @@ def own_product(weight: torch.Tensor) -> Product:
     return Product(lambda x: own(x, weight, None))
 
 
-def factors(stack: Stack) -> list[torch.Tensor]:
+def factors(stack: LayerStack) -> list[torch.Tensor]:
     """Return what a stack multiplies with: A, and each B."""
     return [stack.a, *(each.t() for name, each in stack.named_buffers() if name.startswith("b_t"))]
 
 
-def stacked(board: GateBoard, size_in: int, parts: list[tuple[int, int]], pack: Callable[..., Any]) -> Stack:
+def stacked(board: GateBoard, size_in: int, parts: list[tuple[int, int]], pack: Callable[..., Any]) -> LayerStack:
     """Return a packed stack of random factors."""
     made, start = [], 0
     for size, _ in parts:
-        made.append(Part(f"{start}", (size_in, size), slice(0, size_in), slice(0, size), start))
+        made.append(ShardPart(f"{start}", (size_in, size), slice(0, size_in), slice(0, size), start))
         start += size
     room = [dict.fromkeys(range(ADAPTERS), rank) if rank else {} for _, rank in parts]
-    stack = Stack(Place(tuple(made), size_in, start), board, room)
+    stack = LayerStack(LayerShard(tuple(made), size_in, start), board, room)
     stack.a.normal_()
     stack.gates.fill_(0.5)
     stack.pack(pack)

@@ -12,10 +12,12 @@ from torch import nn
 
 from treadle.common.errors import AdapterError, ModelError
 from treadle.lora.adapter import read_adapter
-from treadle.serving.vllm.attach import Limits, attach, place_of
+from treadle.serving.vllm.attach import AttachContext, attach
+from treadle.serving.vllm.cpu import Product
 from treadle.serving.vllm.mixture import open_bundle
 from treadle.serving.vllm.params import PluginParams
-from treadle.serving.vllm.stacks import Stack, Stacks, check_targets
+from treadle.serving.vllm.shards import shard_of
+from treadle.serving.vllm.stacks import ModelStacks
 
 from conftest import TINY
 
@@ -32,16 +34,16 @@ def column(sizes: list[int], tp_size: int, tp_rank: int, **more: Any) -> SimpleN
 
 def test_heads_are_sharded_and_key_value_heads_repeated() -> None:
     # eight query heads and two key-value heads of 16 over four processes: each pair of processes has the same one
-    places = [
-        place_of("l.qkv_proj", column([32, 16, 16], 4, rank, num_kv_head_replicas=2), PACKED) for rank in range(4)
+    shards = [
+        shard_of("l.qkv_proj", column([32, 16, 16], 4, rank, num_kv_head_replicas=2), PACKED) for rank in range(4)
     ]
-    q, k, v = zip(*(place.parts for place in places), strict=True)
-    assert [part.path for part in places[0].parts] == ["l.q_proj", "l.k_proj", "l.v_proj"]
+    q, k, v = zip(*(place.parts for place in shards), strict=True)
+    assert [part.path for part in shards[0].parts] == ["l.q_proj", "l.k_proj", "l.v_proj"]
     assert [(part.rows.start, part.rows.stop) for part in q] == [(0, 32), (32, 64), (64, 96), (96, 128)]
     assert [(part.rows.start, part.rows.stop) for part in k] == [(0, 16), (0, 16), (16, 32), (16, 32)]
     assert [part.shape for part in (q[0], k[0], v[0])] == [(64, 128), (64, 32), (64, 32)]
-    assert [part.start for part in places[0].parts] == [0, 32, 48]
-    assert places[0].size_out == 64
+    assert [part.start for part in shards[0].parts] == [0, 32, 48]
+    assert shards[0].size_out == 64
 
 
 def test_a_row_parallel_layer_reads_its_columns() -> None:
@@ -49,13 +51,13 @@ def test_a_row_parallel_layer_reads_its_columns() -> None:
         input_size=96, input_size_per_partition=48, output_partition_sizes=[64], output_size_per_partition=64,
         tp_size=2, tp_rank=1,
     )  # fmt: skip
-    (part,) = place_of("l.down_proj", layer, PACKED).parts
+    (part,) = shard_of("l.down_proj", layer, PACKED).parts
     assert (part.shape, part.columns, part.rows) == ((96, 64), slice(48, 96), slice(0, 64))
 
 
 def test_a_fused_layer_that_is_unknown_is_refused() -> None:
     with pytest.raises(ModelError, match=r"l\.mixed_proj makes 2 outputs"):
-        place_of("l.mixed_proj", column([32, 32], 1, 0), PACKED)
+        shard_of("l.mixed_proj", column([32, 32], 1, 0), PACKED)
 
 
 class Method:
@@ -116,15 +118,15 @@ class Tiny(nn.Module):
             self.model.layers[absent] = Absent()
 
 
-LIMITS = Limits(
+CONTEXT = AttachContext(
     num_tokens=16, device=torch.device("cpu"), dtype=torch.float32, linear=Linear, forwards=(Linear.forward,),
     unpacked=frozenset(), linear_method=Method, missing=Absent, pack=None,
 )  # fmt: skip
 
 
-def laid(bundle: Path, model: nn.Module, unpacked: frozenset[str] = frozenset(), **options: Any) -> Stacks:
+def laid(bundle: Path, model: nn.Module, unpacked: frozenset[str] = frozenset(), **options: Any) -> ModelStacks:
     params = PluginParams(bundle=str(bundle), **options)
-    return attach(model, *open_bundle(params), params, replace(LIMITS, unpacked=unpacked))
+    return attach(model, *open_bundle(params), params, replace(CONTEXT, unpacked=unpacked))
 
 
 def test_stacks_lie_beside_the_layers_that_adapters_target(bundle_folder: Path) -> None:
@@ -145,17 +147,14 @@ def test_layers_that_pass_their_linear_method_by_are_refused(bundle_folder: Path
     assert len(laid(bundle_folder, Tiny(), frozenset(["lm_head"])).stacks) == 8  # what nothing targets may be anything
 
 
-def test_a_stack_with_a_wrong_factor_is_found_out(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = Stack.put
+def test_a_stack_with_a_wrong_factor_is_found_out(bundle_folder: Path) -> None:
+    def doubled(weight: torch.Tensor) -> Product:
+        factor = 2 if weight.shape[1] == TINY["hidden_size"] else 1
+        return Product(lambda x: x @ weight.t() * factor)
 
-    def doubled(self: Stack, slot: int, adapter: Any) -> None:
-        put(self, slot, adapter)
-        if slot == 1 and self.place.size_in == TINY["hidden_size"]:
-            self.a[next(iter(self._room.values()))] *= 2
-
-    monkeypatch.setattr(Stack, "put", doubled)
+    params = PluginParams(bundle=str(bundle_folder))
     with pytest.raises(ModelError, match=r"qkv_proj does not compute the blend here: off by"):
-        laid(bundle_folder, Tiny())
+        attach(Tiny(), *open_bundle(params), params, replace(CONTEXT, pack=doubled))
 
 
 def test_factors_that_overflow_in_the_dtype_of_the_stacks_are_refused_by_name(bundle_folder: Path) -> None:
@@ -165,13 +164,13 @@ def test_factors_that_overflow_in_the_dtype_of_the_stacks_are_refused_by_name(bu
         replace(each, pairs={path: replace(pair, a=pair.a * 3e4) for path, pair in each.pairs.items()})
         for each in bundle.adapters
     ]
-    stacks = attach(Tiny(), bundle, mixture, params, LIMITS)
-    check_targets(large[0], stacks)  # in float32 they are fine
-    stacks = attach(Tiny().half(), bundle, mixture, params, replace(LIMITS, dtype=torch.float16))
+    stacks = attach(Tiny(), bundle, mixture, params, CONTEXT)
+    stacks.check_room(large[0])  # in float32 they are fine
+    stacks = attach(Tiny().half(), bundle, mixture, params, replace(CONTEXT, dtype=torch.float16))
     with pytest.raises(AdapterError, match=r"math: model\.layers\.0.*too large for float16"):
-        check_targets(large[0], stacks)
+        stacks.check_room(large[0])
     with pytest.raises(AdapterError, match=r"(?s)math: .*too large for float16.*code: "):
-        attach(Tiny(), replace(bundle, adapters=tuple(large)), mixture, params, replace(LIMITS, dtype=torch.float16))
+        attach(Tiny(), replace(bundle, adapters=tuple(large)), mixture, params, replace(CONTEXT, dtype=torch.float16))
 
 
 def test_a_pipeline_stage_takes_an_adapter_of_all_layers(bundle_folder: Path, adapter_folders: dict[str, Path]) -> None:
@@ -179,12 +178,12 @@ def test_a_pipeline_stage_takes_an_adapter_of_all_layers(bundle_folder: Path, ad
     late = read_adapter(adapter_folders["science"], "late")
     stages = [laid(bundle_folder, Tiny(absent=each), max_adapters=4, max_rank=8) for each in (0, 1)]
     for stage in stages:
-        check_targets(late, stage)
+        stage.check_room(late)
         assert len(stage.stacks) == 4
     lost = replace(late, pairs={**late.pairs, "model.layers.7.self_attn.q_proj": next(iter(late.pairs.values()))})
     for stage in stages:
         with pytest.raises(AdapterError, match=r"layers\.7\.self_attn\.q_proj: there is no room for it$"):
-            check_targets(lost, stage)
+            stage.check_room(lost)
 
 
 def test_the_doctor_wants_a_bundle_or_vllm(run) -> None:

@@ -26,15 +26,16 @@ def test_products_are_the_plain_product(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(made.double(), expected, rtol=EPSILON, atol=EPSILON / 16)
 
 
-def test_both_branches_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_branches_are_taken() -> None:
     weight = torch.randn(128, 64).bfloat16()
     if cpu.branch_of(weight) != "by tokens":
         pytest.skip("this CPU has one kernel for all")
     taken: list[str] = []
-    monkeypatch.setattr(cpu, "_packed", lambda _: lambda made, x: taken.append("few"))
-    monkeypatch.setattr(cpu, "_vllms_own", lambda _: lambda x: taken.append("many"))
-    product = cpu.cpu_product(weight)
-    most = (cpu.MOST_OUTPUTS_AMD if is_amd() else cpu.MOST_OUTPUTS) // 128
+    kernels = cpu.CpuKernels(
+        own=lambda _: lambda x: taken.append("many") or x, small=lambda _: lambda made, x: taken.append("few")
+    )
+    product = cpu.cpu_product(weight, kernels)
+    most = (cpu.MAX_SMALL_OUTPUTS_AMD if is_amd() else cpu.MAX_SMALL_OUTPUTS) // 128
     for tokens in (1, most, most + 1):
         product(torch.zeros(tokens, 64))
     assert taken == ["few", "few", "many"]

@@ -285,14 +285,14 @@ def _load(original: Any) -> Any:
 def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
     import torch
 
-    from treadle.serving.vllm.attach import Limits, attach
+    from treadle.serving.vllm.attach import AttachContext, attach
     from treadle.serving.vllm.cpu import cpu_product, is_cpu
     from treadle.serving.vllm.mixture import open_bundle
 
     linear = importlib.import_module("vllm.model_executor.layers.linear")
     missing = importlib.import_module("vllm.model_executor.models.utils").PPMissingLayer
     bundle, mixture = open_bundle(params)
-    limits = Limits(
+    context = AttachContext(
         num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         device=torch.device(vllm_config.device_config.device),
         dtype=vllm_config.model_config.dtype,
@@ -305,7 +305,7 @@ def _stacks(model: Any, vllm_config: Any, params: PluginParams) -> Any:
         missing=missing,
         pack=cpu_product if is_cpu() and vllm_config.model_config.dtype.itemsize < 4 else None,
     )
-    stacks = attach(model, bundle, mixture, params, limits)
+    stacks = attach(model, bundle, mixture, params, context)
     logger.info(
         "treadle blends %s beside %d of %d linear layers (%.1f MiB)",
         ", ".join(mixture.names), len(stacks.stacks), stacks.num_layers, stacks.num_bytes() / 2**20,

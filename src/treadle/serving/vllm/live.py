@@ -176,12 +176,11 @@ def put_adapter(worker: Any, slot: int | None, name: str, path: str) -> str | No
     Without a slot nothing is copied: it is only looked whether the adapter fits.
     """
     from treadle.lora.adapter import read_adapter
-    from treadle.serving.vllm.stacks import check_targets
 
     stacks = worker.model_runner.get_model().treadle
     try:
         adapter = read_adapter(path, name)
-        check_targets(adapter, stacks)
+        stacks.check_room(adapter)
     except TreadleError as error:
         return str(error)
     if slot is not None:

@@ -1,8 +1,9 @@
 """The rank-stacked factors beside vLLM's linear layers, and the gates that all of them share.
 
 A layer makes one product with A, gates it, and adds one product with B: no matter how many adapters there are. The
-gates lie in tensors whose addresses never change, one row a token of the step, so that compiled code and captured CUDA
-graphs read new weights without being made again. Nothing here imports vLLM: a layer is described by a `Place`.
+gates lie in tensors whose addresses never change, one row a token of the step. So compiled code and captured CUDA
+graphs read new weights without being made again. `tests/test_vllm_stacks.py` compares a stack with the plain formula,
+`treadle.serving.vllm.shards.plain_update`. Nothing here imports vLLM.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,64 +11,87 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from treadle.common.errors import AdapterError, problem_list
-from treadle.lora.adapter import Adapter, LoraPair
+from treadle.lora.adapter import Adapter
 from treadle.lora.compatibility import check_range
-from treadle.serving.vllm.board import KEPT, GateBoard
-from treadle.serving.vllm.mixture import largest_rank, main_scale
-from treadle.serving.vllm.products import Into, Product
+from treadle.routing.centroids import Floats
+from treadle.serving.vllm.cpu import Product, WriteKernel
+from treadle.serving.vllm.mixture import main_scale
+from treadle.serving.vllm.shards import LayerShard, ShardPart, factors_here
+
+MAX_KEPT_TOKENS = 64
+"""Tokens of a step up to which packed layers keep the memory that they write to."""
+MAX_ZERO_BYTES = 256 << 10
+"""Bytes of zeros that one product for q, k and v together may read; beyond, one product each is cheaper."""
 
 
-class Kept(NamedTuple):
+class GateBoard(nn.Module):
+    """The gates of the tokens of a step, (T, R) for each layout of ranks, at addresses that never change."""
+
+    def __init__(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.device, self.dtype = device, dtype
+        self._layouts: dict[tuple[int, ...], int] = {}
+        self._kept: dict[int, Tensor] = {}
+
+    def kept(self, num_tokens: int, size: int) -> Tensor:
+        """Return memory (T, size) that all layers share: each is done with it when it returns."""
+        if size not in self._kept:
+            self._kept[size] = torch.empty(MAX_KEPT_TOKENS * size, device=self.device, dtype=self.dtype)
+        return self._kept[size][: num_tokens * size].view(num_tokens, size)
+
+    def layout(self, owners: tuple[int, ...]) -> int:
+        """Return the number of the layout whose columns belong to these slots, (R,)."""
+        if owners not in self._layouts:
+            index = self._layouts[owners] = len(self._layouts)
+            self.register_buffer(f"owners_{index}", torch.tensor(owners, device=self.device), persistent=False)
+            gates = torch.zeros(self.num_tokens, len(owners), device=self.device, dtype=self.dtype)
+            self.register_buffer(f"gates_{index}", gates, persistent=False)
+        return self._layouts[owners]
+
+    def gates(self, layout: int) -> Tensor:
+        """Return the gates (num_tokens, R) of a layout."""
+        return self.get_buffer(f"gates_{layout}")
+
+    @torch.inference_mode()
+    def fill(self, rows: Floats, counts: Sequence[int]) -> None:
+        """Set the gates of a step's tokens, from its runs.
+
+        Args:
+            rows: (S, slots), the gates of each run.
+            counts: how many tokens each run has.
+        """
+        total = sum(counts)
+        if total > self.num_tokens:
+            raise RuntimeError(f"a step of {total} tokens; there are gates for {self.num_tokens}")
+        step = torch.from_numpy(np.repeat(rows, counts, 0) if total != len(rows) else rows)  # (T, slots)
+        if self.device.type == "cuda":
+            step = step.pin_memory()  # a fresh one each step: the copy of the step before may still be running
+        step = step.to(self.device, non_blocking=True).to(self.dtype)
+        for layout in range(len(self._layouts)):
+            chosen = step.index_select(1, self.get_buffer(f"owners_{layout}"))
+            self.gates(layout)[:total].copy_(chosen)  # (T, R)
+
+
+class StepBuffers(NamedTuple):
     """What a packed layer needs for a step of T tokens: its kernels, and views of where they write and of the gates."""
 
-    shrink: Into
+    into_hidden: WriteKernel
     hidden: Tensor  # (T, R)
     gates: Tensor  # (T, R)
-    expand: Into
+    into_made: WriteKernel
     made: Tensor  # (T, out)
 
 
 @dataclass(frozen=True)
-class Part:
-    """One linear layer of the checkpoint inside a fused one (q of q, k, v), as this process holds it.
-
-    Attributes:
-        path: as PEFT's files call it.
-        shape: (in, out) in the checkpoint.
-        columns: of the input that this process reads; a row-parallel layer's shard.
-        rows: of the output that this process makes; a column-parallel layer's shard.
-        start: the first of these rows in the fused layer's output.
-    """
-
-    path: str
-    shape: tuple[int, int]
-    columns: slice
-    rows: slice
-    start: int
-
-    @property
-    def size(self) -> int:
-        """The number of rows that this process makes."""
-        return self.rows.stop - self.rows.start
-
-
-@dataclass(frozen=True)
-class Place:
-    """A linear layer of vLLM's: its parts, and the size of its input and output in this process."""
-
-    parts: tuple[Part, ...]
-    size_in: int
-    size_out: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """What one product with B covers: rows of the stack, columns of the fused layer's output."""
+class OutputBlock:
+    """One product with B: the rows of the stack that it reads, and the columns of the output that it adds to."""
 
     rows: slice
     columns: slice
@@ -78,32 +102,35 @@ class Group:
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
-MOST_ZEROS = 256 << 10
-"""Bytes of zeros that a product for q, k and v together may read; beyond, one product each is cheaper."""
-
-
-class Stack(nn.Module):
-    """The factors of all adapters beside one linear layer of vLLM's."""
+class LayerStack(nn.Module):
+    """The factors of all adapters beside one linear layer of vLLM."""
 
     a: Tensor
     b_t_0: Tensor
     gates: Tensor
 
-    def __init__(self, place: Place, board: GateBoard, ranks: Sequence[Mapping[int, int]]) -> None:
+    def __init__(
+        self,
+        shard: LayerShard,
+        board: GateBoard,
+        ranks: Sequence[Mapping[int, int]],
+        max_zero_bytes: int = MAX_ZERO_BYTES,
+    ) -> None:
         """Make room, filled with zeros.
 
         Args:
-            place: the layer.
+            shard: the layer.
             board: has the gates.
-            ranks: of each part: slot -> how many ranks it has room for.
+            ranks: for each part: slot -> how many ranks it has room for.
+            max_zero_bytes: zeros that one product with B for all parts may read.
         """
         super().__init__()
-        self.place = place
-        self._shrink: Product | None = None
-        self._expand: list[Product] = []
-        self._most = 0  # tokens up to which nothing is made anew
-        self._kept: dict[int, Kept] = {}
-        self._keep = board.kept
+        self.shard = shard
+        self._product_a: Product | None = None
+        self._products_b: list[Product] = []
+        self._max_kept = 0  # tokens up to which no memory is made anew
+        self._buffers_of: dict[int, StepBuffers] = {}
+        self._memory = board.kept
         self._room: dict[tuple[int, int], slice] = {}  # (part, slot) -> rows of the stack
         owners: list[int] = []
         edges = [0]
@@ -114,30 +141,30 @@ class Stack(nn.Module):
             edges.append(len(owners))
         self._spans = [slice(start, end) for start, end in pairwise(edges)]  # rows of each part
         self.register_buffer("gates", board.gates(board.layout(tuple(owners))), persistent=False)  # the board's own
-        self.register_buffer("a", self._zeros(board, len(owners), place.size_in), persistent=False)  # (R, in)
-        self._groups = self._grouped(board.dtype.itemsize)
-        whole = Group(slice(0, len(owners)), slice(0, place.size_out))
-        self._is_whole = self._groups == [whole]  # then nothing is cut out of the output
-        for index, group in enumerate(self._groups):
-            rows, columns = group.rows.stop - group.rows.start, group.columns.stop - group.columns.start
+        self.register_buffer("a", self._zeros(board, len(owners), shard.size_in), persistent=False)  # (R, in)
+        self._blocks = self._output_blocks(max_zero_bytes // board.dtype.itemsize)
+        whole = OutputBlock(slice(0, len(owners)), slice(0, shard.size_out))
+        self._is_whole = self._blocks == [whole]  # then nothing is cut out of the output
+        for index, block in enumerate(self._blocks):
+            rows, columns = block.rows.stop - block.rows.start, block.columns.stop - block.columns.start
             self.register_buffer(f"b_t_{index}", self._zeros(board, rows, columns), persistent=False)
 
     @staticmethod
     def _zeros(board: GateBoard, rows: int, columns: int) -> Tensor:
         return torch.zeros(rows, columns, device=board.device, dtype=board.dtype)
 
-    def _grouped(self, itemsize: int) -> list["Group"]:
-        """Return what gets a product with B of its own: all parts together, unless too many zeros would be read."""
+    def _output_blocks(self, max_zeros: int) -> list[OutputBlock]:
+        """Return the products with B: one for all parts, or one each where that one would read too many zeros."""
         parts = [
-            Group(span, slice(part.start, part.start + part.size))
-            for span, part in zip(self._spans, self.place.parts, strict=True)
+            OutputBlock(span, slice(part.start, part.start + part.size))
+            for span, part in zip(self._spans, self.shard.parts, strict=True)
             if span.stop > span.start
         ]
         if not parts:
             return []
-        whole = Group(slice(0, parts[-1].rows.stop), slice(parts[0].columns.start, parts[-1].columns.stop))
+        whole = OutputBlock(slice(0, parts[-1].rows.stop), slice(parts[0].columns.start, parts[-1].columns.stop))
         zeros = whole.size - sum(part.size for part in parts)
-        return parts if zeros * itemsize > MOST_ZEROS else [whole]
+        return parts if zeros > max_zeros else [whole]
 
     def has_room(self, part: int) -> bool:
         """Return whether adapters can have factors for a part, by its number."""
@@ -147,70 +174,72 @@ class Stack(nn.Module):
     def put(self, slot: int, adapter: Adapter) -> None:
         """Copy an adapter's factors into a slot, in place; what was there is gone."""
         main = main_scale(adapter)
-        for index, part in enumerate(self.place.parts):
+        for index, part in enumerate(self.shard.parts):
             room = self._room.get((index, slot))
             if room is None:
                 continue
             self.a[room].zero_()
-            b_t = self._expansion(room, part)  # (room, out)
+            b_t = self._b_t_of(room, part)  # (room, out)
             b_t.zero_()
             pair = adapter.pairs.get(part.path)
             if pair is not None:
                 self.a[room.start : room.start + pair.rank].copy_(pair.a[:, part.columns].float() * (pair.scale / main))
                 b_t[: pair.rank].copy_(pair.b[part.rows].float().t())
 
-    def _expansion(self, room: slice, part: Part) -> Tensor:
+    def _b_t_of(self, room: slice, part: ShardPart) -> Tensor:
         """Return the piece of B, transposed, of some rows of the stack and one part: a view."""
-        index = next(i for i, group in enumerate(self._groups) if group.rows.start <= room.start < group.rows.stop)
-        rows, columns = self._groups[index].rows.start, self._groups[index].columns.start
+        index = next(i for i, block in enumerate(self._blocks) if block.rows.start <= room.start < block.rows.stop)
+        rows, columns = self._blocks[index].rows.start, self._blocks[index].columns.start
         b_t = self.get_buffer(f"b_t_{index}")
         return b_t[room.start - rows : room.stop - rows, part.start - columns : part.start - columns + part.size]
 
     def pack(self, make: Callable[[Tensor], Product]) -> None:
         """Make all products by functions of packed weights from now on; adapters can no longer be put in."""
-        self._shrink = make(self.a)
-        self._expand = [make(self.get_buffer(f"b_t_{i}").t().contiguous()) for i in range(len(self._groups))]
+        self._product_a = make(self.a)
+        self._products_b = [make(self.get_buffer(f"b_t_{i}").t().contiguous()) for i in range(len(self._blocks))]
         if self._is_whole:
-            self._most = min(KEPT, self._shrink.most, self._expand[0].most)
+            self._max_kept = min(MAX_KEPT_TOKENS, self._product_a.max_tokens, self._products_b[0].max_tokens)
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y (T, out) with the gated update of x (T, in) added in place."""
-        if self._most and not torch.compiler.is_compiling() and x.shape[0] <= self._most:
-            shrink, hidden, gates, expand, made = self._kept.get(x.shape[0]) or self._keep_for(x.shape[0])
-            shrink(hidden, x)
-            expand(made, hidden.mul_(gates))
+        if self._max_kept and not torch.compiler.is_compiling() and x.shape[0] <= self._max_kept:
+            buffers = self._buffers_of.get(x.shape[0]) or self._keep_buffers(x.shape[0])
+            into_hidden, hidden, gates, into_made, made = buffers
+            into_hidden(hidden, x)
+            into_made(made, hidden.mul_(gates))
             return y.add_(made)
-        if self._shrink is not None:
-            h = self._shrink(x).mul_(self.gates[: x.shape[0]])
+        if self._product_a is not None:
+            h = self._product_a(x).mul_(self.gates[: x.shape[0]])
             if self._is_whole:
-                return y.add_(self._expand[0](h))
-            for group, expand in zip(self._groups, self._expand, strict=True):
-                y[:, group.columns].add_(expand(h[:, group.rows].contiguous()))
+                return y.add_(self._products_b[0](h))
+            for block, product in zip(self._blocks, self._products_b, strict=True):
+                y[:, block.columns].add_(product(h[:, block.rows].contiguous()))
             return y
         h = functional.linear(x.to(self.a.dtype), self.a).mul_(self.gates[: x.shape[0]])
         if self._is_whole and y.dtype == h.dtype:
             return y.addmm_(h, self.b_t_0)
-        for index, group in enumerate(self._groups):
-            rows, b_t = h[:, group.rows], getattr(self, f"b_t_{index}")
-            piece = y[:, group.columns]
+        for index, block in enumerate(self._blocks):
+            rows, b_t = h[:, block.rows], getattr(self, f"b_t_{index}")
+            piece = y[:, block.columns]
             piece.addmm_(rows, b_t) if y.dtype == h.dtype else piece.add_(rows @ b_t)
         return y
 
-    def _keep_for(self, num_tokens: int) -> Kept:
-        """Return the views for steps of so many tokens: a small step's time is the number of torch's calls."""
-        shrink, expand = cast(Product, self._shrink).into, self._expand[0].into
-        if shrink is None or expand is None:
+    def _keep_buffers(self, num_tokens: int) -> StepBuffers:
+        """Return the views for steps of so many tokens: a small step takes as long as its calls of torch."""
+        into_hidden, into_made = cast(Product, self._product_a).into, self._products_b[0].into
+        if into_hidden is None or into_made is None:
             raise RuntimeError("products that only return what they make have nothing to keep")
-        hidden, made = (self._keep(num_tokens, size) for size in (self.a.shape[0], self.place.size_out))
-        kept = self._kept[num_tokens] = Kept(shrink, hidden, self.gates[:num_tokens], expand, made)
-        return kept
+        hidden, made = (self._memory(num_tokens, size) for size in (self.a.shape[0], self.shard.size_out))
+        buffers = StepBuffers(into_hidden, hidden, self.gates[:num_tokens], into_made, made)
+        self._buffers_of[num_tokens] = buffers
+        return buffers
 
 
-class Stacks:
+class ModelStacks:
     """All stacks of one model in one process."""
 
     def __init__(
-        self, board: GateBoard, stacks: Mapping[str, Stack], num_layers: int, absent: Sequence[str] = ()
+        self, board: GateBoard, stacks: Mapping[str, LayerStack], num_layers: int, absent: Sequence[str] = ()
     ) -> None:
         self.board = board
         self.stacks = dict(stacks)
@@ -227,48 +256,21 @@ class Stacks:
         modules: list[nn.Module] = [self.board, *self.stacks.values()]
         return sum(buffer.nbytes for module in modules for buffer in module.buffers())
 
-
-def room_for(place: Place, adapters: Sequence[Adapter]) -> list[dict[int, int]]:
-    """Return the ranks of each part's slots where the adapters are fixed: as many as each has there."""
-    return [
-        {slot: adapter.pairs[part.path].rank for slot, adapter in enumerate(adapters) if part.path in adapter.pairs}
-        for part in place.parts
-    ]
-
-
-def equal_room(place: Place, targets: frozenset[str], num_slots: int, rank: int) -> list[dict[int, int]]:
-    """Return the ranks of each part's slots where adapters come and go: the same for all, in the targeted modules."""
-    each = dict.fromkeys(range(num_slots), rank)
-    return [each if part.path.rpartition(".")[2] in targets else {} for part in place.parts]
-
-
-def largest_room(adapters: Sequence[Adapter]) -> int:
-    """Return the largest rank of any adapter."""
-    return max(largest_rank(adapter) for adapter in adapters)
-
-
-def held_here(adapter: Adapter, absent: Sequence[str]) -> dict[str, LoraPair]:
-    """Return the factors for the modules that this pipeline stage holds; `absent` are prefixes of those of others."""
-    return {
-        path: pair for path, pair in adapter.pairs.items() if not path.startswith(tuple(f"{each}." for each in absent))
-    }
-
-
-def check_targets(adapter: Adapter, stacks: Stacks) -> None:
-    """Raise an AdapterError where an adapter that joins has factors that find no room here, or may overflow."""
-    parts = {
-        part.path: part.shape
-        for stack in stacks.stacks.values()
-        for index, part in enumerate(stack.place.parts)
-        if stack.has_room(index)
-    }
-    here = held_here(adapter, stacks.absent)
-    problems = [f"{path}: there is no room for it" for path in here if path not in parts]
-    problems += [
-        f"{path} is {parts[path]} (in, out), the factors are {(pair.a.shape[1], pair.b.shape[0])}"
-        for path, pair in here.items()
-        if path in parts and parts[path] != (pair.a.shape[1], pair.b.shape[0])
-    ]
-    if problems:
-        raise AdapterError(problem_list(f"adapter {adapter.name!r} does not fit:", problems))
-    check_range([replace(adapter, pairs=here)], stacks.board.dtype)
+    def check_room(self, adapter: Adapter) -> None:
+        """Raise an AdapterError where an adapter that joins finds no room here, or may overflow."""
+        parts = {
+            part.path: part.shape
+            for stack in self.stacks.values()
+            for index, part in enumerate(stack.shard.parts)
+            if stack.has_room(index)
+        }
+        here = factors_here(adapter, self.absent)
+        problems = [f"{path}: there is no room for it" for path in here if path not in parts]
+        problems += [
+            f"{path} is {parts[path]} (in, out), the factors are {(pair.a.shape[1], pair.b.shape[0])}"
+            for path, pair in here.items()
+            if path in parts and parts[path] != (pair.a.shape[1], pair.b.shape[0])
+        ]
+        if problems:
+            raise AdapterError(problem_list(f"adapter {adapter.name!r} does not fit:", problems))
+        check_range([replace(adapter, pairs=here)], self.board.dtype)
