@@ -28,6 +28,8 @@ from treadle.routing.router import fit
 
 from conftest import BASE, SAMPLES, edit_config, save_adapter, tiny_llama
 
+DEMO = Path(__file__).parents[1] / "demo" / "bundle"
+
 TEXTS = ["add three", "the planet loop", "def", ""]
 
 
@@ -648,3 +650,18 @@ def test_the_folder_of_a_cache_is_the_model_that_it_keeps(adapter_folders, named
 def test_another_model_in_a_cache_is_foreign(adapter_folders, named):
     adapter = replace(read_adapter(adapter_folders["math"]), base_model=named)
     assert "was trained on" in foreign_base(adapter, "org/some-model")
+
+
+def test_a_bundle_of_an_older_release_loads_and_weighs_as_then():
+    """The demo's bundle was made by 0.1; the weights are those that commit 63aced1 gives."""
+    read = treadle.read_bundle(DEMO)
+    assert [(adapter.name, len(adapter.pairs)) for adapter in read.adapters] == [
+        ("math", 60), ("science", 60), ("code", 60), ("reading", 60)
+    ]  # fmt: skip
+    texts = {
+        "What is 3 + 4 times 12?": [0.990687, 0.009313, 0.0, 0.0],
+        "def add(a, b):\n    return a + b": [0.0, 0.000001, 0.999999, 0.0],
+        "Which planet is nearest to the sun?": [0.0, 1.0, 0.0, 0.0],
+        "According to the passage, is the sky blue?": [0.028177, 0.967783, 0.000153, 0.003888],
+    }
+    np.testing.assert_allclose(read.router.weights(list(texts)), list(texts.values()), atol=2e-6)
