@@ -41,7 +41,7 @@ from treadle.experiments.tasks import read_task
 from treadle.routing.embedder import StaticEmbedder, load_embedder
 from treadle.routing.router import fit
 from treadle.serving.openai.keys import read_keys
-from treadle.serving.openai.settings import read_settings
+from treadle.serving.openai.params import read_settings
 
 SECONDS = 10.0
 """After which a mutation counts as a hang."""

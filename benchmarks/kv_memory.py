@@ -48,7 +48,7 @@ def measure(budget: int) -> None:
     from treadle.serving.openai.loop import Loop
     from treadle.serving.openai.metrics import Metrics
     from treadle.serving.openai.params import ServeParams
-    from treadle.serving.openai.routers import Routers
+    from treadle.serving.openai.targets import Routers
 
     from conftest import byte_tokenizer
 
@@ -62,7 +62,7 @@ def measure(budget: int) -> None:
     sampling, base = SamplingParams(max_tokens=TOKENS), RoutingParams.base()
     alone = [engine.generate_ids([each], sampling=sampling, routing=base)[0].token_ids for each in prompts]
     before, news, most = peak(), list[News](), 0.0
-    loop = Loop(engine, Routers(engine), ServeParams(kv_memory=budget, prefix_cache=0), Metrics())
+    loop = Loop(engine, Routers(engine).among, ServeParams(kv_memory=budget, prefix_cache=0), Metrics())
     jobs = [Job(Work([each], [sampling], base), news.append) for each in prompts]
     for job in jobs:
         loop.accept(job)

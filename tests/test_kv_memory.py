@@ -21,7 +21,7 @@ from treadle.serving.openai.kv_memory import KvMemory, free_memory
 from treadle.serving.openai.loop import Loop
 from treadle.serving.openai.metrics import Metrics
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.routers import Routers
+from treadle.serving.openai.targets import Routers
 
 from conftest import TINY, byte_tokenizer
 
@@ -75,7 +75,7 @@ def test_many_long_requests_within_a_mebibyte(engine: Engine, pages: Pages, rout
     each = list(zip(prompts, sampling, strict=True))
     alone = [engine.generate_ids([p], sampling=s, routing=routing)[0].token_ids for p, s in each]
     metrics = Metrics()
-    loop = Loop(engine, Routers(engine), ServeParams(kv_memory=1, prefix_cache=0, prompt_chunk=512), metrics)
+    loop = Loop(engine, Routers(engine).among, ServeParams(kv_memory=1, prefix_cache=0, prompt_chunk=512), metrics)
     news: list[News] = []
     jobs = [Job(Work([p], [s], routing), news.append) for p, s in each]
     pages.most = pages.now
@@ -93,7 +93,7 @@ def test_many_long_requests_within_a_mebibyte(engine: Engine, pages: Pages, rout
 
 
 def test_a_row_that_can_never_be_held_is_refused_and_others_are_not(engine: Engine) -> None:
-    loop = Loop(engine, Routers(engine), ServeParams(kv_memory=1), Metrics())
+    loop = Loop(engine, Routers(engine).among, ServeParams(kv_memory=1), Metrics())
     told: dict[int, list[News]] = {}
     for length, max_tokens in ((MOST, 2), (MOST, 1), (10, MOST), (10, MOST - 9)):
         news = told.setdefault(len(told), [])
@@ -112,7 +112,7 @@ def test_what_is_not_given_comes_from_what_is_free(engine: Engine, monkeypatch: 
     memory = KvMemory(engine, None, 1024)
     assert (memory.total, memory.token_bytes) == (3 << 29, TOKEN)
     monkeypatch.setattr(kv_memory, "free_memory", lambda _: 0)
-    assert KvMemory(engine, None, 0).total == kv_memory.LEAST
+    assert KvMemory(engine, None, 0).total == kv_memory.MIN_KV_BYTES
 
 
 def test_free_memory_is_that_of_the_system_or_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from treadle.serving.openai.jobs import Job, News, Started, Work
 from treadle.serving.openai.loop import Loop
 from treadle.serving.openai.metrics import Metrics
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.routers import Routers
+from treadle.serving.openai.targets import Routers
 
 NUM_REQUESTS = int(os.environ.get("TREADLE_LOAD", "40"))
 ROUTINGS = (
@@ -104,7 +104,7 @@ def test_each_answer_under_random_load_is_the_one_alone(engine: Engine, options:
         return engine.generate_ids([prompt], sampling=sampling, routing=ROUTINGS[routing])[0]
 
     random = Random(NUM_REQUESTS + len(options))
-    loop = Loop(engine, Routers(engine), ServeParams(**options), Metrics())
+    loop = Loop(engine, Routers(engine).among, ServeParams(**options), Metrics())
     taken = run(loop, random, requests(random, NUM_REQUESTS // 2))
     num_whole = 0
     for request in taken:

@@ -18,11 +18,11 @@ import pytest
 from treadle.engine.engine import Engine
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import StaticEmbedder
-from treadle.serving.openai import adapters, generating, protocol, routers
+from treadle.serving.openai import adapters, generating, protocol, targets
 from treadle.serving.openai.answers import json_pieces
 from treadle.serving.openai.generating import read_body
-from treadle.serving.openai.lines import SMALL_BYTES
-from treadle.serving.openai.routers import Routers
+from treadle.serving.openai.queues import SMALL_WORK_BYTES
+from treadle.serving.openai.targets import Routers
 
 from conftest import save_adapter
 from serving import Serving, serving
@@ -71,7 +71,7 @@ def is_closed(client: socket.socket) -> bool:
 def test_who_may_not_send_a_body_is_answered_before_it_comes(
     served: Serving, path: str, key: str, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "LEFT_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "UNREAD_BODY_SECONDS", 0.2)
     with connect(served) as client:
         client.sendall(request(path, b"x" * 1000, key=key, length=4 << 20))
         assert f" {status} ".encode() in client.recv(4096).split(b"\r\n")[0]
@@ -96,7 +96,7 @@ def test_of_too_many_connections_the_oldest_idle_one_is_closed(
     served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served.wait_until(lambda: not served.server.server_state.connections)
-    monkeypatch.setattr(protocol, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 3)
     with concurrent.futures.ThreadPoolExecutor(1) as pool, served.paused():  # the pool waits for what runs
         busy = pool.submit(served.post, TEXTS, BODY, headers={"Authorization": "Bearer key"})
         served.wait_until(lambda: served.scheduler.num_unfinished == 1)
@@ -127,7 +127,7 @@ class Held:
 
 
 def is_large(_: Any, given: dict[str, Any], *__: Any) -> bool:
-    return len(str(given)) > SMALL_BYTES
+    return len(str(given)) > SMALL_WORK_BYTES
 
 
 def test_large_requests_do_not_hold_up_a_small_one_and_abandoned_ones_are_not_read(
@@ -135,7 +135,7 @@ def test_large_requests_do_not_hold_up_a_small_one_and_abandoned_ones_are_not_re
 ) -> None:
     held = Held(read_body, is_large)
     monkeypatch.setattr(generating, "read_body", held)
-    large = request(TEXTS, json.dumps({**BODY, "prompt": "x" * (2 * SMALL_BYTES)}).encode())
+    large = request(TEXTS, json.dumps({**BODY, "prompt": "x" * (2 * SMALL_WORK_BYTES)}).encode())
     clients = [connect(served) for _ in range(4)]
     try:
         for client in clients:
@@ -205,7 +205,7 @@ def test_what_is_prepared_when_the_server_ends_is_told_so(bundle_folder: Path, m
 def test_routers_of_chosen_adapters_are_few_and_say_the_same(
     engine: Engine, embedder: StaticEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routers, "MOST_ROUTERS", 2)
+    monkeypatch.setattr(targets, "MAX_ROUTERS", 2)
     kept, whole = Routers(engine), engine.router
     vectors = embedder.encode(["add three plus four", "def loop return list"])
     sets = [frozenset(names) for count in (1, 2) for names in combinations(whole.names, count)]

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from treadle.serving.openai.bounds import FewestTokens
 from treadle.serving.openai.failures import Failure
-from treadle.serving.openai.lines import SMALL_BYTES, Check, Client, Line, Ticket, Turns
+from treadle.serving.openai.middleware import Uploads
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.uploads import Uploads
+from treadle.serving.openai.queues import SMALL_WORK_BYTES, Check, Client, FairOrder, QueuedWork, WorkQueue
+from treadle.serving.openai.tokens import MinTokenCount
 
 MIB = 1 << 20
 
 
 def order(*clients: Client) -> list[str]:
     """Return whose turn it is, of tickets that came in this order."""
-    turns = Turns()
+    turns = FairOrder()
     for client in clients:
-        turns.add(Ticket(lambda _: None, client))
+        turns.add(QueuedWork(lambda _: None, client))
     return [f"{ticket.client.key}{ticket.client.host}" for ticket in iter(turns.take, None)]
 
 
@@ -35,7 +35,7 @@ def test_keys_take_turns_and_the_hosts_of_a_key_do() -> None:
 class Held:
     """A line whose work waits until it may go on, and notes in which order it was done."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: WorkQueue) -> None:
         self.line = line
         self.go = threading.Event()
         self.begun = threading.Event()
@@ -57,7 +57,7 @@ class Held:
 
 
 def with_line(scenario: Callable[[Held], Coroutine[Any, Any, None]], **options: int) -> list[str]:
-    line = Line("test", **options)
+    line = WorkQueue("test", **options)
     held = Held(line)
     try:
         asyncio.run(scenario(held))
@@ -70,9 +70,9 @@ def with_line(scenario: Callable[[Held], Coroutine[Any, Any, None]], **options: 
 
 def test_small_work_does_not_wait_for_large() -> None:
     async def scenario(held: Held) -> None:
-        large = await held.begin(Client("a"), SMALL_BYTES + 1)
-        more = [held.run("large", Client("a"), SMALL_BYTES + 1) for _ in range(5)]
-        await asyncio.wait_for(held.run("small", Client("b"), SMALL_BYTES), 20)
+        large = await held.begin(Client("a"), SMALL_WORK_BYTES + 1)
+        more = [held.run("large", Client("a"), SMALL_WORK_BYTES + 1) for _ in range(5)]
+        await asyncio.wait_for(held.run("small", Client("b"), SMALL_WORK_BYTES), 20)
         assert held.done == ["small"]
         held.go.set()
         await asyncio.gather(large, *more)
@@ -161,7 +161,7 @@ TEXTS = [
 
 
 def test_a_text_has_at_least_as_many_tokens_as_said(tokenizer: PreTrainedTokenizerFast) -> None:
-    fewest = FewestTokens(tokenizer)
+    fewest = MinTokenCount(tokenizer)
     for text in TEXTS:
         assert fewest(text) <= len(tokenizer(text).input_ids)
     assert fewest("x" * 500) == 500
@@ -195,7 +195,7 @@ def test_no_tokenizer_is_said_to_make_more_tokens_than_it_does(kind: str) -> Non
         "splits": partial(bpe, byte_fallback=True, pre_tokenizer=pre_tokenizers.WhitespaceSplit()),
     }
     tokenizer = made[kind]()
-    fewest = FewestTokens(tokenizer)
+    fewest = MinTokenCount(tokenizer)
     texts = [*TEXTS, " " * 900 + "<mask>", "\u1112\u1161\u11ab" * 99, "the planet heat " * 50, "\U0001f600" * 900]
     for text in texts:
         assert fewest(text) <= len(tokenizer(text).input_ids)

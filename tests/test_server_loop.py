@@ -12,10 +12,10 @@ from treadle.lora.adapter import read_adapter
 from treadle.routing.router import Router
 from treadle.serving.openai import loop as loops
 from treadle.serving.openai.jobs import Job, News, Started, Work
-from treadle.serving.openai.loop import SMALLEST_CHUNK, Loop
+from treadle.serving.openai.loop import MIN_CHUNK_TOKENS, Loop
 from treadle.serving.openai.metrics import Metrics
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.routers import Routers
+from treadle.serving.openai.targets import Routers
 
 from conftest import TINY, byte_tokenizer
 
@@ -36,7 +36,7 @@ class Case:
 
     def __init__(self, engine: Engine, **params: int) -> None:
         self.engine = engine
-        self.loop = Loop(engine, Routers(engine), ServeParams(**{"prefix_cache": 0, **params}), Metrics())
+        self.loop = Loop(engine, Routers(engine).among, ServeParams(**{"prefix_cache": 0, **params}), Metrics())
 
     def submit(
         self, *lengths: int, max_tokens: int = 400, routing: RoutingParams | None = None
@@ -106,8 +106,8 @@ def test_a_chunk_takes_as_long_as_some_steps(engine: Engine) -> None:
         (0.1, 0.002, 100),
         (0.1, 0.0001, 256),
         (0.02, 0.001, 40),
-        (0.01, 0.1, SMALLEST_CHUNK),
-        (0.1, 0.0, SMALLEST_CHUNK),
+        (0.01, 0.1, MIN_CHUNK_TOKENS),
+        (0.1, 0.0, MIN_CHUNK_TOKENS),
     )
     for step, token, chunk in cases:
         case.loop._step_seconds, case.loop._token_seconds = step, token
@@ -119,7 +119,7 @@ def test_a_short_prompt_says_nothing_about_what_a_token_costs(engine: Engine) ->
     case.submit(2)
     case.loop.advance()
     assert case.loop._token_seconds == 0
-    case.submit(SMALLEST_CHUNK)
+    case.submit(MIN_CHUNK_TOKENS)
     case.loop.advance()
     assert case.loop._token_seconds > 0
 

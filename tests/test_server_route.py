@@ -11,8 +11,8 @@ import pytest
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.explain import MOST_WORDS, explain
 from treadle.routing.router import Router
-from treadle.serving.openai import adapters, state
-from treadle.serving.openai.requests import LONGEST_TOKEN
+from treadle.serving.openai import route, state
+from treadle.serving.openai.requests import MAX_TOKEN_CHARACTERS
 
 from conftest import SAMPLES
 from serving import Serving, serving
@@ -39,7 +39,7 @@ def test_a_neural_embedder_stays_in_the_engines_thread(served: Serving, monkeypa
         threads.append(threading.current_thread().name)
         return explained(*args)
 
-    monkeypatch.setattr(adapters, "explain", noted)
+    monkeypatch.setattr(route, "explain", noted)
     assert served.post(ROUTE, {"text": "loop"}).status_code == 200
     monkeypatch.setattr(state, "StaticEmbedder", type(None))
     assert served.post(ROUTE, {"text": "loop"}).status_code == 200
@@ -47,7 +47,7 @@ def test_a_neural_embedder_stays_in_the_engines_thread(served: Serving, monkeypa
 
 
 def test_a_text_has_as_many_characters_as_a_prompt_may_have(served: Serving) -> None:
-    most = 10 * LONGEST_TOKEN
+    most = 10 * MAX_TOKEN_CHARACTERS
     assert served.post(ROUTE, {"text": "x" * most}).status_code == 200
     refused = served.post(ROUTE, {"text": "x" * (most + 1), "model": "math"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
@@ -56,7 +56,7 @@ def test_a_text_has_as_many_characters_as_a_prompt_may_have(served: Serving) -> 
 
 def test_a_text_that_takes_too_long_is_given_up(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    monkeypatch.setattr(adapters, "explain", lambda *_: go.wait(30))
+    monkeypatch.setattr(route, "explain", lambda *_: go.wait(30))
     try:
         answer = served.post(ROUTE, {"text": "loop"})
     finally:

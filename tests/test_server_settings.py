@@ -8,8 +8,7 @@ import yaml
 
 from treadle.common.errors import OptionError
 from treadle.serving.openai.keys import Caller, Keyring, read_keys
-from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.settings import print_settings, read_file, read_settings
+from treadle.serving.openai.params import ServeParams, print_settings, read_file, read_settings
 
 from conftest import Run
 

@@ -8,8 +8,7 @@ import typer
 
 from treadle.cli.flags import BundlePath, takes
 from treadle.common.errors import OptionError
-from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.settings import print_settings, read_settings
+from treadle.serving.openai.params import ServeParams, print_settings, read_settings
 
 app = typer.Typer()
 

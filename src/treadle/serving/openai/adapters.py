@@ -1,122 +1,44 @@
-"""The routes of adapters: what there is, how a text is weighed, and adding and removing while requests run."""
+"""The routes of adapters: list them, and add or remove one while requests run."""
 
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from treadle.bundle.bundle import NAME, RESERVED, foreign_base
 from treadle.bundle.centroid_files import read_centroid
-from treadle.common.errors import LONGEST_NAME, AdapterError, TreadleError, listed, shown
+from treadle.common.errors import LONGEST_NAME, AdapterError, TreadleError, problem_list, shown
 from treadle.common.files import folder_below
-from treadle.engine.chat import joined
-from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.adapter import TENSOR_NAME, WEIGHTS_FILE, Adapter, read_adapter
 from treadle.lora.compatibility import linear_shapes
 from treadle.lora.stacking import Stacks
 from treadle.routing.centroids import Centroids, Floats
-from treadle.routing.explain import explain
 from treadle.routing.fitting import centroid_from
 from treadle.routing.router import Router
 from treadle.routing.samples import sample_texts
-from treadle.serving.openai.attending import while_connected, within
-from treadle.serving.openai.bodies import NAMING, AdapterBody, Json, LoadBody, RouteBody, UnloadBody
-from treadle.serving.openai.failures import Failure, Problem, Problems, failure_of, refusal
-from treadle.serving.openai.gate import Visit
-from treadle.serving.openai.generating import read
-from treadle.serving.openai.lines import Check, Client
-from treadle.serving.openai.outlines import check_outline
-from treadle.serving.openai.requests import LONGEST_TOKEN
-from treadle.serving.openai.state import State
-from treadle.serving.openai.targets import AUTO
-from treadle.serving.openai.weighing import attended
+from treadle.serving.openai.bodies import NAMING, AdapterBody, Json, LoadBody, UnloadBody
+from treadle.serving.openai.failures import Failure, Problem, Problems, refusal
+from treadle.serving.openai.middleware import RequestContext
+from treadle.serving.openai.queues import Check, Client
+from treadle.serving.openai.reading import read, while_connected
+from treadle.serving.openai.state import ServerState
 
-SLICE = 16
+SLICE_TEXTS = 16
 """Sample texts that are embedded at a time."""
-
-
-async def models(request: Request) -> Response:
-    """GET /v1/models: what a request may name as `model`."""
-    state, caller = State.of(request), Visit.of(request).caller
-    return JSONResponse({"object": "list", "data": [_card(state, name) for name in state.targets.models(caller)]})
-
-
-async def model(request: Request) -> Response:
-    """GET /v1/models/{name}."""
-    state, name = State.of(request), request.path_params["name"]
-    if unknown := state.targets.unknown(name, Visit.of(request).caller):
-        raise refusal(unknown)
-    return JSONResponse(_card(state, name))
-
-
-def _card(state: State, name: str) -> Json:
-    is_adapter = name in state.engine.adapter_names
-    parent = {"parent": "base", "root": name} if is_adapter else {"parent": None, "root": state.bundle.base_model}
-    card = {"id": name, "object": "model", "created": 0, "owned_by": "treadle", "max_model_len": state.engine.context}
-    return {**card, **parent}
-
-
-async def route(request: Request) -> Response:
-    """POST /v1/route: how a text, or what the messages of a chat say, is weighed, and why."""
-    return await while_connected(request, _route(request))
-
-
-async def _route(request: Request) -> Response:
-    state, visit = State.of(request), Visit.of(request)
-    caller = visit.caller
-    body, problems = await read(request, RouteBody)
-    names, is_known = state.targets.names, not state.targets.unknown(body.model, caller)
-    if is_known and body.model not in names:
-        problems.append(Problem("model", f"model: got {body.model!r}, which is not routed; allowed: {listed(names)}"))
-    model = AUTO if is_known else body.model  # one that is not routed is refused once, its options as if it were
-    target = state.targets.read(model, body.treadle, problems, caller)
-    text = _text_to_weigh(body, problems, _most_letters(state))
-    if problems:
-        raise refusal(problems)
-
-    def weigh(check: Check) -> Json:
-        router = attended(state.routers.among(target.adapters), check)
-        state.engine.check_routing([target.routing], router)
-        return asdict(explain(router, text, target.routing))
-
-    try:
-        async with within(state.params.request_timeout):
-            explanation = await state.weigh(weigh, visit.client, len(text))
-    except TreadleError as error:
-        raise failure_of(error) from error
-    return JSONResponse({"object": "route", "routing": asdict(target.routing), **explanation})
-
-
-def _text_to_weigh(body: RouteBody, problems: Problems, most: int | None) -> str:
-    """Return the text of a body, or what its messages say; adds to its problems."""
-    wrong = {problem.place.partition("[")[0] for problem in problems}
-    if not wrong & {"text", "messages"}:
-        if body.text is None and body.messages is None:
-            problems.append(Problem("text", "text is missing; allowed: a text, or messages instead"))
-        elif body.text is not None and body.messages is not None:
-            problems.append(Problem("messages", "messages: got messages and a text; allowed: one of them"))
-    if body.messages is None:
-        place, text = "text", body.text or ""
-    else:
-        place, text = "messages", joined([message.content for message in body.messages])
-    if most is not None and len(text) > most:
-        problems.append(Problem(place, f"{place}: got {len(text)} characters; allowed: at most {most}"))
-    return text
-
-
-def _most_letters(state: State) -> int | None:
-    """Return the characters of a text that is weighed at most: as many as a prompt may have; None = any number."""
-    limits = [limit for limit in (state.params.max_prompt_tokens, state.engine.context) if limit]
-    return min(limits) * LONGEST_TOKEN if limits else None
+Shapes = Mapping[str, tuple[int, int]]
+"""The (in, out) of linear layers, by path."""
 
 
 async def adapters(request: Request) -> Response:
     """GET /v1/adapters: the adapters that are loaded."""
     _check_admin(request)
-    state = State.of(request)
+    state = ServerState.of(request)
     return JSONResponse({"object": "list", "data": await state.between_steps(lambda: _cards(state))})
 
 
@@ -124,7 +46,7 @@ async def add(request: Request) -> Response:
     """POST /v1/adapters: read an adapter's folder and let new requests use it."""
     _check_admin(request)
     body, problems = await read(request, AdapterBody)
-    new = New(body.name, body.path, body.samples)
+    new = NewAdapter(body.name, body.path, body.samples)
     await while_connected(request, _add(request, new, problems))
     return await adapters(request)
 
@@ -140,7 +62,7 @@ async def load(request: Request) -> Response:
     """POST /v1/load_lora_adapter, as vLLM has it."""
     _check_admin(request)
     body, problems = await read(request, LoadBody)
-    new = New(body.lora_name, body.lora_path, body.samples, "lora_name", "lora_path")
+    new = NewAdapter(body.lora_name, body.lora_path, body.samples, "lora_name", "lora_path")
     await while_connected(request, _add(request, new, problems))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -156,11 +78,11 @@ async def unload(request: Request) -> Response:
 
 
 def _check_admin(request: Request) -> None:
-    if not Visit.of(request).caller.is_admin:
+    if not RequestContext.of(request).caller.is_admin:
         raise Failure(403, "this needs the admin key (treadle serve --admin-key)", code="admin_only")
 
 
-def _cards(state: State) -> list[Json]:
+def _cards(state: ServerState) -> list[Json]:
     counts = dict(zip(state.engine.adapter_names, state.engine.router.centroids.counts.tolist(), strict=True))
     present = [adapter for adapter in state.engine.blend.adapters if adapter.name in counts]
     return [
@@ -177,7 +99,7 @@ def _cards(state: State) -> list[Json]:
 
 
 @dataclass(frozen=True)
-class New:
+class NewAdapter:
     """An adapter that a request wants to add, and what the request calls the fields that say so."""
 
     name: str
@@ -187,9 +109,9 @@ class New:
     path_field: str = "path"
 
 
-async def _add(request: Request, new: New, problems: Problems) -> None:
+async def _add(request: Request, new: NewAdapter, problems: Problems) -> None:
     """Embed, read and stack beside the running requests; only what is short happens between steps."""
-    state, client = State.of(request), Visit.of(request).client
+    state, client = ServerState.of(request), RequestContext.of(request).client
     if state.params.adapter_dir is None:
         raise Failure(403, "adapters cannot be added: start the server with --adapter-dir", code="no_adapter_dir")
     wrong = {problem.place for problem in problems}
@@ -211,13 +133,13 @@ async def _add(request: Request, new: New, problems: Problems) -> None:
         raise Failure(400, message, param=new.path_field) from error
 
 
-def _join(state: State, name: str, folder: Path, own: Centroids | None, check: Check) -> None:
+def _join(state: ServerState, name: str, folder: Path, own: Centroids | None, check: Check) -> None:
     """Read an adapter, stack it, and attach it between two steps; one that cannot fit is not read whole.
 
     All of it is one thread's, so that nobody else waits while a large adapter is let go of.
     """
     engine, between_steps = state.engine, state.scheduler.call
-    check_outline(folder, name, between_steps(lambda: linear_shapes(engine.model)).result())
+    _check_shapes(folder, name, between_steps(lambda: linear_shapes(engine.model)).result())
     check()
     adapter = read_adapter(folder, name)
     if problem := foreign_base(adapter, state.bundle.base_model):
@@ -230,27 +152,27 @@ def _join(state: State, name: str, folder: Path, own: Centroids | None, check: C
     between_steps(partial(_attach, state, adapter, own, stacks)).result()
 
 
-async def _centroid(state: State, name: str, samples: list[str], client: Client) -> Centroids:
+async def _centroid(state: ServerState, name: str, samples: list[str], client: Client) -> Centroids:
     """Return the centroid of sample texts, embedded some at a time."""
     embedder, size = state.engine.router.embedder, sum(map(len, samples))
     made = await state.preparing.run(lambda _: sample_texts(samples), client, size)
     vectors: list[Floats] = []
-    for start in range(0, len(made.texts), SLICE):
-        texts = made.texts[start : start + SLICE]
+    for start in range(0, len(made.texts), SLICE_TEXTS):
+        texts = made.texts[start : start + SLICE_TEXTS]
         vectors.append(await state.weigh(lambda _, texts=texts: embedder.encode(texts), client, sum(map(len, texts))))
     return await state.weighing.run(
         lambda _: centroid_from(name, made, np.concatenate(vectors), embedder), client, size
     )
 
 
-def _attach(state: State, adapter: Adapter, own: Centroids, stacks: Stacks) -> None:
+def _attach(state: ServerState, adapter: Adapter, own: Centroids, stacks: Stacks) -> None:
     state.engine.join_adapter(adapter, own, stacks)
     state.metrics.set_adapters(state.engine.adapter_names)
 
 
 async def _remove(request: Request, name: str, field: str) -> None:
     """Hide an adapter from new requests at once; its factors go beside the steps, when no sequence uses them."""
-    state = State.of(request)
+    state = ServerState.of(request)
 
     def retire() -> Router:
         state.engine.retire_adapter(name)
@@ -262,10 +184,10 @@ async def _remove(request: Request, name: str, field: str) -> None:
     except AdapterError as error:
         raise Failure(404, str(error), param=field, code="adapter_not_found") from error
     with suppress(Failure):  # too much waits: the factors go with the next change
-        await state.reading.run(state.drop_now, Visit.of(request).client)
+        await state.reading.run(state.drop_now, RequestContext.of(request).client)
 
 
-def _name_problems(state: State, new: New) -> Problems:
+def _name_problems(state: ServerState, new: NewAdapter) -> Problems:
     """Return the problem of a name that is no name or is taken; else none."""
     adapters, others = state.engine.adapter_names, [*RESERVED, *state.targets.names]
     if new.name in adapters:
@@ -276,3 +198,32 @@ def _name_problems(state: State, new: New) -> Problems:
         return []
     taken = ", ".join(dict.fromkeys([*others, *adapters]))
     return [Problem(new.name_field, f"{what}; allowed: {NAMING}, not a name that is taken ({taken})")]
+
+
+def _check_shapes(folder: Path, name: str, shapes: Shapes) -> None:
+    """Raise an AdapterError that lists the factors that fit no layer of a model with these shapes.
+
+    What else is wrong, a missing file too, is left to `read_adapter`; so are paths, which PEFT may have renamed.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        return
+    try:
+        with safe_open(file, "pt") as opened:
+            sizes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+    except (SafetensorError, OSError, ValueError):
+        return
+    if problems := list(_shape_problems(sizes, shapes)):
+        raise AdapterError(problem_list(f"adapter {name!r} ({folder}) does not fit the model:", problems))
+
+
+def _shape_problems(sizes: Mapping[str, tuple[int, ...]], shapes: Shapes) -> Iterator[str]:
+    inputs, outputs = ({shape[side] for shape in shapes.values()} for side in (0, 1))
+    for key, size in sizes.items():
+        found = TENSOR_NAME.match(key)
+        if found is None or len(size) != 2:
+            continue
+        if found["side"] == "A" and size[1] not in inputs:
+            yield f"{key} is {size} (r, in); no linear layer of the model has {size[1]} inputs"
+        if found["side"] == "B" and size[0] not in outputs:
+            yield f"{key} is {size} (out, r); no linear layer of the model has {size[0]} outputs"

@@ -11,26 +11,26 @@ from pydantic_core import to_json
 from treadle.engine.sequence import Likeliest, Row, TokenEvent
 from treadle.routing.centroids import Floats
 from treadle.serving.openai.bodies import Json
-from treadle.serving.openai.requests import Asked
+from treadle.serving.openai.requests import ParsedRequest
 from treadle.serving.openai.tokens import TokenTexts
 
 DONE = b"data: [DONE]\n\n"
 """The event that ends a stream."""
-DEEPEST, ENTRIES_A_PIECE = 4, 256
+LIST_DEPTH, PIECE_ENTRIES = 4, 256
 """Where the long lists of an answer are, and how much of one is written at a time."""
 
 
 class Answer:
     """The answer to one request: its id, and how its choices are written."""
 
-    def __init__(self, asked: Asked, tokens: TokenTexts) -> None:
-        self.asked = asked
-        self.id = ("chatcmpl-" if asked.is_chat else "cmpl-") + uuid.uuid4().hex
+    def __init__(self, parsed: ParsedRequest, tokens: TokenTexts) -> None:
+        self.parsed = parsed
+        self.id = ("chatcmpl-" if parsed.is_chat else "cmpl-") + uuid.uuid4().hex
         self._tokens = tokens
         self._created = int(time.time())  # seconds since 1970
-        kind = "chat.completion" if asked.is_chat else "text_completion"
-        self._kinds = kind, kind + ".chunk" * asked.is_chat  # of a whole answer, and of a chunk
-        self._offsets = [len(self._echo(index)) for index in range(len(asked.work.prompts))]  # characters so far
+        kind = "chat.completion" if parsed.is_chat else "text_completion"
+        self._kinds = kind, kind + ".chunk" * parsed.is_chat  # of a whole answer, and of a chunk
+        self._offsets = [len(self._echo(index)) for index in range(len(parsed.work.prompts))]  # characters so far
 
     def whole(self, rows: Sequence[Row]) -> Json:
         """Return the answer of finished rows."""
@@ -39,32 +39,32 @@ class Answer:
 
     def opening(self) -> list[Json]:
         """Return the chunks that come before any token: of a chat, each choice's role."""
-        if not self.asked.is_chat:
+        if not self.parsed.is_chat:
             return []
         delta = {"delta": {"role": "assistant", "content": ""}}
-        return [self._chunk(index, delta, None) for index in range(len(self.asked.work.prompts))]
+        return [self._chunk(index, delta, None) for index in range(len(self.parsed.work.prompts))]
 
     def chunk(self, index: int, row: Row, event: TokenEvent) -> Json | None:
         """Return the chunk of one token, None where it has nothing to show yet; the first brings the echoed prompt."""
-        asked = self.asked
+        parsed = self.parsed
         echo = self._echo(index) if event.index == 0 else ""
-        has_more = asked.likeliest is not None or asked.has_trace
+        has_more = parsed.likeliest is not None or parsed.has_trace
         if not echo and not event.text and not event.finish_reason and not has_more:
             return None
-        text = echo + ("" if asked.is_silent else event.text)
-        if asked.is_chat:
+        text = echo + ("" if parsed.is_silent else event.text)
+        if parsed.is_chat:
             delta: Json = {"delta": {"content": text}, "logprobs": self._chat_logprobs([event])}
         else:
             delta = {"text": text, "logprobs": self._text_logprobs(index, row, [event], has_prompt=bool(echo))}
-        if asked.has_trace:
+        if parsed.has_trace:
             delta["treadle"] = self._trace(row, [event], has_prompt=bool(echo))
         return self._chunk(index, delta, event.finish_reason)
 
     def usage(self, rows: Sequence[Row]) -> Json:
         """Return how many tokens were read and generated; each prompt counts once, whatever its choices."""
-        prompts = rows[:: self.asked.n]
+        prompts = rows[:: self.parsed.n]
         read = sum(row.prompt_tokens for row in prompts)
-        generated = 0 if self.asked.is_silent else sum(len(row.events) for row in rows)
+        generated = 0 if self.parsed.is_silent else sum(len(row.events) for row in rows)
         cached = {"cached_tokens": sum(row.reused for row in prompts)}
         return {
             "prompt_tokens": read,
@@ -78,36 +78,36 @@ class Answer:
         return {**self._head(self._kinds[1]), "choices": [], "usage": self.usage(rows)}
 
     def _head(self, kind: str) -> Json:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self.asked.model}
+        return {"id": self.id, "object": kind, "created": self._created, "model": self.parsed.model}
 
     def _chunk(self, index: int, delta: Json, reason: str | None) -> Json:
         choice = {"index": index, "logprobs": None, **delta, "finish_reason": reason}
         document = {**self._head(self._kinds[1]), "choices": [choice]}
-        return {**document, "usage": None} if self.asked.has_usage else document
+        return {**document, "usage": None} if self.parsed.has_usage else document
 
     def _choice(self, index: int, row: Row) -> Json:
-        asked = self.asked
-        text = "" if asked.is_silent else "".join(event.text for event in row.events)
+        parsed = self.parsed
+        text = "" if parsed.is_silent else "".join(event.text for event in row.events)
         choice: Json = {"index": index, "finish_reason": row.events[-1].finish_reason}
-        if asked.is_chat:
+        if parsed.is_chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             choice["logprobs"] = self._chat_logprobs(row.events)
         else:
             choice["text"] = self._echo(index) + text
-            choice["logprobs"] = self._text_logprobs(index, row, row.events, has_prompt=bool(asked.echo))
-        if asked.has_trace:
-            choice["treadle"] = self._trace(row, row.events, has_prompt=bool(asked.echo))
+            choice["logprobs"] = self._text_logprobs(index, row, row.events, has_prompt=bool(parsed.echo))
+        if parsed.has_trace:
+            choice["treadle"] = self._trace(row, row.events, has_prompt=bool(parsed.echo))
         return choice
 
     def _echo(self, index: int) -> str:
-        return self.asked.echo[index // self.asked.n] if self.asked.echo else ""
+        return self.parsed.echo[index // self.parsed.n] if self.parsed.echo else ""
 
     def _trace(self, row: Row, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json:
         """Return the text of each token, the weights (T, N) of the pass that gave it, and what these were made from.
 
         The prompt's tokens come first where it is echoed, each with the weights of the pass that read it.
         """
-        events = [] if self.asked.is_silent else events
+        events = [] if self.parsed.is_silent else events
         prompt = row.prompt_pieces if has_prompt else []
         read_under = row.read_under if len(row.read_under) > 1 else row.events[0].weights[None]  # (T or 1, N)
         after = row.read_after
@@ -128,7 +128,7 @@ class Answer:
         }
 
     def _chat_logprobs(self, events: Sequence[TokenEvent]) -> Json | None:
-        if self.asked.likeliest is None:
+        if self.parsed.likeliest is None:
             return None
 
         def entry(token_id: int, logprob: float) -> Json:
@@ -146,9 +146,9 @@ class Answer:
 
     def _text_logprobs(self, index: int, row: Row, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json | None:
         """Return four lists with one entry a token; the first token of a prompt has no log-probability."""
-        if self.asked.likeliest is None:
+        if self.parsed.likeliest is None:
             return None
-        events = [] if self.asked.is_silent else events
+        events = [] if self.parsed.is_silent else events
         ids = [event.token_id for event in events]
         logprobs: list[float | None] = [event.logprob for event in events]
         tops: list[Likeliest | None] = [event.likeliest for event in events]
@@ -165,7 +165,7 @@ class Answer:
         return {
             "tokens": [self._tokens.text_of(token_id) for token_id in ids],
             "token_logprobs": logprobs,
-            "top_logprobs": [self._top(top) for top in tops] if self.asked.likeliest else None,
+            "top_logprobs": [self._top(top) for top in tops] if self.parsed.likeliest else None,
             "text_offset": offsets,
         }
 
@@ -196,17 +196,17 @@ def _repeated(rows: Floats | None, length: int) -> list[list[float] | None]:
 
 def json_pieces(value: Any, depth: int = 0) -> Iterator[bytes]:
     """Yield a document in pieces, so that other threads run while a long one is written."""
-    if depth == DEEPEST and isinstance(value, list):
+    if depth == LIST_DEPTH and isinstance(value, list):
         entries = cast(list[Any], value)
-        for start in range(0, len(entries) or 1, ENTRIES_A_PIECE):
-            yield (b"," if start else b"[") + to_json(entries[start : start + ENTRIES_A_PIECE])[1:-1]
+        for start in range(0, len(entries) or 1, PIECE_ENTRIES):
+            yield (b"," if start else b"[") + to_json(entries[start : start + PIECE_ENTRIES])[1:-1]
         yield b"]"
-    elif depth < DEEPEST and isinstance(value, list):
+    elif depth < LIST_DEPTH and isinstance(value, list):
         for index, each in enumerate(cast(list[Any], value)):
             yield b"," if index else b"["
             yield from json_pieces(each, depth + 1)
         yield b"]" if value else b"[]"
-    elif depth < DEEPEST and isinstance(value, dict):
+    elif depth < LIST_DEPTH and isinstance(value, dict):
         for index, (key, each) in enumerate(cast(Json, value).items()):
             yield (b"," if index else b"{") + to_json(key) + b":"
             yield from json_pieces(each, depth + 1)

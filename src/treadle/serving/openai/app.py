@@ -1,4 +1,4 @@
-"""The web application: its routes, and what they answer when they do not."""
+"""The web application: its endpoints, the short ones of them, and the answers to requests that fit none."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.middleware import Middleware as Layer
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,13 +14,43 @@ from starlette.routing import Match, Route
 
 from treadle.bundle.bundle import Bundle
 from treadle.engine.engine import Engine
-from treadle.serving.openai import adapters, generating, page
-from treadle.serving.openai.failures import Failure
-from treadle.serving.openai.gate import Gate, Visit
+from treadle.serving.openai import adapters, generating, page, route
+from treadle.serving.openai.bodies import (
+    AdapterBody,
+    ChatBody,
+    CompletionBody,
+    Json,
+    LoadBody,
+    RouteBody,
+    UnloadBody,
+)
+from treadle.serving.openai.failures import Failure, refusal
 from treadle.serving.openai.keys import Keyring
-from treadle.serving.openai.openapi import document
+from treadle.serving.openai.middleware import Middleware, RequestContext
+from treadle.serving.openai.openapi import Endpoint, document
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.state import State
+from treadle.serving.openai.state import ServerState
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models: the names that `model` may have."""
+    state, caller = ServerState.of(request), RequestContext.of(request).caller
+    return JSONResponse({"object": "list", "data": [_card(state, name) for name in state.targets.models(caller)]})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/{name}."""
+    state, name = ServerState.of(request), request.path_params["name"]
+    if unknown := state.targets.unknown(name, RequestContext.of(request).caller):
+        raise refusal(unknown)
+    return JSONResponse(_card(state, name))
+
+
+def _card(state: ServerState, name: str) -> Json:
+    is_adapter = name in state.engine.adapter_names
+    parent = {"parent": "base", "root": name} if is_adapter else {"parent": None, "root": state.bundle.base_model}
+    card = {"id": name, "object": "model", "created": 0, "owned_by": "treadle", "max_model_len": state.engine.context}
+    return {**card, **parent}
 
 
 async def live(request: Request) -> Response:
@@ -30,43 +60,51 @@ async def live(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """GET /health: requests are accepted; 503 while shutting down, or after the engine has failed."""
-    is_ready = State.of(request).scheduler.is_ready
+    is_ready = ServerState.of(request).scheduler.is_ready
     return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
 
 
 async def metrics(request: Request) -> Response:
-    """GET /metrics: Prometheus' text format; it names all adapters, which a key that is limited to some may not see."""
-    if Visit.of(request).caller.adapters is not None:
+    """GET /metrics: Prometheus' text format. It names all adapters, so a key that is limited to some may not see it."""
+    if RequestContext.of(request).caller.adapters is not None:
         raise Failure(403, "the figures name all adapters: send a key that is not limited to some", code="limited_key")
-    return Response(State.of(request).metrics.text(), media_type="text/plain; version=0.0.4")
+    return Response(ServerState.of(request).metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def openapi(request: Request) -> Response:
-    """GET /openapi.json: what can be sent to this server."""
-    return JSONResponse(document())
+    """GET /openapi.json: the schema of this server's requests."""
+    return JSONResponse(document(ENDPOINTS))
 
 
-ROUTES = [
-    Route("/live", live),
-    Route("/health", health),
-    Route("/metrics", metrics),
-    Route("/openapi.json", openapi),
-    Route("/v1/models", adapters.models),
-    Route("/v1/models/{name:path}", adapters.model),
-    Route("/v1/chat/completions", generating.chat, methods=["POST"]),
-    Route("/v1/completions", generating.complete, methods=["POST"]),
-    Route("/v1/route", adapters.route, methods=["POST"]),
-    Route("/v1/adapters", adapters.adapters),
-    Route("/v1/adapters", adapters.add, methods=["POST"]),
-    Route("/v1/adapters/{name:path}", adapters.remove, methods=["DELETE"]),
-    Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
-    Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
-]
+ENDPOINTS = (
+    Endpoint("GET", "/live", live, "The process answers"),
+    Endpoint("GET", "/health", health, "Requests are accepted"),
+    Endpoint("GET", "/metrics", metrics, "Figures for Prometheus"),
+    Endpoint("GET", "/openapi.json", openapi),
+    Endpoint("GET", "/v1/models", models, "Names that a request may give as model"),
+    Endpoint("GET", "/v1/models/{name:path}", model, "One of them"),
+    Endpoint(
+        "POST", "/v1/chat/completions", generating.chat, "Answer a chat, whole or as server-sent events", ChatBody
+    ),
+    Endpoint(
+        "POST", "/v1/completions", generating.complete, "Continue texts, whole or as server-sent events", CompletionBody
+    ),
+    Endpoint("POST", "/v1/route", route.route, "Explain how a text is weighed", RouteBody),
+    Endpoint("GET", "/v1/adapters", adapters.adapters, "The adapters that are loaded (admin key)"),
+    Endpoint("POST", "/v1/adapters", adapters.add, "Add an adapter (admin key)", AdapterBody),
+    Endpoint("DELETE", "/v1/adapters/{name:path}", adapters.remove, "Remove an adapter (admin key)"),
+    Endpoint("POST", "/v1/load_lora_adapter", adapters.load, "Add an adapter, as vLLM has it (admin key)", LoadBody),
+    Endpoint(
+        "POST", "/v1/unload_lora_adapter", adapters.unload, "Remove an adapter, as vLLM has it (admin key)", UnloadBody
+    ),
+)
+"""A new endpoint is a line here, its body in `bodies`, and its handler in a file beside this one."""
+ROUTES = [Route(each.path, each.handler, methods=[each.method]) for each in ENDPOINTS]
 
 
 def make_app(bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring) -> Starlette:
-    """Return the application that serves an engine; the engine's thread lives as long as it is served."""
-    state = State.make(bundle, engine, params)
+    """Return the application that serves an engine; the engine's thread runs while the application does."""
+    state = ServerState.make(bundle, engine, params)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -76,9 +114,9 @@ def make_app(bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring)
 
     routes = [*ROUTES, *page.routes()] if params.page else ROUTES
     paths: dict[Any, str] = {route.endpoint: route.path for route in routes}
-    cors = Middleware(CORSMiddleware, allow_origins=params.cors_origin, allow_methods=["*"], allow_headers=["*"])
-    gate = Middleware(
-        Gate,
+    cors = Layer(CORSMiddleware, allow_origins=params.cors_origin, allow_methods=["*"], allow_headers=["*"])
+    outermost = Layer(
+        Middleware,
         params=params,
         keys=keys,
         metrics=state.metrics,
@@ -87,7 +125,7 @@ def make_app(bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring)
     )
     app = Starlette(
         routes=routes,
-        middleware=[*([cors] if params.cors_origin else []), gate],
+        middleware=[*([cors] if params.cors_origin else []), outermost],
         exception_handlers={Failure: _refused, HTTPException: _not_found},  # type: ignore[dict-item]
         lifespan=lifespan,
     )
@@ -96,7 +134,7 @@ def make_app(bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring)
 
 
 async def _refused(request: Request, failure: Failure) -> Response:
-    Visit.of(request).notes["error"] = failure.code
+    RequestContext.of(request).notes["error"] = failure.code
     return failure.response()
 
 
@@ -116,7 +154,7 @@ async def _not_found(request: Request, error: HTTPException) -> Response:
 
 
 def _methods(request: Request) -> set[str]:
-    """Return the methods of a path, of which each may have a route of its own."""
+    """Return the methods of a path; each may have a route of its own."""
     routes = cast(list[Route], request.app.routes)
     return {
         method for route in routes if route.matches(request.scope)[0] != Match.NONE for method in route.methods or ()

@@ -4,6 +4,7 @@ Each field's description says what is allowed: it is in the served OpenAPI docum
 server's own limits stand in the place of its options' names.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
@@ -18,6 +19,7 @@ from treadle.serving.openai.neutral import (
     NeutralMessageFields,
     unsupported,
 )
+from treadle.serving.openai.params import ServeParams
 
 BodyKind = TypeVar("BodyKind", bound=Body)
 NAMING = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {LONGEST_NAME} characters"
@@ -35,6 +37,11 @@ class AtMost:
         if isinstance(size, int) and info.context is not None and size > getattr(info.context, self.option):
             raise ValueError("too many")
         return value
+
+
+def with_limits(description: str, limits: ServeParams) -> str:
+    """Return what a field's description allows, with the server's limits in the place of its options' names."""
+    return re.sub("--max-[a-z]+", lambda found: str(getattr(limits, found[0][2:].replace("-", "_"))), description)
 
 
 def _texts(value: Any) -> Any:
@@ -106,7 +113,7 @@ Samples = Annotated[
     list[Annotated[str, Field(description="a text")]] | None,
     Field(min_length=1, max_length=1000, description="1 to 1000 texts; leave it out where training left a centroid"),
 ]
-Tokens = Annotated[
+MaxTokens = Annotated[
     int | None,
     Field(ge=1, description="a whole number from 1 to --max-tokens"),
     BeforeValidator(AtMost("max_tokens")),
@@ -150,14 +157,14 @@ class StreamOptions(Body):
     continuous_usage_stats: Any = unsupported(False)
 
 
-class Generating(NeutralFields):
+class GenerationBody(NeutralFields):
     """What /v1/completions and /v1/chat/completions have in common."""
 
     model: Annotated[str, Field(description="the bundle's name or 'auto' (routed), an adapter's name, or 'base'")]
     n: Annotated[
         int | None, Field(ge=1, description="a whole number from 1 to --max-n"), BeforeValidator(AtMost("max_n"))
     ] = 1
-    max_tokens: Tokens = None
+    max_tokens: MaxTokens = None
     temperature: Annotated[
         float | None, Field(ge=0, le=2, description="0 (greedy), or a number from 0.001 to 2; 1 where it is not given")
     ] = None
@@ -184,13 +191,13 @@ class Generating(NeutralFields):
     ] = None
 
 
-class ChatBody(NeutralChatFields, Generating):
+class ChatBody(NeutralChatFields, GenerationBody):
     """POST /v1/chat/completions."""
 
     EXAMPLE: ClassVar[Json] = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}
 
     messages: Annotated[Messages, Field(description="a list of 1 to --max-messages messages")]
-    max_completion_tokens: Tokens = None
+    max_completion_tokens: MaxTokens = None
     logprobs: Annotated[bool | None, Field(description="true or false")] = False
     top_logprobs: Annotated[
         int | None,
@@ -199,7 +206,7 @@ class ChatBody(NeutralChatFields, Generating):
     ] = None
 
 
-class CompletionBody(Generating):
+class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     EXAMPLE: ClassVar[Json] = {"model": "auto", "prompt": "Hello"}

@@ -8,11 +8,11 @@ from starlette.responses import JSONResponse
 
 from treadle.common.errors import SHOWN, AdapterError, TreadleError, problem_list, shown
 from treadle.serving.openai.loop import EngineFailed
-from treadle.serving.openai.scheduler import Busy, Stopping
+from treadle.serving.openai.scheduler import QueueFull, ShuttingDown
 
-MOST_LISTED = 20
+MAX_LISTED_PROBLEMS = 20
 """Problems that one message lists; the others are counted."""
-GONE = 499
+CLIENT_GONE_STATUS = 499
 """Status in the log of a request whose client went away, as nginx has it."""
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -89,7 +89,7 @@ def refusal(problems: Problems) -> Failure:
 
     Its field and code are those of the first problem of the highest status, of one with a code where there is any.
     """
-    messages = [problem.message for problem in problems if problem.message][:MOST_LISTED]
+    messages = [problem.message for problem in problems if problem.message][:MAX_LISTED_PROBLEMS]
     if more := sum(problem.count for problem in problems) - len(messages):
         messages.append(f"... and {more} more")
     text = messages[0] if len(messages) == 1 else problem_list("the request has several problems:", messages)
@@ -101,9 +101,9 @@ def failure_of(error: Exception) -> Failure:
     """Return what the scheduler or the engine raised as a failure."""
     if isinstance(error, Failure):
         return error
-    if isinstance(error, Busy):
+    if isinstance(error, QueueFull):
         return Failure(429, str(error), code="queue_full", retry=error.seconds)
-    if isinstance(error, Stopping):
+    if isinstance(error, ShuttingDown):
         return Failure(503, str(error), code="shutting_down", retry=5)
     if isinstance(error, EngineFailed):
         return Failure(500, str(error), code="engine_failed")

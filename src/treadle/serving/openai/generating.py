@@ -13,23 +13,22 @@ from starlette.types import Receive, Scope, Send
 
 from treadle.common.errors import TreadleError
 from treadle.serving.openai.answers import DONE, Answer, event_line, json_pieces
-from treadle.serving.openai.attending import while_connected, within
-from treadle.serving.openai.bodies import BodyKind, ChatBody, CompletionBody
-from treadle.serving.openai.failures import Failure, Problems, failure_of
-from treadle.serving.openai.gate import Visit
-from treadle.serving.openai.jobs import Box, Job, News, Started, Tokens
-from treadle.serving.openai.lines import Check
-from treadle.serving.openai.reading import read_body, read_object
-from treadle.serving.openai.requests import Asked
-from treadle.serving.openai.scheduler import TooMany
-from treadle.serving.openai.state import State
+from treadle.serving.openai.bodies import ChatBody, CompletionBody
+from treadle.serving.openai.failures import Failure, failure_of
+from treadle.serving.openai.jobs import Job, Mailbox, News, NewTokens, Started
+from treadle.serving.openai.middleware import RequestContext
+from treadle.serving.openai.queues import Check
+from treadle.serving.openai.reading import in_queue, read_body, read_object, while_connected
+from treadle.serving.openai.requests import ParsedRequest
+from treadle.serving.openai.scheduler import TooManySequences
+from treadle.serving.openai.state import ServerState
 
 Result = TypeVar("Result")
 
-FEW_ENTRIES = 2048
-"""Tokens, times what comes with each, that the event loop writes itself."""
+MAX_INLINE_ENTRIES = 2048
+"""The event loop writes answers of at most so many tokens, times the values of each."""
 PING_SECONDS = 15.0
-"""A stream that has nothing to say says that it lives."""
+"""An idle stream sends a comment this often, so that its connection stays open."""
 
 
 async def chat(request: Request) -> Response:
@@ -48,13 +47,13 @@ async def generate(request: Request, kind: type[ChatBody] | type[CompletionBody]
 
 
 async def _generate(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
-    state, visit = State.of(request), Visit.of(request)
-    asked = await _read_asked(request, kind)
-    visit.notes |= {"model": asked.model, "stream": asked.is_streamed}
-    run = Run(state, visit, asked)
+    state, context = ServerState.of(request), RequestContext.of(request)
+    parsed = await _read_request(request, kind)
+    context.notes |= {"model": parsed.model, "stream": parsed.is_streamed}
+    run = RunningRequest(state, context, parsed)
     try:
         await run.start()
-        if asked.is_streamed:
+        if parsed.is_streamed:
             return EventStream(run)
         response = await run.whole()
     except BaseException:  # an error, or the client went away
@@ -64,55 +63,41 @@ async def _generate(request: Request, kind: type[ChatBody] | type[CompletionBody
     return response
 
 
-async def _read_asked(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Asked:
+async def _read_request(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> ParsedRequest:
     """Return what a request asks for; not read in the event loop, as long prompts take a while."""
-    state, visit = State.of(request), Visit.of(request)
+    state, context = ServerState.of(request), RequestContext.of(request)
 
-    def read(raw: bytes, check: Check) -> Asked:
+    def read(raw: bytes, check: Check) -> ParsedRequest:
         given = read_object(raw, request.headers.get("content-encoding", ""))
         check()
         body, problems = read_body(kind, given, state.params)
         check()
-        asked = state.reader.read(body, problems, visit.caller, check)
+        parsed = state.reader.read(body, problems, context.caller, check)
         if state.params.log_prompts:
-            visit.notes["body"] = given
-        return asked
+            context.notes["body"] = given
+        return parsed
 
-    return await _in_line(request, read)
-
-
-async def read(request: Request, kind: type[BodyKind]) -> tuple[BodyKind, Problems]:
-    """Return a request's body and what is wrong with it."""
-    state, encoding = State.of(request), request.headers.get("content-encoding", "")
-    return await _in_line(request, lambda raw, _: read_body(kind, read_object(raw, encoding), state.params))
+    return await in_queue(request, read)
 
 
-async def _in_line(request: Request, function: Callable[[bytes, Check], Result]) -> Result:
-    """Run a function that reads a request's body when its turn comes; afterwards nothing keeps the body."""
-    state, visit = State.of(request), Visit.of(request)
-    with visit.body as raw:
-        async with within(state.params.request_timeout):
-            return await state.preparing.run(partial(function, raw), visit.client, len(raw))
-
-
-class Late(Exception):
+class DeadlinePassed(Exception):
     """The request has taken too long."""
 
 
-class Run:
+class RunningRequest:
     """One request while it is generated; lives in the event loop."""
 
-    def __init__(self, state: State, visit: Visit, asked: Asked) -> None:
+    def __init__(self, state: ServerState, context: RequestContext, parsed: ParsedRequest) -> None:
         self._state = state
-        self._visit = visit
-        self._news = Box()
-        self._answer = Answer(asked, state.tokens)
+        self._context = context
+        self._news = Mailbox()
+        self._answer = Answer(parsed, state.tokens)
         loop = asyncio.get_running_loop()
-        self._job = Job(asked.work, self._news.put)
+        self._job = Job(parsed.work, self._news.put)
         self._left = self._job.num_sequences
         self.deadline = loop.time() + state.params.request_timeout
         # timers rather than asyncio.timeout around each wait, which would cost more than a token's JSON
-        self._timer = loop.call_at(self.deadline, self._news.put, Late())
+        self._timer = loop.call_at(self.deadline, self._news.put, DeadlinePassed())
         self._ping = loop.call_later(PING_SECONDS, self._say_ping)
         self._last: dict[int, float] = {}  # when each sequence's last token came, seconds of the performance counter
 
@@ -120,7 +105,7 @@ class Run:
         """Queue the job and wait until the engine has accepted it; raise a Failure where it does not."""
         try:
             self._state.scheduler.submit(self._job)
-        except TooMany as error:
+        except TooManySequences as error:
             raise Failure(400, str(error), param="n") from error
         except TreadleError as error:
             raise failure_of(error) from error
@@ -144,14 +129,14 @@ class Run:
             self._note()
             return b"".join(json_pieces(self._answer.whole(rows)))
 
-        size = sum(row.prompt_tokens + len(row.events) for row in rows) * self._answer.asked.width
+        size = sum(row.prompt_tokens + len(row.events) for row in rows) * self._answer.parsed.width
         return Response(await self._aside(write, size), media_type="application/json")
 
     async def _aside(self, function: Callable[[], Result], num_entries: int) -> Result:
         """Run a function that writes so many entries: many of them beside the event loop."""
-        if num_entries <= FEW_ENTRIES:
+        if num_entries <= MAX_INLINE_ENTRIES:
             return function()
-        return await self._state.writing.run(lambda _: function(), self._visit.client, num_entries)
+        return await self._state.writing.run(lambda _: function(), self._context.client, num_entries)
 
     async def lines(self) -> AsyncGenerator[bytes]:
         """Yield the answer as server-sent events; an error ends it as one."""
@@ -162,17 +147,17 @@ class Run:
             while self._left:
                 tokens = await self._next_tokens()
                 size = sum(rows[index].prompt_tokens for index, event in tokens if event.index == 0)
-                if lines := await self._aside(partial(self._lines_of, tokens), size * answer.asked.width):
+                if lines := await self._aside(partial(self._lines_of, tokens), size * answer.parsed.width):
                     yield lines
             await self._aside(self._note, sum(len(row.events) for row in rows))
-            if answer.asked.has_usage:
+            if answer.parsed.has_usage:
                 yield event_line(answer.closing(rows))
             yield DONE
         except Failure as failure:
-            self._visit.notes["error"] = failure.code
+            self._context.notes["error"] = failure.code
             yield event_line(failure.document())
 
-    def _lines_of(self, tokens: Tokens) -> bytes:
+    def _lines_of(self, tokens: NewTokens) -> bytes:
         """Return the events of tokens; a comment where there are none."""
         chunks = [self._answer.chunk(index, self._job.rows[index], event) for index, event in tokens]
         lines = [event_line(chunk) for chunk in chunks if chunk is not None]
@@ -182,7 +167,7 @@ class Run:
         self._news.put([])
         self._ping = asyncio.get_running_loop().call_later(PING_SECONDS, self._say_ping)
 
-    async def _next_tokens(self) -> Tokens:
+    async def _next_tokens(self) -> NewTokens:
         """Return the tokens of the next step, and of those that came meanwhile; none to say that the stream lives."""
         tokens = await self._next()
         assert isinstance(tokens, list)
@@ -193,7 +178,7 @@ class Run:
     async def _next(self) -> News:
         """Return the job's next news; errors are raised as a Failure."""
         news = await self._news.next()
-        if isinstance(news, Late):
+        if isinstance(news, DeadlinePassed):
             seconds = self._state.params.request_timeout
             raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout")
         if isinstance(news, Exception):
@@ -201,33 +186,33 @@ class Run:
             raise failure_of(news)
         return news
 
-    def _observe(self, tokens: Tokens) -> None:
+    def _observe(self, tokens: NewTokens) -> None:
         """Measure the time to the first token and between tokens."""
         now, metrics = time.perf_counter(), self._state.metrics
         for index, _ in tokens:
             if index in self._last:
                 metrics.token.observe(now - self._last[index])
             else:
-                metrics.first_token.observe(now - self._visit.started)
+                metrics.first_token.observe(now - self._context.started)
             self._last[index] = now
 
     def _note(self) -> None:
         """Leave for the log what was read and generated, and how much each adapter weighed."""
         rows = self._job.rows
         usage: dict[str, Any] = self._answer.usage(rows)
-        self._visit.notes |= {"prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
+        self._context.notes |= {"prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
         means = np.mean([event.weights for row in rows for event in row.events], axis=0)
-        self._visit.notes["weights"] = {
+        self._context.notes["weights"] = {
             name: round(float(mean), 3) for name, mean in zip(rows[0].router.names, means, strict=True)
         }
         if self._state.params.log_prompts:
-            self._visit.notes["texts"] = ["".join(event.text for event in row.events) for row in rows]
+            self._context.notes["texts"] = ["".join(event.text for event in row.events) for row in rows]
 
 
 class EventStream(StreamingResponse):
     """Server-sent events of a run, which is given up when the client is gone or too slow."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunningRequest) -> None:
         super().__init__(run.lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._run = run
 

@@ -37,9 +37,9 @@ class Started:
     """The sequences have been accepted by the engine; they may still wait."""
 
 
-Tokens = list[tuple[int, TokenEvent]]
+NewTokens = list[tuple[int, TokenEvent]]
 """What one step gave: index of the sequence in its job, and its token."""
-News: TypeAlias = Started | Tokens | Exception
+News: TypeAlias = Started | NewTokens | Exception
 
 
 Mail: TypeAlias = "list[tuple[Job, News]]"
@@ -64,7 +64,7 @@ class Job:
         return len(self.work.prompts)
 
 
-class Box:
+class Mailbox:
     """The news of one job for the one task that waits for them; asyncio's queues take several times as long."""
 
     def __init__(self) -> None:

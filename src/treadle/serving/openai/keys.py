@@ -13,7 +13,7 @@ from treadle.serving.openai.params import ServeParams
 
 KEY_ID_LENGTH = 8
 """Characters of a key's hash by which the log names it."""
-MOST_FILE = 16 << 20
+MAX_KEY_FILE_BYTES = 16 << 20
 """Bytes of a key file."""
 COMMENT = re.compile(r"(^|\s)#.*")
 
@@ -86,7 +86,7 @@ def read_keys(file: Path, taken: Mapping[str, str] | None = None) -> list[tuple[
     """
     taken = taken or {}
     try:
-        lines = read_text(file, OptionError, MOST_FILE).splitlines()
+        lines = read_text(file, OptionError, MAX_KEY_FILE_BYTES).splitlines()
     except OptionError as error:
         raise OptionError(f"api_key_file {error}") from error
     entries = [(number, words) for number, line in enumerate(lines, 1) if (words := COMMENT.sub("", line).split())]

@@ -22,11 +22,11 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
-SHARE, GPU_SHARE = 0.5, 0.8
+CPU_MEMORY_SHARE, GPU_MEMORY_SHARE = 0.5, 0.8
 """Of the free memory that keys and values may take by default; passes and prefixes need some too."""
-LEAST = 256 << 20
+MIN_KV_BYTES = 256 << 20
 """Bytes that are taken to be there even so."""
-UNKNOWN = 4 << 30
+DEFAULT_FREE_BYTES = 4 << 30
 """Bytes that are taken to be free where the system does not say."""
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -46,8 +46,8 @@ class KvMemory:
         if self._mebibytes is not None:
             return self._mebibytes << 20
         device = self._engine.model.device
-        share = SHARE if device.type == "cpu" else GPU_SHARE
-        return max(LEAST, int(share * (free_memory(device) - self._prefix_bytes)))
+        share = CPU_MEMORY_SHARE if device.type == "cpu" else GPU_MEMORY_SHARE
+        return max(MIN_KV_BYTES, int(share * (free_memory(device) - self._prefix_bytes)))
 
     @cached_property
     def token_bytes(self) -> int:
@@ -129,7 +129,7 @@ def free_memory(device: torch.device) -> int:
     if sys.platform != "win32":
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         found += [limit - _taken()] if limit != resource.RLIM_INFINITY else []
-    return max(0, min(found, default=UNKNOWN))
+    return max(0, min(found, default=DEFAULT_FREE_BYTES))
 
 
 def _free_of_system() -> list[int]:

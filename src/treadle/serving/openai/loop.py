@@ -17,24 +17,24 @@ from treadle.engine.batch import Batch, Events, Reading
 from treadle.engine.engine import Engine
 from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.sequence import Row, RowError
-from treadle.serving.openai.jobs import Job, Mail, News, Started, Tokens
+from treadle.routing.router import Router
+from treadle.serving.openai.jobs import Job, Mail, News, NewTokens, Started
 from treadle.serving.openai.kv_memory import KvMemory
 from treadle.serving.openai.metrics import Metrics
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.routers import Routers
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-STEPS_A_CHUNK = 2.0
+CHUNK_STEPS = 2.0
 """A chunk of a prompt may take this many step times while rows run."""
-BURST = 8
+BURST_FACTOR = 8
 """Prompts that are read together may take this many times as long, and more where more rows wait than run."""
-GROUP = 2
+GROUP_CHUNKS = 2
 """Prompts that are read together may have this many times the tokens of a chunk."""
-SMALLEST_CHUNK = 16
-"""Tokens; a prompt gets on whatever a step costs. Passes over fewer say little about what a token costs."""
-FREE_PADDING = 1024
+MIN_CHUNK_TOKENS = 16
+"""NewTokens; a prompt gets on whatever a step costs. Passes over fewer say little about what a token costs."""
+FREE_PADDING_TOKENS = 1024
 """Tokens of padding that a batch may have; beyond, half as many as it has tokens."""
 SMOOTHING = 0.3
 """Weight of the newest measurement in a running mean."""
@@ -45,7 +45,7 @@ class EngineFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Seat:
+class SequenceOwner:
     """Whose a row is, which of its sequences, and since when (seconds of the performance counter)."""
 
     job: Job
@@ -56,15 +56,22 @@ class Seat:
 class Loop:
     """The rows that wait, are read and run."""
 
-    def __init__(self, engine: Engine, routers: Routers, params: ServeParams, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        router_among: Callable[[frozenset[str] | None], Router],
+        params: ServeParams,
+        metrics: Metrics,
+    ) -> None:
+        """Run the sequences of `engine`; `router_among` returns the router of some of its adapters, by name."""
         self._engine = engine
-        self._routers = routers
+        self._router_among = router_among
         self._params = params
         self._metrics = metrics
         self._prefixes = PrefixCache(params.prefix_cache << 20) if params.prefix_cache else None
         self._memory = KvMemory(engine, params.kv_memory, params.prefix_cache)
         self._has_moved = False  # whether rows came or went since memory was shared out
-        self._seats: dict[int, Seat] = {}  # by identity of a row
+        self._owners: dict[int, SequenceOwner] = {}  # by identity of a row
         self._waiting: deque[Row] = deque()
         self._reading: tuple[Batch, Reading] | None = None
         self._batches: list[Batch] = []
@@ -79,11 +86,11 @@ class Loop:
     @property
     def is_busy(self) -> bool:
         """Whether there is anything to advance."""
-        return bool(self._seats)
+        return bool(self._owners)
 
     def jobs(self) -> list[Job]:
         """Return the jobs that are not done."""
-        return list({id(seat.job): seat.job for seat in self._seats.values()}.values())
+        return list({id(owner.job): owner.job for owner in self._owners.values()}.values())
 
     def accept(self, job: Job) -> None:
         """Make the job's rows, or tell why they cannot be."""
@@ -97,7 +104,7 @@ class Loop:
                 sampling=work.sampling,
                 routing=work.routing,
                 report=work.report,
-                router=self._routers.among(work.adapters),
+                router=self._router_among(work.adapters),
             )
             self._memory.check(job.rows)
         except Exception as error:  # the thread lives on, whatever a request brings
@@ -109,19 +116,19 @@ class Loop:
             return
         for index, row in enumerate(job.rows):
             row.owner = work.owner
-            self._seats[id(row)] = Seat(job, index)
+            self._owners[id(row)] = SequenceOwner(job, index)
         self._engine.hold(job.rows)
         self._waiting += job.rows
         self._tell(job, Started())
 
     def give_up(self, job: Job) -> None:
         """Take a job's rows out of whatever they are in."""
-        rows = [row for row in job.rows if self._seats.pop(id(row), None)]
+        rows = [row for row in job.rows if self._owners.pop(id(row), None)]
         for batch in self._batches:
             batch.leave(rows)
         self._batches = [batch for batch in self._batches if batch.rows]
         self._waiting = deque(row for row in self._waiting if row not in rows)
-        if self._reading is not None and not any(id(row) in self._seats for row in self._reading[1].members):
+        if self._reading is not None and not any(id(row) in self._owners for row in self._reading[1].members):
             self._end_reading()
         # with others, they leave and let go of their adapters when all have been read
         still_read = self._reading[1].members if self._reading is not None else []
@@ -203,7 +210,7 @@ class Loop:
         best = min(self._batches, key=lambda batch: batch.padding_with(length)[1], default=None)
         if best is not None:
             tokens, padding = best.padding_with(length)
-            if padding <= max(FREE_PADDING, tokens // 2):
+            if padding <= max(FREE_PADDING_TOKENS, tokens // 2):
                 return best
         return self._engine.new_batch(prefixes=self._prefixes)
 
@@ -214,14 +221,14 @@ class Loop:
         Were they read by twos and threes, all of them would wait for the steps between.
         """
         is_group = num_waiting > 1
-        most = self._params.prompt_chunk * (GROUP if is_group else 1)
+        most = self._params.prompt_chunk * (GROUP_CHUNKS if is_group else 1)
         if not self._num_running:
             return most
         if not self._token_seconds:
-            return min(self._params.prompt_chunk, SMALLEST_CHUNK)
-        burst = BURST * max(1.0, num_waiting / self._num_running) if is_group else 1.0
-        tokens = int(STEPS_A_CHUNK * burst * self._step_seconds / self._token_seconds)
-        return min(most, max(SMALLEST_CHUNK, tokens))
+            return min(self._params.prompt_chunk, MIN_CHUNK_TOKENS)
+        burst = BURST_FACTOR * max(1.0, num_waiting / self._num_running) if is_group else 1.0
+        tokens = int(CHUNK_STEPS * burst * self._step_seconds / self._token_seconds)
+        return min(most, max(MIN_CHUNK_TOKENS, tokens))
 
     def _read_on(self, batch: Batch, reading: Reading) -> Events:
         """Read one chunk of prompts; with the last, their rows run."""
@@ -234,7 +241,7 @@ class Loop:
         if events is None:
             return []
         seconds, num_tokens = time.perf_counter() - started, (reading.done - before) * num_rows
-        if num_tokens >= SMALLEST_CHUNK and (self._num_running or not self._token_seconds):
+        if num_tokens >= MIN_CHUNK_TOKENS and (self._num_running or not self._token_seconds):
             self._token_seconds = _smoothed(self._token_seconds, seconds / num_tokens)
         if reading.is_finished:
             if batch not in self._batches:
@@ -253,7 +260,7 @@ class Loop:
         batch, reading = self._reading
         self._reading = None
         self._has_moved = True
-        given_up = [row for row in reading.members if id(row) not in self._seats]
+        given_up = [row for row in reading.members if id(row) not in self._owners]
         batch.leave(given_up)
         self._release(given_up)
 
@@ -272,7 +279,7 @@ class Loop:
             self._batches = [other for other in self._batches if other is not batch]
             if self._reading is not None and self._reading[0] is batch:
                 self._reading = (self._engine.new_batch(prefixes=self._prefixes), self._reading[1])
-        jobs = {id(seat.job): seat.job for row in lost if (seat := self._seats.get(id(row)))}
+        jobs = {id(owner.job): owner.job for row in lost if (owner := self._owners.get(id(row)))}
         for job in jobs.values():
             self._tell(job, EngineFailed("the forward pass failed; the server's log says why."))
             self.give_up(job)
@@ -280,22 +287,22 @@ class Loop:
 
     def _deliver(self, events: Events) -> None:
         """Tell each job what its rows generated, and let finished rows go."""
-        news: dict[int, tuple[Job, Tokens]] = {}
+        news: dict[int, tuple[Job, NewTokens]] = {}
         finished: list[Row] = []
         for row, event in events:
-            seat = self._seats.get(id(row))
-            if seat is None:
+            owner = self._owners.get(id(row))
+            if owner is None:
                 continue  # given up
             if isinstance(event, RowError):
-                self._end(seat, event)
+                self._end(owner, event)
                 continue
-            news.setdefault(id(seat.job), (seat.job, []))[1].append((seat.index, event))
+            news.setdefault(id(owner.job), (owner.job, []))[1].append((owner.index, event))
             if event.finish_reason:
                 finished.append(row)
-        finished = [row for row in finished if id(row) in self._seats]  # not given up since
+        finished = [row for row in finished if id(row) in self._owners]  # not given up since
         for row in finished:
-            seat = self._seats.pop(id(row))
-            self.sequence_seconds = _smoothed(self.sequence_seconds, time.perf_counter() - seat.since)
+            owner = self._owners.pop(id(row))
+            self.sequence_seconds = _smoothed(self.sequence_seconds, time.perf_counter() - owner.since)
             self._metrics.count_row(row)
         self._release(finished)
         self._has_moved = self._has_moved or bool(finished)
@@ -303,15 +310,15 @@ class Loop:
         for job, tokens in news.values():
             self._tell(job, tokens)
 
-    def _end(self, seat: Seat, failure: RowError) -> None:
+    def _end(self, owner: SequenceOwner, failure: RowError) -> None:
         """Tell a job which of its rows cannot be computed, and why; the log has the whole error."""
         why = str(failure)
         if failure.__cause__ is not None:
             logger.error("a sequence cannot be computed", exc_info=failure.__cause__)
             why = "the forward pass failed; the server's log says why."
-        named = f"choice {seat.index}: " if seat.job.num_sequences > 1 else ""
-        self._tell(seat.job, EngineFailed(named + why))
-        self.give_up(seat.job)
+        named = f"choice {owner.index}: " if owner.job.num_sequences > 1 else ""
+        self._tell(owner.job, EngineFailed(named + why))
+        self.give_up(owner.job)
 
 
 def deliver(mail: Mail) -> None:

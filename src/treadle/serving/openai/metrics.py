@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from treadle.engine.sequence import Row
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
@@ -25,19 +25,23 @@ class Metrics:
             "treadle_request_seconds",
             "from the request to its last byte",
             ["route"],
-            buckets=SECONDS,
+            buckets=LATENCY_BUCKETS,
             registry=registry,
         )
         self.running = Gauge("treadle_sequences_running", "sequences that are generated", registry=registry)
         self.waiting = Gauge("treadle_sequences_waiting", "sequences in the queue", registry=registry)
-        self.batch = Histogram("treadle_batch_sequences", "sequences a step", buckets=ROWS, registry=registry)
-        self.step = Histogram("treadle_step_seconds", "a step of all batches", buckets=SECONDS, registry=registry)
+        self.batch = Histogram(
+            "treadle_batch_sequences", "sequences a step", buckets=SEQUENCE_BUCKETS, registry=registry
+        )
+        self.step = Histogram(
+            "treadle_step_seconds", "a step of all batches", buckets=LATENCY_BUCKETS, registry=registry
+        )
         self.first_token = Histogram(
-            "treadle_time_to_first_token_seconds", "from the request to its first token", buckets=SECONDS,
+            "treadle_time_to_first_token_seconds", "from the request to its first token", buckets=LATENCY_BUCKETS,
             registry=registry,
         )  # fmt: skip
         self.token = Histogram(
-            "treadle_time_per_token_seconds", "between tokens of a sequence", buckets=SECONDS, registry=registry
+            "treadle_time_per_token_seconds", "between tokens of a sequence", buckets=LATENCY_BUCKETS, registry=registry
         )
         self.prompt_tokens = Counter("treadle_prompt_tokens", "prompt tokens of sequences", registry=registry)
         self.reused_tokens = Counter(

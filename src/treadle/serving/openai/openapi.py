@@ -1,41 +1,44 @@
-"""The OpenAPI document, from the bodies' own declarations."""
+"""The OpenAPI document, made from the endpoints and their bodies."""
 
 import copy
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
 
 from treadle.common.options import meanings
 from treadle.common.params import RoutingParams
 from treadle.common.version import __version__
-from treadle.serving.openai.bodies import (
-    AdapterBody,
-    Body,
-    ChatBody,
-    CompletionBody,
-    Json,
-    LoadBody,
-    RouteBody,
-    UnloadBody,
-)
-from treadle.serving.openai.targets import BESIDE
+from treadle.serving.openai.bodies import Body, Json
+from treadle.serving.openai.targets import TREADLE_FIELDS
 
-BODIES: dict[str, tuple[type[Body], str]] = {
-    "/v1/chat/completions": (ChatBody, "Answer a chat, whole or as server-sent events"),
-    "/v1/completions": (CompletionBody, "Continue texts, whole or as server-sent events"),
-    "/v1/route": (RouteBody, "Explain how a text is weighed"),
-    "/v1/adapters": (AdapterBody, "Add an adapter (admin key)"),
-    "/v1/load_lora_adapter": (LoadBody, "Add an adapter, as vLLM has it (admin key)"),
-    "/v1/unload_lora_adapter": (UnloadBody, "Remove an adapter, as vLLM has it (admin key)"),
-}
-READS = {
-    "/live": "The process answers",
-    "/health": "Requests are accepted",
-    "/metrics": "Figures for Prometheus",
-    "/v1/models": "What a request may name as model",
-    "/v1/adapters": "The adapters that are loaded (admin key)",
-}
+Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One endpoint of the server.
+
+    Attributes:
+        method: of HTTP.
+        path: as Starlette writes it.
+        handler: answers the requests.
+        summary: one line for the OpenAPI document; "" leaves the endpoint out of it.
+        body: the model of the request's body, if it has one.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str = ""
+    body: type[Body] | None = None
+
+
 NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 ERROR: Json = {
     "type": "object",
@@ -56,17 +59,15 @@ ERROR: Json = {
 
 
 @cache
-def document() -> Json:
-    """Return the document; it is the same for every server."""
-    kinds = [(kind, "validation") for kind, _ in BODIES.values()]
-    _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-    paths: Json = {path: {"get": _operation(summary)} for path, summary in READS.items()}
-    paths["/v1/models/{name}"] = {"get": {**_operation("One of them"), "parameters": [NAME]}}
-    paths["/v1/adapters/{name}"] = {"delete": {**_operation("Remove an adapter (admin key)"), "parameters": [NAME]}}
-    for path, (kind, summary) in BODIES.items():
-        reference = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
-        body = {"required": True, "content": {"application/json": reference}}
-        paths.setdefault(path, {})["post"] = {**_operation(summary), "requestBody": body}
+def document(endpoints: tuple[Endpoint, ...]) -> Json:
+    """Return the OpenAPI document of endpoints."""
+    bodies = [(each.body, "validation") for each in endpoints if each.body is not None]
+    _, schemas = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    paths: Json = {}
+    for endpoint in endpoints:
+        if endpoint.summary:
+            path = endpoint.path.replace(":path}", "}")  # without Starlette's converter
+            paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, has_name="{name}" in path)
     routing = _routing()
     parts = {"Error": ERROR, "RoutingParams": routing, "Treadle": _treadle(routing)}
     return {
@@ -82,7 +83,7 @@ def document() -> Json:
 
 
 def _routing() -> Json:
-    """Return the schema of the options of routing; where a request leaves one out, the bundle's counts."""
+    """Return the schema of the routing options; an option left out takes the bundle's value."""
     meaning = meanings(RoutingParams)
     schema = TypeAdapter(RoutingParams).json_schema()
     properties = {
@@ -93,15 +94,15 @@ def _routing() -> Json:
 
 
 def _treadle(routing: Json) -> Json:
-    """Return the schema of the field `treadle`: the options of routing, and what is beside them."""
+    """Return the schema of the field `treadle`: the routing options and two more fields."""
     names = {"type": ["array", "null"], "items": {"type": "string"}, "description": "only these adapters take part"}
     trace = {"type": "boolean", "description": "each choice carries its weights and what they were made from"}
-    properties = {**routing["properties"], **dict(zip(BESIDE, (names, trace), strict=True))}
+    properties = {**routing["properties"], **dict(zip(TREADLE_FIELDS, (names, trace), strict=True))}
     return {**routing, "title": "Treadle", "properties": properties, "additionalProperties": False}
 
 
 def _refer(schemas: Json) -> Json:
-    """Return the schemas of bodies with a reference to that of `treadle` in them."""
+    """Return the schemas of bodies, in which `treadle` refers to its own schema."""
     reference = {"anyOf": [{"$ref": "#/components/schemas/Treadle"}, {"type": "null"}]}
     referring = copy.deepcopy(schemas)
     for schema in referring.values():
@@ -110,7 +111,16 @@ def _refer(schemas: Json) -> Json:
     return referring
 
 
-def _operation(summary: str) -> Json:
+def _operation(endpoint: Endpoint, *, has_name: bool) -> Json:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     refused = {"description": "Refused: the message says what was given and what is allowed", "content": error}
-    return {"summary": summary, "responses": {"200": {"description": "Done"}, "4XX": refused, "5XX": refused}}
+    operation: Json = {
+        "summary": endpoint.summary,
+        "responses": {"200": {"description": "Done"}, "4XX": refused, "5XX": refused},
+    }
+    if has_name:
+        operation["parameters"] = [NAME]
+    if endpoint.body is not None:
+        reference = {"schema": {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}}
+        operation["requestBody"] = {"required": True, "content": {"application/json": reference}}
+    return operation

@@ -41,7 +41,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class File:
+class StaticFile:
     """A file as it is sent."""
 
     content: bytes
@@ -49,14 +49,14 @@ class File:
 
 
 @cache
-def files() -> dict[str, File]:
+def files() -> dict[str, StaticFile]:
     """Return the files by path below the folder; nothing else is ever sent."""
-    found: dict[str, File] = {}
+    found: dict[str, StaticFile] = {}
     for path in sorted(each for each in FOLDER.rglob("*") if each.suffix in TYPES):
         content = path.read_bytes()
         tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
         headers = {**HEADERS, "Content-Type": TYPES[path.suffix], "ETag": tag}
-        found[path.relative_to(FOLDER).as_posix()] = File(content, headers)
+        found[path.relative_to(FOLDER).as_posix()] = StaticFile(content, headers)
     return found
 
 

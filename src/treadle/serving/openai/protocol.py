@@ -20,15 +20,15 @@ HEAD_SECONDS = 30.0
 """In which a head must have arrived, from the connection or from its own first byte on."""
 WRITE_SECONDS = 30.0
 """In which a client must read what its connection's buffer holds (64 KiB), once that is full."""
-LEFT_SECONDS = 10.0
+UNREAD_BODY_SECONDS = 10.0
 """In which the rest of a body must have arrived whose request has been answered; nobody reads it."""
-MOST_CONNECTIONS = 768
+MAX_CONNECTIONS = 768
 """Beyond, the oldest is closed of those on which no request runs; 1,024 descriptors are what systems often allow."""
 AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 """The host in a request's line, as clients of a proxy write it."""
 
 
-class Protocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """Closes a connection whose client is too slow, sends too long a head, or does not read; the gate limits bodies."""
 
     parser: Any  # None once the connection is lost, when nothing comes any more
@@ -43,9 +43,9 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._since = self.loop.time()
         self._wait()
-        if len(self.connections) > MOST_CONNECTIONS:
-            others = [each for each in self.connections if isinstance(each, Protocol) and each.is_waiting]
-            min(others, key=Protocol.idle_since, default=self).drop()
+        if len(self.connections) > MAX_CONNECTIONS:
+            others = [each for each in self.connections if isinstance(each, HttpProtocol) and each.is_waiting]
+            min(others, key=HttpProtocol.idle_since, default=self).drop()
 
     def idle_since(self) -> float:
         """Return since when nothing has been done for this connection, in seconds of the loop's clock."""
@@ -84,7 +84,7 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         self._since = self.loop.time()
         if not self._is_in_head and not self.transport.is_closing():
-            self._timer = self._timer or self.loop.call_later(LEFT_SECONDS, self.drop)
+            self._timer = self._timer or self.loop.call_later(UNREAD_BODY_SECONDS, self.drop)
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head is too long."""

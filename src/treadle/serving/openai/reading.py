@@ -1,28 +1,79 @@
 """Reads the bodies of requests, and says every problem of one in a single message."""
 
+import asyncio
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from pydantic import ValidationError
+from starlette.requests import Request
 
 from treadle.common.documents import check_surrogates
 from treadle.common.errors import shown, unknown_name
-from treadle.serving.openai.bodies import Body, BodyKind, Json
-from treadle.serving.openai.failures import MOST_LISTED, Failure, Problem, Problems, cut
+from treadle.serving.openai.bodies import Body, BodyKind, Json, with_limits
+from treadle.serving.openai.failures import CLIENT_GONE_STATUS, MAX_LISTED_PROBLEMS, Failure, Problem, Problems, cut
+from treadle.serving.openai.middleware import RequestContext
 from treadle.serving.openai.neutral import NEUTRAL
 from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.queues import Check
+from treadle.serving.openai.state import ServerState
 
-MOST_FIELDS = 256
+Result = TypeVar("Result")
+
+MAX_OBJECT_FIELDS = 256
 """Of a JSON object in a body."""
-MOST_INNER = 20_000
+MAX_BODY_CONTAINERS = 20_000
 """Lists and objects in a body; the garbage collector looks at each many times while more are made."""
-MOST_VALUES = 500_000
+MAX_BODY_VALUES = 500_000
 """Values in a body; no other thread runs while they are read, which takes 50 ms."""
 GZIP = b"\x1f\x8b"
+
+
+async def read(request: Request, kind: type[BodyKind]) -> tuple[BodyKind, Problems]:
+    """Return a request's body and what is wrong with it."""
+    state, encoding = ServerState.of(request), request.headers.get("content-encoding", "")
+    return await in_queue(request, lambda raw, _: read_body(kind, read_object(raw, encoding), state.params))
+
+
+async def in_queue(request: Request, function: Callable[[bytes, Check], Result]) -> Result:
+    """Run a function that reads a request's body when its turn comes; afterwards nothing keeps the body."""
+    state, context = ServerState.of(request), RequestContext.of(request)
+    with context.body as raw:
+        async with within(state.params.request_timeout):
+            return await state.preparing.run(partial(function, raw), context.client, len(raw))
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what `work` returns; it is cancelled when the client of a request goes away, which is a Failure."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Failure(CLIENT_GONE_STATUS, "the client went away")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncGenerator[None]:
+    """Give up what happens inside after so many seconds; a Failure says so."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise Failure(504, f"the request took longer than {seconds} seconds", code="timeout") from error
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def read_object(raw: bytes, encoding: str = "") -> Json:
@@ -31,10 +82,10 @@ def read_object(raw: bytes, encoding: str = "") -> Json:
         given = f"Content-Encoding: got {shown(encoding or 'gzip')}"
         raise Failure(415, f"{given}; allowed: none, send the body as it is", code="unsupported_encoding")
     inner, values = _count(raw)
-    if inner > MOST_INNER:
-        raise Failure(400, f"the body: got {inner} lists and objects; allowed: at most {MOST_INNER}")
-    if values > MOST_VALUES:
-        raise Failure(400, f"the body: got {values} values; allowed: at most {MOST_VALUES}")
+    if inner > MAX_BODY_CONTAINERS:
+        raise Failure(400, f"the body: got {inner} lists and objects; allowed: at most {MAX_BODY_CONTAINERS}")
+    if values > MAX_BODY_VALUES:
+        raise Failure(400, f"the body: got {values} values; allowed: at most {MAX_BODY_VALUES}")
     try:
         text = raw.decode("utf-8-sig")
         given = json.loads(text, object_pairs_hook=_small)
@@ -48,7 +99,7 @@ def read_object(raw: bytes, encoding: str = "") -> Json:
 
 def _count(raw: bytes) -> tuple[int, int]:
     """Return how many lists and objects a JSON text has, and how many values; 0 where even its strings have few."""
-    if raw.count(b"[") + raw.count(b"{") <= MOST_INNER and raw.count(b",") < MOST_VALUES:
+    if raw.count(b"[") + raw.count(b"{") <= MAX_BODY_CONTAINERS and raw.count(b",") < MAX_BODY_VALUES:
         return 0, 0
     # several short passes in linear time, between which other threads run
     text = np.frombuffer(raw.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
@@ -59,8 +110,8 @@ def _count(raw: bytes) -> tuple[int, int]:
 
 def _small(pairs: list[tuple[str, Any]]) -> Json:
     """Return a JSON object, which nobody needs with more fields: each that is unknown would be looked up."""
-    if len(pairs) > MOST_FIELDS:
-        allowed = f"at most {MOST_FIELDS}"
+    if len(pairs) > MAX_OBJECT_FIELDS:
+        allowed = f"at most {MAX_OBJECT_FIELDS}"
         raise Failure(
             400, f"the body: got an object of {len(pairs)} fields; allowed: {allowed}", code="too_many_fields"
         )
@@ -85,7 +136,7 @@ def _problems(kind: type[Body], entries: Sequence[Mapping[str, Any]], limits: Se
     """Return what pydantic found, once a place; many are not worded but counted, as wording takes the most time."""
     schema = kind.model_json_schema()
     found = {entry["loc"]: entry for entry in reversed(entries)}
-    worded = [_problem(entry, schema, limits) for entry in islice(reversed(found.values()), MOST_LISTED)]
+    worded = [_problem(entry, schema, limits) for entry in islice(reversed(found.values()), MAX_LISTED_PROBLEMS)]
     return [*worded, Problem.others(len(found) - len(worded))] if len(found) > len(worded) else worded
 
 
@@ -101,11 +152,6 @@ def _problem(entry: Mapping[str, Any], schema: Json, limits: ServeParams) -> Pro
     if isinstance(value, list) and entry["msg"].endswith("too many"):
         return Problem(place, f"{place}: got a list of {len(cast(list[Any], value))}; allowed: {allowed}")
     return Problem.of(place, value, allowed)
-
-
-def with_limits(description: str, limits: ServeParams) -> str:
-    """Return what a field's description allows, with the server's limits in the place of its options' names."""
-    return re.sub("--max-[a-z]+", lambda found: str(getattr(limits, found[0][2:].replace("-", "_"))), description)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

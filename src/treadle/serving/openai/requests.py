@@ -11,26 +11,25 @@ from treadle.engine.chat import TokenPrompt, read_prompt
 from treadle.engine.engine import Engine
 from treadle.engine.sequence import Report
 from treadle.engine.tokenization import chat_text, check_known, stop_ids
-from treadle.serving.openai.bodies import ChatBody, CompletionBody, Generating, Message
-from treadle.serving.openai.bounds import FewestTokens
+from treadle.serving.openai.bodies import ChatBody, CompletionBody, GenerationBody, Message, with_limits
 from treadle.serving.openai.failures import Problem, Problems, refusal
 from treadle.serving.openai.jobs import Work
 from treadle.serving.openai.keys import Caller
-from treadle.serving.openai.lines import Check
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.reading import with_limits
+from treadle.serving.openai.queues import Check
 from treadle.serving.openai.targets import Targets
+from treadle.serving.openai.tokens import MinTokenCount
 
-LONGEST_STOP = 256
+MAX_STOP_CHARACTERS = 256
 """Characters of a stop string."""
-LONGEST_TOKEN = 128
+MAX_TOKEN_CHARACTERS = 128
 """Characters; a text with more than this for each token that it may have is not even tokenised."""
-COMPLETION_TOKENS = 16
+DEFAULT_COMPLETION_TOKENS = 16
 """Of /v1/completions where a request does not say, as OpenAI's API has it."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A validated request to generate.
 
     Attributes:
@@ -61,7 +60,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Reader:
+class RequestReader:
     """Reads bodies for one server: the engine says what can be asked, the params how much of it."""
 
     engine: Engine
@@ -69,10 +68,10 @@ class Reader:
     params: ServeParams
 
     @cached_property
-    def _fewest_tokens(self) -> FewestTokens:
-        return FewestTokens(self.engine.tokenizer)
+    def _fewest_tokens(self) -> MinTokenCount:
+        return MinTokenCount(self.engine.tokenizer)
 
-    def read(self, body: Generating, problems: Problems, caller: Caller, check: Check) -> Asked:
+    def read(self, body: GenerationBody, problems: Problems, caller: Caller, check: Check) -> ParsedRequest:
         """Return what a body asks for, or raise a Failure with all that is wrong with it, `problems` included."""
         problems = list(problems)
         target = self.targets.read(body.model, body.treadle, problems, caller)
@@ -94,7 +93,7 @@ class Reader:
         report = Report(likeliest or 0, is_echo and likeliest is not None, target.has_trace)
         echo = tuple(self._text(prompt) for prompt in prompts) if is_echo else ()
         each = [prompt for prompt in read for _ in range(n)]
-        return Asked(
+        return ParsedRequest(
             model=body.model,
             work=Work(each, sampling, target.routing, report, target.adapters, caller.id),
             is_chat=isinstance(body, ChatBody),
@@ -108,7 +107,7 @@ class Reader:
             has_trace=target.has_trace,
         )
 
-    def _sampling(self, body: Generating, problems: Problems, count: int) -> list[SamplingParams]:
+    def _sampling(self, body: GenerationBody, problems: Problems, count: int) -> list[SamplingParams]:
         """Return the sampling of each sequence; with a seed, each has a random stream of its own that repeats."""
         temperature = 1.0 if body.temperature is None else body.temperature
         if 0 < temperature < 0.001:
@@ -126,7 +125,7 @@ class Reader:
         seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(count)]
         return [replace(one, seed=seed) for seed in seeds]
 
-    def _most_tokens(self, body: Generating, problems: Problems) -> int:
+    def _most_tokens(self, body: GenerationBody, problems: Problems) -> int:
         """Return how many tokens a choice may have; at least 1, though a request that only scores wants none."""
         limit = self.params.max_tokens
         given = {"max_tokens": body.max_tokens}
@@ -138,16 +137,16 @@ class Reader:
             problems.append(Problem("max_tokens", f"{both}; allowed: one of them"))
         if isinstance(body, CompletionBody) and body.max_tokens == 0 and not body.echo:
             problems.append(Problem.of("max_tokens", 0, self._allowed(body, "max_tokens")))
-        default = limit if isinstance(body, ChatBody) else min(limit, COMPLETION_TOKENS)
+        default = limit if isinstance(body, ChatBody) else min(limit, DEFAULT_COMPLETION_TOKENS)
         return max(1, min(wanted.values()) if wanted else default)
 
-    def _stops(self, body: Generating, problems: Problems) -> tuple[str, ...]:
+    def _stops(self, body: GenerationBody, problems: Problems) -> tuple[str, ...]:
         stops = body.stop or []
-        if bad := [text for text in stops if not 0 < len(text) <= LONGEST_STOP]:
+        if bad := [text for text in stops if not 0 < len(text) <= MAX_STOP_CHARACTERS]:
             problems.append(Problem.of("stop", bad[0], self._allowed(body, "stop")))
         return () if bad else tuple(stops)
 
-    def _allowed(self, body: Generating, field: str) -> str:
+    def _allowed(self, body: GenerationBody, field: str) -> str:
         return with_limits(type(body).model_fields[field].description or "", self.params)
 
     def _read_prompts(self, prompts: Sequence[Any], problems: Problems, check: Check) -> list[TokenPrompt]:
@@ -165,7 +164,7 @@ class Reader:
             field = "messages" if isinstance(prompt, list) and not isinstance(prompt[0], int) else "prompt"
             place = f"prompt[{index}]" if len(prompts) > 1 else field
             letters = _num_letters(prompt)
-            if most is not None and letters > most * LONGEST_TOKEN:  # nobody waits while it is tokenised
+            if most is not None and letters > most * MAX_TOKEN_CHARACTERS:  # nobody waits while it is tokenised
                 problems.append(_too_long(field, f"{place}: got {letters} characters; allowed: {allowed}"))
                 continue
             try:
@@ -218,16 +217,16 @@ class Reader:
         answers = [most if context is None else min(most, context - length) for length in lengths]
         return sum(answers) + (sum(lengths) if has_prompts else 0)
 
-    def _check_values(self, asked: Mapping[str, bool], num_tokens: int, width: int, problems: Problems) -> None:
+    def _check_values(self, wanted: Mapping[str, bool], num_tokens: int, width: int, problems: Problems) -> None:
         """Add the problem of an answer with too many values; all of them are held until it has been sent.
 
         Args:
-            asked: which fields of the request ask for values.
+            wanted: which fields of the request ask for values.
             num_tokens: of all choices, with the prompts where they are echoed.
             width: values of each token.
             problems: what is wrong with the request.
         """
-        fields = [field for field, is_given in asked.items() if is_given]
+        fields = [field for field, is_given in wanted.items() if is_given]
         limit = self.params.max_values
         if fields and num_tokens * width > limit:
             given = f"{num_tokens} tokens of all choices with {width} values each"
@@ -256,7 +255,7 @@ def _num_letters(prompt: Any) -> int:
     return sum(len(each.content) for each in prompt if isinstance(each, Message))
 
 
-def _likeliest(body: Generating) -> int | None:
+def _likeliest(body: GenerationBody) -> int | None:
     """Return how many likeliest tokens a request wants with each token; None = no log-probabilities."""
     if isinstance(body, CompletionBody):
         return body.logprobs
@@ -264,7 +263,7 @@ def _likeliest(body: Generating) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _check_pairs(body: Generating, problems: Problems) -> None:
+def _check_pairs(body: GenerationBody, problems: Problems) -> None:
     """Add what is wrong with fields that go together."""
     n = body.n or 1
     if isinstance(body, CompletionBody) and body.best_of not in (None, n):

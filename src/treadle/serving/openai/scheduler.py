@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 Call: TypeAlias = "tuple[Callable[[], Any], Future[Any]]"
 """A function to run between two steps, and who waits for it."""
 
-LONGEST_WAIT = 60
+MAX_RETRY_SECONDS = 60
 """Seconds; what Retry-After says at most."""
 
 
-class Busy(TreadleError):
+class QueueFull(TreadleError):
     """The queue has no room for a job now; `seconds` is when it is worth trying again."""
 
     def __init__(self, job: Job, waiting: int, seconds: int) -> None:
@@ -32,7 +32,7 @@ class Busy(TreadleError):
         self.seconds = seconds
 
 
-class TooMany(TreadleError):
+class TooManySequences(TreadleError):
     """A job has more sequences than run and wait together; it would never fit."""
 
     def __init__(self, job: Job, most: int) -> None:
@@ -42,7 +42,7 @@ class TooMany(TreadleError):
         )
 
 
-class Stopping(TreadleError):
+class ShuttingDown(TreadleError):
     """The server is shutting down."""
 
     def __init__(self) -> None:
@@ -89,20 +89,20 @@ class Scheduler:
         """Queue a job.
 
         Raises:
-            Busy: more sequences than may would wait.
-            TooMany: it has more sequences than the batch and the queue hold.
-            Stopping: the server is shutting down.
+            QueueFull: more sequences than may would wait.
+            TooManySequences: it has more sequences than the batch and the queue hold.
+            ShuttingDown: the server is shutting down.
         """
         most = self._params.max_batch + self._params.max_queue
         if job.num_sequences > most:
-            raise TooMany(job, most)
+            raise TooManySequences(job, most)
         with self._changed:
             if self._is_draining:
-                raise Stopping
+                raise ShuttingDown
             if self.num_unfinished + job.num_sequences > most:
                 waiting = max(self.num_unfinished - self._params.max_batch, 0)
                 seconds = 1 + int(max(waiting, 1) / self._params.max_batch * self._loop.sequence_seconds)
-                raise Busy(job, waiting, min(LONGEST_WAIT, seconds))
+                raise QueueFull(job, waiting, min(MAX_RETRY_SECONDS, seconds))
             self._num_accepted += job.num_sequences
             self._inbox.append(job)
             self._changed.notify()
@@ -118,7 +118,7 @@ class Scheduler:
         future: Future[Any] = Future()
         with self._changed:
             if self._is_stopped:
-                raise Stopping
+                raise ShuttingDown
             self._calls.append((function, future))
             self._changed.notify()
         return future
@@ -139,9 +139,9 @@ class Scheduler:
         """Live as the engine's thread."""
         while self._take():
             self._loop.advance()
-        self._loop.post([(job, Stopping()) for job in [*self._loop.jobs(), *self._inbox]])
+        self._loop.post([(job, ShuttingDown()) for job in [*self._loop.jobs(), *self._inbox]])
         for _, future in self._calls:
-            future.set_exception(Stopping())
+            future.set_exception(ShuttingDown())
 
     def _take(self) -> bool:
         """Wait for something to do and take in what has arrived; return False when the thread shall end."""

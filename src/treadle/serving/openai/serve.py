@@ -18,9 +18,9 @@ from treadle.engine.engine import Engine, load
 from treadle.serving.openai.app import make_app
 from treadle.serving.openai.keys import Keyring
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.protocol import Protocol
+from treadle.serving.openai.protocol import HttpProtocol
 from treadle.serving.openai.start import bound, check_start, listen
-from treadle.serving.openai.state import END_SECONDS, State
+from treadle.serving.openai.state import END_SECONDS, ServerState
 
 logger = logging.getLogger("treadle.serving.openai")
 
@@ -34,7 +34,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring) -> None:
         self.app = make_app(bundle, engine, params, keys)
-        self._state: State = self.app.state.treadle
+        self._state: ServerState = self.app.state.treadle
         self._shutdown_timeout = params.shutdown_timeout
         self._drain: threading.Thread | None = None
         self._is_urgent = threading.Event()
@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
             self.app,
             host=params.host,
             port=params.port,
-            http=Protocol,
+            http=HttpProtocol,
             lifespan="on",  # an application that cannot start is an error, not one without a start
             ws="none",
             log_config=None,

@@ -12,7 +12,8 @@ from treadle.bundle.bundle import Bundle
 from treadle.common.errors import OptionError, collect, problem_list, unknown_name
 from treadle.serving.openai.hosts import is_loopback
 from treadle.serving.openai.keys import Keyring
-from treadle.serving.openai.params import BASE, ServeParams
+from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.targets import model_name
 
 logger = logging.getLogger("treadle.serving.openai")
 
@@ -38,16 +39,6 @@ def check_start(bundle: Bundle, params: ServeParams) -> Keyring:
     for warning in _warnings(bundle, params, keys):
         logger.warning(warning)
     return keys
-
-
-def model_name(bundle: Bundle, params: ServeParams) -> str:
-    """Return what requests call the routed model besides auto; an OptionError where that names something else too."""
-    name = params.model_name or bundle.folder.resolve().name
-    if name in (*bundle.router.names, BASE):
-        what = "the base model" if name == BASE else "an adapter"
-        given = f"model_name {name!r}" if params.model_name else f"model_name is not given, and the folder's {name!r}"
-        raise OptionError(f"{given} is what requests call {what}; give another one with --model-name.")
-    return name
 
 
 @contextmanager

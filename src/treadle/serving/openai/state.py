@@ -17,15 +17,13 @@ from treadle.engine.engine import Engine
 from treadle.routing.embedder import StaticEmbedder
 from treadle.serving.openai.failures import Failure
 from treadle.serving.openai.jobs import Mail
-from treadle.serving.openai.lines import Check, Client, Line
 from treadle.serving.openai.loop import Loop, deliver
 from treadle.serving.openai.metrics import Metrics
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.requests import Reader
-from treadle.serving.openai.routers import Routers
-from treadle.serving.openai.scheduler import Scheduler, Stopping
-from treadle.serving.openai.start import model_name
-from treadle.serving.openai.targets import AUTO, Targets
+from treadle.serving.openai.queues import Check, Client, WorkQueue
+from treadle.serving.openai.requests import RequestReader
+from treadle.serving.openai.scheduler import Scheduler, ShuttingDown
+from treadle.serving.openai.targets import AUTO, Routers, Targets, model_name
 from treadle.serving.openai.tokens import TokenTexts
 
 logger = logging.getLogger("treadle.serving.openai")
@@ -37,7 +35,7 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class State:
+class ServerState:
     """The engine, what runs it, and what reads requests for it."""
 
     bundle: Bundle
@@ -47,15 +45,17 @@ class State:
     routers: Routers
     scheduler: Scheduler
     targets: Targets
-    reader: Reader
+    reader: RequestReader
     tokens: TokenTexts
-    preparing: Line = field(default_factory=lambda: Line("treadle-prepare"))
-    weighing: Line = field(default_factory=lambda: Line("treadle-weigh"))  # nobody's prompt waits for whole texts
-    reading: Line = field(default_factory=lambda: Line("treadle-read", num_threads=1))  # of adapters' folders
-    writing: Line = field(default_factory=lambda: Line("treadle-write"))  # of long answers
+    preparing: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-prepare"))
+    weighing: WorkQueue = field(
+        default_factory=lambda: WorkQueue("treadle-weigh")
+    )  # nobody's prompt waits for whole texts
+    reading: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-read", num_threads=1))  # of adapters' folders
+    writing: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-write"))  # of long answers
 
     @classmethod
-    def make(cls, bundle: Bundle, engine: Engine, params: ServeParams) -> "State":
+    def make(cls, bundle: Bundle, engine: Engine, params: ServeParams) -> "ServerState":
         """Return the state of a new server; its scheduler has not been started."""
         metrics, routers = Metrics(), Routers(engine)
         metrics.set_adapters(engine.adapter_names)
@@ -66,14 +66,14 @@ class State:
             params=params,
             metrics=metrics,
             routers=routers,
-            scheduler=Scheduler(Loop(engine, routers, params, metrics), params),
+            scheduler=Scheduler(Loop(engine, routers.among, params, metrics), params),
             targets=targets,
-            reader=Reader(engine, targets, params),
+            reader=RequestReader(engine, targets, params),
             tokens=TokenTexts(engine.tokenizer),
         )
 
     @classmethod
-    def of(cls, request: Request) -> "State":
+    def of(cls, request: Request) -> "ServerState":
         """Return the state of the server that a request reached."""
         return request.app.state.treadle
 
@@ -89,7 +89,7 @@ class State:
             if stacks is not None:
                 stacks.build()
                 self.scheduler.call(partial(self.engine.drop_retired, stacks)).result()
-        except Stopping:
+        except ShuttingDown:
             pass
         except Exception:  # out of memory
             logger.exception("the factors of a removed adapter stay in memory")
@@ -99,7 +99,7 @@ class State:
         return await asyncio.wrap_future(self.scheduler.call(function))
 
     async def weigh(self, function: Callable[[Check], Result], client: Client, num_bytes: int) -> Result:
-        """Run a function that embeds whole texts beside the steps; see `Line.run`.
+        """Run a function that embeds whole texts beside the steps; see `WorkQueue.run`.
 
         Between two steps where the embedder is a neural network: that reads few words, and OpenMP would keep workers
         for one more thread (`treadle.serving.openai.serve`).

@@ -1,22 +1,55 @@
 """Whom a request means: the routed model, one adapter or the base, and with which routing."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from treadle.bundle.bundle import Bundle
 from treadle.common.errors import OptionError, OptionProblem, shown, unknown_name
 from treadle.common.options import meanings
 from treadle.common.params import RoutingParams
 from treadle.engine.engine import Engine
+from treadle.routing.router import Router
 from treadle.serving.openai.bodies import Json
-from treadle.serving.openai.failures import MOST_LISTED, Problem, Problems, cut
+from treadle.serving.openai.failures import MAX_LISTED_PROBLEMS, Problem, Problems, cut
 from treadle.serving.openai.keys import Caller
-from treadle.serving.openai.routers import Routers
+from treadle.serving.openai.params import BASE, ServeParams
 from treadle.serving.request import requested, too_large
 
-AUTO, BASE = "auto", "base"
-BESIDE = ("adapters", "trace")
+AUTO = "auto"
+TREADLE_FIELDS = ("adapters", "trace")
 """Fields of `treadle` beside the options of routing."""
+MAX_ROUTER_BYTES, MAX_ROUTERS = 64 << 20, 256
+"""Of routers that are kept: requests choose from 2**N sets of adapters."""
+
+
+class Routers:
+    """Makes routers of chosen adapters, and keeps those last used until the engine's adapters change."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._whole = engine.router
+        self._made: OrderedDict[frozenset[str], Router] = OrderedDict()  # the last used last
+        self._turn = threading.Lock()  # requests are prepared in several threads
+
+    def among(self, names: frozenset[str] | None) -> Router:
+        """Return the router of those of the engine's adapters that are named; None = of all."""
+        whole = self._engine.router
+        if names is None or names >= set(whole.names):
+            return whole
+        key = names & set(whole.names)
+        with self._turn:
+            if self._whole is not whole:
+                self._whole = whole
+                self._made.clear()
+            router = self._made.pop(key, None) or replace(whole, centroids=whole.centroids.among(key))
+            self._made[key] = router
+            most = min(MAX_ROUTERS, max(1, MAX_ROUTER_BYTES // max(1, router.centroids.scatter.nbytes)))
+            while len(self._made) > most:
+                self._made.popitem(last=False)
+        return router
 
 
 @dataclass(frozen=True)
@@ -71,7 +104,7 @@ class Targets:
             problems.append(Problem.of("treadle.trace", has_trace, "true or false"))
         if model not in self.names and not unknown:
             if options:
-                places = ", ".join(f"treadle.{name}" for name in list(options)[:MOST_LISTED])
+                places = ", ".join(f"treadle.{name}" for name in list(options)[:MAX_LISTED_PROBLEMS])
                 what = f"{cut(places)}: model {shown(model)} is not routed"
                 problems.append(Problem("treadle", f"{what}; allowed: 'trace', or model {AUTO!r}"))
             fixed = RoutingParams.base() if model == BASE else RoutingParams.one(model)
@@ -103,7 +136,7 @@ class Targets:
         """Return the bundle's routing with a request's options over it."""
         default, known = self.engine.router.params, meanings(RoutingParams)
         unknown = [name for name in options if name not in known]
-        allowed = [*known, *BESIDE]
+        allowed = [*known, *TREADLE_FIELDS]
         problems += [
             Problem("treadle", f"{cut(f'treadle.{name}')}: {unknown_name('option', name, allowed)}") for name in unknown
         ]
@@ -119,7 +152,9 @@ class Targets:
 def _unknown_names(place: str, given: Sequence[str], names: Sequence[str]) -> Problems:
     """Return a problem for each name that is not among the adapters' names."""
     unknown = list(dict.fromkeys(name for name in given if name not in names))
-    worded = [Problem(place, f"{place}: {unknown_name('adapter', name, names)}") for name in unknown[:MOST_LISTED]]
+    worded = [
+        Problem(place, f"{place}: {unknown_name('adapter', name, names)}") for name in unknown[:MAX_LISTED_PROBLEMS]
+    ]
     return [*worded, Problem.others(len(unknown) - len(worded))] if len(unknown) > len(worded) else worded
 
 
@@ -133,3 +168,13 @@ def _worded(problem: OptionProblem, options: Json) -> Problem:
     given = shown(options.get(problem.options[0], problem.given)) + (f" with {', '.join(others)}" if others else "")
     allowed = problem.allowed.replace("or none", "or null")
     return Problem(place, f"{cut(place)}: got {given}; allowed: {allowed}")
+
+
+def model_name(bundle: Bundle, params: ServeParams) -> str:
+    """Return what requests call the routed model besides auto; an OptionError where that names something else too."""
+    name = params.model_name or bundle.folder.resolve().name
+    if name in (*bundle.router.names, BASE):
+        what = "the base model" if name == BASE else "an adapter"
+        given = f"model_name {name!r}" if params.model_name else f"model_name is not given, and the folder's {name!r}"
+        raise OptionError(f"{given} is what requests call {what}; give another one with --model-name.")
+    return name

@@ -1,14 +1,24 @@
-"""Single tokens as the log-probabilities of OpenAI's API show them: a text, and the bytes behind it."""
+"""The texts and bytes of single tokens, and the fewest tokens that a text can have.
 
+A token covers the bytes that it stands for. So each byte of a text needs at least 1/n of a token, where n is the length
+of the longest token with this byte. This holds for tokenizers that keep every byte of a text.
+"""
+
+import json
 import re
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from math import ceil
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-"""How sentencepiece writes a token that is one byte."""
+"""How sentencepiece writes a token of one byte."""
+MAX_COMPOSED_BYTES = 4
+"""NFC joins at most so many bytes into one: three letters of Hangul, nine bytes, become three bytes."""
 
 
 class TokenTexts:
@@ -54,3 +64,71 @@ def byte_letters() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+class MinTokenCount:
+    """Bounds the tokens of texts from below, for one tokenizer; 0 where it may drop or join what it does not know."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._shares = np.zeros(256)  # of a token, that each byte needs at least
+        composed = _composed(getattr(tokenizer, "backend_tokenizer", None))
+        if composed is None or any(each.lstrip or each.rstrip for each in tokenizer.added_tokens_decoder.values()):
+            return
+        texts = TokenTexts(tokenizer)
+        forms = {texts.bytes_of_symbol(symbol) for symbol in tokenizer.get_vocab()}
+        forms |= {each.content.encode() for each in tokenizer.added_tokens_decoder.values()}
+        left = set(range(256))
+        for form in sorted(forms, key=len, reverse=True):
+            found = left.intersection(form)
+            self._shares[list(found)] = 1 / (composed * len(form)) if form else 0.0
+            left -= found
+        if unknown := _unknown_bytes(tokenizer):
+            self._shares[unknown] = 0.0  # dropped, or all of them one token
+
+    def __call__(self, text: str) -> int:
+        """Return how many tokens a text has at least."""
+        counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)  # (256,)
+        return ceil(counts @ self._shares * (1 - 1e-9))
+
+
+def _composed(backend: Any) -> int | None:
+    """Return how many bytes of a text become one byte of tokens at most; None where that has no limit."""
+    if backend is None or type(backend.model).__name__ != "BPE":
+        return None
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    steps = _steps(backend.pre_tokenizer, "pretokenizers")
+    is_by_bytes = any(step["type"] == "ByteLevel" for step in steps)
+    falls_back = backend.model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    if not (is_by_bytes or falls_back) or not all(map(_keeps_all, steps)):
+        return None
+    normalizers = _steps(backend.normalizer, "normalizers")
+    if not all(_keeps_all(step) or step["type"] == "NFC" for step in normalizers):
+        return None
+    return MAX_COMPOSED_BYTES if any(step["type"] == "NFC" for step in normalizers) else 1
+
+
+def _unknown_bytes(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the bytes for which a byte-level vocabulary has no letter; none where all fall back to bytes."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend.model.byte_fallback:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    return [byte for letter, byte in byte_letters().items() if letter not in vocabulary]
+
+
+def _steps(component: Any, inner: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or a pre-tokenizer, as tokenizer.json has them."""
+    if component is None:
+        return []
+    found = json.loads(component.__getstate__())
+    return found[inner] if found["type"] == "Sequence" else [found]
+
+
+def _keeps_all(step: dict[str, Any]) -> bool:
+    """Return whether a step leaves every byte of a text in its pieces; a space may be written as another letter."""
+    kind = step["type"]
+    if kind == "Replace":
+        return step["pattern"] == {"String": " "} and step["content"] == "\u2581"
+    if kind in ("Split", "Punctuation"):
+        return step["behavior"] != "Removed"
+    return kind in ("ByteLevel", "Metaspace", "Digits", "Prepend")

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from treadle.serving.openai.failures import Failure, failure_of
-from treadle.serving.openai.scheduler import Stopping
+from treadle.serving.openai.scheduler import ShuttingDown
 
 Result = TypeVar("Result")
 Check: TypeAlias = Callable[[], None]
-"""Called now and then by work that takes long: it raises `Gone` where nobody waits for the result any more."""
+"""Called now and then by work that takes long: it raises `WorkAbandoned` where nobody waits for the result any more."""
 
-SMALL_BYTES = 32 << 10
+SMALL_WORK_BYTES = 32 << 10
 """Work on at most so many bytes has a thread of its own."""
-MOST_WAITING = 256
+MAX_QUEUED_WORK = 256
 """Pieces of work that may wait in one line."""
 RETRY_SECONDS = 5
 
 
-class Gone(Exception):
+class WorkAbandoned(Exception):
     """Nobody waits for this work any more: its client has gone, or the server ends."""
 
 
@@ -39,7 +39,7 @@ class Client:
     host: str = ""
 
 
-class Ticket(Generic[Result]):
+class QueuedWork(Generic[Result]):
     """A place in a line; `check` ends work that nobody waits for."""
 
     def __init__(self, function: Callable[[Check], Result], client: Client) -> None:
@@ -49,16 +49,16 @@ class Ticket(Generic[Result]):
         self.is_given_up = False
 
     def check(self) -> None:
-        """Raise Gone where nobody waits for the result."""
+        """Raise WorkAbandoned where nobody waits for the result."""
         if self.is_given_up:
-            raise Gone
+            raise WorkAbandoned
 
 
-class Turns:
+class FairOrder:
     """Tickets that wait. Keys take turns, and in a key its hosts; of a host it is first come, first served."""
 
     def __init__(self) -> None:
-        self._keys: dict[str, dict[str, deque[Ticket[Any]]]] = {}  # in the order of their turns
+        self._keys: dict[str, dict[str, deque[QueuedWork[Any]]]] = {}  # in the order of their turns
 
     def __len__(self) -> int:
         return sum(map(self.num_of, self._keys))
@@ -67,11 +67,11 @@ class Turns:
         """Return how many tickets of a key wait."""
         return sum(map(len, self._keys.get(key, {}).values()))
 
-    def add(self, ticket: Ticket[Any]) -> None:
+    def add(self, ticket: QueuedWork[Any]) -> None:
         """Put a ticket at the end of its client's."""
         self._keys.setdefault(ticket.client.key, {}).setdefault(ticket.client.host, deque()).append(ticket)
 
-    def take(self) -> Ticket[Any] | None:
+    def take(self) -> QueuedWork[Any] | None:
         """Return the ticket whose turn it is, and move its key and its host to the end."""
         if not self._keys:
             return None
@@ -85,7 +85,7 @@ class Turns:
             self._keys[key] = hosts
         return ticket
 
-    def remove(self, ticket: Ticket[Any]) -> None:
+    def remove(self, ticket: QueuedWork[Any]) -> None:
         """Take a ticket out, if it still waits."""
         hosts = self._keys.get(ticket.client.key, {})
         tickets = hosts.get(ticket.client.host, deque())
@@ -96,7 +96,7 @@ class Turns:
             if not hosts:
                 del self._keys[ticket.client.key]
 
-    def longest(self) -> Ticket[Any] | None:
+    def longest(self) -> QueuedWork[Any] | None:
         """Return the newest ticket of the host with the most, in the key with the most."""
         if not self._keys:
             return None
@@ -104,15 +104,15 @@ class Turns:
         return max(hosts.values(), key=len)[-1]
 
 
-class Line:
+class WorkQueue:
     """A line and its threads, which start with the first work and never keep the process alive."""
 
-    def __init__(self, name: str, num_threads: int = 2, most: int = MOST_WAITING) -> None:
+    def __init__(self, name: str, num_threads: int = 2, most: int = MAX_QUEUED_WORK) -> None:
         self._name = name
         self._most = most
         self._changed = threading.Condition()  # guards what follows
-        self._small, self._large = Turns(), Turns()
-        self._running: set[Ticket[Any]] = set()
+        self._small, self._large = FairOrder(), FairOrder()
+        self._running: set[QueuedWork[Any]] = set()
         self._threads: list[threading.Thread] = []
         self._num_threads = num_threads
         self._is_closed = False
@@ -131,19 +131,19 @@ class Line:
         ticket = self.queue(function, client, num_bytes)
         try:
             return await asyncio.wrap_future(ticket.future)
-        except Gone as error:
-            raise failure_of(Stopping()) from error
+        except WorkAbandoned as error:
+            raise failure_of(ShuttingDown()) from error
         finally:
             self._give_up(ticket)
 
-    def queue(self, function: Callable[[Check], Result], client: Client, num_bytes: int = 0) -> Ticket[Result]:
+    def queue(self, function: Callable[[Check], Result], client: Client, num_bytes: int = 0) -> QueuedWork[Result]:
         """Run a function in a thread when its turn comes, and do not wait for it; the ticket has its future.
 
         Raises:
             Failure: 503 where the server ends.
         """
-        ticket = Ticket(function, client)
-        self._join(ticket, self._small if num_bytes <= SMALL_BYTES else self._large)
+        ticket = QueuedWork(function, client)
+        self._join(ticket, self._small if num_bytes <= SMALL_WORK_BYTES else self._large)
         return ticket
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class Line:
                 ticket.is_given_up = True
             self._changed.notify_all()
         for ticket in waiting:
-            _fail(ticket, failure_of(Stopping()))
+            _fail(ticket, failure_of(ShuttingDown()))
 
     def has_ended(self, seconds: float) -> bool:
         """Wait for the threads of a closed line at most so long; return whether all have ended."""
@@ -164,12 +164,12 @@ class Line:
             thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _join(self, ticket: Ticket[Any], turns: Turns) -> None:
+    def _join(self, ticket: QueuedWork[Any], turns: FairOrder) -> None:
         """Let a ticket wait; where the line is full, the newest of the client that has most in it leaves."""
-        leaves: Ticket[Any] | None = None
+        leaves: QueuedWork[Any] | None = None
         with self._changed:
             if self._is_closed:
-                raise failure_of(Stopping())
+                raise failure_of(ShuttingDown())
             turns.add(ticket)
             if len(self._small) + len(self._large) > self._most:
                 longest = max(self._small, self._large, key=len)
@@ -190,7 +190,7 @@ class Line:
             self._threads.append(thread)
             thread.start()
 
-    def _give_up(self, ticket: Ticket[Any]) -> None:
+    def _give_up(self, ticket: QueuedWork[Any]) -> None:
         with self._changed:
             ticket.is_given_up = True
             self._small.remove(ticket)
@@ -209,7 +209,7 @@ class Line:
                 self._running.discard(ticket)
             del ticket  # and what it holds, while there is nothing to do
 
-    def _next(self, takes_large: bool) -> Ticket[Any] | None:
+    def _next(self, takes_large: bool) -> QueuedWork[Any] | None:
         """Wait for the next ticket; None where the line has been closed."""
         with self._changed:
             while not self._is_closed:
@@ -221,7 +221,7 @@ class Line:
         return None
 
 
-def _fail(ticket: Ticket[Any], error: Failure) -> None:
+def _fail(ticket: QueuedWork[Any], error: Failure) -> None:
     """Tell whoever waits for a ticket that nothing comes of it."""
     if ticket.future.set_running_or_notify_cancel():
         ticket.future.set_exception(error)

@@ -1,0 +1,97 @@
+"""POST /v1/route: explains how a text is weighed."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from treadle.common.errors import TreadleError, listed
+from treadle.engine.chat import joined
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.explain import explain
+from treadle.routing.router import Router
+from treadle.serving.openai.bodies import Json, RouteBody
+from treadle.serving.openai.failures import Problem, Problems, failure_of, refusal
+from treadle.serving.openai.middleware import RequestContext
+from treadle.serving.openai.queues import Check
+from treadle.serving.openai.reading import read, while_connected, within
+from treadle.serving.openai.requests import MAX_TOKEN_CHARACTERS
+from treadle.serving.openai.state import ServerState
+from treadle.serving.openai.targets import AUTO
+
+
+async def route(request: Request) -> Response:
+    """POST /v1/route: how a text, or what the messages of a chat say, is weighed, and why."""
+    return await while_connected(request, _route(request))
+
+
+async def _route(request: Request) -> Response:
+    state, context = ServerState.of(request), RequestContext.of(request)
+    caller = context.caller
+    body, problems = await read(request, RouteBody)
+    names, is_known = state.targets.names, not state.targets.unknown(body.model, caller)
+    if is_known and body.model not in names:
+        problems.append(Problem("model", f"model: got {body.model!r}, which is not routed; allowed: {listed(names)}"))
+    model = AUTO if is_known else body.model  # one that is not routed is refused once, its options as if it were
+    target = state.targets.read(model, body.treadle, problems, caller)
+    text = _text_to_weigh(body, problems, _most_letters(state))
+    if problems:
+        raise refusal(problems)
+
+    def weigh(check: Check) -> Json:
+        router = attended(state.routers.among(target.adapters), check)
+        state.engine.check_routing([target.routing], router)
+        return asdict(explain(router, text, target.routing))
+
+    try:
+        async with within(state.params.request_timeout):
+            explanation = await state.weigh(weigh, context.client, len(text))
+    except TreadleError as error:
+        raise failure_of(error) from error
+    return JSONResponse({"object": "route", "routing": asdict(target.routing), **explanation})
+
+
+def _text_to_weigh(body: RouteBody, problems: Problems, most: int | None) -> str:
+    """Return the text of a body, or what its messages say; adds to its problems."""
+    wrong = {problem.place.partition("[")[0] for problem in problems}
+    if not wrong & {"text", "messages"}:
+        if body.text is None and body.messages is None:
+            problems.append(Problem("text", "text is missing; allowed: a text, or messages instead"))
+        elif body.text is not None and body.messages is not None:
+            problems.append(Problem("messages", "messages: got messages and a text; allowed: one of them"))
+    if body.messages is None:
+        place, text = "text", body.text or ""
+    else:
+        place, text = "messages", joined([message.content for message in body.messages])
+    if most is not None and len(text) > most:
+        problems.append(Problem(place, f"{place}: got {len(text)} characters; allowed: at most {most}"))
+    return text
+
+
+def _most_letters(state: ServerState) -> int | None:
+    """Return the characters of a text that is weighed at most: as many as a prompt may have; None = any number."""
+    limits = [limit for limit in (state.params.max_prompt_tokens, state.engine.context) if limit]
+    return min(limits) * MAX_TOKEN_CHARACTERS if limits else None
+
+
+class AttendedEmbedder(StaticEmbedder):
+    """A static embedder that calls a check now and then while it reads a long text; its words are its own."""
+
+    def __init__(self, embedder: StaticEmbedder, check: Check) -> None:
+        self.model, self.id, self.dim = embedder.model, embedder.id, embedder.dim
+        self._sums = {}
+        self._check = check
+
+    def _sum_some(self, words: Sequence[str]) -> NDArray[np.float64]:
+        self._check()
+        return super()._sum_some(words)
+
+
+def attended(router: Router, check: Check) -> Router:
+    """Return a router whose embedder calls a check now and then, where it is a static one."""
+    embedder = router.embedder
+    is_static = isinstance(embedder, StaticEmbedder)
+    return replace(router, embedder=AttendedEmbedder(embedder, check)) if is_static else router
