@@ -75,7 +75,7 @@ def finished(product: PendingProduct, sizes: list[int]) -> Tensor:
     total = y[:, : sum(sizes)].float()
     if update is not None:
         gated = (update.h.float() * update.gates).to(y.dtype)  # (B, sum of R)
-        parts = [_of_layer(gated, factor, size) for factor, size in zip(update.factors, sizes, strict=True)]
+        parts = [_of_layer(gated, each, size) for each, size in zip(update.layers, sizes, strict=True)]
         total = total + torch.cat(parts, 1)
     if norm is not None:
         total = total * torch.rsqrt(norm.squares.sum(-1, keepdim=True) / norm.size + norm.epsilon)

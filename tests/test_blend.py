@@ -574,10 +574,10 @@ def test_a_text_between_two_domains_lays_nothing_out_anew(tmp_path: Path) -> Non
     one[[1, 2, 3]], other[[2, 3, 4]] = 0.3, 0.3
     for weights in (one, other):
         blend.set_weights(weights)
-    arrangement = blend.arrangement
+    stacks = blend.active_stacks
     for weights in (one, other, one, other):
         blend.set_weights(weights)
-        assert blend.arrangement is arrangement
+        assert blend.active_stacks is stacks
 
 
 # --- adapters come and go -------------------------------------------------------------------------------------------

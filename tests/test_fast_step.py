@@ -192,7 +192,7 @@ def test_adapters_in_bfloat16_are_as_close_to_float32_as_forward_is(num_rows: in
                 found[name] = model(input_ids=ids[:, -1:], **given).logits[:, -1]
     fast, plain = ((found[name].float() - found["exact"]).abs().mean() for name in ("fast", "plain"))
     assert fast < 1.5 * plain
-    if blend.has_few:  # and A rides on the product of the weights, which lie in one piece with it
+    if blend.has_all_active:  # and A rides on the product of the weights, which lie in one piece with it
         layer = model.get_submodule("model.layers.0.self_attn.q_proj")
         pair = blend.adapters[0].pairs["model.layers.0.self_attn.q_proj"]
         assert pair.a.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
@@ -347,7 +347,7 @@ def test_weights_keep_their_values_and_all_are_held_once(make_engine: Callable[.
         pairs = pairs_of(engine.blend)
         assert held(model) == size + sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
         factors = {each.untyped_storage().data_ptr() for each in engine.blend.factors()}
-        if engine.blend.has_few:
+        if engine.blend.has_all_active:
             assert {pair.a.untyped_storage().data_ptr() for pair in pairs} <= factors
         q, k, _ = (getattr(model.model.layers[0].self_attn, f"{name}_proj") for name in "qkv")
         assert q.base.weight.untyped_storage().data_ptr() == k.base.weight.untyped_storage().data_ptr()
@@ -394,7 +394,7 @@ def test_a_step_makes_no_more_products_than_it_must(folders: dict[str, Path], nu
     gates = 1  # the three adapters have one layout
     bare, blended = (counted(model, blend, num_rows, weights).products for weights in (None, [0.2, 0.3, 0.5]))
     assert bare == 1 + 4 * layers  # the head; q k v, o, gate up, down
-    shrinks = 0 if blend.has_few else 4  # A lies below the weights, or is a product of its own
+    shrinks = 0 if blend.has_all_active else 4  # A lies below the weights, or is a product of its own
     assert blended == gates + 1 + (4 + shrinks + 7) * layers  # one B for each layer
 
 

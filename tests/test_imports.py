@@ -19,7 +19,6 @@ LEVELS = {
 }  # fmt: skip
 """Packages may import what is below them, and nothing beside them."""
 ROUND = {
-    ("lora.magnitudes", "lora.adapter"),
     ("experiments.tasks", "experiments.metrics"),
     ("serving.vllm.asked", "serving.vllm.hooks"),
 }

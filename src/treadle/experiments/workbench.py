@@ -142,9 +142,9 @@ class Steps:
 
     def __call__(self) -> None:
         """Make a token a row."""
-        before = self.engine.blend.arrangement
+        before = self.engine.blend.active_stacks
         self.batch.step()
-        self.num_layings += self.engine.blend.arrangement is not before
+        self.num_layings += self.engine.blend.active_stacks is not before
 
     @property
     def read(self) -> int:

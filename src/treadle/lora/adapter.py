@@ -19,7 +19,7 @@ import torch
 from treadle.common.documents import is_file, read_object
 from treadle.common.errors import SHOWN, AdapterError, problem_list, shown
 from treadle.common.tensor_files import read_tensors
-from treadle.lora.magnitudes import range_problems
+from treadle.lora.pair import LoraPair, range_problems
 from treadle.lora.patterns import match_ends, match_whole
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -59,26 +59,6 @@ TENSOR_NAME = re.compile(
 )
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """The number of the layer in a module path, as PEFT finds it."""
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """The factors of one module: its update of `W x` is `scale * b @ a @ x`.
-
-    Attributes:
-        a: (r, in), as stored on disk.
-        b: (out, r), as stored on disk.
-        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """The number of rows of `a`."""
-        return self.a.shape[0]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from treadle.common.params import COMBINES
 from treadle.common.transformers_names import checkpoint_renamer
 from treadle.lora.adapter import Adapter
 from treadle.lora.layer import BlendedLinear
-from treadle.lora.magnitudes import range_problems
+from treadle.lora.pair import range_problems
 
 LAYER_STACK = re.compile(r"(.*?)\.\d+\.")
 """In the path of a layer: where a stack of numbered layers begins."""

@@ -1,11 +1,13 @@
-"""A linear layer with the stacked factors of all adapters beside it: two matrix products, however many adapters.
+"""A linear layer of the base with the stacked factors of all adapters beside it.
 
-A step then needs two matrix products a module; what changes between steps is one small tensor of gates, (B|1, T|1, R),
-computed once a step and shared by all modules of the same layout. Base weights are never written to.
+The LoRA update of a layer is `lora_update`: two matrix products with small gates between them, however many adapters
+there are. Only the gates change between steps; they are computed once a step and shared by layers of one layout. Base
+weights are never written to. Faster versions of the update are in `treadle.engine.runners` (`cpu.stacked_linear`,
+`cpu.chunk`, `cuda.step`) and `treadle.serving.vllm.stacks`; each names the test that compares it.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
@@ -14,105 +16,33 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from treadle.common.errors import OptionError
+from treadle.lora.gates import Gates
 
 
-@dataclass(frozen=True)
-class StackLayout:
-    """Who owns which rows of a stack: (adapter index, rank, scale) of each adapter that has factors there."""
+def lora_update(a_x: Tensor, gates: Gates, b: Tensor) -> Tensor:
+    """Return what adapters add to a layer: B (gates of A x).
 
-    parts: tuple[tuple[int, int, float], ...]
-
-    def only(self, adapters: Collection[int]) -> "StackLayout":
-        """Return the layout of the stack that holds only some adapters, by index."""
-        return StackLayout(tuple(part for part in self.parts if part[0] in adapters))
-
-    def rows(self, adapters: Collection[int]) -> Tensor:
-        """Return which rows of this stack belong to some adapters, (R of these,)."""
-        ends = accumulate(rank for _, rank, _ in self.parts)
-        spans = [
-            torch.arange(end - rank, end)
-            for (index, rank, _), end in zip(self.parts, ends, strict=True)
-            if index in adapters
-        ]
-        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
-
-    def fold(self) -> Tensor | None:
-        """Return the (R, r) matrix that adds up the adapters' blocks row by row; None where all have the same rank."""
-        ranks = [rank for _, rank, _ in self.parts]
-        return None if len(set(ranks)) == 1 else torch.cat([torch.eye(rank, max(ranks)) for rank in ranks])
-
-    def spread(self, num_adapters: int, power: float) -> Tensor:
-        """Return the (N, R) matrix that takes weights to gates, each row of the stack times its scale ** power."""
-        columns: list[Tensor] = []
-        for index, rank, scale in self.parts:
-            block = torch.zeros(num_adapters, rank)
-            block[index] = scale**power
-            columns.append(block)
-        return torch.cat(columns, 1)
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What stands between the two products of a module: h -> gate * h + cross_out * tile(fold(cross_in * h)).
-
-    Folding adds up the adapters' blocks of r rows and tiling repeats the result for each of them. Each gate is
-    (B|1, T|1, R) or None: `gate` alone is the combine `sum`; `cross_in` and `cross_out` are `linear` and `paper`.
-    `fold` (R, r) is there where blocks differ in length: those that are folded together never do, but others may lie
-    between them.
+    Args:
+        a_x: A x (B, T, R), A being the stacked A of all adapters.
+        gates: weights times scales (B|1, T|1, R), and more for the combines that cross adapters.
+        b: (out, R), the stacked B.
     """
-
-    gate: Tensor | None
-    cross_in: Tensor | None
-    cross_out: Tensor | None
-    num_blocks: int
-    fold: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape of each gate, (B|1, T|1, R)."""
-        gate = self.cross_in if self.gate is None else self.gate
-        assert gate is not None
-        num_rows, num_tokens, size = gate.shape
-        return num_rows, num_tokens, size
-
-    @property
-    def size(self) -> int:
-        """How many rows of a stack the gates are for: R."""
-        return self.shape[-1]
-
-    def last(self, num_tokens: int) -> "Gates":
-        """Return the gates of the last tokens; gates that all tokens share stay as they are."""
-        if self.shape[1] <= num_tokens:
-            return self
-
-        def cut(gate: Tensor | None) -> Tensor | None:
-            return None if gate is None else gate[:, -num_tokens:]
-
-        return replace(self, gate=cut(self.gate), cross_in=cut(self.cross_in), cross_out=cut(self.cross_out))
-
-    def apply(self, h: Tensor) -> Tensor:
-        """Return the gated `h` (B, T, R)."""
-        if self.cross_in is None or self.cross_out is None:
-            return h if self.gate is None else h * self.gate
-        if self.fold is None:
-            folded = (h * self.cross_in).unflatten(-1, (self.num_blocks, -1)).sum(-2)  # (B, T, r)
-            crossed = self.cross_out * folded.tile(self.num_blocks)  # (B, T, R)
-        else:
-            crossed = self.cross_out * ((h * self.cross_in) @ self.fold @ self.fold.t())
-        return crossed if self.gate is None else torch.addcmul(crossed, h, self.gate)
+    return functional.linear(gates.apply(a_x), b)
 
 
 class StackedA(nn.Module):
-    """The first product, A x, of all layers of a block that read the same input (q, k and v, say): made once a pass.
+    """The stacked A of all layers that read the same input, such as q, k and v; it computes A x once a pass.
 
-    It holds every adapter's A as stored on disk, and multiplies by those that act (`choose`), in `dtype`.
+    Attributes:
+        a_all: (sum of R, in) of all adapters, as stored on disk.
+        a_active: (sum of active R, in) of the active adapters, in `dtype`; `activate` chooses them.
     """
 
     a_active: Tensor
     a_all: Tensor
 
     def __init__(self, factors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        """Stack the A (R, in) of each layer; `choose` before a pass."""
+        """Stack the A (R, in) of each layer; call `activate` before a pass."""
         super().__init__()
         self.register_buffer("a_all", torch.cat(list(factors)).to(device), persistent=False)  # (sum of R, in)
         self.dtype = dtype
@@ -121,35 +51,35 @@ class StackedA(nn.Module):
         self._products: list[Tensor | None] = []
 
     def start_of(self, index: int) -> int:
-        """Return the row of `a_all` where the stack of the layer `index` begins."""
+        """Return the row of `a_all` where the A of layer `index` begin."""
         return self._starts[index]
 
-    def choose(self, rows: Sequence[Tensor] | None) -> None:
-        """Let only these rows of each layer's stack act; None = all of them."""
+    def activate(self, rows: Sequence[Tensor] | None) -> None:
+        """Activate only these rows of each layer's A; None = all of them."""
         if rows is None:
             chosen, self.sizes = self.a_all, [end - start for start, end in pairwise(self._starts)]
         else:
             index = torch.cat([start + each for start, each in zip(self._starts, rows, strict=False)])
             chosen, self.sizes = self.a_all.index_select(0, index.to(self.a_all.device)), list(map(len, rows))
-        self.register_buffer("a_active", chosen.to(self.dtype), persistent=False)  # (sum of acting R, in)
+        self.register_buffer("a_active", chosen.to(self.dtype), persistent=False)  # (sum of active R, in)
         starts = [0, *accumulate(self.sizes)]
         self.rows = [slice(start, end) for start, end in pairwise(starts)]
 
-    def held(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the A of the layers that act, in this dtype, if they are held so; as stored on disk if all act."""
+    def held_in(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the active A if they exist in this dtype: as computed with, or as stored if all are active."""
         if dtype == self.dtype:
             return self.a_active
         return self.a_all if dtype == self.a_all.dtype and len(self.a_active) == len(self.a_all) else None
 
     def share(self, a: Tensor) -> None:
-        """Hold all A in this tensor, which has the values: those that act, those as stored on disk, or both."""
+        """Use this tensor, which has the same values, for `a_all`, `a_active` or both, by its dtype."""
         if a.dtype == self.a_all.dtype:
             self.register_buffer("a_all", a, persistent=False)
         if a.dtype == self.dtype:
             self.register_buffer("a_active", a, persistent=False)
 
     def product(self, x: Tensor, index: int) -> Tensor:
-        """Return A x (B, T, R) of the layer `index`; an input is known again by being the same object."""
+        """Return A x (B, T, R) of layer `index`; layers with the same input object share one product."""
         if len(self.sizes) == 1:
             return functional.linear(x.to(self.dtype), self.a_active)
         if x is not self._x or self._products[index] is None:
@@ -157,18 +87,18 @@ class StackedA(nn.Module):
             self._products = list(functional.linear(x.to(self.dtype), self.a_active).split(self.sizes, -1))
         product, self._products[index] = self._products[index], None
         if not any(each is not None for each in self._products):
-            self._x = None  # hold no activations between passes
+            self._x = None  # keep no activations between passes
         return cast(Tensor, product)
 
 
 @dataclass(frozen=True)
 class LayerRole:
-    """A layer's part in its model, which decides how the tokens that it reads are laid out.
+    """A layer's place in its model, which decides the shape of the tokens it reads.
 
     Attributes:
         path: of the layer.
-        is_head: it makes the logits, and may read the last tokens only.
-        is_routed: it belongs to an expert, which reads the tokens that are sent to it, in any order.
+        is_head: it computes the logits, and may read the last tokens only.
+        is_routed: it belongs to an expert, which reads only the tokens sent to it, in any order.
     """
 
     path: str
@@ -176,9 +106,12 @@ class LayerRole:
     is_routed: bool = False
 
     def apply(self, gates: Gates, h: Tensor) -> Tensor:
-        """Return the gated `h` (..., R) of a layer whose input has not the shape (B, T, in).
+        """Return the gated `h` (..., R) of a layer whose input is not (B, T, in).
 
-        A model may flatten rows and tokens into one axis (B * T); the gates follow. An error where they cannot.
+        A model may flatten rows and tokens into one axis (B * T), and the gates follow.
+
+        Raises:
+            OptionError: the gates cannot follow.
         """
         lead = h.shape[:-1]
         if self.is_head:
@@ -198,7 +131,12 @@ class LayerRole:
 
 
 class BlendedLinear(nn.Module):
-    """A linear layer of the base model and, beside it, the stacked factors of all adapters that target it."""
+    """A linear layer of the base, and the stacked factors of all adapters that target it.
+
+    Attributes:
+        b_all: (out, R) of all adapters, as stored on disk.
+        b_active: (out, active R) of the active adapters, in `dtype`; `activate` chooses them.
+    """
 
     b_active: Tensor
     b_all: Tensor
@@ -207,47 +145,51 @@ class BlendedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.role = role
-        self.gates = gates  # the blend's own: what it puts there acts on the next forward pass
+        self.gates = gates  # shared with the blend, which changes them between passes
         self.dtype = dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the base layer is; some quantised layers have buffers only."""
+        """The base layer's device; some quantised layers have only buffers."""
         return next(chain(self.base.parameters(), self.base.buffers())).device
 
-    def stack(self, every: Tensor, stacked_a: StackedA, index: int, slot: int) -> None:
-        """Take the stacked B (out, R) of all adapters; `shrink` holds their A as its layer number `index`.
+    def stack(self, b_all: Tensor, stacked_a: StackedA, index: int, slot: int) -> None:
+        """Take the factors of all adapters; call `activate` before a pass.
 
-        Then `choose`; `slot` is the key of the gates.
+        Args:
+            b_all: (out, R), the stacked B.
+            stacked_a: holds the A.
+            index: this layer's number in `stacked_a`.
+            slot: key of its gates.
         """
-        self.register_buffer("b_all", every, persistent=False)  # (out, R)
+        self.register_buffer("b_all", b_all, persistent=False)
         self.stacked_a, self.index, self.slot = stacked_a, index, slot
 
-    def choose(self, rows: Tensor | None) -> None:
-        """Let only the columns of B act that belong to the rows of A that `shrink` chooses too; None = all of them."""
+    def activate(self, rows: Tensor | None) -> None:
+        """Activate the columns of B for these rows of A, which `stacked_a` activates too; None = all of them."""
         chosen = self.b_all
         if rows is not None:
             chosen = chosen.t().index_select(0, rows.to(self.device)).t().contiguous()
-        self.register_buffer("b_active", chosen.to(self.dtype), persistent=False)  # (out, acting R)
+        self.register_buffer("b_active", chosen.to(self.dtype), persistent=False)  # (out, active R)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return base(x) + the gated update: (B, T, in) -> (B, T, out)."""
+        """Return base(x) + `lora_update`, (B, T, out), for x (B, T, in)."""
         y = self.base(x, *args, **kwargs)
         h = self.gated(x)
         if h is None:
             return y
         if y.dtype != self.dtype or not y.is_contiguous():
             return y.add_(functional.linear(h, self.b_active))
-        # in place: y is ours, fresh from the base
+        # the same in place: y is new memory from the base layer
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b_active.t())
         return y
 
     def gated(self, x: Tensor) -> Tensor | None:
-        """Return the gated A x (B, T, R) of x (B, T, in), which B takes to the update; None where no adapter acts."""
+        """Return the gated A x (B, T, R) of x (B, T, in), the input of B; None if no adapter is active."""
         gates = self.gates.get(self.slot)
         if gates is None:
             return None
-        h = self.stacked_a.product(x, self.index)  # (B, T, R), or as the model shapes its tokens
+        h = self.stacked_a.product(x, self.index)  # (B, T, R), or with the model's own shape of tokens
         num_rows, num_tokens, _ = gates.shape
         if h.dim() == 3 and num_rows in (1, h.shape[0]) and num_tokens in (1, h.shape[1]) and not self.role.is_routed:
             return gates.apply(h)

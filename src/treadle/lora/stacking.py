@@ -1,27 +1,32 @@
-"""Stacks the factors of adapters for the layers of a model, which notice nothing until they are given their stacks."""
+"""Stacks the factors of adapters for the layers of a model. The layers change only when they are given their stacks."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treadle.lora.adapter import Adapter
-from treadle.lora.layer import BlendedLinear, StackedA, StackLayout
+from treadle.lora.compatibility import is_routed
+from treadle.lora.gates import Gates, StackLayout
+from treadle.lora.layer import BlendedLinear, LayerRole, StackedA
+from treadle.lora.pair import LoraPair
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-"""Names of the linear layers of a block that read one input; a layer given another input computes its own product."""
+"""Names of linear layers of a block that read one input; a layer given another input computes its own product."""
 
 
 class Stacks:
-    """The stacked factors of adapters; `build` them beside the passes if it takes long, `put` them between two.
+    """The stacked factors of adapters: `build` them beside the passes if that takes long, `put` them between two.
 
     Attributes:
-        adapters: whose factors they are.
+        adapters: the owners of the factors.
         layers: all that the adapters target, by path; some may not be in the model yet.
         attached: the adapters that the blend had when the stacks were planned.
         layouts: of the layers' stacks, each with its slot.
-        shrinks: the first products, and the layers of each.
+        stacked: each StackedA, and the paths of its layers.
     """
 
     def __init__(
@@ -32,7 +37,7 @@ class Stacks:
         *,
         by_columns: bool,
     ) -> None:
-        """Plan the stacks; `by_columns` says how the B lie (`_stack_b`)."""
+        """Plan the stacks; `by_columns` as in `_stack_b`."""
         self.adapters = adapters
         self.attached = attached
         self.layers = dict(layers)
@@ -42,7 +47,7 @@ class Stacks:
         self._b: dict[str, Tensor] = {}  # (out, R) of each layer
 
     def build(self) -> None:
-        """Copy all factors into stacks, unless that is done; where it fails, nothing has changed for the layers."""
+        """Copy all factors into stacks, once. If that fails, the layers have not changed."""
         if len(self._b) == len(self.layers):
             return
         self.stacked.clear()
@@ -55,7 +60,7 @@ class Stacks:
                 self._b[path] = _stack_b([pair.b for pair in each], by_columns=self._by_columns).to(first.device)
 
     def put(self) -> None:
-        """Give the layers their stacks; then each has to `choose`."""
+        """Give the layers their stacks; each must `activate` before a pass."""
         for stacked_a, paths in self.stacked:
             for index, path in enumerate(paths):
                 slot = self.layouts.setdefault(self._layout(path), len(self.layouts))
@@ -66,19 +71,67 @@ class Stacks:
         return StackLayout(tuple((index, pair.rank, pair.scale) for index, pair in pairs))
 
 
+def new_layers(
+    model: nn.Module, adapters: Sequence[Adapter], known: Mapping[str, BlendedLinear], gates: dict[int, Gates]
+) -> dict[str, BlendedLinear]:
+    """Return the layer of each path that adapters target: the known one, or a new one that reads `gates`."""
+    outer: Any = model
+    head = outer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers: dict[str, BlendedLinear] = {}
+    for path in sorted({module for adapter in adapters for module in adapter.pairs}):
+        if path in known:
+            layers[path] = known[path]
+        else:
+            base = model.get_submodule(path)
+            role = LayerRole(path, is_head=base is head, is_routed=is_routed(path))
+            layers[path] = BlendedLinear(base, _factor_dtype(base, model), gates, role)
+    return layers
+
+
+def stacked_views(adapters: Sequence[Adapter], layers: Mapping[str, BlendedLinear]) -> tuple[Adapter, ...]:
+    """Return the adapters with factors that are views of the stacks, so that memory holds them once."""
+    taken: dict[str, int] = dict.fromkeys(layers, 0)
+    views: list[Adapter] = []
+    for adapter in adapters:
+        pairs: dict[str, LoraPair] = {}
+        for path, pair in adapter.pairs.items():
+            layer, start = layers[path], taken[path]
+            taken[path] = end = start + pair.rank
+            first = layer.stacked_a.start_of(layer.index)
+            a = layer.stacked_a.a_all[first + start : first + end]
+            pairs[path] = replace(pair, a=a, b=layer.b_all[:, start:end])
+        views.append(replace(adapter, pairs=pairs, weights={}))  # whole weights were compared already
+    return tuple(views)
+
+
 def _stack_b(factors: Sequence[Tensor], *, by_columns: bool) -> Tensor:
     """Return the B (out, r) of all adapters as one (out, R).
 
-    Either each column lies in one piece, from which some are soon chosen, or each row, as products read.
+    Either each column is contiguous, so that some are soon chosen, or each row, as products read them.
     """
     return torch.cat([each.t() for each in factors]).t() if by_columns else torch.cat(list(factors), 1)
 
 
 def _same_input(layers: Mapping[str, BlendedLinear]) -> list[list[str]]:
-    """Group the paths of layers that read the same input: of one block, by the names that models give them."""
+    """Group the paths of layers of one block that read the same input, judged by their names."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path in sorted(layers):
         parent, _, child = path.rpartition(".")
         names = next((names for names in SAME_INPUT if child in names), path)
         groups.setdefault((parent, names, layers[path].dtype, layers[path].device), []).append(path)
     return list(groups.values())
+
+
+def _factor_dtype(base: nn.Module, model: nn.Module) -> torch.dtype:
+    """Return the dtype to compute updates in: the layer's own, or the model's if the layer is quantised.
+
+    On a CPU it is always float32: a step's thin products take three times as long in bfloat16. PEFT keeps adapters in
+    float32 too.
+    """
+    if next(chain(base.parameters(), base.buffers())).device.type == "cpu":
+        return torch.float32
+    for candidate in (getattr(base, "weight", None), model):
+        dtype = getattr(candidate, "dtype", None)
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+    return torch.float32

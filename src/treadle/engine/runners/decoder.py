@@ -1,6 +1,9 @@
-"""What our own forward passes of one token a row share: which models they know, and how these are built."""
+"""Describes the decoders that our own forward passes run: which models they are, and what each layer computes with.
 
-from collections.abc import Sequence
+An architecture, or another norm, is added here; the passes read nothing else of a model.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -13,11 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""The classes of transformers whose blocks are: norm, attention with rotary positions, norm, gated SiLU."""
+"""Classes of transformers. Each layer is: norm, attention with rotary positions, norm, MLP with gated SiLU."""
 
 
 def fits(model: "PreTrainedModel", device: str = "cpu") -> bool:
-    """Whether a pass knows the model: architecture, full attention, plain layers, on one device of this kind."""
+    """Return whether our passes can run the model: architecture, attention and layers are known, on one device."""
     kind, config = type(model), model.config
     if kind.__name__ not in ARCHITECTURES or not kind.__module__.startswith("transformers."):
         return False
@@ -37,49 +40,97 @@ def fits(model: "PreTrainedModel", device: str = "cpu") -> bool:
 
 
 def is_hooked(model: nn.Module) -> bool:
-    """Whether somebody listens to a module of the model, which only its own `forward` would call."""
+    """Return whether a module of the model has a hook, which only the model's own `forward` would call."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")  # PyTorch has no public name
     return any(getattr(module, kind) for module in model.modules() for kind in kinds)
 
 
-class DecoderLayer(NamedTuple):
-    """One layer of a decoder: linear layers that read the same input are together."""
+class RmsNorm:
+    """An RMS norm: x / rms(x) * weight. All passes compute it from this weight and epsilon.
 
-    first_norm: Any
+    A norm that stores its weight in another way, such as its offset from 1, is read in the constructor.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.weight: Tensor = module.weight
+        self.epsilon: float = module.variance_epsilon
+        self._epsilon = torch.tensor(self.epsilon)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the norm of x (..., H), in half the operations of `functional.rms_norm` on a CPU, rounded once."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (x * scale * self.weight).to(x.dtype)
+
+
+class DecoderLayer(NamedTuple):
+    """One layer of a decoder. Linear layers that read the same input are together."""
+
+    first_norm: RmsNorm
     qkv: tuple[nn.Module, ...]
-    head_norms: tuple[Any, Any] | None
+    head_norms: tuple[RmsNorm, RmsNorm] | None
+    """Of each head's queries and keys."""
     scaling: float
+    """Of the attention scores."""
     output: tuple[nn.Module, ...]
-    second_norm: Any
+    second_norm: RmsNorm
     gate_up: tuple[nn.Module, ...]
     down: tuple[nn.Module, ...]
 
 
-def decoder_layers(model: Any) -> list[DecoderLayer]:
-    """Return the layers of a model that `fits`."""
-    return [_decoder_layer(layer, layer.self_attn, layer.mlp) for layer in model.model.layers]
+class Decoder(NamedTuple):
+    """A model that `fits`, with the blended layers that it has now."""
+
+    embed: Callable[[Tensor], Tensor]
+    """Tokens -> their vectors (..., H)."""
+    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """Vectors, for their dtype, and positions (B, T) -> cosines and sines (B, T, head)."""
+    layers: list[DecoderLayer]
+    last_norm: RmsNorm
+    head: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
 
 
-def _decoder_layer(layer: Any, attention: Any, mlp: Any) -> DecoderLayer:
+def describe(model: "PreTrainedModel") -> Decoder:
+    """Describe a model that `fits`; once more after adapters came or went."""
+    outer: Any = model
+    inner = outer.model
+    layers = [_describe_layer(layer, layer.self_attn, layer.mlp) for layer in inner.layers]
+    return Decoder(
+        embed=inner.embed_tokens,
+        rotate=inner.rotary_emb,
+        layers=layers,
+        last_norm=RmsNorm(inner.norm),
+        head=outer.lm_head,
+        num_heads=model.config.num_attention_heads,
+        num_kv_heads=model.config.num_key_value_heads,
+        head_size=inner.layers[0].self_attn.head_dim,
+    )
+
+
+def _describe_layer(layer: Any, attention: Any, mlp: Any) -> DecoderLayer:
+    has_head_norms = hasattr(attention, "q_norm")
     return DecoderLayer(
-        first_norm=layer.input_layernorm,
+        first_norm=RmsNorm(layer.input_layernorm),
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+        head_norms=(RmsNorm(attention.q_norm), RmsNorm(attention.k_norm)) if has_head_norms else None,
         scaling=attention.scaling,
         output=(attention.o_proj,),
-        second_norm=layer.post_attention_layernorm,
+        second_norm=RmsNorm(layer.post_attention_layernorm),
         gate_up=(mlp.gate_proj, mlp.up_proj),
         down=(mlp.down_proj,),
     )
 
 
 def bases(layers: Sequence[nn.Module]) -> list[nn.Linear]:
-    """Return the base's own layers."""
+    """Return the base layers, without the adapters around them."""
     return [cast(nn.Linear, layer.base if isinstance(layer, BlendedLinear) else layer) for layer in layers]
 
 
 def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
-    """Return the biases side by side, zero where a layer has none; None where no layer has one."""
+    """Return the biases (sum of out,), zero for a layer without one; None if no layer has one."""
     given: list[Tensor | None] = [layer.bias for layer in layers]
     if all(bias is None for bias in given):
         return None
@@ -87,8 +138,8 @@ def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
     return torch.cat([layer.weight.new_zeros(layer.out_features) if bias is None else bias for bias, layer in pairs])
 
 
-def in_one_piece(weights: Sequence[Tensor]) -> Tensor:
-    """Return the weights stacked (sum of out, in); they keep their values and become views of it, held once."""
+def stack_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Stack weights in one tensor (sum of out, in) and turn each into a view of it; values stay the same."""
     first = weights[0].data
     sizes = [len(weight) for weight in weights]
     if _is_stacked(weights):
@@ -100,7 +151,7 @@ def in_one_piece(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _is_stacked(weights: Sequence[Tensor]) -> bool:
-    """Whether the weights already lie behind one another in one storage."""
+    """Return whether the weights already follow one another in one storage."""
     end = weights[0].data_ptr()
     for weight in weights:
         same = weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr()

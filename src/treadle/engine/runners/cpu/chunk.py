@@ -1,12 +1,14 @@
-"""The forward pass of a few tokens of one long text, for decoders built like Llama's: it copies no keys and no values.
+"""The CPU pass for a chunk of a long prompt: a few tokens of one row, for decoders built like Llama's.
 
-A prompt that arrives while rows run is read a few tokens at a time. For each such chunk, transformers repeats the keys
-and values of the whole text before it once a query head, and turns its mask into numbers once a layer; on a small model
-and a long text that takes as long as half of the products. Here the heads that share keys are one head with more
-queries, and few tokens are the columns of a product rather than its rows.
+A prompt that arrives while other rows run is read in chunks. For each chunk transformers copies the keys and values of
+the whole text once for every query head, and converts its mask once a layer. On a small model and a long text this
+takes half as long as the matrix products. This pass copies neither: heads that share keys become one head with more
+queries, and the tokens are the columns of a product instead of its rows.
+
+`tests/test_chunk_step.py` compares it, with its LoRA update, with the model's own forward.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.nn import functional
 
 from treadle.engine.kv_cache import RowCache, RowLayer
 from treadle.engine.runners.cpu.layouts import COLUMN_ROWS, HAS_MKL
-from treadle.engine.runners.decoder import DecoderLayer, bases, decoder_layers, joined_bias
+from treadle.engine.runners.decoder import Decoder, DecoderLayer, bases, describe, joined_bias
 from treadle.engine.runners.passes import PassInput, PassOutput
 from treadle.lora.blend import Blend
 from treadle.lora.layer import BlendedLinear
@@ -23,18 +25,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_CHUNK_TOKENS = 64
-"""Tokens of a chunk; of longer ones the products take most of the time, and the mask would be large."""
+"""Longer chunks run through the model's own forward: products dominate there, and the mask would be large."""
 
 
 class ChunkPass:
-    """Reads some tokens of one row behind others; the model is one that `fits` on a CPU."""
+    """Reads several tokens of one row behind a cached text. The model must fit (`decoder.fits`) on a CPU."""
 
     def __init__(self, model: "PreTrainedModel", blend: Blend) -> None:
         self._model = model
         self._blend = blend
 
     def takes(self, given: PassInput) -> bool:
-        """Whether this is a chunk of one row behind others, of which the last logits are asked for."""
+        """Return whether this is a chunk of one row behind cached tokens, and only its last logits are asked for."""
         is_chunk = given.cache.length > 0 and 1 < given.ids.shape[1] <= MAX_CHUNK_TOKENS
         return is_chunk and len(given.ids) == given.num_logits == 1
 
@@ -42,19 +44,17 @@ class ChunkPass:
     def run(self, given: PassInput) -> PassOutput:
         """Read the tokens; see `treadle.engine.runners.passes.ForwardPass`."""
         with self._blend.using(given.weights, given.combines, given.among):
-            return _read(self._model, given.ids, given.cache, given.layer)
+            return _read(describe(self._model), given.ids, given.cache, given.layer)
 
 
-def _read(model: "PreTrainedModel", ids: Tensor, cache: RowCache, asked: int | None) -> PassOutput:
+def _read(decoder: Decoder, ids: Tensor, cache: RowCache, asked: int | None) -> PassOutput:
     """Return the logits (1, 1, V) after the tokens `ids` (1, T), and the hidden states of the layer `asked` for."""
-    outer: Any = model
-    inner, start, new = outer.model, cache.length, ids.shape[1]
-    x = inner.embed_tokens(ids)[0]  # (T, H)
-    cos, sin = inner.rotary_emb(x, torch.arange(start, start + new)[None])  # (1, T, head)
+    start, new, layers = cache.length, ids.shape[1], decoder.layers
+    x = decoder.embed(ids)[0]  # (T, H)
+    cos, sin = decoder.rotate(x, torch.arange(start, start + new)[None])  # (1, T, head)
     rotation = cos[0, :, None], sin[0, :, None]  # (T, 1, head)
-    layers = decoder_layers(model)
     mask = torch.full((new, start + new), -torch.inf, dtype=x.dtype).triu(start + 1)  # (T, L), 0 where it may look
-    mask = mask.repeat(model.config.num_attention_heads // model.config.num_key_value_heads, 1)  # (q / kv * T, L)
+    mask = mask.repeat(decoder.num_heads // decoder.num_kv_heads, 1)  # (q / kv * T, L)
     hidden: Tensor | None = None
     for index, (layer, kept) in enumerate(zip(layers, cache.rows(len(layers)), strict=True)):
         hidden = x if index == asked else hidden
@@ -64,21 +64,21 @@ def _read(model: "PreTrainedModel", ids: Tensor, cache: RowCache, asked: int | N
         (made,) = _results(layer.down, functional.silu(gate) * up)
         x = x + made
     is_last = asked == len(layers)
-    normed = inner.norm(x if is_last else x[-1:])
+    normed = decoder.last_norm(x if is_last else x[-1:])
     hidden = normed if is_last else hidden
-    return PassOutput(outer.lm_head(normed[None, -1:]), None if hidden is None else hidden[None])
+    return PassOutput(decoder.head(normed[None, -1:]), None if hidden is None else hidden[None])
 
 
 def _results(layers: tuple[nn.Module, ...], x: Tensor) -> list[Tensor]:
-    """Return what linear layers, with their adapters, make of x (T, in): of each (T, out)."""
-    whole = x[None]  # one object: layers share A x, and know x again by that
+    """Return the results (T, out) of each linear layer, adapters included, for x (T, in)."""
+    whole = x[None]  # layers that share A x recognise x by its identity
     if not HAS_MKL or len(x) > max(COLUMN_ROWS.get(x.dtype, (0,))):
         return [layer(whole)[0] for layer in layers]
     return [_column_product(layer, base, whole).t() for layer, base in zip(layers, bases(layers), strict=True)]
 
 
 def _column_product(layer: nn.Module, base: nn.Linear, x: Tensor) -> Tensor:
-    """Return (out, T) of x (1, T, in)."""
+    """Return the layer's results (out, T) for x (1, T, in)."""
     y = torch.mm(base.weight, x[0].t())
     bias = joined_bias([base])
     if bias is not None:
@@ -90,13 +90,13 @@ def _column_product(layer: nn.Module, base: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _attend(layer: DecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, kept: RowLayer) -> Tensor:
-    """Return what the heads read (T, heads * head), given the layer's input x (T, H)."""
+    """Return the attention result (T, heads * head) for the layer's normed input x (T, H)."""
     cos, sin = rotation
     new, head = len(x), cos.shape[-1]
     q, k, v = (each.reshape(new, -1, head) for each in _results(layer.qkv, x))  # (T, heads, head)
     if layer.head_norms:
         q, k = layer.head_norms[0](q), layer.head_norms[1](k)
-    q, k = (_turned(each, cos, sin) for each in (q, k))
+    q, k = (_rotated(each, cos, sin) for each in (q, k))
     keys, values = kept.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None])  # (1, kv, L, head)
     num_kv = keys.shape[1]
     # the queries of the heads that share keys, one head's after the other's: (1, kv, q / kv * T, head)
@@ -105,7 +105,7 @@ def _attend(layer: DecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], mas
     return read.view(num_kv, -1, new, head).permute(2, 0, 1, 3).reshape(new, -1)
 
 
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return heads (T, heads, head) rotated to their places by cos and sin (T, 1, head)."""
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return heads (T, heads, head) rotated by cos and sin (T, 1, head)."""
     first, second = heads.chunk(2, -1)
     return torch.addcmul(heads * cos, torch.cat((-second, first), -1), sin)

@@ -1,8 +1,9 @@
-"""Linear layers that read one input, as one product, and what the adapters add to it: the arithmetic of `step`.
+"""Linear layers that read the same input as one product, and the adapters' update: the arithmetic of the CPU step.
 
-An operation of a small step costs more than its arithmetic. So the results of all layers lie in the same few buffers,
-and every view of them is made once for a number of rows: what the adapters add is one product with A, one
-multiplication by the gates, and one product with B for each layer that they target.
+A small operation costs more than its arithmetic. So all layers write their results to the same few buffers, and the
+views of these buffers are made once for a number of rows. An update is one product with A, one multiplication by the
+gates, and one product with B for each targeted layer. `tests/test_fast_step.py` compares it with the model's own
+forward, whose layers compute the plain formula (`treadle.lora.layer.lora_update`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,36 +15,37 @@ from torch import Tensor, nn
 
 from treadle.engine.runners.cpu.layouts import GemmLayout
 from treadle.engine.runners.cpu.packing import BaseWeight, PackedWeights, packed_product
-from treadle.engine.runners.decoder import bases, in_one_piece, joined_bias
-from treadle.lora.layer import BlendedLinear, Gates, StackedA
+from treadle.engine.runners.decoder import bases, joined_bias, stack_weights
+from treadle.lora.gates import Gates
+from treadle.lora.layer import BlendedLinear, StackedA
 
 
 class StepGates:
-    """The gates of one step, whose combine is `sum`: side by side for layers that read the same input."""
+    """The gates of one step with the combine `sum`, side by side for layers that read the same input."""
 
     def __init__(self, gates: Mapping[int, Gates], layout: GemmLayout) -> None:
         self._gates = gates
         self._layout = layout
         self._joined: dict[tuple[int, ...], Tensor | None] = {}
 
-    def of(self, slots: tuple[int, ...]) -> Tensor | None:
-        """Return what multiplies A x of layers with these slots, as results lie; None where no adapter acts."""
+    def join(self, slots: tuple[int, ...]) -> Tensor | None:
+        """Return the gates of layers with these slots, in the step's layout; None if no adapter is active there."""
         if slots not in self._joined:
-            acting = [self._gates[slot].gate for slot in slots if slot in self._gates]
-            given = [each[:, 0] for each in acting if each is not None]  # of each (B|1, R)
+            gates = [self._gates[slot].gate for slot in slots if slot in self._gates]
+            given = [each[:, 0] for each in gates if each is not None]  # of each (B|1, R)
             self._joined[slots] = self._layout.gates_to_layout(torch.cat(given, -1)) if given else None
         return self._joined[slots]
 
 
 class ResultBuffers:
-    """Where the results of a step lie: the layers follow one another, and each may overwrite what the last one left."""
+    """The buffers for a step's results. Layers run one after another, and each may overwrite the last one's."""
 
     def __init__(self, layout: GemmLayout) -> None:
         self.layout = layout
         self._made: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def take(self, role: str, size: int, dtype: torch.dtype) -> Tensor:
-        """Return room for `size` results a row, the same for the same role, size and dtype."""
+        """Return a buffer for `size` results a row; equal role, size and dtype give the same one."""
         key = role, size, dtype
         if key not in self._made:
             self._made[key] = torch.empty(self.layout.shape(size), dtype=dtype)
@@ -51,12 +53,15 @@ class ResultBuffers:
 
 
 class StackedLinear:
-    """Linear layers that read the same input, their weights in one piece, and the adapters of each."""
+    """Linear layers that read the same input: their weights in one tensor, and the adapters of each."""
 
     def __init__(self, layers: Sequence[nn.Module], packs: PackedWeights, *, with_factors: bool) -> None:
-        """Lay the weights out; `with_factors` the stacked A below them, where it has their dtype, acting or on disk.
+        """Stack the weights.
 
-        `packs` keeps what a form packs of the weights.
+        Args:
+            layers: that read the same input.
+            packs: keeps the packed copies of the weights.
+            with_factors: stack A below the weights, if the active or the stored A has their dtype.
         """
         plain = bases(layers)
         sizes = [layer.out_features for layer in plain]
@@ -67,12 +72,14 @@ class StackedLinear:
             for layer, size, end in zip(layers, sizes, ends, strict=True)
             if isinstance(layer, BlendedLinear)
         ]
-        self.updates = sorted(blended, key=lambda update: update[0].index)  # who adds to which columns of the results
+        self.updates = sorted(
+            blended, key=lambda update: update[0].index
+        )  # layer, and the columns of the results that its update is added to
         self.slots = tuple(layer.slot for layer, _ in self.updates)
         self.stacked_a: StackedA | None = blended[0][0].stacked_a if blended else None  # of all of them
-        factors = self.stacked_a.held(plain[0].weight.dtype) if self.stacked_a and with_factors else None
+        factors = self.stacked_a.held_in(plain[0].weight.dtype) if self.stacked_a and with_factors else None
         below = [] if factors is None else [factors]
-        self.whole = in_one_piece([*(layer.weight for layer in plain), *below])  # (sum of out, and R, in)
+        self.whole = stack_weights([*(layer.weight for layer in plain), *below])  # (sum of out, and R, in)
         self.weight = self.whole[: sum(sizes)]  # (sum of out, in)
         if self.stacked_a and below:
             self.stacked_a.share(self.whole[sum(sizes) :])
@@ -81,16 +88,16 @@ class StackedLinear:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the A of the adapters that act lie below the weights."""
-        factors = self.stacked_a.held(self.weight.dtype) if self.stacked_a else None
+        """True if the active A lies below the weights."""
+        factors = self.stacked_a.held_in(self.weight.dtype) if self.stacked_a else None
         return factors is not None and factors.data_ptr() == self.whole[len(self.weight) :].data_ptr() != 0
 
 
 class StackedLinearStep:
-    """A stack at work on a number of rows, with the adapters that are laid out now."""
+    """A stack ready for a number of rows, with the adapters that are active now."""
 
     def __init__(self, stack: StackedLinear, buffers: ResultBuffers, role: str) -> None:
-        """Take room that stacks of this role share; what a stack reads must lie elsewhere."""
+        """Take buffers that stacks of this role share; a stack's input must lie elsewhere."""
         self._layout = layout = buffers.layout
         dtype, size = stack.weight.dtype, len(stack.weight)
         rank = len(stack.stacked_a.a_active) if stack.stacked_a else 0
@@ -101,18 +108,18 @@ class StackedLinearStep:
         self._bias = None if stack.bias is None else layout.to_layout(stack.bias[None])
         self._slots = stack.slots
         self._is_whole = stack.is_whole
-        self._updates: list[tuple[Tensor, Tensor, Tensor]] = []  # B, what it multiplies, where the product goes
+        self._updates: list[tuple[Tensor, Tensor, Tensor]] = []  # B, its input, the columns it adds to
         if stack.stacked_a is None:
             return
         stacked_a = stack.stacked_a
         self._a = layout.operand(stacked_a.a_active)
         below = slice(size, size + rank)
-        # A x: where it is made, and where the gates leave it
+        # A x, before and after the gates
         self._source = layout.select(self._all, below) if stack.is_whole else buffers.take("h", rank, stacked_a.dtype)
         is_same = self._source.dtype == stacked_a.dtype
         self._h = self._source if is_same else buffers.take("h", rank, stacked_a.dtype)
         self._sum = self._y
-        if dtype != stacked_a.dtype:  # columns that no adapter has stay zero: nobody else has room of this name
+        if dtype != stacked_a.dtype:  # columns without adapters stay zero: the name is unique to these updates
             name = f"sum of {[columns for _, columns in stack.updates]}"
             self._sum = buffers.take(name, size, stacked_a.dtype).zero_()
         for (layer, columns), rows in zip(stack.updates, stacked_a.rows, strict=True):
@@ -128,10 +135,10 @@ class StackedLinearStep:
         return self._layout.base_operand(self._stack.with_a)
 
     def __call__(self, x: Tensor, gates: StepGates) -> Tensor:
-        """Return the results (B, sum of out) for x (B, in), side by side; the next stack may overwrite them."""
+        """Return the results (B, sum of out) of x (B, in), side by side; the next stack may overwrite them."""
         layout = self._layout
         laid = layout.to_layout(x)
-        joined = gates.of(self._slots) if self._updates else None
+        joined = gates.join(self._slots) if self._updates else None
         if joined is None and layout.allocates_results:
             made = packed_product(laid, self._weight)
             return made if self._bias is None else made.add_(self._bias)
@@ -146,7 +153,7 @@ class StackedLinearStep:
         return self._result
 
     def _update(self, laid: Tensor, gates: Tensor) -> None:
-        """Add to the results what the adapters do with the input, which lies as results do."""
+        """Add the adapters' update to the results; `laid` is the input in the step's layout."""
         layout = self._layout
         if not self._is_whole:
             layout.multiply(self._a, laid.to(self._h.dtype), self._source)

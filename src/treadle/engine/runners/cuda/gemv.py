@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # Triton has no types, is absent on a CPU, and what `jit` decorates is not Python.
-"""Products of few rows on a GPU: forms in Triton that read W faster than cuBLAS does, and which to take."""
+"""Matrix products of few rows on a GPU: Triton kernels that read W faster than cuBLAS, and the choice among them."""
 
 import torch
 import triton
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 VECTOR_TILE = (2, 2048, 8)
-"""Outputs a program, columns of W at a time, warps: of one row, the fastest for every product of both models."""
+"""For one row: outputs a program, columns of W at a time, warps. Fastest for every product of both models."""
 THIN_TILES = ((8, 4608, (32, 128, 4, 4)), (32, 16384, (64, 128, 4, 3)))
-"""Rows at most, outputs at least: outputs a program, columns of W at a time, warps, stages. The last that fits counts.
+"""(maximum rows, minimum outputs, (outputs a program, columns of W at a time, warps, stages)); the last that fits wins.
 
 Both were measured by `python benchmarks/gpu.py` (its lines `product`) on an H100, in bfloat16. With up to 32 rows the
 head, gate and up, and with up to 8 q, k and v, were faster than by cuBLAS for Llama-2-7B and Llama-3-8B, with adapters
@@ -22,7 +22,7 @@ of either kind and without; o was so only without adapters, and down only in Lla
 
 @triton.jit
 def _vector_product(x, weight, out, num_out, size, N: tl.constexpr, K: tl.constexpr):
-    """One row: W x, some outputs a program, each read from end to end."""
+    """Compute W x for one row; a program reads whole rows of W."""
     outs = tl.program_id(0) * N + tl.arange(0, N)
     is_out = outs < num_out
     total = tl.zeros([N, K], tl.float32)
@@ -39,7 +39,7 @@ def _vector_product(x, weight, out, num_out, size, N: tl.constexpr, K: tl.conste
 def _thin_product(
     x, weight, out, num_rows, num_out, size, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr
 ):
-    """Compute x W^T of a few rows: all rows and some outputs a program."""
+    """Compute x W^T for a few rows; a program takes all rows and some outputs."""
     rows, outs = tl.program_id(1) * M + tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
     is_row, is_out = rows < num_rows, outs < num_out
     total = tl.zeros([M, N], tl.float32)
@@ -57,14 +57,14 @@ def _thin_product(
 
 
 def vector_product(x: Tensor, weight: Tensor, outs: int, columns: int, warps: int) -> Tensor:
-    """Return x W^T (1, out) of one row, `outs` of them a program, `columns` of W at a time."""
+    """Return x W^T (1, out) for one row; a program computes `outs` outputs, `columns` columns of W at a time."""
     (num_out, size), out = weight.shape, x.new_empty(1, len(weight))
     _vector_product[(triton.cdiv(num_out, outs),)](x, weight, out, num_out, size, N=outs, K=columns, num_warps=warps)
     return out
 
 
 def thin_product(x: Tensor, weight: Tensor, outs: int, columns: int, warps: int, stages: int) -> Tensor:
-    """Return x W^T (B, out), `outs` of them a program, `columns` of W at a time, `stages` of these on their way."""
+    """Return x W^T (B, out); a program computes `outs` outputs and prefetches `stages` tiles of `columns` columns."""
     (num_out, size), num_rows = weight.shape, len(x)
     out = x.new_empty(num_rows, num_out)
     rows = min(128, max(16, triton.next_power_of_2(num_rows)))
@@ -76,7 +76,7 @@ def thin_product(x: Tensor, weight: Tensor, outs: int, columns: int, warps: int,
 
 
 def fastest_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T (B, out) for x (B, in), W (out, in), in the form that was fastest; by cuBLAS if none was."""
+    """Return x W^T (B, out) for x (B, in), W (out, in), by the kernel measured as fastest; cuBLAS otherwise."""
     num_rows, num_out = len(x), len(weight)
     if num_rows == 1:
         return vector_product(x, weight, *VECTOR_TILE)

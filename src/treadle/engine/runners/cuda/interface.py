@@ -1,7 +1,7 @@
-"""What the stages of a decode step on a GPU take and give, from `triton_launch` and `reference_kernels` alike.
+"""The stages of a decode step on a GPU. `triton_launch` implements them; the tests' `reference_kernels` does in torch.
 
-A step's products leave the norm's scale for later: they read x * w instead of norm(x), and the stage behind a product
-multiplies its result by 1 / rms(x), which is one number a row. So there is no stage between an addition and a product.
+Products delay the norm's scale: they read x * w instead of norm(x), and the stage after a product multiplies its result
+by 1 / rms(x), one number a row. So no stage is needed between an addition and a product.
 """
 
 from collections.abc import Sequence
@@ -11,28 +11,28 @@ from torch import Tensor
 
 
 class LayerB(NamedTuple):
-    """The second product of one layer's adapters: b (out, R), and the column of h where its R begin."""
+    """The stacked B (out, R) of one layer, and the column of h where its R columns begin."""
 
     b: Tensor
     start: int
 
 
 class PendingUpdate(NamedTuple):
-    """What adapters add to layers that read the same input.
+    """The adapters' update of layers that read the same input, before the product with B.
 
     Attributes:
         h: A x (B, sum of R).
         gates: (B, sum of R) float32.
-        factors: of each layer, in the order of its columns; None where no adapter targets it.
+        layers: the B of each layer, in the order of its columns; None where no adapter targets it.
     """
 
     h: Tensor
     gates: Tensor
-    factors: Sequence[LayerB | None]
+    layers: Sequence[LayerB | None]
 
 
 class PendingNorm(NamedTuple):
-    """A norm that is still to be multiplied in: sums of squares (B, parts) of rows of `size`, and its epsilon."""
+    """A norm whose scale is still to be applied: sums of squares (B, parts) of rows of `size`, and its epsilon."""
 
     squares: Tensor
     size: int
@@ -40,11 +40,11 @@ class PendingNorm(NamedTuple):
 
 
 class PendingProduct(NamedTuple):
-    """A product y (B, out and more) and what is still to come: (y + update) / rms + bias.
+    """A product y (B, out and more) whose result is (y + update) / rms + bias.
 
     Attributes:
-        y: the product; columns behind `out` are not part of it.
-        update: of the adapters; None where none acts.
+        y: the product; columns after `out` are not part of it.
+        update: of the adapters; None if none is active.
         bias: (out,).
         norm: of the product's input.
     """
@@ -56,7 +56,7 @@ class PendingProduct(NamedTuple):
 
 
 class HeadNorms(NamedTuple):
-    """Weights (head,) of the norms of each head's queries and keys, and their epsilon."""
+    """Weights (head,) of the norms of queries and keys, and their epsilon."""
 
     q: Tensor
     k: Tensor
@@ -64,7 +64,7 @@ class HeadNorms(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """How many heads there are, and the size of each."""
+    """The numbers of heads, and the size of each."""
 
     q: int
     kv: int
@@ -72,13 +72,13 @@ class Heads(NamedTuple):
 
 
 class CacheWindow(NamedTuple):
-    """Where a layer's keys and values lie, all of it data on the device: nothing here is part of a captured graph.
+    """Where a layer's keys and values lie. All of it is data on the device; a captured graph contains none of it.
 
     Attributes:
-        buffers: keys and values (rows, kv, columns, head), for the plain kernels alone.
+        buffers: keys and values (rows, kv, columns, head), for the reference kernels alone.
         pointers: (2,) addresses of the two buffers.
         first: (B,) the first column of each row.
-        place: (3,) columns of a buffer, the column to write to, and how many rows there are; rows behind are not real.
+        place: (3,) columns of a buffer, the column to write to, and the number of real rows; later rows are padding.
     """
 
     buffers: tuple[Tensor, Tensor]
@@ -88,14 +88,14 @@ class CacheWindow(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The stages of a step; what they return is new."""
+    """The stages of a step. They return new tensors."""
 
     def bucket(self, num_rows: int) -> int:
-        """Return for how many rows a step is captured that has `num_rows`."""
+        """Return the number of rows for which a step of `num_rows` rows is captured."""
         ...
 
     def binds(self, buffers: tuple[Tensor, Tensor]) -> tuple[int, ...]:
-        """Return what of a cache's buffers becomes part of a captured graph."""
+        """Return everything about a cache's buffers that a captured graph depends on."""
         ...
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Kernels(Protocol):
         head_norms: HeadNorms | None,
         window: CacheWindow,
     ) -> Tensor:
-        """Finish q, k, v side by side (B, (q + kv + kv) * head), rotate q and k and write k and v to the cache.
+        """Finish q, k, v side by side (B, (q + kv + kv) * head), rotate q and k, and write k and v to the cache.
 
         Args:
             product: has q, k and v.
@@ -129,7 +129,7 @@ class Kernels(Protocol):
         ...
 
     def attend(self, queries: Tensor, num_kv: int, scaling: float, window: CacheWindow) -> Tensor:
-        """Return what queries (B, q, head) read from the cache: (B, q * head)."""
+        """Return the attention result (B, q * head) of queries (B, q, head) over the cache."""
         ...
 
     def activate(self, product: PendingProduct, size: int) -> Tensor:

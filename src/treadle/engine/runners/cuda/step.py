@@ -1,11 +1,12 @@
-"""The forward pass of one new token a row on a GPU: captured once as a CUDA graph, replayed at every step.
+"""The GPU pass for one new token a row: captured once as a CUDA graph, replayed at every step.
 
-What changes between steps is data: tokens, positions, where each row's columns begin, where the cache's buffers lie,
-and the weights of the adapters, from which the graph computes the gates once for all layers. A graph is captured anew
-only for another number of rows (in buckets), and when adapters come or go. The first products of the adapters, A x, are
-rows below W, so that they are part of the base's product; the second ones ride on the stages in between.
+Everything that changes between steps is data: tokens, positions, the first column of each row, the addresses of the
+cache's buffers, and the adapters' weights. From the weights the graph computes the gates once for all layers. A graph
+is captured again only for another bucket of row numbers, and when adapters come or go. The adapters' A lie below W, so
+A x is part of the base's product; the products with B are fused into the stages that follow.
 
-It is for models that `fits` and for the combine `sum`; anything else is left to the model's own `forward`.
+It takes models that fit (`fits`) and the combine `sum`; everything else runs through the model's own `forward`.
+`tests/test_graph_step.py` compares the pass, with its LoRA update, with that `forward`.
 """
 
 import os
@@ -32,7 +33,7 @@ from treadle.engine.runners.cuda.interface import (
     PendingProduct,
     PendingUpdate,
 )
-from treadle.engine.runners.decoder import DecoderLayer, bases, decoder_layers, in_one_piece, joined_bias
+from treadle.engine.runners.decoder import DecoderLayer, RmsNorm, bases, describe, joined_bias, stack_weights
 from treadle.engine.runners.passes import PassInput, PassOutput
 from treadle.lora.blend import Blend
 from treadle.lora.layer import BlendedLinear
@@ -42,45 +43,63 @@ if TYPE_CHECKING:
 
 Replay = Callable[[], PassOutput]
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
-"""The norm is multiplied in behind a product: float16 could overflow before it."""
+"""The norm's scale is applied after a product, where float16 could already have overflowed."""
 LENGTH_ROPE_TYPES = ("dynamic", "longrope")
-"""Kinds of rotary positions that depend on the longest row, which a graph does not look at."""
+"""Rotary positions that depend on the longest row, which a graph cannot look at."""
 MIN_COMPUTE_CAPABILITY = (8, 0)
-"""Of the oldest GPU whose tensor cores know bfloat16."""
+"""The oldest GPUs whose tensor cores compute in bfloat16."""
 
 
-def fits(model: "PreTrainedModel") -> bool:
-    """Whether the pass knows the model: what `decoder` knows, on a GPU by NVIDIA for which Triton is there."""
-    if not decoder.fits(model, "cuda") or torch.version.cuda is None or not has_triton():
+class Gpu(NamedTuple):
+    """What a GPU and its software can do."""
+
+    has_cuda: bool
+    """PyTorch was built for CUDA, rather than ROCm."""
+    has_triton: bool
+    capability: tuple[int, int]
+    """Its compute capability."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Gpu":
+        """Ask PyTorch and the system."""
+        return cls(torch.version.cuda is not None, has_triton(), torch.cuda.get_device_capability(device))
+
+
+def fits(model: "PreTrainedModel", device: str = "cuda", gpu: Gpu | None = None) -> bool:
+    """Return whether the pass can run the model: one that `decoder.fits`, on a GPU that can (None asks the model's)."""
+    if not decoder.fits(model, device):
         return False
+    gpu = gpu or Gpu.of(model.device)
     inner: Any = cast(Any, model).model
     is_aligned = inner.layers[0].self_attn.head_dim % 8 == 0  # the kernels read 16 bytes at once
-    is_known = (
-        model.dtype in SUPPORTED_DTYPES and torch.cuda.get_device_capability(model.device) >= MIN_COMPUTE_CAPABILITY
-    )
-    return is_aligned and is_known and inner.rotary_emb.rope_type not in LENGTH_ROPE_TYPES
+    is_known = model.dtype in SUPPORTED_DTYPES and inner.rotary_emb.rope_type not in LENGTH_ROPE_TYPES
+    return is_aligned and is_known and gpu.has_cuda and gpu.has_triton and gpu.capability >= MIN_COMPUTE_CAPABILITY
 
 
 def has_triton() -> bool:
-    """Whether Triton is there, and what it builds its launcher with: a C compiler and Python's headers."""
+    """Return whether Triton is installed and can build its launchers."""
+    return find_spec("triton") is not None and can_build_launchers(Path(sysconfig.get_path("include", "posix_prefix")))
+
+
+def can_build_launchers(include: Path) -> bool:
+    """Return whether there is a C compiler, and Python's headers in the folder `include`."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
-    return bool(find_spec("triton") and compiler) and header.exists()
+    return compiler is not None and (include / "Python.h").exists()
 
 
 class CudaGraphs:
-    """Captures what runs on a GPU; the graphs share their memory, since one runs at a time."""
+    """Captures GPU work as graphs, which share one memory pool because one runs at a time."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
     def __call__(self, run: Replay) -> Replay:
-        """Return a function that replays `run` and returns the same tensors each time, with what they now hold."""
+        """Return a function that replays `run`; it returns the same tensors each time, with new values."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # compiles kernels and makes workspaces, which a capture cannot
+            run()  # compiles kernels and allocates workspaces, which a capture cannot
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -94,7 +113,7 @@ class CudaGraphs:
 
 
 class FusedLinear:
-    """Linear layers that read the same input, and the adapters of all of them: W above A, in one piece."""
+    """Linear layers that read the same input, and their adapters: W and below it A, in one tensor."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         plain = bases(layers)
@@ -102,11 +121,11 @@ class FusedLinear:
         stacked_a = blended[0].stacked_a if blended else None
         self.bias = joined_bias(plain)  # (sum of out,)
         self.num_out = sum(layer.out_features for layer in plain)
-        self.whole = in_one_piece([*(layer.weight for layer in plain), *([stacked_a.a_active] if stacked_a else [])])
+        self.whole = stack_weights([*(layer.weight for layer in plain), *([stacked_a.a_active] if stacked_a else [])])
         if stacked_a:
             stacked_a.share(self.whole[self.num_out :])
         self.slots = tuple(layer.slot for layer in sorted(blended, key=lambda layer: layer.index))
-        self.factors = tuple(
+        self.layer_bs = tuple(
             LayerB(layer.b_active, layer.stacked_a.rows[layer.index].start)
             if isinstance(layer, BlendedLinear)
             else None
@@ -120,27 +139,27 @@ class FusedLinear:
 
 
 class GraphLayer(NamedTuple):
-    """What one decoder layer computes with."""
+    """One decoder layer with its linear layers fused."""
 
     qkv: FusedLinear
     head_norms: HeadNorms | None
     scaling: float
     output: FusedLinear
-    second_norm: Any
+    second_norm: RmsNorm
     gate_up: FusedLinear
     down: FusedLinear
-    next_norm: Any
-    """What reads the layer's result: the first norm of the next one, or the last norm."""
+    next_norm: RmsNorm
+    """The first norm of the next layer, or the last norm."""
 
 
 class StepInputs:
-    """What changes between the steps of a number of rows: on the device, and the memory on the host it is copied from.
+    """The data that changes between steps of a number of rows: on the device, and its staging memory on the host.
 
     Attributes:
         ids: (B,) tokens.
         positions: (B, 1).
         first: (B,) the first column of each row.
-        place: (3,) columns of a buffer, the column to write to, and how many rows are real.
+        place: (3,) the number of columns of a buffer, the column to write to, and the number of real rows.
         weights: (B, N) of the adapters.
         pointers: (layers, 2) addresses of the cache's buffers.
     """
@@ -160,9 +179,12 @@ class StepInputs:
     def set(
         self, ids: Tensor, pads: Sequence[int], weights: Tensor | None, place: tuple[int, int, int], pointers: list[int]
     ) -> None:
-        """Copy what a step of `ids` (B,) needs; rows with `pads` columns before them; (columns, column, start)."""
+        """Copy the data of a step of `ids` (B,) to the device.
+
+        `pads` counts the padding columns of each row; `place` is (columns of a buffer, column to write to, first one).
+        """
         if self._copied:
-            self._copied.synchronize()  # the last step's copies still read the host's memory
+            self._copied.synchronize()  # the last step's copies may still read the host memory
         rows, (columns, column, start) = len(ids), place
         left = torch.tensor(pads)  # (B,)
         host_ids, positions, first, where, addresses = self._parts
@@ -187,26 +209,23 @@ class GraphStep:
         kernels: Kernels | None = None,
         capture: Callable[[Replay], Replay] | None = None,
     ) -> None:
-        """Take a model that `fits`; its weights come to lie in one piece with the adapters', with the values they have.
+        """Stack the weights of a model that `fits` with the adapters' A; their values stay the same.
 
         Args:
             model: the base.
             blend: of its adapters.
             kernels: the stages; None = Triton's.
-            capture: makes a run repeatable, None = as a CUDA graph; tests on a CPU give one that just calls it.
+            capture: makes a run repeatable; None = as a CUDA graph. Tests on a CPU pass one that calls it again.
         """
-        self._model: Any = model
+        self._model = model
         self._blend = blend
         self._kernels = kernels or _triton_kernels()
         self._capture = capture or CudaGraphs()
         self.num_captures = 0  # so far
-        config = model.config
-        size: int = self._model.model.layers[0].self_attn.head_dim
-        self._heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
         self._gather()
 
     def takes(self, given: PassInput) -> bool:
-        """Whether each row has one new token, and weights that are summed."""
+        """Return whether each row has one new token, and all rows combine by `sum`."""
         return given.is_step and given.is_sum
 
     @torch.inference_mode()
@@ -215,13 +234,12 @@ class GraphStep:
         ids, weights, cache = given.ids[:, 0], given.weights, given.cache
         if self._adapters is not self._blend.adapters:
             self._gather()
-        w = None if weights is None else self._blend.checked(weights)[:, 0]  # (B, N)
+        w = None if weights is None else self._blend.check_weights(weights)[:, 0]  # (B, N)
         rows = self._kernels.bucket(len(ids))
         if rows not in self._inputs:
-            device = self._model.device
-            self._inputs[rows] = StepInputs(rows, len(self._adapters), len(self._blocks), device)
+            self._inputs[rows] = StepInputs(rows, len(self._adapters), len(self._layers), self._model.device)
         inputs = self._inputs[rows]
-        place = cache.extend(len(self._blocks))
+        place = cache.extend(len(self._layers))
         buffers = cache.buffers()
         inputs.set(ids, given.pads, w, place, [buffer.data_ptr() for pair in buffers for buffer in pair])
         key = (rows, w is not None, given.layer, *self._kernels.binds(buffers[0]))
@@ -232,7 +250,7 @@ class GraphStep:
         return PassOutput(logits[: len(ids)], None if hidden is None else hidden[: len(ids)])
 
     def weights(self) -> dict[str, list[Tensor]]:
-        """Return the matrices (out, in) of the step's products, of all layers, by name; those with A below W too."""
+        """Return the matrices (out, in) of all products of a step by name, with and without A below W."""
         found: dict[str, list[Tensor]] = {}
         for name, groups in self._groups.items():
             found[name] = [group.weight for group in groups]
@@ -241,84 +259,87 @@ class GraphStep:
         return found
 
     def _gather(self) -> None:
-        """Collect what each layer computes with; once more when adapters come or go."""
+        """Stack the layers that the model has now; once more when adapters come or go."""
         with torch.inference_mode(False), torch.no_grad():
             self._runs: dict[tuple[int | None, ...], Replay] = {}
             self._inputs: dict[int, StepInputs] = {}
-            layers = decoder_layers(self._model)
-            norms = [*(layer.first_norm for layer in layers[1:]), self._model.model.norm]
-            self._blocks = [_graph_layer(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
-            self._head = FusedLinear([self._model.lm_head])
+            self._decoder = decoder = describe(self._model)
+            self._heads = Heads(decoder.num_heads, decoder.num_kv_heads, decoder.head_size)
+            norms = [*(layer.first_norm for layer in decoder.layers[1:]), decoder.last_norm]
+            self._layers = [_graph_layer(layer, norm) for layer, norm in zip(decoder.layers, norms, strict=True)]
+            self._head = FusedLinear([decoder.head])
             self._groups = {
-                "qkv": [block.qkv for block in self._blocks],
-                "o": [block.output for block in self._blocks],
-                "gate up": [block.gate_up for block in self._blocks],
-                "down": [block.down for block in self._blocks],
+                "qkv": [each.qkv for each in self._layers],
+                "o": [each.output for each in self._layers],
+                "gate up": [each.gate_up for each in self._layers],
+                "down": [each.down for each in self._layers],
                 "head": [self._head],
             }
-            self._blend.renew()
+            self._blend.refresh_views()
             self._adapters = self._blend.adapters
-            self._spread, self._gate_columns = self._gates(list(chain(*self._groups.values())))
+            self._gate_matrix, self._gate_columns = self._gates(list(chain(*self._groups.values())))
 
     def _gates(self, groups: Sequence[FusedLinear]) -> tuple[Tensor | None, dict[tuple[int, ...], slice]]:
-        """Return the matrix (N, sum of R) from weights to the gates of each kind of group, and the columns of each."""
+        """Return the matrix (N, sum of R) from weights to gates, and its columns for each set of slots."""
         parts: list[Tensor] = []
         columns: dict[tuple[int, ...], slice] = {}
         end = 0
         for slots in {group.slots: None for group in groups if group.slots}:
-            parts.append(torch.cat([self._blend.spread(slot) for slot in slots], 1))
+            parts.append(torch.cat([self._blend.gate_matrix(slot) for slot in slots], 1))
             columns[slots] = slice(end, end := end + parts[-1].shape[1])
         return (torch.cat(parts, 1) if parts else None), columns
 
     def _run(
         self, inputs: StepInputs, is_blended: bool, buffers: Sequence[tuple[Tensor, Tensor]], asked: int | None
     ) -> PassOutput:
-        """Compute a step, with the hidden states of the layer `asked` for: all of it is captured."""
-        inner, kernels = self._model.model, self._kernels
-        gates = inputs.weights @ self._spread if is_blended and self._spread is not None else None  # (B, sum of R)
-        x = inner.embed_tokens(inputs.ids)  # (B, H)
-        cos, sin = (each[:, 0].contiguous() for each in inner.rotary_emb(x, inputs.positions))  # (B, head)
-        first = inner.layers[0].input_layernorm
+        """Compute a step, and the hidden states of the layer `asked` for; everything here is captured."""
+        decoder, kernels = self._decoder, self._kernels
+        gates = (
+            inputs.weights @ self._gate_matrix if is_blended and self._gate_matrix is not None else None
+        )  # (B, sum of R)
+        x = decoder.embed(inputs.ids)  # (B, H)
+        cos, sin = (each[:, 0].contiguous() for each in decoder.rotate(x, inputs.positions))  # (B, head)
+        first = decoder.layers[0].first_norm
         x, weighted, squares = kernels.add(x, PendingProduct(torch.zeros_like(x)), first.weight)
-        epsilon = first.variance_epsilon
+        epsilon = first.epsilon
         hidden: Tensor | None = None
-        for index, (block, pair, pointers) in enumerate(zip(self._blocks, buffers, inputs.pointers, strict=True)):
-            hidden = x if index == asked else hidden  # stages return new tensors: nobody writes to it
+        for index, (layer, pair, pointers) in enumerate(zip(self._layers, buffers, inputs.pointers, strict=True)):
+            hidden = x if index == asked else hidden  # stages return new tensors, so x keeps its values
             window = CacheWindow(pair, pointers, inputs.first, inputs.place)
             norm = PendingNorm(squares, x.shape[1], epsilon)
-            heads = self._products(block.qkv, weighted, gates, norm)
-            q = kernels.store(heads, self._heads, (cos, sin), block.head_norms, window)  # (B, q, head)
-            read = kernels.attend(q, self._heads.kv, block.scaling, window)
-            product = self._products(block.output, read, gates)
-            x, weighted, squares = kernels.add(x, product, block.second_norm.weight)
-            norm = PendingNorm(squares, x.shape[1], block.second_norm.variance_epsilon)
-            gate_up = self._products(block.gate_up, weighted, gates, norm)
-            active = kernels.activate(gate_up, block.gate_up.num_out // 2)
-            product = self._products(block.down, active, gates)
-            x, weighted, squares = kernels.add(x, product, block.next_norm.weight)
-            epsilon = block.next_norm.variance_epsilon
-        x = functional.rms_norm(x, x.shape[1:], inner.norm.weight, epsilon)
-        hidden = x if asked == len(self._blocks) else hidden
+            heads = self._products(layer.qkv, weighted, gates, norm)
+            q = kernels.store(heads, self._heads, (cos, sin), layer.head_norms, window)  # (B, q, head)
+            read = kernels.attend(q, self._heads.kv, layer.scaling, window)
+            product = self._products(layer.output, read, gates)
+            x, weighted, squares = kernels.add(x, product, layer.second_norm.weight)
+            norm = PendingNorm(squares, x.shape[1], layer.second_norm.epsilon)
+            gate_up = self._products(layer.gate_up, weighted, gates, norm)
+            active = kernels.activate(gate_up, layer.gate_up.num_out // 2)
+            product = self._products(layer.down, active, gates)
+            x, weighted, squares = kernels.add(x, product, layer.next_norm.weight)
+            epsilon = layer.next_norm.epsilon
+        x = functional.rms_norm(x, x.shape[1:], decoder.last_norm.weight, epsilon)
+        hidden = x if asked == len(self._layers) else hidden
         return PassOutput(self._logits(x, gates)[:, None], None if hidden is None else hidden[:, None])
 
     def _products(
-        self, group: FusedLinear, x: Tensor, gates: Tensor | None, norm: PendingNorm | None = None
+        self, linear: FusedLinear, x: Tensor, gates: Tensor | None, norm: PendingNorm | None = None
     ) -> PendingProduct:
-        """Return W x (B, sum of out and more) of a group and what is still to come; `norm` is that of x."""
-        if gates is None or not group.slots:
-            return PendingProduct(self._kernels.product(x, group.weight), None, group.bias, norm)
-        y = self._kernels.product(x, group.whole)
-        update = PendingUpdate(y[:, group.num_out :], gates[:, self._gate_columns[group.slots]], group.factors)
-        return PendingProduct(y, update, group.bias, norm)
+        """Return W x (B, sum of out and more), with the update, bias and norm of x that later stages apply."""
+        if gates is None or not linear.slots:
+            return PendingProduct(self._kernels.product(x, linear.weight), None, linear.bias, norm)
+        y = self._kernels.product(x, linear.whole)
+        update = PendingUpdate(y[:, linear.num_out :], gates[:, self._gate_columns[linear.slots]], linear.layer_bs)
+        return PendingProduct(y, update, linear.bias, norm)
 
     def _logits(self, x: Tensor, gates: Tensor | None) -> Tensor:
-        """Return the logits (B, V) of x (B, H); no stage is behind the head, for its adapters to ride on."""
+        """Return the logits (B, V) of x (B, H). No stage follows the head, so its update is added here."""
         y, update, bias, _ = self._products(self._head, x, gates)
         y = y[:, : self._head.num_out]
         if update is not None:
-            [factor] = update.factors
-            if factor is not None:
-                y.addmm_((update.h * update.gates).to(y.dtype), factor.b.t())
+            [layer_b] = update.layers
+            if layer_b is not None:
+                y.addmm_((update.h * update.gates).to(y.dtype), layer_b.b.t())
         return y if bias is None else y + bias
 
 
@@ -328,11 +349,11 @@ def _triton_kernels() -> Kernels:
     return TritonKernels()
 
 
-def _graph_layer(layer: DecoderLayer, next_norm: Any) -> GraphLayer:
+def _graph_layer(layer: DecoderLayer, next_norm: RmsNorm) -> GraphLayer:
     head_norms = None
     if layer.head_norms:
         q_norm, k_norm = layer.head_norms
-        head_norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+        head_norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.epsilon)
     return GraphLayer(
         qkv=FusedLinear(layer.qkv),
         head_norms=head_norms,

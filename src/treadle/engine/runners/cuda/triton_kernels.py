@@ -1,24 +1,25 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # Triton has no types, is absent on a CPU, and what `jit` decorates is not Python.
-"""The code of the Triton kernels that `treadle.engine.runners.cuda.triton_launch` launches.
+"""The Triton kernels that `treadle.engine.runners.cuda.triton_launch` launches.
 
-M, N and R are the rows, outputs and ranks that a program takes at once; `is_row`, `is_out` and their like say which of
-them are there. A function that is no kernel is compiled into those that call it.
+M, N and R are the rows, outputs and ranks in a program's tile; masks such as `is_row` and `is_out` mark those that
+exist. Functions without `kernel` in their name are compiled into the kernels. `tests/test_kernels.py` compares the
+kernels, with their LoRA update, with plain torch.
 """
 
 import triton
 import triton.language as tl
 
 UNSPECIALIZED_ARGUMENTS = ["num_rows", "parts"]
-"""Arguments for whose values nothing is compiled anew."""
+"""Arguments whose values do not trigger another compilation."""
 
 
 @triton.jit
-def _block_of_update(
+def _update_tile(
     h, h_stride, gates, gates_stride, b, rank, first, rows, is_row, outs, is_out, M: tl.constexpr, R: tl.constexpr
 ):
-    """Return gates * h (M, R) and B (N, R) of the ranks from `first` on."""
+    """Return gates * h (M, R) and B (N, R) for the ranks from `first` on."""
     ranks = first + tl.arange(0, R)
     is_rank = ranks < rank
     inside = is_row[:, None] & is_rank[None, :]
@@ -33,20 +34,20 @@ def _updated(
     h, h_stride, gates, gates_stride, b, rank, rows, is_row, outs, is_out,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return B (gates * h), (M, N), of some rows and some outputs.
+    """Return the update B (gates * h), (M, N), for a tile of rows and outputs.
 
-    For one row the blocks of ranks are written out, so that all of B is asked for at once.
+    For one row the tiles of ranks are unrolled, so that all of B is loaded at once.
     """
     total = tl.zeros([M, N], tl.float32)
     if M == 1:
         for block in tl.static_range(BLOCKS):
-            gated, factor = _block_of_update(
+            gated, factor = _update_tile(
                 h, h_stride, gates, gates_stride, b, rank, block * R, rows, is_row, outs, is_out, M, R
             )
             total += tl.sum(factor.to(tl.float32) * gated, 1)[None, :]
     else:
         for first in range(0, rank, R):
-            gated, factor = _block_of_update(
+            gated, factor = _update_tile(
                 h, h_stride, gates, gates_stride, b, rank, first, rows, is_row, outs, is_out, M, R
             )
             total = tl.dot(gated.to(factor.dtype), tl.trans(factor), total, input_precision="ieee")
@@ -55,7 +56,7 @@ def _updated(
 
 @triton.jit
 def _scale(squares, parts, size, epsilon, rows, is_row, P: tl.constexpr):
-    """Return 1 / rms, (M,), of rows whose squares are summed in parts."""
+    """Return 1 / rms (M,) of rows, from partial sums of their squares."""
     columns = tl.arange(0, P)
     inside = is_row[:, None] & (columns < parts)[None, :]
     total = tl.sum(tl.load(squares + rows[:, None] * parts + columns[None, :], mask=inside, other=0.0), 1)
@@ -69,7 +70,7 @@ def add_kernel(
     HAS_BIAS: tl.constexpr, HAS_UPDATE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Add up some rows and columns, and their squares."""
+    """Add product, update and bias to x, for a tile of rows and columns; sum the squares."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     block = tl.program_id(1)
     columns = block * N + tl.arange(0, N)
@@ -97,7 +98,7 @@ def activate_kernel(
     HAS_BIAS: tl.constexpr, HAS_UPDATE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Compute silu(gate) * up of some rows and columns."""
+    """Compute silu(gate) * up for a tile of rows and columns."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     columns = tl.program_id(1) * N + tl.arange(0, N)
     is_row, is_column = rows < num_rows, columns < size
@@ -129,7 +130,7 @@ def _updated_halves(
     h, h_stride, gates, gates_stride, b, rank, start, rows, is_row, outs, low, high, is_column,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return what adapters add to the two halves, each (M, N), of a head whose outputs begin at `outs`."""
+    """Return the updates (M, N) of the two halves of a head whose outputs begin at `outs`."""
     one = _updated(
         h + start, h_stride, gates + start, gates_stride, b, rank,
         rows, is_row, outs + low, is_column, M, N, R, BLOCKS,
@@ -142,20 +143,20 @@ def _updated_halves(
 
 
 @triton.jit
-def _turned(one, two, cos, sin, angles, inside, HALF: tl.constexpr):
-    """Return the halves of a head, turned against each other by the angles of their rows' positions."""
-    turned = one * tl.load(cos + angles, mask=inside, other=0.0).to(tl.float32)
-    turned -= two * tl.load(sin + angles, mask=inside, other=0.0).to(tl.float32)
+def _rotated(one, two, cos, sin, angles, inside, HALF: tl.constexpr):
+    """Return the halves of a head, rotated by the angles of their rows' positions."""
+    rotated = one * tl.load(cos + angles, mask=inside, other=0.0).to(tl.float32)
+    rotated -= two * tl.load(sin + angles, mask=inside, other=0.0).to(tl.float32)
     two = two * tl.load(cos + HALF + angles, mask=inside, other=0.0).to(tl.float32)
     two += one * tl.load(sin + HALF + angles, mask=inside, other=0.0).to(tl.float32)
-    return turned, two
+    return rotated, two
 
 
 @triton.jit
 def _write_head(
     one, two, head, queries, pointers, place, rows, low, inside, Q: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr
 ):
-    """Write the halves of a head: a query to `queries`, a key or a value to the cache."""
+    """Write the halves of a head: queries to `queries`, keys and values to the cache."""
     dtype = queries.dtype.element_ty
     if head < Q:
         target = queries + (rows[:, None] * Q + head) * HEAD + low[None, :]
@@ -169,7 +170,7 @@ def _write_head(
         target = (
             buffer + ((rows.to(tl.int64)[:, None] * KV + kv_head) * columns + tl.load(place + 1)) * HEAD + low[None, :]
         )
-        inside = inside & (rows < tl.load(place + 2))[:, None]  # the others have no place in the cache
+        inside = inside & (rows < tl.load(place + 2))[:, None]  # padding rows have no place in the cache
         tl.store(target, one.to(dtype), mask=inside)
         tl.store(target + HEAD // 2, two.to(dtype), mask=inside)
 
@@ -183,7 +184,7 @@ def store_kernel(
     HAS_BIAS: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_NORMS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """One head of some rows: its two halves are turned against each other."""
+    """Finish one head for a tile of rows; rotate queries and keys by halves."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     head = tl.program_id(1)
     HALF: tl.constexpr = HEAD // 2
@@ -226,7 +227,7 @@ def store_kernel(
                 norm = q_norm
             one *= inverse * tl.load(norm + low, mask=is_column, other=0.0).to(tl.float32)[None, :]
             two *= inverse * tl.load(norm + high, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        one, two = _turned(one, two, cos, sin, rows[:, None] * HEAD + low[None, :], inside, HALF)
+        one, two = _rotated(one, two, cos, sin, rows[:, None] * HEAD + low[None, :], inside, HALF)
     _write_head(one, two, head, queries, pointers, place, rows, low, inside, Q, KV, HEAD)
 
 
@@ -235,9 +236,9 @@ def _read(
     q, keys, values, start, end, scaling, dims, is_dim,
     HEAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Return what q (G, D) reads from some columns: the largest score (G,), the weights' sum (G,), the values' (G, D).
+    """Attend with q (G, D) to some columns: return the largest score (G,), sum of weights (G,), sum of values (G, D).
 
-    With one head a group there is nothing for a tensor core to do: G = 1, and products are sums.
+    For one head a group (G = 1) products are plain sums, because tensor cores need more rows.
     """
     dtype = q.dtype
     largest = tl.full([G], float("-inf"), tl.float32)
@@ -272,7 +273,7 @@ def _join(
     partial, sums, out, group, dims, is_dim,
     GROUP: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Write what each head of a group reads, of what its splits have written to `partial` and `sums`."""
+    """Join the splits in `partial` and `sums`, and write the result of each head of a group."""
     dtype = out.dtype.element_ty
     splits = tl.arange(0, S)
     is_split = splits < SPLITS
@@ -280,7 +281,7 @@ def _join(
         each = (group * SPLITS + splits) * GROUP + head
         tops = tl.load(sums + each * 2, mask=is_split, other=float("-inf"), cache_modifier=".cg")
         weights = tl.load(sums + each * 2 + 1, mask=is_split, other=0.0, cache_modifier=".cg")
-        top = tl.maximum(tl.max(tops, 0), -1e30)  # finite, where there is nothing to see too
+        top = tl.maximum(tl.max(tops, 0), -1e30)  # finite even if no column is visible
         fades = tl.where(weights > 0, tl.exp(tops - top), 0.0)
         parts = tl.load(
             partial + each[:, None] * HEAD + dims[None, :],
@@ -297,7 +298,7 @@ def attend_kernel(
     KV: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """One split of one row's columns for one group of heads; the last of a group to finish joins the splits."""
+    """Attend to one split of a row's columns for one group of heads; the last program of a group joins the splits."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, dims = tl.arange(0, G), tl.arange(0, D)
     is_head, is_dim = heads < GROUP, dims < HEAD
@@ -314,7 +315,7 @@ def attend_kernel(
     end = tl.minimum(start + chunk, end)
 
     shift = (row.to(tl.int64) * KV + kv_head) * tl.load(place) * HEAD
-    # what is known of an address as a number is forgotten of the pointer: only behind the addition does a hint reach it
+    # a hint on the number is lost in the cast to a pointer: give it after the addition
     keys = tl.multiple_of(tl.load(pointers).to(tl.pointer_type(dtype)) + shift, 16)
     values = tl.multiple_of(tl.load(pointers + 1).to(tl.pointer_type(dtype)) + shift, 16)
     largest, weight, total = _read(q, keys, values, start, end, scaling, dims, is_dim, HEAD, G, D, N)
@@ -327,7 +328,7 @@ def attend_kernel(
         tl.store(partial + (mine + heads)[:, None] * HEAD + dims[None, :], total, mask=inside)
         tl.store(sums + (mine + heads) * 2, largest, mask=is_head)
         tl.store(sums + (mine + heads) * 2 + 1, weight, mask=is_head)
-        tl.debug_barrier()  # all of the program's stores come before its ticket
+        tl.debug_barrier()  # the program's stores come before its ticket
         if tl.atomic_add(tickets + group, 1) == SPLITS - 1:
             tl.debug_barrier()
             _join(partial, sums, out, group, dims, is_dim, GROUP, HEAD, SPLITS, S)

@@ -1,10 +1,10 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # Triton has no types, is absent on a CPU, and what `jit` decorates is not Python.
-"""The stages of a decode step as Triton kernels: what adapters add rides on the kernels that the base has anyway.
+"""Launches the stages of a decode step as Triton kernels. The LoRA update is fused into kernels that the base needs.
 
-`tests/reference_kernels.py` says what each computes. A launch inside a CUDA graph costs as much as reading four
-megabytes; a layer has five of these kernels and four products, with adapters and without.
+`tests/test_kernels.py` compares each stage, with its LoRA update, with `tests/reference_kernels.py`. A launch inside a
+CUDA graph costs as much time as reading 4 MB. A layer has five kernels and four products, with or without adapters.
 """
 
 import torch
@@ -24,13 +24,12 @@ from treadle.engine.runners.cuda.interface import (
 from treadle.engine.runners.cuda.triton_kernels import activate_kernel, add_kernel, attend_kernel, store_kernel
 
 ATTENTION_PROGRAMS = 8 * 132
-"""Programs that attention is split into if there are fewer heads and rows: eight on each multiprocessor of an H100."""
+"""Attention is split into this many programs if heads and rows are fewer: eight on each multiprocessor of an H100."""
 MAX_SPLITS = 32
 TILE_BYTES, ROW_TILE_BYTES = 128, 512
-"""Of each row of B, what is read at once for several rows of x, and for one."""
-
+"""Bytes of each row of B that are read at once: for several rows of x, and for one."""
 MAX_ROW_TILES = 4
-"""Blocks of ranks at most that are written out for one row: a kernel with eight took minutes to compile."""
+"""Unrolled tiles of ranks for a single row; a kernel with eight took minutes to compile."""
 
 
 class TritonKernels:
@@ -40,34 +39,34 @@ class TritonKernels:
         self._tickets: dict[torch.device, Tensor] = {}
 
     def bucket(self, num_rows: int) -> int:
-        """Return a power of two up to 8, a multiple of 8 up to 64, of 32 behind that."""
+        """Return a power of two up to 8, then a multiple of 8 up to 64, then a multiple of 32."""
         if num_rows <= 8:
             return triton.next_power_of_2(num_rows)
         step = 8 if num_rows <= 64 else 32
         return triton.cdiv(num_rows, step) * step
 
     def binds(self, buffers: tuple[Tensor, Tensor]) -> tuple[int, ...]:
-        """Return nothing: where the buffers lie is data."""
+        """Return nothing: the buffers' addresses are data."""
         return ()
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return x W^T (B, out) for x (B, in) in the form that is fastest."""
+        """Return x W^T (B, out) for x (B, in) by the fastest kernel."""
         return fastest_product(x, weight)
 
     def add(self, x: Tensor, product: PendingProduct, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x + product (B, H), the same times `weight` (H,), and its sums of squares (B, parts)."""
         y, update, bias, _ = product
         num_rows, size = x.shape
-        [factor] = update.factors if update else [None]
-        block = _row_block(num_rows, update) if factor else 1
-        columns = 32 if factor else min(1024, triton.next_power_of_2(size))
+        [layer_b] = update.layers if update else [None]
+        block = _row_block(num_rows, update) if layer_b else 1
+        columns = 32 if layer_b else min(1024, triton.next_power_of_2(size))
         parts = triton.cdiv(size, columns)
         total, weighted = torch.empty_like(x), torch.empty_like(x)
         squares = x.new_empty(num_rows, parts, dtype=torch.float32)
         add_kernel[(triton.cdiv(num_rows, block), parts)](
             x, y, y.stride(0), _or(bias, x), weight, total, weighted, squares, num_rows, size,
-            *_sources(update, x), *_factor(factor, x)[:2],
-            HAS_BIAS=bias is not None, HAS_UPDATE=factor is not None,
+            *_sources(update, x), *_layer_b(layer_b, x)[:2],
+            HAS_BIAS=bias is not None, HAS_UPDATE=layer_b is not None,
             M=block, N=columns, **_ranks(update, block), num_warps=_warps(block, update),
         )  # fmt: skip
         return total, weighted, squares
@@ -85,13 +84,13 @@ class TritonKernels:
         num_rows = len(heads)
         queries = heads.new_empty(num_rows, shape.q, shape.size)
         block = _row_block(num_rows, update) if update else 1 if num_rows <= 8 else 4
-        factors = update.factors if update else (None, None, None)
+        layers = update.layers if update else (None, None, None)
         q_norm, k_norm, epsilon = head_norms or (heads, heads, 0.0)
         half = triton.next_power_of_2(shape.size // 2)
         store_kernel[(triton.cdiv(num_rows, block), shape.q + 2 * shape.kv)](
             heads, heads.stride(0), _or(bias, heads), *_norm(norm), *rotation, q_norm, k_norm, epsilon,
             queries, window.pointers, window.first, window.place, num_rows,
-            *_sources(update, heads), *(each for factor in factors for each in _factor(factor, heads)),
+            *_sources(update, heads), *(each for layer_b in layers for each in _layer_b(layer_b, heads)),
             Q=shape.q, KV=shape.kv, HEAD=shape.size,
             HAS_BIAS=bias is not None, HAS_UPDATE=update is not None, HAS_NORMS=head_norms is not None,
             M=block, N=max(16, half), **_ranks(update, block), P=_parts_block(norm),
@@ -100,7 +99,7 @@ class TritonKernels:
         return queries
 
     def attend(self, queries: Tensor, num_kv: int, scaling: float, window: CacheWindow) -> Tensor:
-        """Return what queries (B, q, head) read from the cache: (B, q * head)."""
+        """Return the attention result (B, q * head) of queries (B, q, head) over the cache."""
         num_rows, num_q, size = queries.shape
         group = num_q // num_kv
         splits = max(1, min(MAX_SPLITS, triton.cdiv(ATTENTION_PROGRAMS, num_rows * num_kv)))
@@ -122,10 +121,10 @@ class TritonKernels:
         num_rows = len(gate_up)
         out = gate_up.new_empty(num_rows, size)
         block, columns = (_row_block(num_rows, update), 64) if update else (1, 256)
-        factors = update.factors if update else (None, None)
+        layers = update.layers if update else (None, None)
         activate_kernel[(triton.cdiv(num_rows, block), triton.cdiv(size, columns))](
             gate_up, gate_up.stride(0), _or(bias, gate_up), *_norm(norm), out, num_rows, size,
-            *_sources(update, gate_up), *(each for factor in factors for each in _factor(factor, gate_up)),
+            *_sources(update, gate_up), *(each for layer_b in layers for each in _layer_b(layer_b, gate_up)),
             HAS_BIAS=bias is not None, HAS_UPDATE=update is not None,
             M=block, N=columns, **_ranks(update, block), P=_parts_block(norm),
             num_warps=_warps(block, update),
@@ -133,14 +132,14 @@ class TritonKernels:
         return out
 
     def _tickets_of(self, device: torch.device, count: int) -> Tensor:
-        """Return zeros (count,) that kernels leave as zeros: made before a capture, whose memory another may use."""
+        """Return zeros (count,) that kernels reset to zeros; made before a capture, because graphs share memory."""
         if device not in self._tickets or len(self._tickets[device]) < count:
             self._tickets[device] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
         return self._tickets[device]
 
 
 def _row_block(num_rows: int, update: PendingUpdate | None) -> int:
-    """Return how many rows a program takes whose adapters' factors are read for all of them at once."""
+    """Return the rows that a program takes; it reads B once for all of them."""
     size = update.h.element_size() if update else 1
     if num_rows == 1 and _widest(update) * size <= MAX_ROW_TILES * ROW_TILE_BYTES:
         return 1
@@ -149,11 +148,11 @@ def _row_block(num_rows: int, update: PendingUpdate | None) -> int:
 
 def _widest(update: PendingUpdate | None) -> int:
     """Return the rank of the widest layer."""
-    return max((factor.b.shape[1] for factor in update.factors if factor), default=1) if update else 1
+    return max((layer_b.b.shape[1] for layer_b in update.layers if layer_b), default=1) if update else 1
 
 
 def _ranks(update: PendingUpdate | None, block: int) -> dict[str, int]:
-    """Return how many ranks are read at once, 16 at least, and in how many turns."""
+    """Return the ranks in a tile, at least 16, and the number of unrolled tiles."""
     size = update.h.element_size() if update else 1
     most = (ROW_TILE_BYTES if block == 1 else TILE_BYTES) // size
     ranks = min(most, max(16, triton.next_power_of_2(_widest(update))))
@@ -170,7 +169,7 @@ def _parts_block(norm: PendingNorm | None) -> int:
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Return the tensor, or another one in its place that the kernel will not read."""
+    """Return the tensor; if None, `other` as a placeholder that the kernel does not read."""
     return other if tensor is None else tensor
 
 
@@ -185,6 +184,6 @@ def _sources(update: PendingUpdate | None, other: Tensor) -> tuple[Tensor, int, 
     return update.h, update.h.stride(0), update.gates, update.gates.stride(0)
 
 
-def _factor(factor: LayerB | None, other: Tensor) -> tuple[Tensor, int, int]:
-    """Return b, its rank and where its h begins; no rank where there is none."""
-    return (other, 0, 0) if factor is None else (factor.b, factor.b.shape[1], factor.start)
+def _layer_b(layer_b: LayerB | None, other: Tensor) -> tuple[Tensor, int, int]:
+    """Return b, its rank and its first column of h; rank 0 if there is none."""
+    return (other, 0, 0) if layer_b is None else (layer_b.b, layer_b.b.shape[1], layer_b.start)

@@ -1,0 +1,58 @@
+"""The two LoRA factors of one module, and a check that what they compute stays finite in a dtype.
+
+An infinite product times a weight of 0 is NaN, so one adapter's overflow would reach rows that do not use it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+HEADROOM_POWER = 0.75
+"""A bound must stay below the dtype's largest number to this power: inputs and base weights need the rest."""
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The factors of one module. They add `scale * b @ a @ x` to `W x`.
+
+    Attributes:
+        a: (r, in), as stored on disk.
+        b: (out, r), as stored on disk.
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of `a`."""
+        return self.a.shape[0]
+
+    def bound(self) -> float:
+        """Return an upper bound of scale, B, A x (entries of x at most 1), and scale B A; inf if beyond float32."""
+        rows_a, columns_a = _largest_norm(self.a, 1), _largest_norm(self.a, 0)
+        rows_b = _largest_norm(self.b, 1)
+        return max(self.scale, rows_b, rows_a * sqrt(self.a.shape[1]), self.scale * rows_b * columns_a)
+
+
+def range_problems(pairs: Mapping[str, LoraPair], dtype: torch.dtype) -> list[str]:
+    """Return a problem for each module whose update may overflow in `dtype`."""
+    limit = torch.finfo(dtype).max ** HEADROOM_POWER
+    bounds = {module: pair.bound() for module, pair in pairs.items()}
+    name = str(dtype).removeprefix("torch.")
+    return [
+        f"{module}: its scale and factors reach {bound:.3g}, too large for {name} (allowed: {limit:.3g})"
+        for module, bound in bounds.items()
+        if not bound <= limit
+    ]
+
+
+def _largest_norm(factor: Tensor, axis: int) -> float:
+    """Return the largest norm of a factor's vectors along an axis."""
+    return float(vector_norm(factor, dim=axis, dtype=torch.promote_types(factor.dtype, torch.float32)).max())
