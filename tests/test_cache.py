@@ -54,9 +54,9 @@ class Model:
             return
         self.cache.keep(order, self.cache.length - max(row.shape[1] for row in self.rows))
         layer = self.cache.rows(1)[0]
-        for buffer in layer._buffers or ():  # what is left behind must never be seen again
+        for buffer in layer.buffers:  # nothing may read again what is left behind
             buffer[len(self.rows) :] = torch.nan
-            buffer[:, :, : layer._start] = torch.nan
+            buffer[:, :, : layer.window[0]] = torch.nan
 
     def check(self) -> None:
         if not self.rows:

@@ -1,8 +1,8 @@
-"""Keys and values of texts that have been read, used again by rows that begin with the same text in the same way.
+"""Keys and values of earlier texts, reused by rows that begin with the same text read in the same way.
 
-What a token's keys and values are depends on the tokens up to it, on the base model, and on the adapters and weights
-under which each of them was read. So an entry fits as far as tokens and weights are the same, and no further. Weights
-count by what an adapter holds, not by its name alone: another one that takes a name shares nothing with the first.
+The keys and values of a token depend on all tokens up to it, on the base model, and on the adapters and weights under
+which each token was read. So an entry is reused as far as tokens and weights are equal. Adapters are compared by their
+factors as well as their names: a new adapter under an old name shares nothing with the old one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,29 +24,29 @@ from treadle.lora.blend import Blend
 from treadle.routing.centroids import Floats
 
 MIN_PREFIX_TOKENS = 16
-"""Tokens; a shorter prefix is read again."""
+"""Shorter prefixes are read again."""
 MAX_ENTRIES = 128
-"""Entries; with more, on a small model, to compare would take longer than to read again."""
+"""With more entries, comparing takes longer than reading again on a small model."""
 MAX_COPIED_TOKENS = 256
-"""Columns; of what has been read, a pass copies so many."""
+"""A pass copies at most this many of the tokens that were read."""
 Key: TypeAlias = tuple[str, str]
 """An adapter's name and identity."""
 
 
 def key_of(adapter: Adapter) -> Key:
-    """Return what tells an adapter from others."""
+    """Return the key that identifies an adapter."""
     return adapter.name, adapter.identity
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Tokens and how they are read: what has to be the same for keys and values to be the same.
+    """Tokens and the way they are read. Equal ones have equal keys and values.
 
     Attributes:
         ids: (T,) tokens.
-        weights: adapter -> (T,) its weights; only of adapters that act somewhere.
-        present: the adapters that the combine brings in whatever their weights.
-        way: combine, owner, and which rotary factors.
+        weights: adapter -> (T,) its weights; only adapters with a weight above 0.
+        present: the adapters that the combine uses at any weight.
+        way: combine, owner, and the kind of rotary factors.
     """
 
     ids: NDArray[np.int64]
@@ -56,18 +56,18 @@ class Text:
 
     @cached_property
     def head(self) -> bytes:
-        """The first tokens; texts that differ in these have nothing in common that is worth keeping."""
+        """The first tokens; texts that differ here share too little to keep."""
         return self.ids[:MIN_PREFIX_TOKENS].tobytes()
 
     @classmethod
     def of(cls, row: Row, blend: Blend, rope: str = "") -> "Text":
-        """Return the tokens of a row but the newest generated one, which no pass has read yet."""
+        """Return a row's tokens without the newest generated one, which no pass has read yet."""
         ids = np.array(row.ids[: len(row.ids) - bool(row.events)])
         later = [event.weights for event in row.events[1:]]
         prompt = np.broadcast_to(row.read_under, (row.prompt_tokens, len(row.router.names)))
         weights = np.concatenate([prompt, *(each[None] for each in later)])  # (T, N)
         keys = {adapter.name: key_of(adapter) for adapter in blend.adapters}
-        # the paper's combine adds the B of every adapter that the row knows of, whatever its weight
+        # `paper` adds the B of every adapter that the row knows, at any weight
         present = tuple(keys[name] for name in row.router.names) if row.routing.combine == "paper" else ()
         acting = {keys[name]: weights[:, i] for i, name in enumerate(row.router.names) if weights[:, i].any()}
         return cls(ids, acting, present, (row.routing.combine, row.owner, rope))
@@ -86,7 +86,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A text with its keys and values, each (H, T, head), of every layer, and how many bytes these are."""
+    """A text with its keys and values (H, T, head) of every layer, and their bytes."""
 
     text: Text
     states: Sequence[tuple[Tensor, Tensor]]
@@ -94,22 +94,22 @@ class Entry:
 
 
 class PrefixCache:
-    """Texts that were read lately, up to so many bytes of keys and values; the one unused longest goes first."""
+    """The latest texts, up to `max_bytes` bytes of keys and values; the least recently used is dropped first."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._entries: list[Entry] = []  # the newest last
-        self._adapters: Sequence[Adapter] = ()  # of the last `forget`
+        self._adapters: Sequence[Adapter] = ()  # at the last `forget`
 
     @property
     def num_bytes(self) -> int:
-        """Of all entries."""
+        """Bytes of all entries."""
         return sum(entry.num_bytes for entry in self._entries)
 
     def fill(self, cache: RowCache, text: Text) -> int:
-        """Put what is known of a text's beginning into an empty cache of one row; return how many tokens that is.
+        """Copy the known beginning of a text into an empty cache of one row; return its number of tokens.
 
-        The last token is never among them: its logits are wanted.
+        The last token is always read again, because its logits are needed.
         """
         known = [min(entry.text.shared(text), len(text.ids) - 1) for entry in self._entries]
         longest = max(known, default=0)
@@ -122,9 +122,9 @@ class PrefixCache:
         return longest
 
     def store(self, text: Text, cache: RowCache, index: int, copy: "Copy | None" = None) -> None:
-        """Keep the keys and values of the row at `index` of a cache whose last columns are this text's.
+        """Store the keys and values of the row at `index` of a cache that ends with this text.
 
-        `copy` has the first of them already, where the text was read in chunks.
+        `copy` holds the first of them already if the text was read in chunks.
         """
         length = len(text.ids)
         copy = copy or Copy(length, self.max_bytes)
@@ -133,16 +133,16 @@ class PrefixCache:
             return
         shared = [entry.text.shared(text) for entry in self._entries]
         if length in shared:
-            return  # it is the beginning of a text that is there
+            return  # a stored text begins with it
         copy.extend(cache, length, index)
-        # a text that the new one continues is in it
+        # drop texts that the new one continues
         kept = [e for e, same in zip(self._entries, shared, strict=True) if same < len(e.text.ids)]
         self._entries = [*kept[1 - MAX_ENTRIES :], Entry(text, copy.states, num_bytes)]
         while self.num_bytes > self.max_bytes:
             del self._entries[0]
 
     def forget(self, adapters: Sequence[Adapter]) -> None:
-        """Drop what was read under adapters other than these."""
+        """Drop entries that were read under adapters other than these."""
         if adapters is self._adapters:
             return
         self._adapters = adapters
@@ -153,31 +153,31 @@ class PrefixCache:
 class Copy:
     """Keys and values of one row's first `length` tokens, copied a few columns at a time while the row is read.
 
-    All at once, a long text would hold up the rows that run: the copy goes into memory that the system has yet to give.
-    The layers lie in one piece, which goes back to the system with them.
+    Copying a long text at once would delay running rows, because the system maps the new memory on first write. All
+    layers are one allocation, which is returned to the system as a whole.
     """
 
     def __init__(self, length: int, max_bytes: int) -> None:
-        """Copy nothing yet, and never more than `max_bytes`."""
+        """Copy nothing yet; copy nothing at all if the whole has more than `max_bytes` bytes."""
         self._length = length
         self._max_bytes = max_bytes
-        self.num_columns = 0  # that have been copied
+        self.num_columns = 0  # copied so far
         self.states: list[tuple[Tensor, Tensor]] = []  # of each layer (H, length, head)
 
     def size(self, cache: RowCache) -> int:
-        """Return how many bytes the whole copy of a row of this cache has."""
+        """Return the bytes of a whole copy of a row of this cache."""
         buffers = [each for pair in cache.buffers() for each in pair]  # (rows, H, columns, head)
         return sum(each.itemsize * each.shape[1] * self._length * each.shape[3] for each in buffers)
 
     def extend(self, cache: RowCache, most: int = MAX_COPIED_TOKENS, index: int = 0) -> None:
-        """Copy the next columns, at most so many, of the row at `index`; its text ends where the cache does."""
+        """Copy the next columns, at most `most`, of the row at `index`; its text ends where the cache ends."""
         if self.size(cache) > self._max_bytes:
             return
         cache.show()
         layers = cache.rows(len(cache.layers))
         shown = [cast(tuple[Tensor, Tensor], (layer.keys, layer.values)) for layer in layers]
         self.states = self.states or _new_states(shown, self._length)
-        before = max(0, cache.length - self._length)  # columns of padding, once all of the text is there
+        before = max(0, cache.length - self._length)  # columns of padding, once the whole text is cached
         done = min(self.num_columns + most, cache.length - before)
         for new, old in zip(chain(*self.states), chain(*shown), strict=True):
             new[:, self.num_columns : done] = old[index, :, before + self.num_columns : before + done]
@@ -185,7 +185,7 @@ class Copy:
 
 
 def _new_states(like: Sequence[tuple[Tensor, Tensor]], length: int) -> list[tuple[Tensor, Tensor]]:
-    """Return keys and values (H, length, head) of each layer, with any values, in one piece of memory."""
+    """Return uninitialised keys and values (H, length, head) of each layer, in one allocation."""
     shapes = [(each.shape[1], length, each.shape[3]) for each in chain(*like)]
     sizes = [prod(shape) for shape in shapes]
     parts = new_pages([sum(sizes)], like[0][0]).split(sizes)

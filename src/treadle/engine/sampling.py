@@ -1,4 +1,4 @@
-"""Chooses the next token from logits; each row by its own options and its own random stream."""
+"""Chooses the next token from logits. Each row has its own options and its own random stream."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from treadle.common.params import SamplingParams
 
 
 def new_generator(params: SamplingParams, device: torch.device) -> torch.Generator | None:
-    """Return the random stream of a new row, None for a greedy one."""
+    """Return the random stream of a new row; None if it is greedy."""
     if params.temperature == 0:
         return None
     generator = torch.Generator(device)
@@ -31,19 +31,20 @@ def sample(
         generators: of each row; None where it is greedy.
 
     Returns:
-        token ids (B) and their log-probabilities (B) in nats, under the model's own distribution at temperature 1. Of
-        a row whose logits overflow, the log-probability is not finite and the token means nothing; others do not mind.
+        token ids (B) and their log-probabilities (B) in nats, under the model's own distribution at temperature 1.
+        A row whose logits overflow has a log-probability that is not finite, and a meaningless token; others do not
+        change.
     """
     logits = logits.float()
     tokens = logits.argmax(-1)  # (B,)
     totals = logits.logsumexp(-1)  # (B,)
-    is_drawn = totals.isfinite().tolist() if any(generators) else []  # once for all: on a GPU it waits
+    is_drawn = totals.isfinite().tolist() if any(generators) else []  # once for all rows: on a GPU this synchronises
     for row, (options, generator) in enumerate(zip(params, generators, strict=True)):
         if generator is not None and is_drawn[row]:
             weights = torch.softmax(truncate(_tempered(logits[row], options.temperature), options), -1)
             tokens[row] = torch.multinomial(weights, 1, generator=generator)[0]
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - totals  # (B,)
-    ids, values = torch.stack([tokens.double(), logprobs.double()]).tolist()  # to the host at once; both are exact
+    ids, values = torch.stack([tokens.double(), logprobs.double()]).tolist()  # to the host in one copy; both are exact
     return [int(token) for token in ids], values
 
 
@@ -62,25 +63,25 @@ def score_tokens(logits: Tensor, tokens: Sequence[int]) -> list[float]:
     """Return the log-probabilities (T) in nats of tokens (T) under logits (T, V)."""
     logits = logits.float()
     index = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]  # (T, 1)
-    # as `likeliest` computes it, to the last bit: whoever asks for both compares them
+    # bit for bit as in `likeliest`: callers that ask for both compare them
     return (logits.gather(-1, index)[:, 0] - logits.logsumexp(-1)).tolist()
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Return logits (V,) below their largest, over the temperature: no float32 of either overflows to NaN."""
+    """Return (logits - maximum) / temperature (V,), so that no float32 of either overflows to NaN."""
     return (logits - logits.max()) / min(temperature, torch.finfo(torch.float32).max)
 
 
 def truncate(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Return logits (V,) with -inf where `top_k` and `top_p` leave a token out; the most probable always stays."""
+    """Return logits (V,) with -inf for tokens that `top_k` or `top_p` excludes; the most probable token stays."""
     if 0 < params.top_k < logits.shape[-1]:
         smallest = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if params.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         probabilities = torch.softmax(ordered, -1)
-        before = probabilities.cumsum(-1) - probabilities  # mass of the tokens that come first
+        before = probabilities.cumsum(-1) - probabilities  # probability mass of the tokens before
         is_out = before >= params.top_p
-        is_out[0] = False  # in float32, the smallest `top_p` are 0
+        is_out[0] = False  # a tiny `top_p` is 0 in float32
         logits = logits.masked_fill(torch.empty_like(is_out).scatter_(-1, order, is_out), -torch.inf)
     return logits

@@ -1,6 +1,6 @@
-"""Whether the engine can run a model: a decoder whose whole state is keys and values, and which minds its padding.
+"""Checks that the engine can run a model: a decoder whose only state is keys and values, and that masks its padding.
 
-The questions go to transformers and to the model itself. No list of names would stay complete.
+The checks ask transformers and the model itself, because no list of model names would stay complete.
 """
 
 import inspect
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SUPPORTED_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
-"""The layers of transformers' caches that `kv_cache` can stand for: keys and values of each token, or nothing."""
+"""Layers of transformers' caches that `kv_cache` can replace: keys and values of each token, or nothing."""
 STATEFUL_LAYER_TYPES = ("conv", "linear_attention", "mamba", "recurrent")
-"""Layer types of a configuration that keep a state; the caches of older releases do not tell."""
+"""Layer types of a configuration that keep a state; caches of older releases do not show it."""
 PADDING_TOKENS = 3
-"""Columns of padding that the probe puts before a text."""
+"""Padding that the probe puts before a text."""
 
 
 def check_supported(model: "PreTrainedModel") -> None:
-    """Raise a ModelError that lists every reason why the engine cannot run the model."""
+    """Raise a ModelError that lists all reasons why the engine cannot run the model."""
     problems = list(_state_problems(model)) or list(_padding_problems(model))
     if problems:
         head = f"the engine cannot run {type(model).__name__}; treadle.attach can blend its adapters:"
@@ -56,7 +56,7 @@ def _state_problems(model: "PreTrainedModel") -> Iterator[str]:
 
 @torch.inference_mode()
 def _padding_problems(model: "PreTrainedModel") -> Iterator[str]:
-    """Ask a model that takes no positions whether padding on the left leaves its logits as they are."""
+    """Test whether left padding changes the logits of a model that takes no positions."""
     if "position_ids" in inspect.signature(model.forward).parameters:
         return
     ids = torch.arange(1, 5, device=model.device)[None]  # (1, T)
@@ -73,9 +73,9 @@ def _padding_problems(model: "PreTrainedModel") -> Iterator[str]:
 
 @torch.inference_mode()
 def rereading_layers(model: "PreTrainedModel") -> frozenset[str]:
-    """Return the linear layers that read all tokens again in each step, from what the cache holds.
+    """Return the linear layers that read all cached tokens again in each step.
 
-    Latent attention caches one small vector a token, and makes keys and values from all of them in each pass.
+    Latent attention caches one small vector a token, and computes all keys and values from them in each pass.
     """
     seen: dict[str, int] = {}
 

@@ -1,7 +1,8 @@
-"""The seam to the forward pass: the one place that chooses who runs it.
+"""Chooses the forward pass. No other module does.
 
-There are four passes: the model's own `forward`, our step on a CPU, our step on a GPU, and a chunk of a long prompt on
-a CPU. `ModelForward` takes everything; each of the others says what it takes, and tests compare it with `ModelForward`.
+There are four passes: the model's own `forward`, our step on a CPU, our step on a GPU, and the chunk of a long prompt
+on a CPU. `ModelForward` takes every input. Each other pass says which inputs it takes; `tests/test_runner.py` compares
+all of them with `ModelForward`.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class ModelForward:
-    """The model's own `forward`: it takes everything, and is the reference of the others."""
+    """The model's own `forward`. It takes every input, and the other passes are compared with it."""
 
     def __init__(self, model: "PreTrainedModel", blend: Blend, rope: LengthRope | None) -> None:
         self._model = model
@@ -36,11 +37,11 @@ class ModelForward:
         self._cache_argument = cache_argument(model)
 
     def takes(self, given: PassInput) -> bool:
-        """Whether it can run this: always."""
+        """Return True."""
         return True
 
     def run(self, given: PassInput) -> PassOutput:
-        """Read the tokens by transformers; see `ForwardPass`."""
+        """Read the tokens through transformers; see `ForwardPass`."""
         device, mask = self._model.device, given.mask()
         rope = self._rope.using(given.lengths) if self._rope else nullcontext()
         asked = {} if given.layer is None else {"output_hidden_states": True}
@@ -59,10 +60,10 @@ class ModelForward:
 
 
 class Runner:
-    """Runs each pass by the first of our own that takes it, else by the model's own `forward`."""
+    """Runs each input through the first of our own passes that takes it, otherwise through the model's `forward`."""
 
     def __init__(self, model: "PreTrainedModel", blend: Blend, own: Sequence[ForwardPass] = ()) -> None:
-        """Take a model, its blend, and the passes to try first."""
+        """Take a model, its blend, and our own passes in the order to try them."""
         self.rope = LengthRope.of(model)
         self.own = tuple(own)
         self._model = model
@@ -71,12 +72,12 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self._model.device
 
     @property
     def has_packs(self) -> bool:
-        """Whether steps may read weights that oneDNN has packed."""
+        """True if steps may read weights packed by oneDNN."""
         return any(isinstance(each, FastStep) and each.has_packs for each in self.own)
 
     def run(self, given: PassInput) -> PassOutput:
@@ -84,32 +85,32 @@ class Runner:
         return next((each for each in self.own if each.takes(given)), self._forward).run(given)
 
     def unhooked(self) -> "Runner":
-        """Return the runner to use now: without passes of our own while somebody listens to a module."""
+        """Return the runner to use now: without our own passes while a module has hooks."""
         return Runner(self._model, self._blend) if self.own and decoder.is_hooked(self._model) else self
 
 
 def is_plain_decoder(model: "PreTrainedModel") -> bool:
-    """Whether a pass of our own on a CPU knows all layers of the model: none reads the past again, say."""
+    """Return whether our own CPU passes know all layers of the model, so that none reads earlier tokens again."""
     return decoder.fits(model)
 
 
 def check_pack(model: "PreTrainedModel", pack: bool | None, *, is_fast: bool) -> None:
-    """Raise an OptionError if packed weights are asked for and nothing reads them."""
+    """Raise an OptionError if packed weights are requested and nothing reads them."""
     if pack and not (is_fast and decoder.fits(model) and can_pack(model.dtype)):
         raise OptionError(
-            "pack: nothing reads packed weights here. Steps of our own do, on a CPU whose oneDNN packs "
-            f"{model.dtype}, of {', '.join(decoder.ARCHITECTURES)}."
+            "pack: nothing reads packed weights here. Treadle's own steps do, on a CPU whose oneDNN packs "
+            f"{model.dtype}, for {', '.join(decoder.ARCHITECTURES)}."
         )
 
 
 def new_runner(model: "PreTrainedModel", blend: Blend, *, pack: bool | None = None, is_fast: bool = True) -> Runner:
-    """Return the runner of a model, with the passes of our own that know it and its device.
+    """Return the runner of a model, with those of our own passes that fit it and its device.
 
     Args:
         model: the base.
         blend: of its adapters.
-        pack: as `treadle.engine.engine.Engine` takes it.
-        is_fast: False = the model's own `forward` alone.
+        pack: as in `treadle.engine.engine.Engine`.
+        is_fast: False = only the model's own `forward`.
     """
     own: list[ForwardPass] = []
     if is_fast and decoder.fits(model):
