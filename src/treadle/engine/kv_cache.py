@@ -80,10 +80,10 @@ class RowLayer(DynamicLayer):
 
     def extend(self) -> None:
         """Add a column to the window for the caller to write; `keys` and `values` are updated by `show`."""
-        self.make_limits(1)
+        self.make_room(1)
         self._end += 1
 
-    def make_limits(self, columns: int) -> None:
+    def make_room(self, columns: int) -> None:
         """Make sure that this many more columns fit into the buffers; the window does not change."""
         keys, _ = self.buffers
         if self._end + columns > keys.shape[-2]:
@@ -132,7 +132,7 @@ class RowLayer(DynamicLayer):
 
         Old memory is not enough: a masked NaN from an earlier row is still NaN in the sum over the values.
         """
-        self.make_limits_for_rows(keys, values)
+        self.make_room_for_rows(keys, values)
         assert self._buffers is not None
         length, num_rows = keys.shape[-2], self._num_rows + len(keys)
         missing = max(0, length - self.get_seq_length())  # columns on the left
@@ -144,7 +144,7 @@ class RowLayer(DynamicLayer):
         self._num_rows = num_rows
         self.show()
 
-    def make_limits_for_rows(self, keys: Tensor, values: Tensor) -> None:
+    def make_room_for_rows(self, keys: Tensor, values: Tensor) -> None:
         """Make sure that rows with these keys and values (B, H, L, head) fit; the window does not change."""
         assert self._buffers is not None
         length, num_rows = keys.shape[-2], self._num_rows + len(keys)
@@ -219,14 +219,14 @@ class RowCache(Cache):
         other.show()
         pairs = list(zip(self._filled(), other._filled(), strict=True))
         for mine, theirs in pairs:
-            mine.make_limits_for_rows(cast(Tensor, theirs.keys), cast(Tensor, theirs.values))
+            mine.make_room_for_rows(cast(Tensor, theirs.keys), cast(Tensor, theirs.values))
         for mine, theirs in pairs:
             mine.append_rows(cast(Tensor, theirs.keys), cast(Tensor, theirs.values))
 
-    def make_limits(self, columns: int) -> None:
+    def make_room(self, columns: int) -> None:
         """Make sure that this many more columns fit into the buffers of all layers."""
         for layer in self._filled():
-            layer.make_limits(columns)
+            layer.make_room(columns)
 
     def cut(self, length: int) -> None:
         """Drop the columns after the first `length`, which only some layers may have."""

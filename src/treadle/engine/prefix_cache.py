@@ -96,8 +96,9 @@ class Entry:
 class PrefixCache:
     """The latest texts, up to `max_bytes` bytes of keys and values; the least recently used is dropped first."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_entries: int = MAX_ENTRIES) -> None:
         self.max_bytes = max_bytes
+        self.max_entries = max_entries
         self._entries: list[Entry] = []  # the newest last
         self._adapters: Sequence[Adapter] = ()  # at the last `forget`
 
@@ -137,7 +138,7 @@ class PrefixCache:
         copy.extend(cache, length, index)
         # drop texts that the new one continues
         kept = [e for e, same in zip(self._entries, shared, strict=True) if same < len(e.text.ids)]
-        self._entries = [*kept[1 - MAX_ENTRIES :], Entry(text, copy.states, num_bytes)]
+        self._entries = [*kept[1 - self.max_entries :], Entry(text, copy.states, num_bytes)]
         while self.num_bytes > self.max_bytes:
             del self._entries[0]
 
