@@ -165,7 +165,7 @@ def test_an_answer_is_kept_where_a_prompt_can_begin_with_it(engine: Engine) -> N
     for name, routing in ROUTINGS.items():
         prefixes = PrefixCache(1 << 24)
         row = run(engine, PROMPTS[2], routing, prefixes)
-        (entry,) = prefixes._entries
+        (entry,) = prefixes.entries
         is_kept = name not in ("routed", "recompute")
         assert len(entry.text.ids) == (len(row.ids) - 1 if is_kept else row.prompt_tokens), name
 
@@ -184,18 +184,15 @@ def test_nothing_is_shared_between_adapters_weights_combines_or_owners(engine: E
     assert run(engine, PROMPTS[2], RoutingParams.one("math"), prefixes, owner="a").reused == len(PROMPTS[2]) - 1
 
 
-def test_the_texts_kept_are_so_many_and_each_is_one_piece_of_memory(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("treadle.engine.prefix_cache.MAX_ENTRIES", 3)
-    prefixes = PrefixCache(1 << 24)
+def test_the_texts_kept_are_so_many_and_each_is_one_piece_of_memory(engine: Engine) -> None:
+    prefixes = PrefixCache(1 << 24, max_entries=3)
     texts = [f"{number} and so the list of planets" for number in range(5)]
     for text in texts:
         run(engine, text, RoutingParams.base(), prefixes)
-    assert len(prefixes._entries) == 3
+    assert len(prefixes.entries) == 3
     reused = [run(engine, text, RoutingParams.base(), prefixes).reused for text in reversed(texts)]
     assert [bool(each) for each in reused] == [True, True, True, False, False]  # the newest are kept
-    for entry in prefixes._entries:
+    for entry in prefixes.entries:
         pieces = {each.untyped_storage().data_ptr() for pair in entry.states for each in pair}
         assert len(pieces) == 1
         assert entry.states[0][0].untyped_storage().nbytes() == entry.num_bytes

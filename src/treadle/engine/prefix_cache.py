@@ -99,25 +99,25 @@ class PrefixCache:
     def __init__(self, max_bytes: int, max_entries: int = MAX_ENTRIES) -> None:
         self.max_bytes = max_bytes
         self.max_entries = max_entries
-        self._entries: list[Entry] = []  # the newest last
+        self.entries: list[Entry] = []  # the newest last
         self._adapters: Sequence[Adapter] = ()  # at the last `forget`
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all entries."""
-        return sum(entry.num_bytes for entry in self._entries)
+        return sum(entry.num_bytes for entry in self.entries)
 
     def fill(self, cache: RowCache, text: Text) -> int:
         """Copy the known beginning of a text into an empty cache of one row; return its number of tokens.
 
         The last token is always read again, because its logits are needed.
         """
-        known = [min(entry.text.shared(text), len(text.ids) - 1) for entry in self._entries]
+        known = [min(entry.text.shared(text), len(text.ids) - 1) for entry in self.entries]
         longest = max(known, default=0)
         if longest < MIN_PREFIX_TOKENS:
             return 0
-        entry = self._entries.pop(known.index(longest))
-        self._entries.append(entry)
+        entry = self.entries.pop(known.index(longest))
+        self.entries.append(entry)
         for layer, (keys, values) in zip(cache.rows(len(entry.states)), entry.states, strict=True):
             layer.replace(keys[None, :, :longest], values[None, :, :longest])
         return longest
@@ -132,15 +132,15 @@ class PrefixCache:
         num_bytes = copy.size(cache)
         if length < MIN_PREFIX_TOKENS or num_bytes > self.max_bytes:
             return
-        shared = [entry.text.shared(text) for entry in self._entries]
+        shared = [entry.text.shared(text) for entry in self.entries]
         if length in shared:
             return  # a stored text begins with it
         copy.extend(cache, length, index)
         # drop texts that the new one continues
-        kept = [e for e, same in zip(self._entries, shared, strict=True) if same < len(e.text.ids)]
-        self._entries = [*kept[1 - self.max_entries :], Entry(text, copy.states, num_bytes)]
+        kept = [e for e, same in zip(self.entries, shared, strict=True) if same < len(e.text.ids)]
+        self.entries = [*kept[1 - self.max_entries :], Entry(text, copy.states, num_bytes)]
         while self.num_bytes > self.max_bytes:
-            del self._entries[0]
+            del self.entries[0]
 
     def forget(self, adapters: Sequence[Adapter]) -> None:
         """Drop entries that were read under adapters other than these."""
@@ -148,7 +148,7 @@ class PrefixCache:
             return
         self._adapters = adapters
         keys = set(map(key_of, adapters))
-        self._entries = [entry for entry in self._entries if {*entry.text.weights, *entry.text.present} <= keys]
+        self.entries = [entry for entry in self.entries if {*entry.text.weights, *entry.text.present} <= keys]
 
 
 class Copy:
