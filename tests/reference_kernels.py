@@ -4,18 +4,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from treadle.engine.runners.cuda.interface import CacheWindow, HeadNorms, Heads, LayerB, PendingProduct
+from treadle.engine.runners.cuda.interface import CacheWindow, HeadNorms, Heads, LayerB, PendingProduct, PendingUpdate
+from treadle.lora.gates import Gates
+from treadle.lora.layer import lora_update
 
 
 class PlainKernels:
     """See `treadle.engine.runners.cuda.interface.Kernels`."""
 
     def bucket(self, num_rows: int) -> int:
-        """Return the number itself: rows that are not real would have no place in the cache."""
+        """Return the number itself: padding rows would have no place in the cache."""
         return num_rows
 
     def binds(self, buffers: tuple[Tensor, Tensor]) -> tuple[int, ...]:
-        """Return where the buffers lie and how large they are."""
+        """Return the buffers' address and shape."""
         return buffers[0].data_ptr(), *buffers[0].shape
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class PlainKernels:
         return q.to(product.y.dtype)
 
     def attend(self, queries: Tensor, num_kv: int, scaling: float, window: CacheWindow) -> Tensor:
-        """Return what queries (B, q, head) read from the cache: (B, q * head)."""
+        """Return the attention result (B, q * head) of queries (B, q, head) over the cache."""
         rows = len(queries)
         columns = torch.arange(window.buffers[0].shape[2], device=queries.device)
         seen = (columns >= window.first[:, None]) & (columns <= window.place[1])  # (B, columns)
@@ -74,19 +76,20 @@ def finished(product: PendingProduct, sizes: list[int]) -> Tensor:
     y, update, bias, norm = product
     total = y[:, : sum(sizes)].float()
     if update is not None:
-        gated = (update.h.float() * update.gates).to(y.dtype)  # (B, sum of R)
-        parts = [_of_layer(gated, each, size) for each, size in zip(update.layers, sizes, strict=True)]
+        parts = [_layer_update(update, each, size) for each, size in zip(update.layers, sizes, strict=True)]
         total = total + torch.cat(parts, 1)
     if norm is not None:
         total = total * torch.rsqrt(norm.squares.sum(-1, keepdim=True) / norm.size + norm.epsilon)
     return total if bias is None else total + bias
 
 
-def _of_layer(gated: Tensor, factor: LayerB | None, size: int) -> Tensor:
-    if factor is None:
-        return gated.new_zeros((len(gated), size), dtype=torch.float32)
-    b, start = factor
-    return functional.linear(gated[:, start : start + b.shape[1]].float(), b.float())
+def _layer_update(update: PendingUpdate, layer: LayerB | None, size: int) -> Tensor:
+    """Return one layer's update (B, size) by the plain formula, gates and products in float32."""
+    h = update.h.float()
+    if layer is None:
+        return h.new_zeros((len(h), size))
+    columns = slice(layer.start, layer.start + layer.b.shape[1])
+    return lora_update(h[:, columns], Gates(update.gates[:, columns]), layer.b.float())
 
 
 def _half_turned(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from treadle.common.errors import AdapterError, OptionError
 from treadle.common.transformers_names import cache_argument, find_cache
-from treadle.lora.adapter import Adapter, LoraPair, read_adapter
-from treadle.lora.blend import Blend, attach
+from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.blend import ALWAYS_ACTIVE_ROWS, Blend
+from treadle.lora.blend import attach as attach_adapters
 from treadle.lora.layer import BlendedLinear
+from treadle.lora.pair import LoraPair
 
 from conftest import RANKS, SAMPLES, TARGETS, save_adapter, tiny_llama
 
@@ -70,11 +73,13 @@ def all_paths(adapters: list[Adapter]) -> set[str]:
     return {path for adapter in adapters for path in adapter.pairs}
 
 
-@pytest.fixture(autouse=True, params=["all laid out", "those that act"])
-def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every law holds for few adapters, which are all laid out, and for many, of which those that act are."""
-    if request.param == "those that act":
-        monkeypatch.setattr("treadle.lora.blend.ALWAYS_ACTIVE_ROWS", 0)
+Attach = Callable[..., Blend]
+
+
+@pytest.fixture(params={"all active": ALWAYS_ACTIVE_ROWS, "needed active": 0}.items(), ids=lambda param: param[0])
+def attach(request: pytest.FixtureRequest) -> Attach:
+    """Every law holds for few adapters, which are all active, and for many, of which only the needed ones are."""
+    return partial(attach_adapters, always_active_rows=request.param[1])
 
 
 @pytest.fixture
@@ -116,7 +121,11 @@ def equal(equal_folders: dict[str, Path]) -> list[Adapter]:
 
 
 def test_one_hot_weights_are_that_peft_adapter(
-    model: PreTrainedModel, unequal: list[Adapter], adapter_folders: dict[str, Path], peft_model: PeftLoader
+    model: PreTrainedModel,
+    unequal: list[Adapter],
+    adapter_folders: dict[str, Path],
+    peft_model: PeftLoader,
+    attach: Attach,
 ) -> None:
     base, peft, blend = logits(model), peft_model(adapter_folders, calm_llama()), attach(model, unequal)
     for name in NAMES:
@@ -134,7 +143,7 @@ def test_one_hot_weights_are_that_peft_adapter(
 )
 @pytest.mark.parametrize("folders", ["adapter_folders", "equal_folders"])
 def test_sum_is_pefts_cat(
-    request: pytest.FixtureRequest, folders: str, weights: list[float], peft_model: PeftLoader
+    request: pytest.FixtureRequest, folders: str, weights: list[float], peft_model: PeftLoader, attach: Attach
 ) -> None:
     """PEFT's cat takes unequal ranks, unequal target modules and rank patterns; so does `sum`."""
     paths: dict[str, Path] = request.getfixturevalue(folders)
@@ -145,7 +154,9 @@ def test_sum_is_pefts_cat(
         assert_close(logits(model), logits(peft))
 
 
-def test_sum_adds_each_adapters_weighted_update_to_the_weights(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_sum_adds_each_adapters_weighted_update_to_the_weights(
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
+) -> None:
     weights = [0.6, 0.3, 0.8]
 
     def delta(path: str) -> Tensor | float:
@@ -165,6 +176,7 @@ def test_linear_is_pefts_linear(
     equal_folders: dict[str, Path],
     peft_model: PeftLoader,
     weights: list[float],
+    attach: Attach,
 ) -> None:
     peft = peft_model(equal_folders, calm_llama())
     peft.add_weighted_adapter(list(NAMES), weights, "merged", combination_type="linear")
@@ -175,7 +187,7 @@ def test_linear_is_pefts_linear(
 
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [0.0, 0.7, 0.6], [1.0, 0.0, 0.0]], ids=str)
 def test_paper_is_all_bs_times_the_weighted_as(
-    model: PreTrainedModel, equal: list[Adapter], weights: list[float]
+    model: PreTrainedModel, equal: list[Adapter], weights: list[float], attach: Attach
 ) -> None:
     def delta(path: str) -> Tensor:
         pairs = [adapter.pairs[path] for adapter in equal]
@@ -188,7 +200,7 @@ def test_paper_is_all_bs_times_the_weighted_as(
 
 
 def test_paper_adds_only_the_bs_of_adapters_that_are_there_for_a_row(
-    model: PreTrainedModel, equal: list[Adapter]
+    model: PreTrainedModel, equal: list[Adapter], attach: Attach
 ) -> None:
     few = attach(calm_llama(), equal[:2])
     with few.using([0.2, 0.5], "paper"):
@@ -206,7 +218,7 @@ def test_paper_adds_only_the_bs_of_adapters_that_are_there_for_a_row(
 
 
 def test_others_of_unequal_ranks_do_not_hinder_those_that_are_combined(
-    model: PreTrainedModel, adapter_folders: dict[str, Path], equal_folders: dict[str, Path]
+    model: PreTrainedModel, adapter_folders: dict[str, Path], equal_folders: dict[str, Path], attach: Attach
 ) -> None:
     pair = [read_adapter(equal_folders[name], name) for name in ("math", "science")]
     few = attach(calm_llama(), pair)
@@ -224,7 +236,7 @@ def test_others_of_unequal_ranks_do_not_hinder_those_that_are_combined(
 
 
 def test_one_hot_gives_the_adapter_back_in_sum_and_linear_but_not_in_paper(
-    model: PreTrainedModel, equal: list[Adapter]
+    model: PreTrainedModel, equal: list[Adapter], attach: Attach
 ) -> None:
     blend = attach(model, equal)
     answers = {}
@@ -241,7 +253,9 @@ def test_one_hot_gives_the_adapter_back_in_sum_and_linear_but_not_in_paper(
 
 
 @pytest.mark.parametrize("combine", ["linear", "paper"])
-def test_one_adapter_combines_in_any_way(model: PreTrainedModel, unequal: list[Adapter], combine: str) -> None:
+def test_one_adapter_combines_in_any_way(
+    model: PreTrainedModel, unequal: list[Adapter], combine: str, attach: Attach
+) -> None:
     blend = attach(model, unequal[:1])
     with blend.using([0.7]):
         expected = logits(model)
@@ -249,7 +263,9 @@ def test_one_adapter_combines_in_any_way(model: PreTrainedModel, unequal: list[A
         assert_close(logits(model), expected)
 
 
-def test_a_targeted_output_layer_with_tied_weights_is_pefts(tmp_path: Path, peft_model: PeftLoader) -> None:
+def test_a_targeted_output_layer_with_tied_weights_is_pefts(
+    tmp_path: Path, peft_model: PeftLoader, attach: Attach
+) -> None:
     def tied() -> LlamaForCausalLM:
         model = calm_llama()
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -262,7 +278,11 @@ def test_a_targeted_output_layer_with_tied_weights_is_pefts(tmp_path: Path, peft
 
 
 def test_gradients_reach_the_inputs_as_in_peft(
-    model: PreTrainedModel, unequal: list[Adapter], adapter_folders: dict[str, Path], peft_model: PeftLoader
+    model: PreTrainedModel,
+    unequal: list[Adapter],
+    adapter_folders: dict[str, Path],
+    peft_model: PeftLoader,
+    attach: Attach,
 ) -> None:
     embedded = model.get_input_embeddings()(IDS).detach()  # (B, T, D)
 
@@ -279,7 +299,7 @@ def test_gradients_reach_the_inputs_as_in_peft(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_base_is_blended_as_precisely_as_by_peft(
-    unequal: list[Adapter], adapter_folders: dict[str, Path], peft_model: PeftLoader, dtype: torch.dtype
+    unequal: list[Adapter], adapter_folders: dict[str, Path], peft_model: PeftLoader, dtype: torch.dtype, attach: Attach
 ) -> None:
     half, exact = calm_llama().to(dtype), calm_llama().to(dtype).float()
     base = logits(half)
@@ -302,7 +322,7 @@ def test_a_half_precision_base_is_blended_as_precisely_as_by_peft(
 
 @pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
 def test_no_weights_and_zero_weights_are_the_base_model_bit_for_bit(
-    model: PreTrainedModel, equal: list[Adapter], combine: str
+    model: PreTrainedModel, equal: list[Adapter], combine: str, attach: Attach
 ) -> None:
     base = logits(model)
     blend = attach(model, equal, combine=combine)
@@ -315,7 +335,9 @@ def test_no_weights_and_zero_weights_are_the_base_model_bit_for_bit(
     assert torch.equal(logits(model), base)
 
 
-def test_detach_leaves_the_same_modules_keys_and_logits(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_detach_leaves_the_same_modules_keys_and_logits(
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
+) -> None:
     modules, keys, base = list(model.named_modules()), list(model.state_dict()), logits(model)
     blend = attach(model, unequal)
     blend.set_weights([0.3, 0.3, 0.3])
@@ -329,7 +351,7 @@ def test_detach_leaves_the_same_modules_keys_and_logits(model: PreTrainedModel, 
     assert blend.names == ()
 
 
-def test_base_weights_are_never_written_to(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_base_weights_are_never_written_to(model: PreTrainedModel, unequal: list[Adapter], attach: Attach) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     blend = attach(model, unequal)
     with blend.using([0.5, 0.5, 0.5]):
@@ -339,7 +361,7 @@ def test_base_weights_are_never_written_to(model: PreTrainedModel, unequal: list
 
 
 def test_using_restores_the_weights_before_it_also_nested_and_after_an_error(
-    model: PreTrainedModel, unequal: list[Adapter]
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
 ) -> None:
     base, blend = logits(model), attach(model, unequal)
     with blend.using(one_hot("math")):
@@ -355,7 +377,9 @@ def test_using_restores_the_weights_before_it_also_nested_and_after_an_error(
     assert torch.equal(logits(model), base)
 
 
-def test_refused_weights_leave_the_weights_before_them(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_refused_weights_leave_the_weights_before_them(
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
+) -> None:
     blend = attach(model, unequal)
     with blend.using(one_hot("math")):
         expected = logits(model)
@@ -367,7 +391,7 @@ def test_refused_weights_leave_the_weights_before_them(model: PreTrainedModel, u
         assert torch.equal(logits(model), expected)
 
 
-def test_blends_on_two_models_do_not_know_each_other(unequal: list[Adapter]) -> None:
+def test_blends_on_two_models_do_not_know_each_other(unequal: list[Adapter], attach: Attach) -> None:
     one, two = calm_llama(), calm_llama()
     base = logits(one)
     first, second = attach(one, unequal), attach(two, unequal[:1])
@@ -387,7 +411,9 @@ def test_blends_on_two_models_do_not_know_each_other(unequal: list[Adapter]) -> 
 
 
 @pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
-def test_each_row_of_a_batch_is_that_row_alone(model: PreTrainedModel, equal: list[Adapter], combine: str) -> None:
+def test_each_row_of_a_batch_is_that_row_alone(
+    model: PreTrainedModel, equal: list[Adapter], combine: str, attach: Attach
+) -> None:
     blend = attach(model, equal, combine=combine)
     with blend.using(ROWS):
         batch = logits(model)
@@ -396,7 +422,7 @@ def test_each_row_of_a_batch_is_that_row_alone(model: PreTrainedModel, equal: li
             assert_close(batch[row : row + 1], logits(model, IDS[row : row + 1]))
 
 
-def test_rows_of_different_combines_share_a_batch(model: PreTrainedModel, equal: list[Adapter]) -> None:
+def test_rows_of_different_combines_share_a_batch(model: PreTrainedModel, equal: list[Adapter], attach: Attach) -> None:
     blend = attach(model, equal)
     combines = ["linear", "sum", "paper"]
     with blend.using(ROWS, combines):
@@ -406,7 +432,7 @@ def test_rows_of_different_combines_share_a_batch(model: PreTrainedModel, equal:
             assert_close(batch[row : row + 1], logits(model, IDS[row : row + 1]))
 
 
-def test_a_row_without_weights_is_the_base_row(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_a_row_without_weights_is_the_base_row(model: PreTrainedModel, unequal: list[Adapter], attach: Attach) -> None:
     base = logits(model)
     rows = torch.tensor([one_hot("math"), [0.0, 0.0, 0.0], one_hot("code")])
     with attach(model, unequal).using(rows):
@@ -415,7 +441,7 @@ def test_a_row_without_weights_is_the_base_row(model: PreTrainedModel, unequal: 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_position_t_of_a_layer_is_updated_by_the_weights_of_t(
-    model: PreTrainedModel, unequal: list[Adapter], num_rows: int
+    model: PreTrainedModel, unequal: list[Adapter], num_rows: int, attach: Attach
 ) -> None:
     torch.manual_seed(1)
     weights, x = torch.rand(num_rows, 5, 3), torch.randn(3, 5, 32)  # (B|1, T, N), (B, T, in)
@@ -432,7 +458,7 @@ def test_position_t_of_a_layer_is_updated_by_the_weights_of_t(
 
 @pytest.mark.parametrize("combine", ["sum", "linear", "paper"])
 def test_one_forward_with_weights_of_every_token_is_cached_decoding(
-    model: PreTrainedModel, equal: list[Adapter], combine: str
+    model: PreTrainedModel, equal: list[Adapter], combine: str, attach: Attach
 ) -> None:
     torch.manual_seed(2)
     weights = torch.rand(3, IDS.shape[1], 3)  # (B, T, N)
@@ -449,7 +475,9 @@ def test_one_forward_with_weights_of_every_token_is_cached_decoding(
     assert_close(torch.cat(steps, 1), whole)
 
 
-def test_weights_of_one_shape_broadcast_like_their_expansion(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_weights_of_one_shape_broadcast_like_their_expansion(
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
+) -> None:
     blend, w = attach(model, unequal), torch.tensor([0.2, 0.5, 0.3])
     with blend.using(w):
         expected = logits(model)
@@ -479,7 +507,7 @@ def count_products(model: PreTrainedModel) -> int:
 
 
 def test_a_pass_makes_one_product_an_input_and_one_a_layer_however_many_adapters(
-    model: PreTrainedModel, unequal: list[Adapter]
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
 ) -> None:
     base = count_products(model)
     for adapters in (unequal[:1], unequal):
@@ -493,7 +521,7 @@ def test_a_pass_makes_one_product_an_input_and_one_a_layer_however_many_adapters
 
 
 def test_layers_that_share_a_product_may_read_other_inputs_and_in_any_order(
-    model: PreTrainedModel, unequal: list[Adapter]
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
 ) -> None:
     blend = attach(model, unequal)
     attention = model.get_submodule("model.layers.0.self_attn")
@@ -507,7 +535,7 @@ def test_layers_that_share_a_product_may_read_other_inputs_and_in_any_order(
     assert len(names) > 1
 
 
-def test_of_many_adapters_only_those_that_act_are_computed(tmp_path: Path) -> None:
+def test_of_many_adapters_only_those_that_act_are_computed(tmp_path: Path, attach: Attach) -> None:
     names = [f"a{index}" for index in range(9)]
     many = [read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name) for seed, name in enumerate(names)]
     model, few = calm_llama(), calm_llama()
@@ -527,7 +555,7 @@ def test_of_many_adapters_only_those_that_act_are_computed(tmp_path: Path) -> No
     assert layer.b_active.shape[1] == 9 * 16
 
 
-def test_factors_are_in_memory_once(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_factors_are_in_memory_once(model: PreTrainedModel, unequal: list[Adapter], attach: Attach) -> None:
     blend = attach(model, unequal)
     for adapter, given in zip(blend.adapters, unequal, strict=True):
         for path, pair in adapter.pairs.items():
@@ -550,7 +578,7 @@ def halved(adapter: Adapter) -> Adapter:
     return replace(adapter, pairs=halves)
 
 
-def test_many_adapters_take_their_own_bytes_and_a_copy_of_those_that_act(tmp_path: Path) -> None:
+def test_many_adapters_take_their_own_bytes_and_a_copy_of_those_that_act(tmp_path: Path, attach: Attach) -> None:
     names = [f"a{index}" for index in range(9)]
     many = [
         halved(read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name)) for seed, name in enumerate(names)
@@ -566,7 +594,7 @@ def test_many_adapters_take_their_own_bytes_and_a_copy_of_those_that_act(tmp_pat
     assert held_bytes(model) == base + own + 2 * own // 9, "one of nine, in float32"
 
 
-def test_a_text_between_two_domains_lays_nothing_out_anew(tmp_path: Path) -> None:
+def test_a_text_between_two_domains_lays_nothing_out_anew(tmp_path: Path, attach: Attach) -> None:
     names = [f"a{index}" for index in range(9)]
     many = [read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name) for seed, name in enumerate(names)]
     blend = attach(calm_llama(), many)
@@ -583,7 +611,7 @@ def test_a_text_between_two_domains_lays_nothing_out_anew(tmp_path: Path) -> Non
 # --- adapters come and go -------------------------------------------------------------------------------------------
 
 
-def test_added_and_removed_adapters_are_the_set_attached_from_the_start(unequal: list[Adapter]) -> None:
+def test_added_and_removed_adapters_are_the_set_attached_from_the_start(unequal: list[Adapter], attach: Attach) -> None:
     math, science, code = unequal
     model, fresh = calm_llama(), calm_llama()
     blend, reference = attach(model, [math]), attach(fresh, [code, math])
@@ -602,7 +630,7 @@ def test_added_and_removed_adapters_are_the_set_attached_from_the_start(unequal:
 
 
 def test_adding_an_adapter_whose_target_expression_has_a_tail_does_not_look_inside_blended_layers(
-    model: PreTrainedModel, unequal: list[Adapter]
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
 ) -> None:
     tail = replace(unequal[0], targets=r".*\.(q|v)_proj.*")
     blend = attach(model, [tail])
@@ -616,7 +644,9 @@ def broken(adapter: Adapter, **changes: object) -> Adapter:
 
 
 @pytest.mark.parametrize("failure", ["shape", "name", "combine"])
-def test_a_failed_add_changes_nothing(model: PreTrainedModel, equal: list[Adapter], failure: str) -> None:
+def test_a_failed_add_changes_nothing(
+    model: PreTrainedModel, equal: list[Adapter], failure: str, attach: Attach
+) -> None:
     other = replace(equal[0], name="other", pairs={Q_PROJ: equal[0].pairs[Q_PROJ]}, targets=())
     bad = {"shape": broken(equal[2]), "name": equal[0], "combine": other}[failure]
     blend = attach(model, equal[:2], combine="linear")
@@ -631,7 +661,7 @@ def test_a_failed_add_changes_nothing(model: PreTrainedModel, equal: list[Adapte
 
 
 def test_removing_an_unknown_adapter_is_refused_with_the_nearest_name(
-    model: PreTrainedModel, unequal: list[Adapter]
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
 ) -> None:
     blend = attach(model, unequal)
     with pytest.raises(AdapterError, match=r"unknown adapter 'maths'\. Did you mean 'math'"):
@@ -639,7 +669,7 @@ def test_removing_an_unknown_adapter_is_refused_with_the_nearest_name(
     assert blend.names == NAMES
 
 
-def test_a_model_takes_one_blend_at_a_time(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_a_model_takes_one_blend_at_a_time(model: PreTrainedModel, unequal: list[Adapter], attach: Attach) -> None:
     blend = attach(model, unequal[:1])
     with pytest.raises(AdapterError, match=r"attached already: detach\(\) it, or add\(\) to it"):
         attach(model, unequal[1:])
@@ -652,7 +682,7 @@ def test_a_model_takes_one_blend_at_a_time(model: PreTrainedModel, unequal: list
 
 @pytest.mark.parametrize("combine", ["linear", "paper"])
 def test_unequal_adapters_are_refused_by_name_with_the_way_out(
-    model: PreTrainedModel, unequal: list[Adapter], combine: str
+    model: PreTrainedModel, unequal: list[Adapter], combine: str, attach: Attach
 ) -> None:
     message = f"combine='{combine}' needs adapters of equal ranks.*science, code differ from math.*combine='sum'"
     with pytest.raises(OptionError, match=message):
@@ -662,7 +692,9 @@ def test_unequal_adapters_are_refused_by_name_with_the_way_out(
         blend.set_weights(ROWS, ["sum", combine, "sum"])
 
 
-def test_an_unknown_combine_is_refused_with_the_nearest_name(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_an_unknown_combine_is_refused_with_the_nearest_name(
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
+) -> None:
     with pytest.raises(OptionError, match=r"unknown combine 'liner'\. Did you mean 'linear'"):
         attach(model, unequal, combine="liner")
 
@@ -681,14 +713,14 @@ def test_an_unknown_combine_is_refused_with_the_nearest_name(model: PreTrainedMo
     ids=["count", "row count", "four axes", "scalar", "negative", "NaN", "infinite"],
 )
 def test_weights_that_mean_nothing_are_refused(
-    model: PreTrainedModel, unequal: list[Adapter], weights: Tensor, message: str
+    model: PreTrainedModel, unequal: list[Adapter], weights: Tensor, message: str, attach: Attach
 ) -> None:
     with pytest.raises(OptionError, match=message):
         attach(model, unequal).set_weights(weights)
 
 
 def test_everything_that_does_not_fit_the_model_is_one_message_and_nothing_is_attached(
-    model: PreTrainedModel, unequal: list[Adapter]
+    model: PreTrainedModel, unequal: list[Adapter], attach: Attach
 ) -> None:
     math, science, code = unequal
     pairs = dict(math.pairs)
@@ -708,7 +740,7 @@ def test_everything_that_does_not_fit_the_model_is_one_message_and_nothing_is_at
     assert all(now is before for now, before in zip(model.modules(), modules, strict=True))
 
 
-def test_an_adapter_on_an_embedding_is_refused(model: PreTrainedModel, unequal: list[Adapter]) -> None:
+def test_an_adapter_on_an_embedding_is_refused(model: PreTrainedModel, unequal: list[Adapter], attach: Attach) -> None:
     pair = LoraPair(torch.ones(2, 260), torch.ones(32, 2), 1.0)
     with pytest.raises(AdapterError, match=r"no linear layer model\.embed_tokens"):
         attach(model, [replace(unequal[0], pairs={"model.embed_tokens": pair}, targets=())])

@@ -1,22 +1,28 @@
 """A chunk of a prompt is read as the model's own forward reads it, for every architecture and combine."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.common.transformers_names import cache_argument
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
+from treadle.engine.kv_cache import RowCache
 from treadle.engine.runners.cpu.chunk import MAX_CHUNK_TOKENS, ChunkPass
 from treadle.engine.runners.cpu.layouts import COLUMN_ROWS
+from treadle.engine.runners.cpu.step import FastStep
 from treadle.engine.runners.decoder import ARCHITECTURES
 from treadle.engine.runners.passes import PassInput, PassOutput
+from treadle.engine.runners.runner import Runner
 from treadle.engine.sequence import Report, Row
+from treadle.lora.blend import Blend, attach
 
-from test_fast_step import build, folders, make_engine, step_of  # noqa: F401 - fixtures
+from test_fast_step import MakeEngine, build, build_known, folders, make_engine, step_of  # noqa: F401 - fixtures
 
 IDS = [97 + index % 7 for index in range(150)]
 ROUTINGS = {
@@ -39,33 +45,53 @@ def read(engine: Engine, routing: RoutingParams, columns: int, report: Report | 
     return row, batch
 
 
-@pytest.fixture
-def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the chunks that our own pass reads."""
-    seen: list[int] = []
-    own = ChunkPass.run
+class NotedChunks:
+    """The chunk pass, which notes the sizes of the chunks that it reads."""
 
-    def noted(chunk: ChunkPass, given: PassInput) -> PassOutput:
-        seen.append(given.ids.shape[1])
-        return own(chunk, given)
+    def __init__(self, model: PreTrainedModel, blend: Blend) -> None:
+        self.own = ChunkPass(model, blend)
+        self.sizes: list[int] = []
 
-    monkeypatch.setattr(ChunkPass, "run", noted)
-    return seen
+    def takes(self, given: PassInput) -> bool:
+        return self.own.takes(given)
+
+    def run(self, given: PassInput) -> PassOutput:
+        self.sizes.append(given.ids.shape[1])
+        return self.own.run(given)
+
+
+def fast_engine(make_engine: MakeEngine, name: str) -> tuple[Engine, list[int]]:  # noqa: F811
+    """Return an engine with passes of our own, and the list that grows by the size of each chunk."""
+    engine = make_engine(build_known(name), is_fast=True)
+    chunks = NotedChunks(engine.model, engine.blend)
+    engine.runner = Runner(engine.model, engine.blend, [FastStep(engine.model, engine.blend), chunks])
+    return engine, chunks.sizes
+
+
+@pytest.fixture(scope="module")
+def plain_rows(make_engine: MakeEngine) -> Callable[[str], list[Row]]:  # noqa: F811
+    """The rows of each routing as a model's own forward reads and continues them; made once a module."""
+
+    @cache
+    def rows(name: str) -> list[Row]:
+        engine = make_engine(build_known(name), is_fast=False)
+        return [read(engine, routing, MAX_CHUNK_TOKENS)[0] for routing in ROUTINGS.values()]
+
+    return rows
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("columns", [7, 32, MAX_CHUNK_TOKENS])
 def test_a_chunk_is_forward(
-    make_engine: Callable[..., Engine],  # noqa: F811
-    chunks: list[int],
+    make_engine: MakeEngine,  # noqa: F811
+    plain_rows: Callable[[str], list[Row]],
     name: str,
     columns: int,
 ) -> None:
-    options = {"sliding_window": None} if name.startswith("Mistral") else {}
-    fast, plain = (make_engine(build(name, **options), is_fast=is_fast) for is_fast in (True, False))
-    for routing in ROUTINGS.values():
+    engine, chunks = fast_engine(make_engine, name)
+    for routing, wanted in zip(ROUTINGS.values(), plain_rows(name), strict=True):
         chunks.clear()
-        (own, _), (wanted, _) = read(fast, routing, columns), read(plain, routing, columns)
+        own, _ = read(engine, routing, columns)
         assert chunks == [columns] * (len(IDS) // columns - 1) + [len(IDS) % columns]  # the first is not ours
         assert [each.token_id for each in own.events] == [each.token_id for each in wanted.events]
         logprobs = [[each.logprob for each in row.events] for row in (own, wanted)]
@@ -73,10 +99,7 @@ def test_a_chunk_is_forward(
 
 
 @pytest.mark.parametrize("columns", [8, 40])
-def test_in_bfloat16_a_chunk_is_as_close_as_forward(chunks: list[int], columns: int) -> None:
-    from treadle.engine.kv_cache import RowCache
-    from treadle.lora.blend import attach
-
+def test_in_bfloat16_a_chunk_is_as_close_as_forward(columns: int) -> None:
     exact, rounded = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
     ids = torch.tensor([IDS[: 30 + columns]])
     attached = {model: attach(model, []) for model in (exact, rounded)}
@@ -95,17 +118,15 @@ def test_in_bfloat16_a_chunk_is_as_close_as_forward(chunks: list[int], columns: 
     assert (fast - wanted).abs().mean() < 1.5 * (plain - wanted).abs().mean()
 
 
-def test_a_prompt_that_is_scored_is_read_by_the_model(
-    make_engine: Callable[..., Engine],  # noqa: F811
-    chunks: list[int],
-) -> None:
-    row, _ = read(make_engine(build("LlamaForCausalLM"), is_fast=True), ROUTINGS["sum"], 16, Report(prompt=True))
+def test_a_prompt_that_is_scored_is_read_by_the_model(make_engine: MakeEngine) -> None:  # noqa: F811
+    engine, chunks = fast_engine(make_engine, "LlamaForCausalLM")
+    row, _ = read(engine, ROUTINGS["sum"], 16, Report(prompt=True))
     assert chunks == []
     assert len(row.prompt_scores) == len(IDS) - 1
 
 
-def test_padded_rows_are_read_by_the_model(make_engine: Callable[..., Engine], chunks: list[int]) -> None:  # noqa: F811
-    engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
+def test_padded_rows_are_read_by_the_model(make_engine: MakeEngine) -> None:  # noqa: F811
+    engine, chunks = fast_engine(make_engine, "LlamaForCausalLM")
     rows = engine.new_rows([IDS, IDS[:40]], sampling=SamplingParams(max_tokens=2), routing=ROUTINGS["sum"])
     batch = engine.new_batch()
     reading = batch.begin(rows)

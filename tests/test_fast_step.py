@@ -1,11 +1,10 @@
-"""The fast step computes what the model's own forward computes, for every architecture that it says it knows."""
+"""The CPU step computes the same as the model's own forward, for every architecture that it knows."""
 
-import copy
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,15 +26,17 @@ from treadle.engine.runners.cpu.layouts import (
     VectorLayout,
     fastest_layout,
 )
-from treadle.engine.runners.cpu.packing import DEFAULT_PACK_BYTES, can_pack, pack, packs_by_default
+from treadle.engine.runners.cpu.packing import DEFAULT_PACK_BYTES, can_pack, packs_by_default
 from treadle.engine.runners.cpu.step import FastStep
 from treadle.engine.runners.decoder import ARCHITECTURES, fits
 from treadle.engine.runners.passes import PassInput
+from treadle.engine.runners.runner import Runner
 from treadle.experiments.pools import random_adapters
 from treadle.experiments.timing import Counter
-from treadle.lora.adapter import LoraPair, read_adapter
-from treadle.lora.blend import Blend, attach
+from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.blend import ALWAYS_ACTIVE_ROWS, Blend, attach
 from treadle.lora.layer import BlendedLinear
+from treadle.lora.pair import LoraPair
 from treadle.routing.centroids import Floats
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import Router, fit
@@ -66,15 +67,30 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
     return model.to(dtype).eval()
 
 
-@pytest.fixture(autouse=True, params=["all laid out", "those that act", "packed"])
-def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every law holds for few adapters, all laid out, for many, of which those that act are, and for packed weights."""
-    if request.param == "those that act":
-        monkeypatch.setattr("treadle.lora.blend.ALWAYS_ACTIVE_ROWS", 0)
-    is_packed = request.param == "packed"
-    monkeypatch.setattr(
-        "treadle.engine.runners.cpu.step.packs_by_default", lambda size, dtype: is_packed and can_pack(dtype)
-    )
+class Variant(NamedTuple):
+    """One way in which the step may hold factors and weights."""
+
+    always_active_rows: int = ALWAYS_ACTIVE_ROWS
+    is_packed: bool = False
+
+    def step(self, model: PreTrainedModel, blend: Blend, *, on_amd: bool | None = None) -> FastStep:
+        return FastStep(model, blend, pack=self.packs(model.dtype), on_amd=on_amd)
+
+    def packs(self, dtype: torch.dtype) -> bool:
+        return self.is_packed and can_pack(dtype)  # not all CPUs pack bfloat16
+
+    def attach(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> Blend:
+        return attach(model, adapters, always_active_rows=self.always_active_rows)
+
+
+VARIANTS = {"all active": Variant(), "needed active": Variant(always_active_rows=0), "packed": Variant(is_packed=True)}
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    """Few adapters, which are all active; many, of which the needed ones are; and packed weights."""
+    return VARIANTS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +103,53 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def make_engine(folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, router: Router) -> Callable[..., Engine]:
-    def make(model: PreTrainedModel, *, is_fast: bool) -> Engine:
+@pytest.fixture(scope="module")
+def make_engine(folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, embedder: StaticEmbedder) -> MakeEngine:
+    """Make an engine; with a variant, its step runs in that."""
+
+    def make(
+        model: PreTrainedModel, *, is_fast: bool, variant: Variant | None = None, on_amd: bool | None = None
+    ) -> Engine:
         adapters = [read_adapter(folder, name) for name, folder in folders.items()]
-        return Engine(model, tokenizer, adapters, router, is_fast=is_fast)
+        engine = Engine(model, tokenizer, adapters, fit(SAMPLES, embedder), is_fast=is_fast and not variant)
+        if is_fast and variant:
+            run_in(engine, variant, on_amd=on_amd)
+        return engine
 
     return make
+
+
+def run_in(engine: Engine, variant: Variant, *, on_amd: bool | None = None) -> None:
+    """Let an engine's steps run in a variant."""
+    model, blend = engine.model, engine.blend
+    blend.always_active_rows = variant.always_active_rows
+    blend.take(blend.plan(blend.adapters))
+    engine.runner = Runner(model, blend, [variant.step(model, blend, on_amd=on_amd)])
+
+
+def build_known(name: str) -> PreTrainedModel:
+    """Make a model that the step knows."""
+    return build(name, **({"sliding_window": None} if name.startswith("Mistral") else {}))
+
+
+@pytest.fixture(scope="module")
+def plain_answers(make_engine: MakeEngine) -> Callable[[str, int], list[list[Completion]]]:
+    """The answers of a model's own forward to all prompts, so many rows at once; made once a module."""
+
+    @cache
+    def answers(name: str, num_rows: int) -> list[list[Completion]]:
+        engine = make_engine(build_known(name), is_fast=False)
+        assert not engine.is_fast
+        return mixed_rows(engine, num_rows)
+
+    return answers
+
+
+def mixed_rows(engine: Engine, num_rows: int) -> list[list[Completion]]:
+    """Generate from all prompts, so many rows at once, each with another routing."""
+    sampling = SamplingParams(max_tokens=12)
+    rows = [slice(first, first + num_rows) for first in range(0, len(PROMPTS), num_rows)]
+    return [engine.generate(PROMPTS[some], sampling=sampling, routing=ROUTINGS[some]) for some in rows]
 
 
 def assert_same(fast: list[Completion], plain: list[Completion]) -> None:
@@ -105,30 +161,32 @@ def assert_same(fast: list[Completion], plain: list[Completion]) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("num_rows", [1, 2, 6])
-def test_fast_is_forward_for_mixed_rows(make_engine: Callable[..., Engine], name: str, num_rows: int) -> None:
-    options = {"sliding_window": None} if name.startswith("Mistral") else {}
-    engines = [make_engine(build(name, **options), is_fast=is_fast) for is_fast in (True, False)]
-    assert [engine.is_fast for engine in engines] == [True, False]
-    for first in range(0, 6, num_rows):
-        rows = slice(first, first + num_rows)
-        fast, plain = (
-            engine.generate(PROMPTS[rows], sampling=SamplingParams(max_tokens=12), routing=ROUTINGS[rows])
-            for engine in engines
-        )
+def test_fast_is_forward_for_mixed_rows(
+    make_engine: MakeEngine,
+    plain_answers: Callable[[str, int], list[list[Completion]]],
+    variant: Variant,
+    name: str,
+    num_rows: int,
+) -> None:
+    engine = make_engine(build_known(name), is_fast=True, variant=variant)
+    assert engine.is_fast
+    for fast, plain in zip(mixed_rows(engine, num_rows), plain_answers(name, num_rows), strict=True):
         assert_same(fast, plain)
 
 
 @pytest.mark.parametrize("on_amd", [True, False])
 @pytest.mark.parametrize("num_rows", [1, 2, 6])
-def test_every_form_is_forward(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, num_rows: int, on_amd: bool
+def test_every_layout_is_forward(
+    make_engine: MakeEngine,
+    plain_answers: Callable[[str, int], list[list[Completion]]],
+    variant: Variant,
+    num_rows: int,
+    on_amd: bool,
 ) -> None:
-    monkeypatch.setattr("treadle.engine.runners.cpu.layouts.is_amd", lambda: on_amd)
-    engines = [make_engine(build("Qwen2ForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
-    for first in range(0, 6, num_rows):
-        rows = slice(first, first + num_rows)
-        sampling = SamplingParams(max_tokens=12)
-        assert_same(*(each.generate(PROMPTS[rows], sampling=sampling, routing=ROUTINGS[rows]) for each in engines))
+    name = "Qwen2ForCausalLM"
+    engine = make_engine(build(name), is_fast=True, variant=variant, on_amd=on_amd)
+    for fast, plain in zip(mixed_rows(engine, num_rows), plain_answers(name, num_rows), strict=True):
+        assert_same(fast, plain)
 
 
 @pytest.mark.parametrize(
@@ -140,104 +198,132 @@ def test_every_form_is_forward(
         (torch.bfloat16, False, [VectorLayout, ColumnMajor, ColumnMajor, GemmLayout, GemmLayout]),
     ],
 )
-def test_the_form_follows_the_machine(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, on_amd: bool, kinds: list[type[GemmLayout]]
-) -> None:
-    monkeypatch.setattr("treadle.engine.runners.cpu.layouts.is_amd", lambda: on_amd)
-    monkeypatch.setattr("treadle.engine.runners.cpu.layouts.HAS_MKL", True)
-    assert [type(fastest_layout(num_rows, dtype, has_packs=False)) for num_rows in (1, 2, 8, 32, 33)] == kinds
+def test_the_layout_follows_the_machine(dtype: torch.dtype, on_amd: bool, kinds: list[type[GemmLayout]]) -> None:
+    def found(*rows: int, has_packs: bool) -> list[type[GemmLayout]]:
+        layouts = [fastest_layout(each, dtype, has_packs=has_packs, on_amd=on_amd, has_mkl=True) for each in rows]
+        return [type(layout) for layout in layouts]
+
+    assert found(1, 2, 8, 32, 33, has_packs=False) == kinds
     first = kinds[0] if dtype == torch.float32 else PackedRowMajor  # one row of float32 is slower so
-    found = [type(fastest_layout(num_rows, dtype, has_packs=True)) for num_rows in (1, 2, 33)]
-    assert found == [first, PackedRowMajor, PackedRowMajor]
+    assert found(1, 2, 33, has_packs=True) == [first, PackedRowMajor, PackedRowMajor]
+
+
+class Reference(NamedTuple):
+    """Logits (B, V) of the last of nine tokens by the model's own forward, in float32 and in bfloat16."""
+
+    ids: Tensor
+    exact: Tensor
+    rounded: Tensor
+
+
+@cache
+def reference(num_rows: int) -> Reference:
+    ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        models = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
+        return Reference(ids, *(model(input_ids=ids, logits_to_keep=1).logits[:, -1] for model in models))
 
 
 @pytest.mark.parametrize("on_amd", [True, False])
 @pytest.mark.parametrize("num_rows", [1, 3, 20])
-def test_bfloat16_is_as_close_to_float32_as_forward_is(
-    monkeypatch: pytest.MonkeyPatch, num_rows: int, on_amd: bool
-) -> None:
-    monkeypatch.setattr("treadle.engine.runners.cpu.layouts.is_amd", lambda: on_amd)
-    ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
-    exact, rounded = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
-    caches = [RowCache(), RowCache()]
+def test_bfloat16_is_as_close_to_float32_as_forward_is(variant: Variant, num_rows: int, on_amd: bool) -> None:
+    ids, exact, rounded = reference(num_rows)
+
+    def last(dtype: torch.dtype) -> Tensor:
+        model, cache = build("LlamaForCausalLM", dtype), RowCache()
+        model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
+        step = variant.step(model, variant.attach(model, []), on_amd=on_amd)
+        return step.run(step_of(ids[:, -1:], cache)).logits[:, 0]
+
     with torch.inference_mode():
-        wanted = exact(input_ids=ids, logits_to_keep=1).logits[:, -1]
-        plain = rounded(input_ids=ids, logits_to_keep=1).logits[:, -1]
-        for model, cache in ((rounded, caches[0]), (exact, caches[1])):
-            model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
-        fast, equal = (
-            FastStep(model, attach(model, [])).run(step_of(ids[:, -1:], cache)).logits[:, 0]
-            for model, cache in zip((rounded, exact), caches, strict=True)
-        )
-    torch.testing.assert_close(equal, wanted, atol=1e-5, rtol=1e-5)
-    assert (fast - wanted).abs().mean() < 1.5 * (plain - wanted).abs().mean()
+        fast, equal = last(torch.bfloat16), last(torch.float32)
+    torch.testing.assert_close(equal, exact, atol=1e-5, rtol=1e-5)
+    assert (fast - exact).abs().mean() < 1.5 * (rounded - exact).abs().mean()
+
+
+def blended_logits(num_rows: int, dtype: torch.dtype, variant: Variant | None = None) -> tuple[Tensor, Blend]:
+    """Return the logits (B, V) of the last of nine tokens with three adapters: of the step, or of forward (None)."""
+    ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(num_rows, 3, generator=torch.Generator().manual_seed(1))
+    model, cache = build("LlamaForCausalLM", dtype), RowCache()
+    blend = (variant or Variant()).attach(model, random_adapters(model, "base", 3, rank=4, targets=ALL_LINEAR))
+    with torch.inference_mode(), blend.using(weights):
+        model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
+        if variant:
+            step = variant.step(model, blend)
+            return step.run(step_of(ids[:, -1:], cache, weights.numpy()[:, None])).logits[:, 0].clone(), blend
+        positions = torch.full((num_rows, 1), 8)
+        given = {cache_argument(model): cache, "position_ids": positions, "logits_to_keep": 1}
+        return model(input_ids=ids[:, -1:], **given).logits[:, -1], blend
+
+
+@cache
+def blended_reference(num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return what forward computes in float32 and in bfloat16."""
+    return blended_logits(num_rows, torch.float32)[0], blended_logits(num_rows, torch.bfloat16)[0]
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 20])
-def test_adapters_in_bfloat16_are_as_close_to_float32_as_forward_is(num_rows: int) -> None:
-    ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
-    weights = torch.rand(num_rows, 3, generator=torch.Generator().manual_seed(1))
-    found: dict[str, Tensor] = {}
-    for name, dtype in {"exact": torch.float32, "plain": torch.bfloat16, "fast": torch.bfloat16}.items():
-        model, cache = build("LlamaForCausalLM", dtype), RowCache()
-        blend = attach(model, random_adapters(model, "base", 3, rank=4, targets=ALL_LINEAR))
-        with torch.inference_mode(), blend.using(weights):
-            model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
-            positions = torch.full((num_rows, 1), 8)
-            if name == "fast":
-                given = step_of(ids[:, -1:], cache, weights.numpy()[:, None])
-                found[name] = FastStep(model, blend).run(given).logits[:, 0].clone()
-            else:
-                given = {cache_argument(model): cache, "position_ids": positions, "logits_to_keep": 1}
-                found[name] = model(input_ids=ids[:, -1:], **given).logits[:, -1]
-    fast, plain = ((found[name].float() - found["exact"]).abs().mean() for name in ("fast", "plain"))
-    assert fast < 1.5 * plain
-    if blend.has_all_active:  # and A rides on the product of the weights, which lie in one piece with it
-        layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+def test_adapters_in_bfloat16_are_as_close_to_float32_as_forward_is(variant: Variant, num_rows: int) -> None:
+    exact, plain = blended_reference(num_rows)
+    fast, blend = blended_logits(num_rows, torch.bfloat16, variant)
+    assert (fast - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
+    if blend.has_all_active:  # and A is part of the product with the weights, which share its memory
+        layer = blend.model.get_submodule("model.layers.0.self_attn.q_proj")
         pair = blend.adapters[0].pairs["model.layers.0.self_attn.q_proj"]
         assert pair.a.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
 
 
-def test_layers_of_one_size_do_not_overwrite_what_they_read(router: Router, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = build("LlamaForCausalLM", intermediate_size=16)  # gate and up together are as many as down
-    adapters = random_adapters(model, "base", len(router.names), rank=2, targets=["down_proj", "gate_proj"])
-    adapters = [replace(adapter, name=name) for adapter, name in zip(adapters, router.names, strict=True)]
-    sampling = SamplingParams(max_tokens=8)
-    assert_same(
-        *(
-            Engine(copy.deepcopy(model), tokenizer, adapters, router, is_fast=is_fast).generate(
-                PROMPTS, sampling=sampling
-            )
-            for is_fast in (True, False)
-        )
-    )
+def test_layers_of_one_size_do_not_overwrite_what_they_read(variant: Variant) -> None:
+    def logits(variant: Variant | None) -> Tensor:
+        model = build("LlamaForCausalLM", intermediate_size=16)  # gate and up together are as many as down
+        adapters = random_adapters(model, "base", 3, rank=2, targets=["down_proj", "gate_proj"])
+        blend, cache = (variant or Variant()).attach(model, adapters), RowCache()
+        weights = np.float32([[[0.5, 0.8, 0.2]]] * 6)
+        ids = torch.randint(0, 256, (6, 9), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode(), blend.using(weights):
+            whole = model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+            if not variant:
+                return whole
+            model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
+            return variant.step(model, blend).run(step_of(ids[:, -1:], cache, weights)).logits[:, 0]
+
+    torch.testing.assert_close(logits(variant), logits(None), atol=1e-4, rtol=1e-4)
 
 
-def test_adapters_that_come_and_go(make_engine: Callable[..., Engine], folders: dict[str, Path]) -> None:
-    engines = [make_engine(build("LlamaForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
+def come_and_go(engine: Engine, folder: Path) -> list[list[Completion]]:
+    """Generate before and after an adapter comes, and after another one goes."""
     sampling = SamplingParams(max_tokens=8)
-    first = [engine.generate(PROMPTS, sampling=sampling) for engine in engines]
-    for engine in engines:
-        engine.add_adapter("more", folders["science"], ["planet", "planet the", "the planet heat"])
-    second = [engine.generate(PROMPTS, sampling=sampling, routing=RoutingParams.one("more")) for engine in engines]
-    for engine in engines:
-        engine.remove_adapter("math")
-    third = [engine.generate(PROMPTS, sampling=sampling) for engine in engines]
-    for fast, plain in (first, second, third):
+    first = engine.generate(PROMPTS, sampling=sampling)
+    engine.add_adapter("more", folder, ["planet", "planet the", "the planet heat"])
+    second = engine.generate(PROMPTS, sampling=sampling, routing=RoutingParams.one("more"))
+    engine.remove_adapter("math")
+    return [first, second, engine.generate(PROMPTS, sampling=sampling)]
+
+
+@pytest.fixture(scope="module")
+def plain_come_and_go(make_engine: MakeEngine, folders: dict[str, Path]) -> list[list[Completion]]:
+    return come_and_go(make_engine(build("LlamaForCausalLM"), is_fast=False), folders["science"])
+
+
+def test_adapters_that_come_and_go(
+    make_engine: MakeEngine,
+    folders: dict[str, Path],
+    variant: Variant,
+    plain_come_and_go: list[list[Completion]],
+) -> None:
+    engine = make_engine(build("LlamaForCausalLM"), is_fast=True, variant=variant)
+    for fast, plain in zip(come_and_go(engine, folders["science"]), plain_come_and_go, strict=True):
         assert_same(fast, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_models_are_packed_only_if_asked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("treadle.engine.runners.cpu.packing.is_amd", lambda: True)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    assert packs_by_default(DEFAULT_PACK_BYTES, dtype) == can_pack(dtype)
-    assert not packs_by_default(DEFAULT_PACK_BYTES + 1, dtype)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
-    assert not packs_by_default(1, dtype)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("treadle.engine.runners.cpu.packing.is_amd", lambda: False)
-    assert not packs_by_default(1, dtype)
+def test_large_models_are_packed_only_if_asked(dtype: torch.dtype) -> None:
+    fast = {"on_amd": True, "capability": "AVX512"}
+    assert packs_by_default(DEFAULT_PACK_BYTES, dtype, **fast) == can_pack(dtype)
+    assert not packs_by_default(DEFAULT_PACK_BYTES + 1, dtype, **fast)
+    assert not packs_by_default(1, dtype, on_amd=True, capability="AVX2")
+    assert not packs_by_default(1, dtype, on_amd=False, capability="AVX512")
 
 
 def test_asked_or_not(tokenizer: PreTrainedTokenizerFast, router: Router, folders: dict[str, Path]) -> None:
@@ -261,40 +347,45 @@ def test_what_cannot_be_packed_is_refused(
 
 
 def test_weights_are_packed_once_while_adapters_come_and_go(
-    make_engine: Callable[..., Engine], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine, folders: dict[str, Path], variant: Variant
 ) -> None:
-    packed: list[tuple[int, ...]] = []
-
-    def count(weight: Tensor) -> Tensor:
-        packed.append(tuple(weight.shape))
-        return pack(weight)
-
-    monkeypatch.setattr("treadle.engine.runners.cpu.packing.pack", count)
-    engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
+    engine = make_engine(build("LlamaForCausalLM"), is_fast=True, variant=variant)
+    (step,) = engine.runner.own
+    assert isinstance(step, FastStep)
     base = RoutingParams.base()
     for _ in range(2):
         engine.generate(PROMPTS, sampling=SamplingParams(max_tokens=3), routing=base)
-    has_packs = engine.runner.has_packs
-    assert len(packed) == (1 + 4 * TINY["num_hidden_layers"] if has_packs else 0)  # none for a single row of float32
+    expected = 1 + 4 * TINY["num_hidden_layers"] if engine.runner.has_packs else 0  # none for a single float32 row
+    assert step.packs.num_packed == expected
     engine.add_adapter("more", folders["science"], ["planet", "planet the", "the planet heat"])
     engine.generate(PROMPTS, sampling=SamplingParams(max_tokens=3), routing=base)
-    assert len(packed) == (1 + 4 * TINY["num_hidden_layers"] if has_packs else 0)
+    assert step.packs.num_packed == expected
     assert not any(parameter.is_inference() for parameter in engine.model.parameters())  # they can be trained again
 
 
-def test_weights_that_somebody_writes_to_are_read_anew(make_engine: Callable[..., Engine]) -> None:
-    engines = [make_engine(build("LlamaForCausalLM"), is_fast=is_fast) for is_fast in (True, False)]
-    sampling = SamplingParams(max_tokens=8)
-    before, _ = (engine.generate(PROMPTS, sampling=sampling) for engine in engines)
-    for engine in engines:
-        with torch.no_grad():
-            engine.model.model.layers[1].mlp.down_proj.base.weight.mul_(-1)
-    after = [engine.generate(PROMPTS, sampling=sampling) for engine in engines]
-    assert_same(*after)
-    assert [each.token_ids for each in before] != [each.token_ids for each in after[0]]
+def negate(engine: Engine) -> list[Completion]:
+    """Write to a weight, then generate."""
+    with torch.no_grad():
+        engine.model.model.layers[1].mlp.down_proj.base.weight.mul_(-1)
+    return engine.generate(PROMPTS, sampling=SamplingParams(max_tokens=8))
 
 
-def test_a_hook_is_not_passed_by(make_engine: Callable[..., Engine]) -> None:
+@pytest.fixture(scope="module")
+def plain_negated(make_engine: MakeEngine) -> list[Completion]:
+    return negate(make_engine(build("LlamaForCausalLM"), is_fast=False))
+
+
+def test_weights_that_somebody_writes_to_are_read_anew(
+    make_engine: MakeEngine, variant: Variant, plain_negated: list[Completion]
+) -> None:
+    engine = make_engine(build("LlamaForCausalLM"), is_fast=True, variant=variant)
+    before = engine.generate(PROMPTS, sampling=SamplingParams(max_tokens=8))
+    after = negate(engine)
+    assert_same(after, plain_negated)
+    assert [each.token_ids for each in before] != [each.token_ids for each in after]
+
+
+def test_a_hook_is_not_passed_by(make_engine: MakeEngine) -> None:
     engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
     seen: list[nn.Module] = []
     handle = engine.model.model.norm.register_forward_hook(lambda module, given, result: seen.append(module))
@@ -334,7 +425,7 @@ def test_other_linear_layers_are_left_to_forward() -> None:
     assert not fits(mixed)
 
 
-def test_weights_keep_their_values_and_all_are_held_once(make_engine: Callable[..., Engine]) -> None:
+def test_weights_keep_their_values_and_all_are_held_once(make_engine: MakeEngine, variant: Variant) -> None:
     def held(model: nn.Module) -> int:
         tensors = [*model.parameters(), *model.buffers()]
         return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
@@ -343,7 +434,7 @@ def test_weights_keep_their_values_and_all_are_held_once(make_engine: Callable[.
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
     size = held(model)
     for _ in range(2):
-        engine = make_engine(model, is_fast=True)
+        engine = make_engine(model, is_fast=True, variant=variant)
         pairs = pairs_of(engine.blend)
         assert held(model) == size + sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
         factors = {each.untyped_storage().data_ptr() for each in engine.blend.factors()}
@@ -368,9 +459,9 @@ def step_of(ids: Tensor, cache: RowCache, weights: Floats | None = None) -> Pass
     )
 
 
-def counted(model: PreTrainedModel, blend: Blend, num_rows: int, weights: list[float] | None) -> Counter:
-    """Return what one step of `num_rows` rows takes, the setting of the weights included."""
-    step, cache = FastStep(model, blend), RowCache()
+def counted(step: FastStep, model: PreTrainedModel, num_rows: int, weights: list[float] | None) -> Counter:
+    """Count the operations of one step of `num_rows` rows, the setting of the weights included."""
+    cache = RowCache()
     ids = torch.zeros(num_rows, 4, dtype=torch.long)
     with torch.inference_mode():
         model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
@@ -387,33 +478,34 @@ def counted(model: PreTrainedModel, blend: Blend, num_rows: int, weights: list[f
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
-def test_a_step_makes_no_more_products_than_it_must(folders: dict[str, Path], num_rows: int) -> None:
+def test_a_step_makes_no_more_products_than_it_must(folders: dict[str, Path], variant: Variant, num_rows: int) -> None:
     model = build("LlamaForCausalLM")
-    blend = attach(model, [read_adapter(folder, name) for name, folder in folders.items()])
+    blend = variant.attach(model, [read_adapter(folder, name) for name, folder in folders.items()])
+    step = variant.step(model, blend)
     layers = len(model.model.layers)
     gates = 1  # the three adapters have one layout
-    bare, blended = (counted(model, blend, num_rows, weights).products for weights in (None, [0.2, 0.3, 0.5]))
+    bare, blended = (counted(step, model, num_rows, weights).products for weights in (None, [0.2, 0.3, 0.5]))
     assert bare == 1 + 4 * layers  # the head; q k v, o, gate up, down
-    shrinks = 0 if blend.has_all_active else 4  # A lies below the weights, or is a product of its own
-    assert blended == gates + 1 + (4 + shrinks + 7) * layers  # one B for each layer
+    products_with_a = 0 if blend.has_all_active else 4  # A lies below the weights, or is a product of its own
+    assert blended == gates + 1 + (4 + products_with_a + 7) * layers  # one B for each layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_adapters_add_their_products_and_the_gates_and_nothing_else(
-    request: pytest.FixtureRequest, num_rows: int, dtype: torch.dtype
+    variant: Variant, num_rows: int, dtype: torch.dtype
 ) -> None:
     def added(layers: int) -> int:
         model = build("LlamaForCausalLM", dtype, num_hidden_layers=layers)
-        blend = attach(model, random_adapters(model, "base", 3, rank=4, targets=ALL_LINEAR))
-        bare, blended = (counted(model, blend, num_rows, weights).operations for weights in (None, [0.2, 0.3, 0.5]))
+        blend = variant.attach(model, random_adapters(model, "base", 3, rank=4, targets=ALL_LINEAR))
+        step = variant.step(model, blend)
+        bare, blended = (counted(step, model, num_rows, weights).operations for weights in (None, [0.2, 0.3, 0.5]))
         return blended - bare
 
-    is_below = request.node.callspec.params["few_rows"] != "those that act"
+    is_below = variant.always_active_rows > 0
     each_layer = 4 + 7 + (0 if is_below else 4 + 4)  # gates, B; A lies below the weights, or has an input of its dtype
     each_layer += 0 if dtype == torch.float32 else 4  # the sums, in float32, are added to the results
-    is_packed = request.node.callspec.params["few_rows"] == "packed" and can_pack(dtype)  # not all CPUs pack bfloat16
-    if is_packed and (num_rows > 1 or dtype != torch.float32):
+    if variant.packs(dtype) and (num_rows > 1 or dtype != torch.float32):
         each_layer += 4  # what oneDNN makes is copied to where updates are added
         each_layer += num_rows > 1  # and q, k and v then into one piece
     assert added(4) - added(2) == 2 * each_layer
@@ -421,18 +513,18 @@ def test_adapters_add_their_products_and_the_gates_and_nothing_else(
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
-def test_a_step_takes_as_many_operations_for_many_adapters_as_for_two(num_rows: int) -> None:
+def test_a_step_takes_as_many_operations_for_many_adapters_as_for_two(variant: Variant, num_rows: int) -> None:
     def operations(count: int) -> int:
         model = build("LlamaForCausalLM")
         adapters = random_adapters(model, "base", count, rank=2, targets=["q_proj", "v_proj", "down_proj"])
-        blend = attach(model, adapters)
-        return counted(model, blend, num_rows, [1 / count] * count).operations
+        step = variant.step(model, variant.attach(model, adapters))
+        return counted(step, model, num_rows, [1 / count] * count).operations
 
     assert operations(12) == operations(2)
 
 
 def test_rows_with_the_same_options_are_weighed_together(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weighed: list[int] = []
     weigh = Router.weigh
@@ -450,9 +542,7 @@ def test_rows_with_the_same_options_are_weighed_together(
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_step_embeds_the_new_text_alone(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, every: int
-) -> None:
+def test_a_step_embeds_the_new_text_alone(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
     embedder = engine.router.embedder
     summed: list[int] = []
@@ -476,13 +566,14 @@ def test_a_step_embeds_the_new_text_alone(
 
 @pytest.mark.parametrize("routing", [RoutingParams(every=1), RoutingParams(every=1, combine="linear")])
 def test_a_step_makes_as_many_calls_for_many_adapters_as_for_four(
-    tokenizer: PreTrainedTokenizerFast, embedder: StaticEmbedder, routing: RoutingParams
+    tokenizer: PreTrainedTokenizerFast, embedder: StaticEmbedder, variant: Variant, routing: RoutingParams
 ) -> None:
     def calls(count: int) -> int:
         model = build("LlamaForCausalLM")
         adapters = random_adapters(model, "base", count, rank=2, targets=["q_proj", "v_proj"])
         samples = {each.name: [f"{each.name} sum", f"sum {each.name}"] for each in adapters}
-        engine = Engine(model, tokenizer, adapters, fit(samples, embedder), is_fast=True)
+        engine = Engine(model, tokenizer, adapters, fit(samples, embedder), is_fast=False)
+        run_in(engine, variant)
         rows = engine.new_rows([[*b"the sum of it"]] * 2, sampling=SamplingParams(max_tokens=9), routing=routing)
         batch = engine.new_batch(end_ids=frozenset())
         batch.join(rows)

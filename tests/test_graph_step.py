@@ -15,10 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine import kv_cache
 from treadle.engine.engine import Engine
-from treadle.engine.runners.cuda import step as cuda_step
 from treadle.engine.runners.cuda.interface import Kernels
-from treadle.engine.runners.cuda.step import CudaGraphs, GraphStep
+from treadle.engine.runners.cuda.step import CudaGraphs, Gpu, GraphStep, can_build_launchers, fits
 from treadle.engine.runners.decoder import ARCHITECTURES
 from treadle.engine.runners.runner import Runner
 from treadle.engine.sequence import Row
@@ -99,41 +99,30 @@ def test_graph_is_forward_for_mixed_rows(make_engine: MakeEngine, kernels: Kerne
     assert captures(engines[0]) > 0
 
 
-def test_only_what_the_pass_knows_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_the_pass_knows_fits() -> None:
     """As on a GPU, where each of these alone leaves the model to its own forward."""
+    gpu = Gpu(has_cuda=True, has_triton=True, capability=(9, 0))
     model = build("LlamaForCausalLM")
-    assert not cuda_step.fits(model) or DEVICE == "cuda"
-    monkeypatch.setattr("treadle.engine.runners.decoder.fits", lambda model, device: device == "cuda")
-    monkeypatch.setattr("torch.version.cuda", "13.0")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("treadle.engine.runners.cuda.step.has_triton", lambda: True)
-    assert cuda_step.fits(model)
-    assert cuda_step.fits(build("LlamaForCausalLM", torch.bfloat16))
-    assert not cuda_step.fits(build("LlamaForCausalLM", torch.float16))
+    assert not fits(model), "it is on no GPU"
+    assert fits(model, "cpu", gpu)
+    assert fits(build("LlamaForCausalLM", torch.bfloat16), "cpu", gpu)
+    assert not fits(build("LlamaForCausalLM", torch.float16), "cpu", gpu)
+    assert not fits(build("OlmoForCausalLM"), "cpu", gpu)
     scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    assert not cuda_step.fits(build("LlamaForCausalLM", rope_parameters=scaling))
-    for name, other in {
-        "torch.version.cuda": None,
-        "torch.cuda.get_device_capability": lambda device: (7, 5),
-        "treadle.engine.runners.cuda.step.has_triton": lambda: False,
-        "treadle.engine.runners.decoder.fits": lambda model, device: False,
-    }.items():
-        with monkeypatch.context() as patched:
-            patched.setattr(name, other)
-            assert not cuda_step.fits(model), name
+    assert not fits(build("LlamaForCausalLM", rope_parameters=scaling), "cpu", gpu)
+    for other in (gpu._replace(has_cuda=False), gpu._replace(has_triton=False), gpu._replace(capability=(7, 5))):
+        assert not fits(model, "cpu", other), other
 
 
 def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr("treadle.engine.runners.cuda.step.find_spec", lambda name: name == "triton")
-    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert not cuda_step.has_triton()
+    assert not can_build_launchers(tmp_path)
     monkeypatch.setenv("CC", "cc")
-    assert cuda_step.has_triton()
+    assert can_build_launchers(tmp_path)
     (tmp_path / "Python.h").unlink()
-    assert not cuda_step.has_triton()
+    assert not can_build_launchers(tmp_path)
 
 
 def test_other_combines_are_left_to_forward(
@@ -187,7 +176,7 @@ def test_rows_join_and_leave_and_a_batch_is_its_singles(make_engine: MakeEngine,
 def test_weights_and_buffers_change_without_another_capture(
     make_engine: MakeEngine, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.engine.kv_cache.GROWTH_TOKENS", 2)
+    monkeypatch.setattr(kv_cache, "GROWTH_TOKENS", 2)
     engines = [make_engine(each) for each in (kernels, None)]
     sampling = SamplingParams(max_tokens=12)
     graph, plain = (

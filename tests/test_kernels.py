@@ -122,10 +122,9 @@ def test_rows_that_are_not_real_write_and_read_nothing(draw: torch.Generator) ->
 
 
 @pytest.mark.parametrize(("num_kv", "splits"), [(1, 1), (2, 5), (4, 1), (4, 32)])
-def test_attend(draw: torch.Generator, num_kv: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "ATTENTION_PROGRAMS", splits * 3 * num_kv)
+def test_attend(draw: torch.Generator, num_kv: int, splits: int) -> None:
     cache = window(draw, 3, 5, Heads(4, num_kv, 16), [0, 5, 33], 35)
-    q, own = noise(draw, 3, 4, 16), kernels.TritonKernels()
+    q, own = noise(draw, 3, 4, 16), kernels.TritonKernels(attention_programs=splits * 3 * num_kv)
     for _ in range(2):  # the tickets are zeros again
         assert_same(own.attend(q, num_kv, 0.25, cache), PLAIN.attend(q, num_kv, 0.25, cache))
 

@@ -45,7 +45,7 @@ def test_the_first_pattern_that_matches_an_end_is_pefts(keys: list[str]) -> None
 
 
 def test_names_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.lora.patterns.subprocess.run", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(patterns.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
     assert match_ends(["q_proj", "layers.1.self_attn.v_proj"], PATHS[:5]) == [0, None, None, 0, 1]
 
 
@@ -59,7 +59,7 @@ def test_what_is_no_expression_is_refused_by_name(pattern: str) -> None:
 def test_an_expression_without_end_is_stopped_while_other_threads_run(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    monkeypatch.setattr(patterns, "WALL_SECONDS", 0.5)
     stop, longest = threading.Event(), [0.0]
 
     def watch() -> None:

@@ -1,7 +1,8 @@
-"""Reads a PEFT LoRA folder into an `Adapter`, and refuses by name what cannot be blended.
+"""Reads a PEFT LoRA folder into an `Adapter`, and refuses features that cannot be blended, by name.
 
-Only `adapter_config.json` and safetensors are read, so PEFT itself (seconds to import) is not needed at run time.
-This module knows files and tensors; it does not know models: `treadle.lora.blend` compares an adapter with one.
+It reads only `adapter_config.json` and safetensors, so that PEFT itself, which takes seconds to import, is not needed.
+It does not know models: `treadle.lora.compatibility` compares an adapter with one. An adapter of another type is read
+here into the same `LoraPair`s.
 """
 
 import hashlib
@@ -23,7 +24,6 @@ from treadle.lora.pair import LoraPair, range_problems
 from treadle.lora.patterns import match_ends, match_whole
 
 MAX_CONFIG_BYTES = 16 << 20
-"""Bytes of a config."""
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 REFUSED_FEATURES = {
@@ -40,25 +40,24 @@ REFUSED_FEATURES = {
     "kasa_config": "KaSA changes the base weights",
     "monteclora_config": "MonteCLoRA samples its weights",
 }
-"""Fields of PEFT's LoraConfig that change more than a sum of low-rank updates, with the reason."""
+"""Fields of PEFT's LoraConfig that do more than add low-rank updates, with the reason for refusing them."""
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""`init_lora_weights` that subtract something from the base weights: the factors alone are not the update."""
+"""Values of `init_lora_weights` that change the base weights too, so that the factors alone are not the update."""
 HARMLESS_FIELDS = frozenset(
     "peft_type peft_version auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules "
     "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora init_lora_weights layers_to_transform "
     "layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config eva_config corda_config "
     "lora_ga_config velora_config qalora_group_size runtime_config ensure_weight_tying".split()
 )
-"""Fields that are read above, or that matter to training only."""
+"""Fields that are read here, or that matter only to training."""
 BASE_WEIGHT = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight$")
-"""A whole weight: PEFT saves the base's own beside factors of the head, or where the vocabulary was resized."""
+"""A whole weight. PEFT saves the base's own beside factors of the head, or if the vocabulary was resized."""
 MATRIX_AXES = 2
-"""Axes of a whole weight."""
 TENSOR_NAME = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight$"
 )
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
-"""The number of the layer in a module path, as PEFT finds it."""
+"""The number of the layer in a module path, by PEFT's rule."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,15 @@ class Adapter:
     """One PEFT LoRA adapter: a named set of factor pairs.
 
     Attributes:
-        name: how routing, results and the command line call it.
-        base_model: the base model that its config names.
+        name: used by routing, results and the command line.
+        base_model: named in its config.
         pairs: module path inside the base model -> its factors.
         source: the folder it was read from.
         targets: `target_modules` of its config: module names, or a regular expression.
         excluded: `exclude_modules` of its config, in the same form.
         layers: `layers_to_transform` of its config; None = all.
-        weights: module path -> whole weight (out, in) that was saved beside the factors; it must be the base's own.
-        identity: the same for the same factors and scales, whatever the name; of one made by hand, its own.
+        weights: module path -> whole weight (out, in) saved beside the factors; it must equal the base's.
+        identity: a digest of factors and scales, whatever the name; unique for an adapter made in memory.
     """
 
     name: str
@@ -88,10 +87,10 @@ class Adapter:
     identity: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
 
     def declared(self, modules: Sequence[str]) -> list[str]:
-        """Return those module paths that the config asks for factors on, by PEFT's rules of matching.
+        """Return the module paths that the config targets, by PEFT's rules.
 
         Raises:
-            AdapterError: one of its regular expressions takes too much time or memory.
+            AdapterError: a regular expression takes too much time or memory.
         """
         excluded = _matched(self.excluded, modules)
         return [
@@ -116,10 +115,10 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
 
     Args:
         path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
-        name: how to call the adapter; None takes the folder's name.
+        name: of the adapter; None takes the folder's name.
 
     Raises:
-        AdapterError: it is incomplete, damaged, or uses something that cannot be blended; lists every problem.
+        AdapterError: it is incomplete, damaged, or cannot be blended; lists every problem.
     """
     folder = Path(path)
     name = name or folder.resolve().name
@@ -153,7 +152,7 @@ def _identity(pairs: Mapping[str, LoraPair]) -> str:
     for module, pair in sorted(pairs.items()):
         digest.update(f"{module} {pair.scale} {pair.rank} {pair.a.dtype} {pair.b.dtype}".encode())
         for factor in (pair.a, pair.b):
-            digest.update(factor.contiguous().view(torch.uint8).numpy().data)  # hashed where it lies
+            digest.update(factor.contiguous().view(torch.uint8).numpy().data)  # hashed without a copy
     return digest.hexdigest()
 
 
@@ -173,7 +172,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _malformed_fields(config: dict[str, Any]) -> Iterator[str]:
-    """Yield the fields that hold something that the rest of this module could not read."""
+    """Yield a problem for each field whose value the rest of this module could not read."""
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         yield f"base_model_name_or_path must be a text, not {shown(base)}"
@@ -223,13 +222,13 @@ def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def _take_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take the whole weights, by module path, out of what a file holds; a model says whether they are its own."""
+    """Remove the whole weights from a file's tensors and return them by module path."""
     names = {key: found for key in tensors if ".lora_" not in key and (found := BASE_WEIGHT.match(key))}
     return {found["module"]: tensors.pop(key) for key, found in names.items() if tensors[key].dim() == MATRIX_AXES}
 
 
 def _sides(tensors: dict[str, torch.Tensor], problems: list[str]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the factors of each module by their side, A or B; what is none is added to `problems`."""
+    """Return the factors of each module by side, A or B; add the other tensors to `problems`."""
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         found = TENSOR_NAME.match(key)
@@ -245,7 +244,7 @@ def _sides(tensors: dict[str, torch.Tensor], problems: list[str]) -> dict[str, d
 
 
 def _pair_up(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[dict[str, LoraPair], list[str]]:
-    """Return the factor pairs of all modules, and everything that is wrong with the tensors."""
+    """Return the factor pairs of all modules, and all problems of the tensors."""
     problems: list[str] = []
     sides = _sides(tensors, problems)
     try:
@@ -295,7 +294,7 @@ def _scale(alpha: Any, rank: int, config: dict[str, Any]) -> float:
 
 
 def _selection_problems(config: dict[str, Any], modules: Sequence[str]) -> Iterator[str]:
-    """Yield which of the fields that select modules hold a regular expression that cannot be used."""
+    """Yield a problem for each module-selecting field whose regular expression cannot be used."""
     for field_name in ("target_modules", "exclude_modules"):
         try:
             _matched(_pattern(config.get(field_name)), modules)
@@ -304,7 +303,7 @@ def _selection_problems(config: dict[str, Any], modules: Sequence[str]) -> Itera
 
 
 def _by_pattern(config: dict[str, Any], field: str, otherwise: str, modules: Sequence[str]) -> list[Any]:
-    """Return for each module the value of the first pattern of a field that matches it, or that of another field."""
+    """Return for each module the value of the first matching pattern of `field`, or the value of `otherwise`."""
     patterns: dict[str, Any] = config.get(field) or {}
     values, default = list(patterns.values()), config.get(otherwise)
     try:
@@ -318,7 +317,7 @@ def _pattern(value: Any) -> tuple[str, ...] | str:
 
 
 def _matched(patterns: tuple[str, ...] | str, modules: Sequence[str]) -> list[bool]:
-    """Return whether PEFT's `target_modules` (a regular expression, or names of modules) matches each module path."""
+    """Return whether `target_modules` (a regular expression, or module names) matches each module path."""
     if patterns == "all-linear":
         return [False] * len(modules)
     if isinstance(patterns, str):

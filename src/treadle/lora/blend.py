@@ -96,7 +96,7 @@ class Blend:
         """Set the weights of the forward passes that follow; arguments as in `using`; on an error nothing changes."""
         gates: dict[int, Gates] = {}
         if weights is not None and self._layouts:
-            combines = [combine or self.combine] if not combine or isinstance(combine, str) else combine
+            combines = _one_or_each(combine or self.combine)
             w = self.check_weights(weights)  # (B|1, T|1, N)
             self._check_combines(combines, among or [self.names])
             has_paper = "paper" in combines  # adds up the B of all adapters of a row
@@ -299,6 +299,10 @@ def attach(
         OptionError: the adapters cannot be combined by `combine`.
     """
     return Blend(model, adapters, combine, always_active_rows=always_active_rows)
+
+
+def _one_or_each(combine: Combine | Sequence[Combine]) -> Sequence[Combine]:
+    return [combine] if isinstance(combine, str) else combine
 
 
 def _ranks(adapters: Sequence[Adapter]) -> list[int]:

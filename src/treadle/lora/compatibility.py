@@ -1,4 +1,4 @@
-"""Whether adapters fit a model and each other; every way in which they do not is in one error."""
+"""Checks that adapters fit a model and each other; one error lists every problem."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,15 +15,15 @@ from treadle.lora.layer import BlendedLinear
 from treadle.lora.pair import range_problems
 
 LAYER_STACK = re.compile(r"(.*?)\.\d+\.")
-"""In the path of a layer: where a stack of numbered layers begins."""
+"""In a layer's path: the name of its stack of numbered layers."""
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""In the path of a layer: which of a stack of layers or experts it is in."""
+"""In a layer's path: the number of its layer or expert."""
 ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
-"""In the path of a layer that belongs to one of several experts."""
+"""In the path of a layer of an expert."""
 
 
 def is_routed(path: str) -> bool:
-    """Return whether the layer at `path` reads only the tokens that a router sends to it."""
+    """Return whether the layer at `path` reads only the tokens that a model's own router sends to it."""
     return ROUTED_EXPERT.search(path) is not None
 
 
@@ -43,9 +43,9 @@ def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
 
 
 def weight_problem(module: nn.Module | None, weight: Tensor) -> str | None:
-    """Return how a saved weight (out, in) differs from that of the base's module; None where it is the same.
+    """Return how a saved weight (out, in) differs from the base's; None if it is equal.
 
-    The weights are compared in the coarser of both dtypes: an adapter may be trained in another one than it runs in.
+    They are compared in the coarser of both dtypes, because training and running may use different ones.
     """
     own = getattr(module, "weight", None)
     if not isinstance(own, Tensor):
@@ -80,7 +80,7 @@ def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]
 
 
 def _by_pattern(problems: Sequence[str]) -> list[str]:
-    """Return the first of problems that differ in numbers of layers or experts alone, and how many there are."""
+    """Merge problems that differ only in numbers of layers or experts: the first one, and their count."""
     alike: dict[str, list[str]] = {}
     for problem in problems:
         alike.setdefault(NUMBER.sub("*", problem), []).append(problem)
@@ -88,18 +88,18 @@ def _by_pattern(problems: Sequence[str]) -> list[str]:
 
 
 def _tower(path: str) -> str | None:
-    """Return the stack of numbered layers that a layer is in; names such as q_proj match a vision tower's too.
+    """Return the stack of numbered layers of a layer; names such as q_proj also match a vision tower's layers.
 
-    An adapter without any factors in a tower was trained without that tower, and PEFT leaves the tower as it is.
+    An adapter without factors in a tower was trained without it, and PEFT does not change that tower.
     """
     found = LAYER_STACK.match(path)
     return found and found[1]
 
 
 def check_range(adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
-    """Raise an AdapterError that lists every update that may overflow in the dtype that it is computed in.
+    """Raise an AdapterError that lists every update that may overflow in the dtype it is computed in.
 
-    Adapters that were read are right in float32, and so in bfloat16, which has the same range.
+    Reading an adapter checked float32, and so bfloat16, which has the same range.
     """
     if dtype == torch.float16:
         problems = [f"{each.name}: {problem}" for each in adapters for problem in range_problems(each.pairs, dtype)]
@@ -108,10 +108,10 @@ def check_range(adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
 
 
 def check_tokens(adapters: Sequence[Adapter], rereading: Collection[str]) -> None:
-    """Raise an AdapterError that names adapters of layers where a token's weights cannot follow it.
+    """Raise an AdapterError that names adapters of layers that cannot be blended by row and token.
 
     Args:
-        adapters: to be blended by row and token.
+        adapters: to check.
         rereading: paths of layers that read all tokens again in each step.
     """
     problems: list[str] = []
@@ -126,9 +126,9 @@ def check_tokens(adapters: Sequence[Adapter], rereading: Collection[str]) -> Non
 
 
 def with_model_names(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Return the adapter with the module paths that the model has today, by transformers' own table of renamings.
+    """Return the adapter with today's module paths, by transformers' own table of renamings.
 
-    Paths that the model has, and those whose new name it has not either, stay as they are.
+    A path stays if the model has it, or if the model does not have its new name either.
     """
     known = {path for path, _ in model.named_modules()}
     if all(path in known for path in (*adapter.pairs, *adapter.weights)):
@@ -146,7 +146,7 @@ def with_model_names(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
-    """Raise an OptionError if `adapters` cannot be combined in this way, naming those that differ."""
+    """Raise an OptionError if `adapters` cannot be combined so, naming those that differ."""
     if combine not in COMBINES:
         raise OptionError(unknown_name("combine", combine, COMBINES))
     if combine == "sum" or len(adapters) < 2:
@@ -163,7 +163,7 @@ def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the path of each linear layer of the base and its (in, out); a blended one is one layer, not two."""
+    """Return the path and (in, out) of each linear layer of the base; a blended layer counts once."""
     shapes = {path: shape for path, module in model.named_modules() if (shape := linear_shape(module))}
     for path in [path for path, module in model.named_modules() if isinstance(module, BlendedLinear)]:
         del shapes[f"{path}.base"]

@@ -1,8 +1,8 @@
-"""Which module paths the names and regular expressions of an adapter's config mean, by PEFT's rules.
+"""Matches module paths with the names and regular expressions of an adapter's config, by PEFT's rules.
 
-An expression of Python's `re` may backtrack for ever, and holds the interpreter while it does. Engines of linear time
-lack the look-ahead of published configs, and others differ from PEFT's `re`. So expressions run in `re`, in a process
-of their own with limits on its time and memory; plain names, the usual case, are compared here.
+An expression of Python's `re` may backtrack forever, and it holds the interpreter meanwhile. Engines of linear time
+lack the look-ahead of published configs, and other engines differ from PEFT's `re`. So expressions run in `re` in a
+separate process with limits on time and memory. Plain names, the usual case, are compared here.
 """
 
 import json
@@ -15,17 +15,17 @@ from typing import Any, Literal
 
 from treadle.common.errors import AdapterError, shown
 
-SECONDS, CPU_SECONDS, MEMORY = 4, 1, 1 << 29
-"""Wall-clock and processor time, and bytes of address space, that all expressions of a config have together."""
+WALL_SECONDS, CPU_SECONDS, MEMORY_BYTES = 4, 1, 1 << 29
+"""Limits for all expressions of a config together; memory is address space."""
 MAX_EXPRESSION_CHARACTERS = 100_000
-"""Characters of one expression."""
+"""Of one expression."""
 PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
-"""A name, in which a dot stands for any character: it is found in linear time."""
+"""A name, in which a dot matches any character; it matches in linear time."""
 Method = Literal["match", "fullmatch"]
 WORKER = f"""
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({CPU_SECONDS}, {CPU_SECONDS}))
-resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_BYTES}, {MEMORY_BYTES}))
 method, expressions, paths = json.load(sys.stdin)
 compiled = []
 for index, expression in enumerate(expressions):
@@ -36,20 +36,20 @@ for index, expression in enumerate(expressions):
         sys.exit()
 json.dump([[next((i for i, match in enumerate(compiled) if match(path)), None) for path in paths]], sys.stdout)
 """
-"""Prints [the first expression that matches each path], or [the first expression that is none, why]."""
+"""Prints [indices of the first expression that matches each path], or [index of an invalid expression, reason]."""
 
 
 def match_ends(patterns: Sequence[str], paths: Sequence[str]) -> list[int | None]:
-    """Return for each module path the first pattern that matches its end, by index, as PEFT's get_pattern_key does.
+    """Return for each module path the index of the first pattern that matches its end, as PEFT's get_pattern_key does.
 
     Raises:
-        AdapterError: a pattern is no regular expression, or all of them together take too much time or memory.
+        AdapterError: a pattern is not a regular expression, or all of them together take too much time or memory.
     """
     return list(_first(tuple(patterns), tuple(paths), "match"))
 
 
 def match_whole(pattern: str, paths: Sequence[str]) -> list[bool]:
-    """Return for each module path whether a regular expression of `target_modules` matches it; errors as above."""
+    """Return for each module path whether the regular expression matches all of it; errors as in `match_ends`."""
     return [found is not None for found in _first((pattern,), tuple(paths), "fullmatch")]
 
 
@@ -66,7 +66,8 @@ def _first(patterns: tuple[str, ...], paths: tuple[str, ...], method: Method) ->
     if answer is None:
         listed = ", ".join(map(shown, patterns[:3])) + (", ..." if len(patterns) > 3 else "")
         raise AdapterError(
-            f"the regular expression {listed} takes more than {CPU_SECONDS} s or {MEMORY >> 20} MiB; name the modules"
+            f"the regular expression {listed} takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB; "
+            "name the modules"
         )
     if len(answer) == 2:
         raise AdapterError(f"{shown(patterns[answer[0]])} is no regular expression: {answer[1]}")
@@ -74,10 +75,10 @@ def _first(patterns: tuple[str, ...], paths: tuple[str, ...], method: Method) ->
 
 
 def _ask(request: str) -> list[Any] | None:
-    """Return what a worker process answers; None where it was stopped."""
+    """Return the answer of a worker process; None if it was stopped."""
     command = [sys.executable, "-I", "-S", "-c", WORKER]
     try:
-        done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=WALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return None
     except OSError as error:

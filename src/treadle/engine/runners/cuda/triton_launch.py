@@ -35,7 +35,8 @@ MAX_ROW_TILES = 4
 class TritonKernels:
     """See `treadle.engine.runners.cuda.interface.Kernels`."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention_programs: int = ATTENTION_PROGRAMS) -> None:
+        self._attention_programs = attention_programs
         self._tickets: dict[torch.device, Tensor] = {}
 
     def bucket(self, num_rows: int) -> int:
@@ -102,7 +103,7 @@ class TritonKernels:
         """Return the attention result (B, q * head) of queries (B, q, head) over the cache."""
         num_rows, num_q, size = queries.shape
         group = num_q // num_kv
-        splits = max(1, min(MAX_SPLITS, triton.cdiv(ATTENTION_PROGRAMS, num_rows * num_kv)))
+        splits = max(1, min(MAX_SPLITS, triton.cdiv(self._attention_programs, num_rows * num_kv)))
         out = queries.new_empty(num_rows, num_q * size)
         partial = queries.new_empty(num_rows, num_q, splits, size, dtype=torch.float32)
         sums = queries.new_empty(num_rows, num_q, splits, 2, dtype=torch.float32)
