@@ -13,7 +13,7 @@ from torch import Tensor
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
-from treadle.engine.prefix_cache import Copy, PrefixCache
+from treadle.engine.prefix_cache import PrefixCache, PrefixCopy
 from treadle.engine.sequence import Report, Row
 from treadle.engine.tokenization import prompt_ids
 
@@ -202,7 +202,7 @@ def test_a_text_that_is_read_in_chunks_is_copied_in_pieces(engine: Engine) -> No
     """What a pass leaves uncopied comes with the next ones, and the last takes what is left."""
     batch = engine.new_batch()
     reading = batch.begin([make_row(engine, "a" * 47, RoutingParams.one("math"))])
-    lagging, whole = Copy(47, 1 << 24), Copy(47, 1 << 24)
+    lagging, whole = PrefixCopy(47, 1 << 24), PrefixCopy(47, 1 << 24)
     for done in (5, 10, 47):
         batch.read(reading, 16)
         lagging.extend(reading.cache, 5 if done < 47 else 47)

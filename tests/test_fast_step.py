@@ -219,8 +219,8 @@ class Reference(NamedTuple):
 @cache
 def reference(num_rows: int) -> Reference:
     ids = torch.randint(0, 256, (num_rows, 9), generator=torch.Generator().manual_seed(0))
+    models = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
     with torch.inference_mode():
-        models = build("LlamaForCausalLM"), build("LlamaForCausalLM", torch.bfloat16)
         return Reference(ids, *(model(input_ids=ids, logits_to_keep=1).logits[:, -1] for model in models))
 
 
@@ -231,12 +231,12 @@ def test_bfloat16_is_as_close_to_float32_as_forward_is(variant: Variant, num_row
 
     def last(dtype: torch.dtype) -> Tensor:
         model, cache = build("LlamaForCausalLM", dtype), RowCache()
-        model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
         step = variant.step(model, variant.attach(model, []), on_amd=on_amd)
-        return step.run(step_of(ids[:, -1:], cache)).logits[:, 0]
+        with torch.inference_mode():
+            model(input_ids=ids[:, :-1], use_cache=True, **{cache_argument(model): cache})
+            return step.run(step_of(ids[:, -1:], cache)).logits[:, 0]
 
-    with torch.inference_mode():
-        fast, equal = last(torch.bfloat16), last(torch.float32)
+    fast, equal = last(torch.bfloat16), last(torch.float32)
     torch.testing.assert_close(equal, exact, atol=1e-5, rtol=1e-5)
     assert (fast - exact).abs().mean() < 1.5 * (rounded - exact).abs().mean()
 

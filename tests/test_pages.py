@@ -13,7 +13,7 @@ import torch
 from treadle.common import memory
 from treadle.common.memory import ALIGNMENT, HAS_PAGES, new_pages, side_by_side, trim
 from treadle.engine.kv_cache import RowCache
-from treadle.engine.prefix_cache import PrefixCache, Text
+from treadle.engine.prefix_cache import PrefixCache, PrefixText
 
 MIB = 1 << 20
 LAYERS = 4
@@ -46,7 +46,7 @@ def run_batches() -> tuple[list[int], list[float], int]:
         cache = RowCache()
         for layer in cache.rows(LAYERS):
             layer.update(read[:, :, :length], read[:, :, :length])
-        prefixes.store(Text(np.arange(length) + 1000 * number, {}, (), ("sum", "")), cache, 0)
+        prefixes.store(PrefixText(np.arange(length) + 1000 * number, {}, (), ("sum", "")), cache, 0)
         before = process.memory_info().rss
         del cache, layer
         sizes.append(process.memory_info().rss)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from treadle.engine.draws import Draws, are_whole, drawn, failure_of
 from treadle.engine.kv_cache import RowCache
-from treadle.engine.prefix_cache import Copy, PrefixCache, Text
+from treadle.engine.prefix_cache import PrefixCache, PrefixCopy, PrefixText
 from treadle.engine.readings import Reading, score_prompts
 from treadle.engine.runners.passes import PassInput
 from treadle.engine.runners.runner import Runner
@@ -60,7 +60,7 @@ class Batch:
         reading = Reading([row for row in rows if row not in lost], lost=lost)
         if self._prefixes and len(reading.rows) == 1:
             (row,) = reading.rows
-            reading.copy = Copy(reading.length, self._prefixes.max_bytes)
+            reading.copy = PrefixCopy(reading.length, self._prefixes.max_bytes)
             if not row.report.prompt:
                 reading.done = row.reused = self._prefixes.fill(reading.cache, self._text(row))
         return reading
@@ -313,12 +313,12 @@ class Batch:
             longest = max(row.num_read for row in self.rows)
             self.cache.keep(order, self.cache.length - longest)
 
-    def _text(self, row: Row) -> Text:
+    def _text(self, row: Row) -> PrefixText:
         """Return the tokens of a row that have been read, or are about to be, with their weights."""
         read = len(row.ids) - bool(row.events)
-        return Text.of(row, self._blend, "long" if self._runner.rope and self._runner.rope.is_long(read) else "")
+        return PrefixText.of(row, self._blend, "long" if self._runner.rope and self._runner.rope.is_long(read) else "")
 
-    def _remember(self, row: Row, cache: RowCache, index: int, copy: Copy | None = None) -> None:
+    def _remember(self, row: Row, cache: RowCache, index: int, copy: PrefixCopy | None = None) -> None:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""
         if self._prefixes and (not row.events or row.is_like_prompt):
             self._prefixes.store(self._text(row), cache, index, copy)

@@ -112,7 +112,7 @@ class RowLayer(DynamicLayer):
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """Of keys and of values, (rows, H, columns, head)."""
+        """The buffers of keys and of values, (rows, H, columns, head)."""
         assert self._buffers is not None
         return self._buffers
 

@@ -29,17 +29,17 @@ MAX_ENTRIES = 128
 """With more entries, comparing takes longer than reading again on a small model."""
 MAX_COPIED_TOKENS = 256
 """A pass copies at most this many of the tokens that were read."""
-Key: TypeAlias = tuple[str, str]
+AdapterKey: TypeAlias = tuple[str, str]
 """An adapter's name and identity."""
 
 
-def key_of(adapter: Adapter) -> Key:
+def key_of(adapter: Adapter) -> AdapterKey:
     """Return the key that identifies an adapter."""
     return adapter.name, adapter.identity
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
+class PrefixText:
     """Tokens and the way they are read. Equal ones have equal keys and values.
 
     Attributes:
@@ -50,8 +50,8 @@ class Text:
     """
 
     ids: NDArray[np.int64]
-    weights: Mapping[Key, Floats]
-    present: tuple[Key, ...]
+    weights: Mapping[AdapterKey, Floats]
+    present: tuple[AdapterKey, ...]
     way: tuple[str, str, str]
 
     @cached_property
@@ -60,7 +60,7 @@ class Text:
         return self.ids[:MIN_PREFIX_TOKENS].tobytes()
 
     @classmethod
-    def of(cls, row: Row, blend: Blend, rope: str = "") -> "Text":
+    def of(cls, row: Row, blend: Blend, rope: str = "") -> "PrefixText":
         """Return a row's tokens without the newest generated one, which no pass has read yet."""
         ids = np.array(row.ids[: len(row.ids) - bool(row.events)])
         later = [event.weights for event in row.events[1:]]
@@ -72,7 +72,7 @@ class Text:
         acting = {keys[name]: weights[:, i] for i, name in enumerate(row.router.names) if weights[:, i].any()}
         return cls(ids, acting, present, (row.routing.combine, row.owner, rope))
 
-    def shared(self, other: "Text") -> int:
+    def shared(self, other: "PrefixText") -> int:
         """Return the number of first tokens that both texts share, read in the same way; 0 if their heads differ."""
         if (self.head, self.way, self.present) != (other.head, other.way, other.present):
             return 0
@@ -85,10 +85,10 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class PrefixEntry:
     """A text with its keys and values (H, T, head) of every layer, and their bytes."""
 
-    text: Text
+    text: PrefixText
     states: Sequence[tuple[Tensor, Tensor]]
     num_bytes: int
 
@@ -99,7 +99,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int, max_entries: int = MAX_ENTRIES) -> None:
         self.max_bytes = max_bytes
         self.max_entries = max_entries
-        self.entries: list[Entry] = []  # the newest last
+        self.entries: list[PrefixEntry] = []  # the newest last
         self._adapters: Sequence[Adapter] = ()  # at the last `forget`
 
     @property
@@ -107,7 +107,7 @@ class PrefixCache:
         """Bytes of all entries."""
         return sum(entry.num_bytes for entry in self.entries)
 
-    def fill(self, cache: RowCache, text: Text) -> int:
+    def fill(self, cache: RowCache, text: PrefixText) -> int:
         """Copy the known beginning of a text into an empty cache of one row; return its number of tokens.
 
         The last token is always read again, because its logits are needed.
@@ -122,13 +122,13 @@ class PrefixCache:
             layer.replace(keys[None, :, :longest], values[None, :, :longest])
         return longest
 
-    def store(self, text: Text, cache: RowCache, index: int, copy: "Copy | None" = None) -> None:
+    def store(self, text: PrefixText, cache: RowCache, index: int, copy: "PrefixCopy | None" = None) -> None:
         """Store the keys and values of the row at `index` of a cache that ends with this text.
 
         `copy` holds the first of them already if the text was read in chunks.
         """
         length = len(text.ids)
-        copy = copy or Copy(length, self.max_bytes)
+        copy = copy or PrefixCopy(length, self.max_bytes)
         num_bytes = copy.size(cache)
         if length < MIN_PREFIX_TOKENS or num_bytes > self.max_bytes:
             return
@@ -138,7 +138,7 @@ class PrefixCache:
         copy.extend(cache, length, index)
         # drop texts that the new one continues
         kept = [e for e, same in zip(self.entries, shared, strict=True) if same < len(e.text.ids)]
-        self.entries = [*kept[1 - self.max_entries :], Entry(text, copy.states, num_bytes)]
+        self.entries = [*kept[1 - self.max_entries :], PrefixEntry(text, copy.states, num_bytes)]
         while self.num_bytes > self.max_bytes:
             del self.entries[0]
 
@@ -151,7 +151,7 @@ class PrefixCache:
         self.entries = [entry for entry in self.entries if {*entry.text.weights, *entry.text.present} <= keys]
 
 
-class Copy:
+class PrefixCopy:
     """Keys and values of one row's first `length` tokens, copied a few columns at a time while the row is read.
 
     Copying a long text at once would delay running rows, because the system maps the new memory on first write. All

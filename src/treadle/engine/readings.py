@@ -9,7 +9,7 @@ from torch import Tensor
 
 from treadle.engine.draws import failure_of
 from treadle.engine.kv_cache import RowCache
-from treadle.engine.prefix_cache import Copy
+from treadle.engine.prefix_cache import PrefixCopy
 from treadle.engine.sampling import likeliest, score_tokens
 from treadle.engine.sequence import NOT_ROUTED, Row, RowError, TokenScore
 from treadle.routing.centroids import Floats
@@ -40,7 +40,7 @@ class Reading:
         self.done = 0  # columns that have been read; the cache does not tell once it is the batch's
         self.cache = RowCache()
         self.cache.expect(max((row.most_tokens for row in self.rows), default=1))
-        self.copy: Copy | None = None  # for the prefixes, of a single row
+        self.copy: PrefixCopy | None = None  # for the prefixes, of a single row
 
     def _take(self, row: Row) -> None:
         """Read a row with the others, under weights that `prefill="causal"` makes here."""

@@ -20,7 +20,7 @@ from treadle.lora.gates import Gates
 
 
 def lora_update(a_x: Tensor, gates: Gates, b: Tensor) -> Tensor:
-    """Return what adapters add to a layer: B (gates of A x).
+    """Return the update that adapters add to a layer: B (gates of A x).
 
     Args:
         a_x: A x (B, T, R), A being the stacked A of all adapters.

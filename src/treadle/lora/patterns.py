@@ -18,7 +18,6 @@ from treadle.common.errors import AdapterError, shown
 WALL_SECONDS, CPU_SECONDS, MEMORY_BYTES = 4, 1, 1 << 29
 """Limits for all expressions of a config together; memory is address space."""
 MAX_EXPRESSION_CHARACTERS = 100_000
-"""Of one expression."""
 PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 """A name, in which a dot matches any character; it matches in linear time."""
 Method = Literal["match", "fullmatch"]

@@ -69,9 +69,9 @@ class DecoderLayer(NamedTuple):
     first_norm: RmsNorm
     qkv: tuple[nn.Module, ...]
     head_norms: tuple[RmsNorm, RmsNorm] | None
-    """Of each head's queries and keys."""
+    """For each head's queries and keys."""
     scaling: float
-    """Of the attention scores."""
+    """A factor for attention scores."""
     output: tuple[nn.Module, ...]
     second_norm: RmsNorm
     gate_up: tuple[nn.Module, ...]

@@ -137,26 +137,26 @@ class StackedLinearStep:
     def __call__(self, x: Tensor, gates: StepGates) -> Tensor:
         """Return the results (B, sum of out) of x (B, in), side by side; the next stack may overwrite them."""
         layout = self._layout
-        laid = layout.to_layout(x)
+        inputs = layout.to_layout(x)
         joined = gates.join(self._slots) if self._updates else None
         if joined is None and layout.allocates_results:
-            made = packed_product(laid, self._weight)
+            made = packed_product(inputs, self._weight)
             return made if self._bias is None else made.add_(self._bias)
         if joined is not None and self._is_whole:
-            layout.multiply_base(self._whole, laid, self._all)
+            layout.multiply_base(self._whole, inputs, self._all)
         else:
-            layout.multiply_base(self._weight, laid, self._y)
+            layout.multiply_base(self._weight, inputs, self._y)
         if self._bias is not None:
             self._y.add_(self._bias)
         if joined is not None:
-            self._update(laid, joined)
+            self._update(inputs, joined)
         return self._result
 
-    def _update(self, laid: Tensor, gates: Tensor) -> None:
-        """Add the adapters' update to the results; `laid` is the input in the step's layout."""
+    def _update(self, inputs: Tensor, gates: Tensor) -> None:
+        """Add the adapters' update to the results; `inputs` is x in the step's layout."""
         layout = self._layout
         if not self._is_whole:
-            layout.multiply(self._a, laid.to(self._h.dtype), self._source)
+            layout.multiply(self._a, inputs.to(self._h.dtype), self._source)
         torch.mul(self._source, gates, out=self._h)
         if self._sum is self._y:
             for b, h, y in self._updates:

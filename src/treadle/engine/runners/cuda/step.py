@@ -51,7 +51,7 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 
 
 class Gpu(NamedTuple):
-    """What a GPU and its software can do."""
+    """The abilities of a GPU and its software."""
 
     has_cuda: bool
     """PyTorch was built for CUDA, rather than ROCm."""
