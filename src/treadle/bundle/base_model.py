@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of the base model `name`; of the hub's, a revision, and its own code only if that is said."""
+    """Load the tokenizer of the base model `name`. Its own code runs only with `trust_remote_code`."""
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}

@@ -44,7 +44,7 @@ from treadle.routing.router import Router
 KEYS = {"treadle": str, "base_model": str, "embedder": str, "adapters": list, "routing": dict}
 ADAPTER_KEYS = {"name": str, "path": str, "samples": int}
 RESERVED = ("base", "auto")
-"""What a request calls the model without an adapter, and the routed one."""
+"""Names that requests use for the model without an adapter and for the routed one."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def foreign_base(adapter: Adapter, base: str) -> str:
 
 
 def _last_name(base: str) -> str:
-    """Return the last part of a base model's name or folder; of a folder in a cache, of the name that it keeps.
+    """Return the last part of a base model's name; a cache's folder stands for the model it keeps.
 
     The hub's cache keeps org/model in models--org--model/snapshots/REVISION, treadle's in models/org--model.
     """

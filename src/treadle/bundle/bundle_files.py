@@ -32,7 +32,7 @@ Version = tuple[tuple[int, ...] | None, ...]
 
 
 def read_version(folder: Path, read: Callable[[Path], Read]) -> Read:
-    """Return what `read` makes of the folder where one version of a bundle lies, all of it of that version."""
+    """Call `read` with the folder of one version of a bundle, and return its result."""
     for _ in range(NUM_TRIES):
         before = _version(folder)
         try:
@@ -73,7 +73,7 @@ def replace_bundle(folder: Path, write: Callable[[Path], None], *, overwrite: bo
 
 
 def finish_replacing(folder: Path) -> None:
-    """Put the files of a version in their places that a kill left on their way; do this before they are read there."""
+    """Finish a replacement that a kill interrupted; call this before the files are read in place."""
     if (folder / NEW).exists():
         with workplace(folder) as place, locked(folder):
             _finish(folder, place)
@@ -102,7 +102,7 @@ def _finish(folder: Path, place: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link a file, or all files of a folder, at another place; copy them where the file system has no links."""
+    """Link a file, or a folder's files, at another place; copy where there are no links."""
     target.parent.mkdir(exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_link_file)
@@ -152,7 +152,7 @@ def _current(folder: Path) -> Path:
 
 
 def _version(folder: Path) -> Version:
-    """Return what tells a version of a bundle from others."""
+    """Return the identity of a bundle's version."""
     return tuple(_identity(each / BUNDLE_FILE) for each in (folder / NEW, folder))
 
 

@@ -25,11 +25,11 @@ from treadle.routing.centroids import Centroids, Groups
 CENTROID_FILE, RECORD_FILE = "centroid.safetensors", "treadle.json"
 ARRAYS = ("counts", "means", "scatter")
 GROUP_ARRAYS = ("group_means", "group_owners", "group_sizes")
-"""Of files written since adapters have groups; without them each adapter is one."""
+"""Present in files written since adapters have groups; without them each adapter is one group."""
 FLOATS = ("means", "scatter", "group_means")
 WHOLE = (torch.int64, torch.int32)
 SLACK = 0.01
-"""Of rounding, in bfloat16 too."""
+"""Allowance for rounding, in bfloat16 too."""
 MOST_SAMPLES = 1 << 40
 
 
@@ -96,7 +96,7 @@ def _dtype_problems(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _size_problems(centroids: Centroids) -> list[str]:
-    """Return what cannot have come from vectors of length 1: scores would overflow, those of other adapters too."""
+    """Return values that unit vectors cannot give: all adapters' scores would overflow."""
     problems = [
         f"{key} has a row longer than 1, which no mean of an embedder's vectors is"
         for key, means in (("means", centroids.means), ("group_means", centroids.groups.means))

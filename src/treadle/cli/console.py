@@ -1,4 +1,4 @@
-"""What the command line prints: text coloured by its leading adapter, and tables."""
+"""Prints for the command line: text coloured by its leading adapter, and tables."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ def legend(names: Sequence[str]) -> Text:
 
 
 def new_console(*, stderr: bool = False) -> Console:
-    """Return where a command prints; into a file or a pipe a table is as wide as it is, with nothing cut."""
+    """Return a command's console. In a file or a pipe, tables keep their full width."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=FILE_WIDTH)
 
@@ -92,7 +92,7 @@ def explanation_table(explanation: "Explanation") -> Table:
 
 
 def report_tables(report: "Report") -> list[Table]:
-    """Return what `treadle doctor` found, one row an adapter, and the cosines between the centroids."""
+    """Return the tables of `treadle doctor`: one row an adapter, and the cosines between centroids."""
     table = Table(title_justify="left")
     for heading in ("adapter", "rank", "targets", "modules", "norm", "change (nats)", "samples"):
         table.add_column(heading)

@@ -92,7 +92,7 @@ def route(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     *,
     routing: dict[str, Any],
 ) -> None:
-    """Show how the router weighs a text, and why, or how often it is right; the base model is not loaded."""
+    """Show how the router weighs a text and why, or how often it is right. The base model is not loaded."""
     from treadle.bundle.bundle import read_bundle
     from treadle.engine.chat import contents_of, joined
     from treadle.routing.explain import explain

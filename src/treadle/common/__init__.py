@@ -1,1 +1,1 @@
-"""What every other package may use: errors, options, files and memory. It knows no model and no adapter."""
+"""Errors, options, files and memory, for every other package. Nothing here knows a model or an adapter."""

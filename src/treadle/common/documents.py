@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 from treadle.common.errors import OptionError, TreadleError, shown
 
 MOST_BYTES = 256 << 20
-"""Of a document or a text that is read as a whole."""
+"""Size limit of a document or a text that is read as a whole."""
 MOST_DEPTH = 64
 """Lists and objects within each other."""
 LONGEST_PATH = 1000
@@ -42,7 +42,7 @@ def is_inside(folder: Path, path: str) -> bool:
 
 @contextmanager
 def open_file(file: str | Path, error_type: type[TreadleError], most_bytes: int | None = None) -> Generator[BinaryIO]:
-    """Open a regular file for reading; what is none, is too large or cannot be read is an error of `error_type`."""
+    """Open a regular file for reading; an error of `error_type` says why that is not possible."""
     try:
         opened = open(file, "rb", opener=_open_at_once)
     except ValueError as error:  # a path with a null character or half of a surrogate pair
@@ -80,7 +80,7 @@ def read_text(file: str | Path, error_type: type[TreadleError], most_bytes: int 
 def read_json(
     file: str | Path, error_type: type[TreadleError], most_bytes: int = MOST_BYTES, *, strict: bool = True
 ) -> Any:
-    """Return what a JSON file holds; an error of `error_type` says why it cannot be read."""
+    """Read a JSON file; an error of `error_type` says why it cannot be read."""
     text = read_text(file, error_type, most_bytes)
     try:
         return parse_json(text, strict=strict)
@@ -99,7 +99,7 @@ def read_object(
 
 
 def parse_json(text: str, *, strict: bool = True) -> Any:
-    """Return what a JSON text says; a ValueError says why it cannot be read.
+    """Read a JSON text; a ValueError says why it cannot be read.
 
     Args:
         text: of one document.

@@ -23,7 +23,7 @@ class TreadleError(Exception):
 
 @dataclass(frozen=True)
 class OptionProblem:
-    """What is wrong with one option, in parts: a server names options in another way than a command line.
+    """One wrong option, in parts: a server names options in another way than a command line.
 
     Attributes:
         options: the option to change, as in `every` or `fixed.math`, then those that it clashes with.
@@ -88,7 +88,7 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value of a JSON document for a message: a text in quotes, else as JSON; cut where it is long."""
+    """Return a value for a message: a text in quotes, else JSON; a long one is cut."""
     pieces = [repr(value[:SHOWN])] if isinstance(value, str) else ENCODER.iterencode(value)
     text = ""
     for piece in pieces:  # of a long list, only its beginning is written

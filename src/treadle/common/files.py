@@ -29,7 +29,7 @@ def folder_below(root: Path, path: str) -> Path | None:
 
 
 def digest(document: Any) -> str:
-    """Return what tells a JSON document from others."""
+    """Return a digest of a JSON document."""
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
 
 
@@ -46,7 +46,7 @@ def cached_folder(name: str) -> Path:
 
 
 def locate(name: str) -> str:
-    """Return what transformers should load for `name`: an existing folder, the cached one, else the name itself."""
+    """Return a folder of this name, the cached one, or the name itself, for transformers to load."""
     for folder in (Path(name).expanduser(), cached_folder(name)):
         if (folder / "config.json").is_file():
             return str(folder)

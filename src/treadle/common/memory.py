@@ -31,7 +31,7 @@ def new_pages(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def side_by_side(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies in pages of their own, which go back to the system with the last of them; in a CPU's memory."""
+    """Return copies in pages of their own, in a CPU's memory. The pages go back to the system with the last copy."""
     sizes = [-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in tensors.values()]
     *starts, total = accumulate(sizes, initial=0)
     room = new_pages([max(total, 1)], torch.empty(0, dtype=torch.uint8))

@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Bounds:
-    """Limits of a number, or of each number in a list or a mapping; None = there is no such limit."""
+    """Limits of a number, or of each number in a list or mapping; None = no limit."""
 
     at_least: float | None = None
     above: float | None = None
@@ -307,4 +307,4 @@ READERS: dict[Any, Any] = {
     tuple: _names,
     Mapping: _weights,
 }
-"""How the text or value of an option is read, by its type; None = it is not of that type."""
+"""Readers of an option's text or value, by its type; None = the value is not of that type."""

@@ -97,7 +97,7 @@ class RoutingParams:
 
     @classmethod
     def paper(cls) -> "RoutingParams":
-        """Return what the paper's code computes; use a bundle whose embedder is the sentence embedder."""
+        """Return the options of the paper's code; its bundle needs the sentence embedder."""
         return cls(
             score="cosine",
             rule="boosted",
@@ -153,7 +153,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class EvalParams:
-    """What is evaluated: which rows, and how."""
+    """Options of an evaluation: which rows, and how."""
 
     limit: int = option(300, "examples a task, a seeded choice", at_least=1)
     seed: int = option(0, "of the choice of examples and shots, of streams and of bootstrap samples", at_least=0)

@@ -26,7 +26,7 @@ class TensorFile(NamedTuple):
 
 
 def read_tensors(file: Path, error_type: type[TreadleError]) -> TensorFile:
-    """Return what a safetensors file holds; a damaged file is an error of `error_type`."""
+    """Read a safetensors file; an error of `error_type` says why it cannot be read."""
     with open_file(file, error_type) as opened:
         header = int.from_bytes(opened.read(8), "little")
     if header > MOST_HEADER:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What the key-value cache is called in calls and outputs, newest first: transformers 5.24 renamed it."""
+"""Names of the key-value cache in calls and outputs, newest first: transformers 5.24 renamed it."""
 
 
 def cache_argument(model: "nn.Module") -> str:
@@ -45,7 +45,7 @@ def _present(names: Iterable[str]) -> str | None:
 
 
 def checkpoint_renamer(model: "nn.Module") -> Callable[[str], str]:
-    """Return what takes the path of a module in an older release to its path in this model.
+    """Return a function that takes a module's path of an older release to its path in this model.
 
     The table is the one by which transformers loads old checkpoints, and PEFT old adapters.
     """

@@ -1,4 +1,4 @@
-"""Writes files and folders so that a kill or a full disk leaves the old one or the new one, whole.
+"""Writes files and folders whole: after a kill or on a full disk the old one or the new one is there.
 
 Everything is written in a hidden workplace inside its folder, forced to the disk and renamed from there. A workplace is
 locked as long as its writer lives; the next writer in the folder removes those of dead writers.
@@ -28,7 +28,7 @@ WORKPLACE = re.compile(r"\.treadle-[0-9a-f]{8}-\w{8}\.part")
 DAY_SECONDS = 24 * 60 * 60.0
 """Age from which another machine's workplace counts as left over."""
 NUM_SYNCS = 8
-"""Files that are forced to the disk at the same time: the file system then writes its journal once for all."""
+"""Files forced to the disk at the same time. The file system then writes its journal once for all."""
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
 """Answers of file systems that have no locks, or cannot force a folder to the disk."""
@@ -106,7 +106,7 @@ def refused(path: Path) -> Generator[None]:
 
 
 def refusal_of(error: Exception) -> str | None:
-    """Return what the system said, where an error is its refusal; libraries written in Rust keep its number."""
+    """Return the system's own words for an error that is its refusal; Rust libraries keep only the number."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     number = RUST_ERROR.search(str(error))
@@ -114,7 +114,7 @@ def refusal_of(error: Exception) -> str | None:
 
 
 def put(new: Path, target: Path) -> None:
-    """Move a finished file or folder to its place, once all of it is on the disk; a folder replaces none."""
+    """Move a file or folder to its place once all of it is on the disk. A folder replaces none."""
     sync(new)
     os.replace(new, target)
     sync_names(target.parent)

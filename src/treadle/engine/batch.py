@@ -25,7 +25,7 @@ from treadle.lora.blend import Blend
 from treadle.routing.centroids import Floats
 
 Events = list[tuple[Row, TokenEvent | RowError]]
-"""What rows have become in a step: each has a token more, or has ended because it cannot be computed."""
+"""Results of a step: each row has one more token, or an error that ended it."""
 
 
 class Batch:
@@ -156,7 +156,7 @@ class Batch:
         return self._settle(reading, drawn(reading.rows, run) if reading.rows else {})
 
     def _settle(self, reading: Reading, found: Draws) -> Draws:
-        """Let the rows of a reading that have no token leave; where others may be to blame, they are read again."""
+        """Let rows of a reading without a token leave; read them again where others may be to blame."""
         reading.done = reading.length
         found |= reading.lost
         bad = [row for row in reading.rows if isinstance(found[row], RowError)]
@@ -290,7 +290,7 @@ class Batch:
         return self._runner.run(given).logits
 
     def _stacked(self, rows: Sequence[Row], weights: Sequence[Floats], num_tokens: int) -> Floats | None:
-        """Return the rows' weights as (B, 1 or T, N of the blend); None where no adapter acts on any row."""
+        """Return the rows' weights (B, 1 or T, N of the blend); None where no adapter acts."""
         if not any(each.any() for each in weights):
             return None
         length = num_tokens if any(len(each) > 1 for each in weights) else 1

@@ -1,4 +1,4 @@
-"""What generation returns for one prompt."""
+"""The result of generation for one prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Completion:
 
     @classmethod
     def of(cls, row: Row, reason: FinishReason, seconds: float) -> "Completion":
-        """Return what a finished row has become."""
+        """Return the completion of a finished row."""
         return cls(
             text="".join(event.text for event in row.events),
             token_ids=tuple(event.token_id for event in row.events),

@@ -24,7 +24,7 @@ Draws = dict[Row, Draw | RowError]
 
 
 def drawn(rows: Sequence[Row], run: Callable[[], Tensor], found: Mapping[Row, Draw | RowError] | None = None) -> Draws:
-    """Run a pass and draw the next token of rows from its logits (B, V); a row that gets none has an error.
+    """Run a pass and draw each row's next token from its logits (B, V), or give the row an error.
 
     Rows whose token was `found` already keep it: to draw again would move their random stream on.
     """

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_BATCH, GPU_BATCH = 32, 128
-"""Rows of one call to `generate` that share a forward pass, on a CPU and on a GPU; more wait until one ends."""
+"""Sequences of one call to `generate` that share a forward pass, on a CPU and on a GPU. More wait."""
 Options = TypeVar("Options")
 Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[Mapping[str, Any]]]
 """Texts, or chats."""

@@ -75,7 +75,7 @@ class Reading:
 
 
 def score_prompts(reading: Reading, first: int, logits: Tensor) -> None:
-    """Score the tokens that follow the columns from `first` on, whose logits are (B, T, V), where rows ask for it.
+    """Score the tokens behind the columns from `first` on, given logits (B, T, V), for rows that ask.
 
     A RowError says that the model overflows.
     """

@@ -123,7 +123,7 @@ class Detokenizer:
         return piece or ""
 
     def flush(self) -> str:
-        """Return what the end of the text leaves of an unfinished character."""
+        """Return the text of an unfinished character at the end."""
         text = self._backend.decode(self._held, skip_special_tokens=True) if self._held else ""
         self._held = []
         return text
@@ -181,7 +181,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """Return what was held back, at the end of the text."""
+        """Return the text that was held back until the end."""
         held, self._held = self._held, ""
         return held
 
