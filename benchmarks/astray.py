@@ -34,7 +34,7 @@ def main() -> None:
     for (title, name), count in astray.most_common(SHOWN):
         cells = f"{count} | {100 * count / prompts[title]:.0f} % | {100 * count / total:.0f} %"
         print(f"| {title.replace('_', ' ')} | {name} | {cells} |")
-    cut = sum(router.last_change(text, router.params) > 0 for text in texts)
+    cut = sum(router.topic_start(text, router.params) > 0 for text in texts)
     print(f"\n{cut} prompts ({100 * cut / len(texts):.1f} %) are cut where their domain is said to change (`change`)")
 
 

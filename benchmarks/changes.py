@@ -71,7 +71,7 @@ def print_line(router: Router, kinds: dict[str, Prompts], sure: str, nats: float
         texts = [text for text, _ in prompts]
         own = [router.names.index(name) for _, name in prompts]
         missed = 1 - router.weights(texts, params)[np.arange(len(own)), own]
-        cut = np.mean([router.last_change(text, params) > 0 for text in texts])
+        cut = np.mean([router.topic_start(text, params) > 0 for text in texts])
         cells.append(f"{missed.mean():.4f}, {100 * cut:.1f} % cut")
     seconds = (time.perf_counter() - started) / 2 / sum(map(len, kinds.values()))  # each was cut twice
     print(f"| {sure} | {nats or 'none'} | " + " | ".join(cells) + f" | {1000 * seconds:.2f} |", flush=True)

@@ -124,26 +124,8 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False)
 
 
-class WordTrack:
-    """A running text as the sum of its pieces' vectors."""
-
-    def __init__(self, table: np.ndarray) -> None:
-        self._table, self._sum = table, np.zeros(table.shape[1], np.float32)
-
-    def extend(self, pieces: Sequence[str]) -> None:
-        """Append the text of some tokens."""
-        for piece in pieces:
-            self._sum = self._sum * 0.5 + self._table[zlib.crc32(piece.encode()) % len(self._table)]
-
-    def snapshot(self) -> np.ndarray:
-        """Return the sum (D,)."""
-        return self._sum
-
-    whole = snapshot
-
-
 class WordEmbedder:
-    """Random vectors of words, of which the newest weigh most, so that every token moves the weights."""
+    """Random vectors of words; the newest weigh most, so that every token moves the weights."""
 
     id, dim = "words", DIM
 
@@ -151,20 +133,19 @@ class WordEmbedder:
         self._table = np.random.default_rng(0).standard_normal((4096, DIM)).astype(np.float32)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the vectors (B, D) of whole texts."""
-        tracks = [self.track(None) for _ in texts]
-        for track, text in zip(tracks, texts, strict=True):
-            track.extend(text.split())
-        return self.finish([track.snapshot() for track in tracks])
+        """Return the vectors (B, D) of whole texts, of which each word weighs half of the next."""
+        summed = np.zeros((len(texts), DIM), np.float32)
+        for index, text in enumerate(texts):
+            for word in text.split()[-24:]:
+                summed[index] = summed[index] * 0.5 + self._table[zlib.crc32(word.encode()) % len(self._table)]
+        return summed / np.maximum(np.linalg.norm(summed, axis=1, keepdims=True), 1e-9)
 
-    def track(self, window: int | None) -> WordTrack:
-        """Return an empty running text; there is no window."""
-        return WordTrack(self._table)
+    def follow(self, spans: object) -> None:
+        """Keep no sum: each text is read anew."""
 
-    def finish(self, snapshots: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the vectors (B, D) of snapshots."""
-        stacked = np.stack(snapshots)
-        return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-9)
+    def finish(self, views: Sequence[str]) -> np.ndarray:
+        """Return the vectors (B, D) of texts."""
+        return self.encode(views)
 
     def save(self, folder: Path) -> str:
         """Refuse."""

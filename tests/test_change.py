@@ -8,7 +8,8 @@ import pytest
 
 from treadle.common.params import RoutingParams
 from treadle.routing.explain import explain
-from treadle.routing.router import Router, RunningText, finish_views
+from treadle.routing.router import Router
+from treadle.routing.schedule import DecisionCursor, finish_views
 
 MATH = "add three plus four the sum plus three four plus four add " * 5 + "\n"
 SCIENCE = "the atom heat planet heat cell cell atom planet heat the planet " * 5 + "\n"
@@ -27,7 +28,7 @@ PARAMS = RoutingParams(change=1.0)
     ],
 )
 def test_what_counts_is_of_the_last_domain(router: Router, before: str, last: str, nearest: int) -> None:
-    begin = router.last_change(before + last, PARAMS)
+    begin = router.topic_start(before + last, PARAMS)
     assert bool(begin) == bool(before)
     assert router.weights([before + last], PARAMS)[0].argmax() == nearest
     assert begin == len(before)
@@ -52,39 +53,41 @@ def test_what_counts_is_of_the_last_domain(router: Router, before: str, last: st
     ],
 )
 def test_all_of_the_prompt_counts_where_it_is_asked_for(router: Router, params: RoutingParams) -> None:
-    assert router.last_change(SCIENCE + MATH, params) == 0
+    assert router.topic_start(SCIENCE + MATH, params) == 0
 
 
 def test_a_few_words_of_another_domain_are_no_change(router: Router) -> None:
-    assert router.last_change(SCIENCE + "add three plus four", PARAMS) == 0
-    assert router.last_change("atom planet heat\n" + "add three " * 20, PARAMS) == 0
-    assert router.last_change("", PARAMS) == 0
+    assert router.topic_start(SCIENCE + "add three plus four", PARAMS) == 0
+    assert router.topic_start("atom planet heat\n" + "add three " * 20, PARAMS) == 0
+    assert router.topic_start("", PARAMS) == 0
 
 
 def test_a_domain_begins_with_a_line(router: Router) -> None:
-    assert router.last_change(SCIENCE.strip() + " " + MATH, PARAMS) == 0
+    assert router.topic_start(SCIENCE.strip() + " " + MATH, PARAMS) == 0
     for mark in ("\n", "\n\n", "\r\n", " \n  \n "):
-        assert router.last_change(SCIENCE.strip() + mark + MATH, PARAMS) == len(SCIENCE.strip() + mark)
+        assert router.topic_start(SCIENCE.strip() + mark + MATH, PARAMS) == len(SCIENCE.strip() + mark)
     lines = MATH.replace("sum plus", "sum\nplus")  # of one domain, and many of them
     assert (
-        0 <= router.last_change(SCIENCE + lines, PARAMS) - len(SCIENCE) < 40
+        0 <= router.topic_start(SCIENCE + lines, PARAMS) - len(SCIENCE) < 40
     )  # lines that are tried are 8 words apart
-    assert router.last_change(SCIENCE + lines * 5, PARAMS) >= len(SCIENCE)
+    assert router.topic_start(SCIENCE + lines * 5, PARAMS) >= len(SCIENCE)
 
 
 def test_running_text_goes_on_from_the_change(router: Router) -> None:
     """Decided token by token, whole or at once; what was said before the change stays out for good."""
     pieces = re.findall(r"\S+\s*", SCIENCE + MATH)
-    begin = len("".join(pieces)[: router.last_change("".join(pieces), PARAMS)].split())
+    begin = len("".join(pieces)[: router.topic_start("".join(pieces), PARAMS)].split())
     assert begin
-    text = RunningText(router, PARAMS)
-    views = text.decide(pieces, len(pieces), len(pieces))
+    text = DecisionCursor(router, PARAMS, pieces, len(pieces))
+    views = text.decide_last(len(pieces))
     assert views is not None
+    assert text.begin == begin
     (weights,) = router.weigh(finish_views(router.embedder, [views]), PARAMS)
     np.testing.assert_allclose(weights, router.weights([SCIENCE + MATH], PARAMS)[0], atol=1e-6)
 
     later = [*pieces, "star ", "atom "]
-    views = text.decide(later, len(later), len(pieces))
+    text.add(later[len(pieces) :])
+    views = text.decide_last(len(later))
     assert views is not None
     seen = finish_views(router.embedder, [views])[0]
     np.testing.assert_allclose(seen, router.embedder.encode(["".join(later[begin:]), "".join(later[-32:])]), atol=1e-6)

@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from treadle.common.errors import OptionError
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.engine.chat import RoutedText, contents_of, joined, only, pieces_of, read_prompt
+from treadle.engine.chat import contents_of, joined, only, pieces_of, prompt_cursor, read_prompt
 from treadle.engine.engine import Engine
 from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.rendered_chats import RenderedChats
-from treadle.engine.sequence import Row, route
+from treadle.engine.sequence import Row, update_weights
 from treadle.routing.router import Router
 
 from conftest import byte_tokenizer
@@ -58,10 +58,10 @@ def chat(*contents: str, system: str = "") -> list[dict[str, str]]:
 def row_of(router: Router, tokenizer: Any, prompt: Any, routing: RoutingParams, answer: str = "") -> Row:
     """A row after its prompt and an answer, with the weights that are due then."""
     row = Row(read_prompt(tokenizer, prompt), router, routing, SamplingParams(max_tokens=99), tokenizer)
-    route([row])
+    update_weights([row])
     for token_id in tokenizer(answer).input_ids:
         row.accept(token_id, 0.0, False)
-        route([row])
+        update_weights([row])
     return row
 
 
@@ -94,7 +94,7 @@ def test_a_chat_that_changes_its_subject_is_decided_by_the_last(router: Router) 
     tokenizer, routing = templated(TEMPLATES["default system text"]), RoutingParams(change=0.5)
     turns = ["the atom heat planet heat cell " * 4, "def loop return list return the list " * 4]
     row = row_of(router, tokenizer, chat(turns[0], "cell", turns[1]), routing)
-    assert row._running._begin == len(f"{turns[0]}\n\ncell\n\n")  # every byte is a piece
+    assert row.cursor.begin == len(f"{turns[0]}\n\ncell\n\n")  # every byte is a piece
     expected = row_of(router, tokenizer, turns[1], RoutingParams(change=None)).weights
     np.testing.assert_allclose(row.weights, expected, atol=1e-6)
 
@@ -263,16 +263,17 @@ def test_what_follows_in_a_chat_says_what_its_messages_do() -> None:
     assert "".join(only(own, ["no such thing"])) == ""
 
 
-def test_a_text_copied_up_to_a_token_goes_on_alike() -> None:
+def test_a_text_copied_up_to_a_token_goes_on_alike(router: Router) -> None:
     tokenizer = templated(TEMPLATES["roles"])
     prompt = read_prompt(tokenizer, chat("add"))
-    text = RoutedText(prompt.chat, pieces_of(tokenizer, prompt.ids), RoutingParams())
-    for piece in "xyz":
-        text.add(piece)
+    text = prompt_cursor(router, RoutingParams(every=2), pieces_of(tokenizer, prompt.ids), prompt.chat)
+    text.add([*"xyz"])
+    text.decide(text.num_tokens)
     assert text.pieces == ["a", "d", "d", "\n\nx", "y", "z"]
     for more, expected in ((0, ["a", "d", "d"]), (1, ["a", "d", "d", "\n\nx"])):
         other = text.first(len(prompt.ids) + more)
         assert other.pieces == expected
-        other.add("w")
+        other.add(["w"])
         assert other.pieces[-1] == ("w" if more else "\n\nw")
+        assert other.decide(other.num_tokens)[0][0] == len(prompt.ids) + more  # decided anew, where it goes on
     assert text.pieces[-1] == "z"

@@ -12,18 +12,9 @@ from treadle.common.errors import AdapterError, OptionError
 from treadle.common.params import RoutingParams
 from treadle.engine.tokenization import Detokenizer
 from treadle.routing.centroids import log_softmax
-from treadle.routing.router import (
-    Router,
-    RunningText,
-    apply_rule,
-    boosted,
-    decision_length,
-    finish_views,
-    fit,
-    next_decision,
-    softmax,
-    top_k,
-)
+from treadle.routing.router import Router, fit
+from treadle.routing.rules import apply_rule, boosted, softmax, top_k
+from treadle.routing.schedule import DecisionCursor, decision_length, decisions_from, finish_views, next_decision
 
 from conftest import SAMPLES
 
@@ -370,15 +361,17 @@ def test_a_trace_is_routing_step_by_step(routed, tokenizer, words, params, data)
     trace = routed.trace(pieces, prompt_tokens, params)
     assert trace.shape == (len(pieces), 3)
 
-    seen = RunningText(routed, params)
+    seen = DecisionCursor(routed, params, pieces[:prompt_tokens], prompt_tokens)
     for position, weights in enumerate(trace):
         length = decision_length(position, prompt_tokens, params)
-        views = seen.decide(pieces[: max(position + 1, length)], length, prompt_tokens)  # what follows is not known yet
-        if views is not None:
+        if position >= prompt_tokens:
+            seen.add([pieces[position]])  # what follows is not known yet
+        for start, views in seen.decide(position + 1):
+            assert start == position
             stepwise = routed.weigh(finish_views(routed.embedder, [views]), params)[0]
-        assert seen.decide(pieces, length, prompt_tokens) is None
+        assert seen.decide(position + 1) == []
         np.testing.assert_allclose(weights, stepwise, atol=1e-5)
-        is_cut = routed.last_change("".join(pieces[:prompt_tokens]), params) > 0
+        is_cut = routed.topic_start("".join(pieces[:prompt_tokens]), params) > 0
         if params.window is None and params.recent is None and not is_cut:
             whole = routed.weights(["".join(pieces[:length])], replace(params, change=None))[0]
             np.testing.assert_allclose(weights, whole, atol=1e-4)
@@ -433,3 +426,50 @@ def test_between_two_decisions_the_length_stays(every, lag, prefill, prompt_toke
         if lag == 0 and after < 40:
             assert lengths[after] != lengths[position]
         position = after
+
+
+@given(
+    every=st.sampled_from([None, 1, 2, 3, 7]),
+    lag=st.sampled_from([0, 1]),
+    prefill=st.sampled_from(["prompt", "causal"]),
+    prompt_tokens=st.integers(1, 12),
+    start=st.integers(0, 30),
+)
+@quick
+def test_the_walk_over_decisions_is_that_of_single_positions(every, lag, prefill, prompt_tokens, start):
+    if prefill == "causal" and (every is None or lag):
+        return
+    params = RoutingParams(every=every, lag=lag, prefill=prefill)
+    position = start
+    for first, length, after in decisions_from(start, prompt_tokens, params):
+        assert first == position
+        if position >= 40:
+            break
+        assert length == decision_length(position, prompt_tokens, params)
+        assert after == next_decision(position, prompt_tokens, params)
+        position = after
+
+
+def test_the_newest_decision_alone_is_that_of_all(routed):
+    pieces = ["add ", "three ", "plus ", "four ", "def ", "loop ", "return ", "list "]
+    for params in (RoutingParams(every=3), RoutingParams(every=2, prefill="causal"), RoutingParams(every=None)):
+        each, last = (DecisionCursor(routed, params, pieces, 4) for _ in range(2))
+        views = [views for _, views in each.decide(len(pieces))]
+        newest = last.decide_last(len(pieces))
+        assert newest is not None
+        np.testing.assert_array_equal(
+            finish_views(routed.embedder, [newest]), finish_views(routed.embedder, views[-1:])
+        )
+        assert last.decide_last(len(pieces)) is None
+        assert last.decided == each.decided
+
+
+def test_check_refuses_what_the_adapters_do_not_allow(routed):
+    routed.check(RoutingParams())
+    routed.check(RoutingParams.one("math"))
+    with pytest.raises(AdapterError, match="maths"):
+        routed.check(RoutingParams.one("maths"))
+    single = fit({"math": ["add"]}, routed.embedder)
+    if int(single.centroids.counts.sum()) == 1:
+        with pytest.raises(OptionError, match="score lda needs"):
+            single.check(RoutingParams())

@@ -20,8 +20,9 @@ from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.scoring import score_greedy, score_ids
 from treadle.engine.sequence import Report, Row, RowError
 from treadle.lora.adapter import read_adapter
-from treadle.routing.embedder import StaticEmbedder, StaticTrack
+from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import Router
+from treadle.routing.running_sum import RunningSum, Spans
 
 from conftest import byte_tokenizer, tiny_llama
 
@@ -123,25 +124,25 @@ def break_text(monkeypatch: pytest.MonkeyPatch, place: int, how: str) -> Callabl
     """Return what breaks the running text of the row that is made as the `place`-th from now on."""
     made: list[object] = []
     broken: list[object] = []
-    track, finish = StaticEmbedder.track, StaticEmbedder.finish
+    follow, views, finish = StaticEmbedder.follow, RunningSum.views, StaticEmbedder.finish
 
-    def tracked(embedder: StaticEmbedder, window: int | None) -> StaticTrack:
-        made.append(track(embedder, window))
+    def followed(embedder: StaticEmbedder, spans: Spans) -> RunningSum:
+        made.append(follow(embedder, spans))
         return made[-1]  # type: ignore[return-value]
 
-    def looked_at(self: StaticTrack) -> np.ndarray:
+    def looked_at(self: RunningSum) -> tuple[np.ndarray, ...]:
         if self in broken and how == "text raises":
             raise RuntimeError("no such word")
-        return np.full_like(self.state().sum, np.nan if self in broken else 0) + self.state().sum
+        return tuple(view * np.nan if self in broken else view for view in views(self))
 
     def finished(embedder: StaticEmbedder, sums: list[np.ndarray]) -> np.ndarray:
         if how == "embedder raises" and np.isnan(sums).any():
             raise RuntimeError("no such vector")
         return finish(embedder, sums)
 
-    monkeypatch.setattr(StaticEmbedder, "track", tracked)
+    monkeypatch.setattr(StaticEmbedder, "follow", followed)
     monkeypatch.setattr(StaticEmbedder, "finish", finished)
-    monkeypatch.setattr(StaticTrack, "whole", looked_at)
+    monkeypatch.setattr(RunningSum, "views", looked_at)
     return lambda: broken.append(made[place])
 
 

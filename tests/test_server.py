@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.routing.router import apply_rule
+from treadle.routing.rules import apply_rule
 
 from serving import CHAT, Serving, serving
 

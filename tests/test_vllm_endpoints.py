@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from treadle.common.errors import OptionError
-from treadle.routing.router import RunningText
+from treadle.routing.schedule import Decision, DecisionCursor
 from treadle.serving.vllm import endpoints, live
 from treadle.serving.vllm.asked import Asked
 from treadle.serving.vllm.endpoints import State
@@ -254,15 +254,15 @@ def test_a_step_does_not_wait_for_a_prompt(state: State, monkeypatch: pytest.Mon
     running = schedule.open({"every": 1}, 20)
     schedule.decide([(running, ids[:20], 20)])
     reading, go_on = threading.Event(), threading.Event()
-    decide = RunningText.decide
+    decide = DecisionCursor.decide
 
-    def slow(self: RunningText, pieces: Any, length: int, prompt_tokens: int) -> Any:
+    def slow(self: DecisionCursor, end: int) -> list[Decision]:
         if threading.current_thread() is not threading.main_thread():
             reading.set()
             assert go_on.wait(30)
-        return decide(self, pieces, length, prompt_tokens)
+        return decide(self, end)
 
-    monkeypatch.setattr(RunningText, "decide", slow)
+    monkeypatch.setattr(DecisionCursor, "decide", slow)
     stream = schedule.open({"every": 1}, 50)
     thread = threading.Thread(target=lambda: schedule.decide([(stream, ids, 50)]))
     thread.start()

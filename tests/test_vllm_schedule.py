@@ -8,13 +8,13 @@ import pytest
 
 from treadle.common.errors import OptionError, TreadleError
 from treadle.common.params import RoutingParams
-from treadle.engine.chat import RoutedText, contents_of, pieces_of, read_prompt
+from treadle.engine.chat import contents_of, pieces_of, prompt_cursor, read_prompt
 from treadle.serving.vllm.joining import without_adapter
 from treadle.serving.vllm.mixture import AUTO, Mixture, open_bundle
 from treadle.serving.vllm.params import PluginParams, read_plugin_params
+from treadle.serving.vllm.request_weights import RequestWeights
 from treadle.serving.vllm.schedule import Schedule
-from treadle.serving.vllm.stream import Stream
-from treadle.serving.vllm.texts import FIRST_ROWS, MOST_ROOM
+from treadle.serving.vllm.text_pool import INITIAL_ROWS, MAX_WINDOW_TOKENS
 
 TEXT = "add three plus four, the atom of a planet; def loop return list " * 3
 MODES = {
@@ -24,7 +24,7 @@ MODES = {
     "causal": {"every": 4, "prefill": "causal"},
     "window": {"every": 2, "window": 7, "recent": None},
     "windows": {"every": 1, "window": 9, "recent": 3},
-    "long window": {"every": 2, "window": MOST_ROOM + 1},
+    "long window": {"every": 2, "window": MAX_WINDOW_TOKENS + 1},
     "all": {"every": 2, "recent": None},
     "late": {"every": 3, "lag": 1},
     "cosine": {"every": 2, "score": "cosine", "rule": "boosted"},
@@ -43,30 +43,30 @@ def schedule(mixture: Mixture, tokenizer) -> Schedule:
     return Schedule(mixture, tokenizer)
 
 
-def whole(schedule: Schedule, given, ids: list[int], prompt: int) -> Stream:
-    stream = schedule.open(given, prompt)
-    schedule.decide([(stream, ids, len(ids))])
-    return stream
+def whole(schedule: Schedule, given, ids: list[int], prompt: int) -> RequestWeights:
+    request = schedule.open(given, prompt)
+    schedule.decide([(request, ids, len(ids))])
+    return request
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_are_those_of_the_router(schedule: Schedule, tokenizer, mode: str) -> None:
     ids = tokenizer(TEXT).input_ids
-    stream = whole(schedule, MODES[mode], ids, 20)
+    request = whole(schedule, MODES[mode], ids, 20)
     pieces = [tokenizer.decode([token]) for token in ids]  # each byte of this text is a character
-    expected = schedule.mixture.router.trace(pieces, 20, stream.group.params)
-    np.testing.assert_array_equal(stream.weights(0, len(ids)), expected)
+    expected = schedule.mixture.router.trace(pieces, 20, request.group.params)
+    np.testing.assert_array_equal(request.weights(0, len(ids)), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_token_by_token_are_those_of_the_router(schedule: Schedule, tokenizer, mode: str) -> None:
     ids = tokenizer(TEXT).input_ids
-    stream = schedule.open(MODES[mode], 20)
+    request = schedule.open(MODES[mode], 20)
     for end in range(20, len(ids) + 1):
-        schedule.decide([(stream, ids[:end], end)])
+        schedule.decide([(request, ids[:end], end)])
     pieces = [tokenizer.decode([token]) for token in ids]
-    expected = schedule.mixture.router.trace(pieces, 20, stream.group.params)
-    np.testing.assert_array_equal(stream.weights(0, len(ids)), expected)
+    expected = schedule.mixture.router.trace(pieces, 20, request.group.params)
+    np.testing.assert_array_equal(request.weights(0, len(ids)), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -74,17 +74,17 @@ def test_weights_do_not_depend_on_how_they_are_asked_for(schedule: Schedule, tok
     ids = tokenizer(TEXT).input_ids
     expected = whole(schedule, MODES[mode], ids, 20)
     chance = random.Random(0)
-    streams = [(schedule.open(MODES[each], 20), each) for each in [mode, mode, *MODES]]
-    known = dict.fromkeys(range(len(streams)), 20)
+    requests = [(schedule.open(MODES[each], 20), each) for each in [mode, mode, *MODES]]
+    known = dict.fromkeys(range(len(requests)), 20)
     while min(known.values()) < len(ids):  # texts that grow unequally, decided together, in chunks, some twice
         chosen = [index for index in known if chance.random() < 0.6]
         for index in chosen:
             known[index] = min(known[index] + chance.choice([0, 1, 1, 1, 5, 30]), len(ids))
-        schedule.decide([(streams[index][0], ids[: known[index]], known[index]) for index in chosen])
-    for stream, each in streams:
+        schedule.decide([(requests[index][0], ids[: known[index]], known[index]) for index in chosen])
+    for request, each in requests:
         if each == mode:
-            assert stream.weights(0, len(ids)).tobytes() == expected.weights(0, len(ids)).tobytes()
-            assert [stream.key(at, at + 16) for at in range(0, 96, 16)] == [
+            assert request.weights(0, len(ids)).tobytes() == expected.weights(0, len(ids)).tobytes()
+            assert [request.key(at, at + 16) for at in range(0, 96, 16)] == [
                 expected.key(at, at + 16) for at in range(0, 96, 16)
             ]
 
@@ -98,32 +98,32 @@ def test_a_chats_weights_are_those_of_the_engines_row(
                 {"role": "user", "content": "def loop return"}]  # fmt: skip
     prompt = read_prompt(tokenizer, messages)
     ids = [*prompt.ids, *tokenizer("list of the planet four plus").input_ids]
-    stream = schedule.open(MODES[mode], len(prompt.ids), contents_of(messages))
+    request = schedule.open(MODES[mode], len(prompt.ids), contents_of(messages))
     for end in [len(ids)] if is_at_once else range(len(prompt.ids), len(ids) + 1):
-        schedule.decide([(stream, ids[:end], end)])
-    params = stream.group.params
-    text = RoutedText(prompt.chat, pieces_of(tokenizer, prompt.ids), params)
-    for piece in pieces_of(tokenizer, ids[len(prompt.ids) :]):
-        text.add(piece)
-    expected = schedule.mixture.router.trace(text.pieces, len(prompt.ids), params, ends=text.ends)
-    np.testing.assert_array_equal(stream.weights(0, len(ids)), expected)
+        schedule.decide([(request, ids[:end], end)])
+    params = request.group.params
+    router = schedule.mixture.router
+    text = prompt_cursor(router, params, pieces_of(tokenizer, prompt.ids), prompt.chat)
+    text.add(pieces_of(tokenizer, ids[len(prompt.ids) :]))
+    expected = router.trace(text.pieces, len(prompt.ids), params, ends=text.ends)
+    np.testing.assert_array_equal(request.weights(0, len(ids)), expected)
 
 
 def test_a_chat_of_one_message_is_weighed_as_its_text(schedule: Schedule, tokenizer) -> None:
     messages = [{"role": "user", "content": "def loop return"}]
     chat, text = read_prompt(tokenizer, messages).ids, tokenizer("def loop return").input_ids
     for given in (None, {"window": 5, "recent": 2}):
-        streams = [schedule.open(given, len(chat), contents_of(messages)), schedule.open(given, len(text))]
-        for stream, ids in zip(streams, (chat, text), strict=True):
-            schedule.decide([(stream, ids, len(ids))])
-        assert streams[0].newest_key == streams[1].newest_key
+        requests = [schedule.open(given, len(chat), contents_of(messages)), schedule.open(given, len(text))]
+        for request, ids in zip(requests, (chat, text), strict=True):
+            schedule.decide([(request, ids, len(ids))])
+        assert requests[0].newest_key == requests[1].newest_key
 
 
 def test_weights_of_tokens_that_are_not_known_are_never_guessed(schedule: Schedule, tokenizer) -> None:
     ids = tokenizer(TEXT).input_ids
-    stream = schedule.open({"every": 1}, 20)
+    request = schedule.open({"every": 1}, 20)
     with pytest.raises(RuntimeError, match="only 25 tokens are known"):
-        schedule.decide([(stream, ids[:25], 26)])
+        schedule.decide([(request, ids[:25], 26)])
 
 
 def test_later_tokens_do_not_change_earlier_weights(schedule: Schedule, tokenizer) -> None:
@@ -153,42 +153,42 @@ def test_a_block_is_known_by_its_weights(schedule: Schedule, tokenizer) -> None:
 
 def test_a_plan_follows_the_order_of_the_batch(schedule: Schedule, tokenizer) -> None:
     ids = tokenizer(TEXT).input_ids
-    streams = {"a": schedule.open({"every": 1}, 20), "b": schedule.open("code", 20), "c": schedule.open("base", 20)}
-    entries = [("a", streams["a"], ids, 18, 23), ("b", streams["b"], ids, 0, 16), ("c", streams["c"], ids, 40, 41)]
+    requests = {"a": schedule.open({"every": 1}, 20), "b": schedule.open("code", 20), "c": schedule.open("base", 20)}
+    entries = [("a", requests["a"], ids, 18, 23), ("b", requests["b"], ids, 0, 16), ("c", requests["c"], ids, 40, 41)]
     plan = schedule.plan(entries)
     rows, counts = plan.in_order(["c", "a", "b"])
     gates = np.repeat(rows, counts, 0)  # (T, slots)
     assert counts[0] == 1
     assert sum(counts) == len(gates) == 22
     scales = np.array(schedule.mixture.scales)
-    np.testing.assert_allclose(gates[1:6], streams["a"].weights(18, 23) * scales)
+    np.testing.assert_allclose(gates[1:6], requests["a"].weights(18, 23) * scales)
     assert not gates[0].any()
     np.testing.assert_allclose(gates[6:], [[0, 0, scales[2]]] * 16)
 
 
 def test_what_is_generated_is_counted(schedule: Schedule, tokenizer) -> None:
     ids = tokenizer(TEXT).input_ids
-    streams = {"a": schedule.open({"every": 1}, 20), "b": schedule.open("code", 20), "c": schedule.open("base", 20)}
+    requests = {"a": schedule.open({"every": 1}, 20), "b": schedule.open("code", 20), "c": schedule.open("base", 20)}
     for end in range(20, 25):
-        schedule.plan([(name, stream, ids[:end], end - 1, end) for name, stream in streams.items()])
-    schedule.plan([("a", streams["a"], ids[:25], 0, 16)])  # computed again after a preemption: nothing is generated
+        schedule.plan([(name, request, ids[:end], end - 1, end) for name, request in requests.items()])
+    schedule.plan([("a", requests["a"], ids[:25], 0, 16)])  # computed again after a preemption: nothing is generated
     counts = schedule.counts
-    expected = streams["a"].weights(19, 24).sum(0) + np.array([0, 0, 5])
+    expected = requests["a"].weights(19, 24).sum(0) + np.array([0, 0, 5])
     assert (counts.tokens, counts.base_tokens, counts.decisions) == (15, 5, 5)
     np.testing.assert_allclose([counts.weights[name] for name in schedule.mixture.names], expected, rtol=1e-6)
     schedule.mixture = without_adapter(schedule.mixture, "code")
-    schedule.plan([("b", streams["b"], ids[:25], 24, 25)])
+    schedule.plan([("b", requests["b"], ids[:25], 24, 25)])
     assert counts.tokens == 16
     assert set(counts.weights) == {"math", "science"}
 
 
 def test_rows_are_given_back(schedule: Schedule, tokenizer) -> None:
     ids = tokenizer(TEXT).input_ids
-    for _ in range(3 * FIRST_ROWS):
-        stream = schedule.open({"every": 1}, 20)
+    for _ in range(3 * INITIAL_ROWS):
+        request = schedule.open({"every": 1}, 20)
         for end in (20, 21, 22):
-            schedule.decide([(stream, ids[:end], end)])
-        assert stream.row in range(FIRST_ROWS)
+            schedule.decide([(request, ids[:end], end)])
+        assert request.row in range(INITIAL_ROWS)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from treadle.common.transformers_names import cache_argument, find_cache
 from treadle.experiments.decode import BASE, transformers_generate
 from treadle.experiments.timing import Unit
 from treadle.routing.embedder import Embedder, load_embedder
-from treadle.routing.router import Router, boosted
+from treadle.routing.router import Router
+from treadle.routing.rules import boosted
 
 if TYPE_CHECKING:
     from treadle.experiments.workbench import Lab

@@ -124,9 +124,9 @@ def test_gates_of_the_newest_token_for_all_would_be_seen(
     small: Path, expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the tests above: a preempted text read again under its newest weights differs."""
-    from treadle.serving.vllm.stream import Stream
+    from treadle.serving.vllm.request_weights import RequestWeights
 
-    monkeypatch.setattr(Stream, "gates", lambda self, start, end: ([self._newest], (end - start,)))
+    monkeypatch.setattr(RequestWeights, "gates", lambda self, start, end: ([self._newest], (end - start,)))
     with serving(small, num_gpu_blocks_override=10, enable_prefix_caching=False, max_model_len=192) as served:
         prompts, given, wanted = mixed(expected)
         assert agree(served.run(prompts, given), wanted) != []

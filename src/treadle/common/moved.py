@@ -28,12 +28,13 @@ MOVED = {
 }
 
 
-def names_of(old: str, new: str) -> Callable[[str], Any]:
-    """Return a module's `__getattr__` that takes names of the module `old` from the module `new`, with a warning."""
+def names_of(old: str, *modules: str) -> Callable[[str], Any]:
+    """Return a module's `__getattr__` that takes names of the module `old` from other modules, with a warning."""
 
     def get(name: str) -> Any:
         if name.startswith("__"):  # what Python itself asks a module for
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
+        new = next((module for module in modules if hasattr(import_module(module), name)), modules[0])
         value = getattr(import_module(new), name)
         warnings.warn(f"{old}.{name} is {new}.{name} now, or a name of treadle itself.", DeprecationWarning, 2)
         return value

@@ -20,7 +20,7 @@ from treadle.engine.readings import Reading, score_prompts
 from treadle.engine.runners.passes import PassInput
 from treadle.engine.runners.runner import Runner
 from treadle.engine.sampling import new_generator
-from treadle.engine.sequence import Row, RowError, TokenEvent, route
+from treadle.engine.sequence import Row, RowError, TokenEvent, update_weights
 from treadle.lora.blend import Blend
 from treadle.routing.centroids import Floats
 
@@ -124,7 +124,7 @@ class Batch:
 
     def _route(self, rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]:
         started = time.perf_counter()
-        routed = route(rows)
+        routed = update_weights(rows)
         self.route_seconds += time.perf_counter() - started
         return routed
 

@@ -7,7 +7,6 @@ Only `prefill="causal"` asks where in the prompt each content stands.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
@@ -15,13 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 from treadle.common.errors import OptionError, problem_list
 from treadle.common.params import RoutingParams
 from treadle.engine.tokenization import Detokenizer, Prompt, prompt_ids, token_ids
-from treadle.routing.router import num_pieces
+from treadle.routing.router import Router
+from treadle.routing.schedule import BLANK_LINE, DecisionCursor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BLANK_LINE = "\n\n"
-"""Between the contents of a chat, and between its last message and the answer."""
 
 
 def contents_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -117,40 +114,13 @@ class ChatText:
         return places
 
 
-class RoutedText:
-    """The text of one row that counts, in pieces: a chat's contents or what each token of a prompt adds, then answers.
-
-    Attributes:
-        pieces: of the prompt, and one of each token behind it.
-        prompt_pieces: how many of them are the prompt's.
-        ends: of a chat's prompt, how many have been read with each token (`num_pieces`); None = each token adds one.
-    """
-
-    def __init__(self, chat: ChatText | None, own: Sequence[str], params: RoutingParams) -> None:
-        """Begin with a prompt, whose tokens add the texts `own` (T,)."""
-        self.pieces = list(own if chat is None else chat.pieces)
-        self.prompt_pieces = len(self.pieces)
-        self.ends = None if chat is None else chat.ends(own, params)
-        self._between = "" if chat is None else BLANK_LINE
-
-    def add(self, piece: str) -> None:
-        """Append what a token behind the prompt adds."""
-        self.pieces.append(self._between + piece)
-        self._between = ""
-
-    def count(self, length: int) -> int:
-        """Return how many pieces the first `length` tokens have added."""
-        return num_pieces(length, self.ends)
-
-    def first(self, length: int) -> "RoutedText":
-        """Return another text of the first `length` tokens."""
-        text = copy(self)
-        text.pieces = self.pieces[: self.count(length)]
-        text.prompt_pieces = min(self.prompt_pieces, len(text.pieces))
-        if self.ends is not None:
-            text.ends = self.ends[:length]
-            text._between = "" if length > len(self.ends) else BLANK_LINE
-        return text
+def prompt_cursor(
+    router: Router, params: RoutingParams, own: Sequence[str], chat: ChatText | None = None
+) -> DecisionCursor:
+    """Return the cursor of a prompt whose tokens add the texts `own` (T,); of a chat its contents count alone."""
+    if chat is None:
+        return DecisionCursor(router, params, own, len(own))
+    return DecisionCursor(router, params, chat.pieces, len(own), chat.ends(own, params))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-import numpy as np
-
 from treadle.bundle.base_model import load_model, load_tokenizer
 from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import (
@@ -250,10 +248,8 @@ class Engine:
         problems: dict[str, OptionProblem] = {}  # by text: many rows may have the same
         for params in routing:
             try:
-                router.fixed_weights(params)
                 self.blend.check_combine(params.combine, router.names)
-                if params.rule != "fixed":
-                    router.weigh(np.zeros((1, 1, router.embedder.dim), np.float32), params)
+                router.check(params)
             except OptionError as error:
                 problems |= {problem.text: problem for problem in error.problems}
             except TreadleError as error:

@@ -5,7 +5,7 @@ gates; the one after it notes which cache holds which rows. Nothing is patched, 
 """
 
 import inspect
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,14 @@ from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import ModelError, OptionError
 from treadle.common.params import RoutingParams
 from treadle.common.transformers_names import find_cache
+from treadle.engine.chat import only, prompt_cursor
 from treadle.engine.rendered_chats import RenderedChats
 from treadle.engine.runners.rope import LengthRope
-from treadle.engine.running import RunningRow, Source
+from treadle.engine.tokenization import Detokenizer
 from treadle.lora.blend import Blend, attach
 from treadle.routing.centroids import Floats
-from treadle.routing.router import finish_views
+from treadle.routing.router import Router
+from treadle.routing.schedule import Decision, DecisionCursor, finish_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +48,69 @@ CROSSED = (
 )
 
 
+Source = tuple[Router, RoutingParams, "PreTrainedTokenizerBase", RenderedChats]
+"""What rows are weighed by: a router, its params, the model's tokenizer, and what finds chats in its tokens."""
+
+
+class CachedRow:
+    """One row of a cache: its columns, its tokens, and the cursor over its text.
+
+    Attributes:
+        weights: (N,) of the newest token.
+        is_real: of each column, whether it is a token, and not padding.
+        ids: of the tokens.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._router, self._params, tokenizer, self._chats = source
+        self.weights: Floats = self._router.fixed_weights(self._params)
+        self.is_real: list[bool] = []
+        self.ids: list[int] = []
+        self.cursor: DecisionCursor | None = None  # from the first pass on
+        self._text = Detokenizer(tokenizer)
+        self._own: list[str] = []  # the text that each token adds
+
+    def read(self, ids: Sequence[int], is_real: Sequence[bool], prompt_tokens: int) -> int:
+        """Append the columns of one pass, padding included; return how many tokens there were before.
+
+        Args:
+            ids: (T,) of the pass.
+            is_real: (T,) which of them are tokens.
+            prompt_tokens: of the first pass, how many of the tokens are the prompt.
+        """
+        start = len(self.ids)
+        self.is_real += is_real
+        new = [token_id for token_id, real in zip(ids, is_real, strict=True) if real]
+        self.ids += new
+        self._own += [self._text.push(token_id) for token_id in new]
+        pieces = self._own[start:]
+        if self.cursor is None:
+            chat = self._chats.read(self.ids[:prompt_tokens])
+            self.cursor = prompt_cursor(self._router, self._params, pieces[:prompt_tokens], chat)
+            pieces = pieces[prompt_tokens:]
+        elif len(new) > 1 and self.cursor.ends is not None:  # a chat that goes on in its cache
+            pieces = only(self._own, self._chats.contents(self.ids) or [])[start:]
+        self.cursor.add(pieces)
+        return start
+
+    def decide(self) -> list[Decision]:
+        """Return the decisions that the newest tokens need; none under fixed weights."""
+        if self.cursor is None or self._params.rule == "fixed":
+            return []
+        return self.cursor.decide(len(self.ids))
+
+    def copy(self, columns: int) -> "CachedRow":
+        """Return another row with the first `columns` columns of this one."""
+        row = CachedRow(self._source)
+        row.is_real = self.is_real[:columns]
+        row.ids = self.ids[: sum(row.is_real)]
+        row._own = [row._text.push(token_id) for token_id in row.ids]
+        row.cursor = self.cursor and self.cursor.first(len(row.ids))
+        row.weights = self.weights
+        return row
+
+
 class Routed:
     """What `routed` yields: the weights of the newest forward pass, to look at."""
 
@@ -57,8 +122,8 @@ class Routed:
         self._pads = {0, pad_id}  # what stands for padding where no mask tells
         self._rope = LengthRope.of(model)
         self._signature = inspect.signature(model.forward)
-        self._rows: list[RunningRow] = []
-        self._cached: WeakKeyDictionary[Cache, tuple[list[RunningRow], Tensor | None]] = WeakKeyDictionary()
+        self._rows: list[CachedRow] = []
+        self._cached: WeakKeyDictionary[Cache, tuple[list[CachedRow], Tensor | None]] = WeakKeyDictionary()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,8 +156,8 @@ class Routed:
         if cache is not None and past:
             rows = self._continued(cache, past, len(ids))
         else:
-            rows = [RunningRow(self._source) for _ in is_real]
-        prompts = [None if past else sum(real[: len(real) - ahead]) for real in is_real]
+            rows = [CachedRow(self._source) for _ in is_real]
+        prompts = [sum(real[: len(real) - ahead]) for real in is_real]
         starts = [
             row.read(own, real, prompt)
             for row, own, real, prompt in zip(rows, ids.tolist(), is_real, prompts, strict=True)
@@ -114,7 +179,7 @@ class Routed:
         for cache in {value for value in (*args, *kwargs.values(), *values) if isinstance(value, Cache)}:
             self._cached[cache] = self._rows, _marks(cache)
 
-    def _crosses(self, rope: LengthRope, rows: list[RunningRow], starts: list[int], *, is_again: bool) -> bool:
+    def _crosses(self, rope: LengthRope, rows: list[CachedRow], starts: list[int], *, is_again: bool) -> bool:
         """Return whether texts have grown beyond the limit of short factors, or are beside others that have.
 
         Where they grow, `generate` drops the cache and reads them again: such a pass begins with the text of the last.
@@ -136,7 +201,7 @@ class Routed:
             rows.append([True] * count + [False] * (len(row) - count))
         return rows
 
-    def _continued(self, cache: Cache, past: int, num_rows: int) -> list[RunningRow]:
+    def _continued(self, cache: Cache, past: int, num_rows: int) -> list[CachedRow]:
         """Return the row that each of `num_rows` rows of a cache of `past` columns continues, in the cache's order."""
         rows, old = self._cached.get(cache, ([], None))
         columns = len(rows[0].is_real) if rows else 0
@@ -149,28 +214,27 @@ class Routed:
             raise OptionError(LOST_ROWS)
         else:
             places = _places(old.to(new.device), new)
-        moved: list[RunningRow] = []
+        moved: list[CachedRow] = []
         for index, place in enumerate(places):
             is_free = past == columns and place not in places[:index]
             moved.append(rows[place] if is_free else rows[place].copy(past))
         return moved
 
-    def _weigh(self, rows: list[RunningRow], starts: list[int], is_real: list[list[bool]]) -> Floats:
+    def _weigh(self, rows: list[CachedRow], starts: list[int], is_real: list[list[bool]]) -> Floats:
         """Return the weights (B, 1, N), or (B, T, N) where they differ inside a row; one call of the embedder."""
-        due = [row.due(start) for row, start in zip(rows, starts, strict=True)]
-        snapshots = [snapshot for _, found in due for _, snapshot in found]
+        due = [row.decide() for row in rows]
+        views = [views for found in due for _, views in found]
         decided = np.zeros((0, len(self.names)), np.float32)
-        if snapshots:
-            decided = self._router.weigh(finish_views(self._router.embedder, snapshots), self._params)  # (decisions, N)
+        if views:
+            decided = self._router.weigh(finish_views(self._router.embedder, views), self._params)  # (decisions, N)
         weights = np.zeros((*np.shape(is_real), len(self.names)), np.float32)  # (B, T, N)
         made = iter(decided)
-        for index, (row, (lengths, found)) in enumerate(zip(rows, due, strict=True)):
-            table = {length: next(made) for length, _ in found}
-            trace = [table.get(length, row.weights) for length in lengths]  # those not due are as they were
-            row.weights = trace[-1] if trace else row.weights
+        for index, (row, found, start) in enumerate(zip(rows, due, starts, strict=True)):
+            runs = np.stack([row.weights, *(next(made) for _ in found)])  # (runs, N), the first as it was
+            edges = [start, *(max(first, start) for first, _ in found), len(row.ids)]
+            row.weights = runs[-1]
             weights[index] = row.weights  # padding too, so that a row with one decision has one weight
-            if trace:
-                weights[index, is_real[index]] = trace
+            weights[index, is_real[index]] = np.repeat(runs, np.diff(edges), 0)
         return weights[:, :1] if (weights == weights[:, :1]).all() else weights
 
 
@@ -220,9 +284,8 @@ def routed(
     _check_followed(model, params)
     tokenizer = tokenizer or load_tokenizer(bundle.base_model)
     source: Source = (router, params, tokenizer, RenderedChats(tokenizer))
-    RunningRow(source)  # refuses unknown names and slow tokenizers before anything is attached
-    if params.rule != "fixed":
-        router.weigh(np.zeros((1, 1, router.embedder.dim), np.float32), params)
+    CachedRow(source)  # refuses unknown names and slow tokenizers before anything is attached
+    router.check(params)
     blend = attach(model, sorted(bundle.adapters, key=lambda each: router.names.index(each.name)), params.combine)
     handle = Routed(model, blend, source)
     hooks = [

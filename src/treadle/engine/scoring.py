@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -11,12 +10,12 @@ import torch
 
 from treadle.common.errors import OptionError, collect, problem_list
 from treadle.common.params import RoutingParams
-from treadle.engine.chat import ChatText, RoutedText, pieces_of, read_prompt
+from treadle.engine.chat import ChatText, pieces_of, prompt_cursor, read_prompt
 from treadle.engine.runners.rope import LengthRope
 from treadle.engine.sequence import RowError
 from treadle.engine.tokenization import Prompt, check_known, completion_ids
 from treadle.routing.centroids import Floats
-from treadle.routing.router import decision_length
+from treadle.routing.schedule import decisions_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,9 +141,8 @@ def trace_weights(
     `chat` is what the prompt says where it is a chat.
     """
     own = pieces_of(engine.tokenizer, ids)
-    text = RoutedText(chat, own[:prompt_tokens], params)
-    for piece in own[prompt_tokens:]:
-        text.add(piece)
+    text = prompt_cursor(engine.router, params, own[:prompt_tokens], chat)
+    text.add(own[prompt_tokens:])
     return engine.router.trace(text.pieces, prompt_tokens, params, ends=text.ends)
 
 
@@ -208,13 +206,15 @@ def _score_again(
     for (prompt, answer), trace in zip(pairs, traces, strict=True):
         ids = prompt + answer[:-1]
         scores: list[Floats] = []
-        positions = range(len(prompt) - 1, len(ids))
-        for _, group in groupby(positions, key=lambda p: decision_length(p, len(prompt), params)):
-            block = list(group)
+        before = len(prompt) - 1  # positions that no token of the answer is read from
+        for start, _, after in decisions_from(before, len(prompt), params):
+            if start >= len(ids):
+                break
+            end = min(after, len(ids))
             weights = np.zeros(len(engine.blend.names), np.float32)
-            weights[columns] = trace[block[0]]
-            logits = _logits(engine, torch.tensor([ids[: block[-1] + 1]]), weights, params, block[0])
-            scores.append(read(logits[0], [answer[p - len(prompt) + 1] for p in block]))
+            weights[columns] = trace[start]
+            logits = _logits(engine, torch.tensor([ids[:end]]), weights, params, start)
+            scores.append(read(logits[0], answer[start - before : end - before]))
         results.append(np.concatenate(scores))
     return results
 

@@ -16,11 +16,12 @@ import torch
 
 from treadle.common.errors import TreadleError, reason_of
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.engine.chat import RoutedText, TokenPrompt, token_prompt
+from treadle.engine.chat import TokenPrompt, prompt_cursor, token_prompt
 from treadle.engine.tokenization import Detokenizer, StopStrings, stop_ids
 from treadle.routing.centroids import Floats
 from treadle.routing.embedder import Embedder
-from treadle.routing.router import Comparison, Router, RunningText, decision_length
+from treadle.routing.router import Comparison, Router
+from treadle.routing.schedule import Views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,9 +127,8 @@ class Row:
         self._stops = StopStrings(sampling.stop)
         self._stop_ids = stop_ids(tokenizer, sampling)
         self.prompt_pieces = [self._text.push(token_id) for token_id in self.ids]  # what each token of it adds
-        self._routed = RoutedText(prompt.chat, self.prompt_pieces, routing)
-        self._running = RunningText(router, routing)
-        self._without_lag = replace(routing, lag=0)
+        # a decision that takes effect late is embedded at once, beside the model
+        self.cursor = prompt_cursor(router, replace(routing, lag=0), self.prompt_pieces, prompt.chat)
         self.ahead: Ahead | None = None  # what decides next, if that takes effect a decision late
 
     @property
@@ -149,11 +149,9 @@ class Row:
         same = self.read_under[0]
         return self.routing.prefill == "causal" or all((event.weights == same).all() for event in self.events)
 
-    def newest_snapshot(self) -> tuple[Any, ...] | None:
+    def newest_views(self) -> Views | None:
         """Return what the embedder needs for the newest decision, in force at once or late; None = it is made."""
-        length = decision_length(len(self.ids) - 1, self.prompt_tokens, self._without_lag)
-        routed = self._routed
-        return self._running.decide(routed.pieces, routed.count(length), routed.prompt_pieces)
+        return self.cursor.decide_last(len(self.ids))
 
     @property
     def is_late(self) -> bool:
@@ -163,8 +161,8 @@ class Row:
     def prompt_weights(self) -> Floats:
         """Return the weights (T, N), or (1, N) for all T alike, of the pass that reads all tokens so far."""
         if self.routing.prefill == "causal":
-            routed = self._routed
-            return self.router.trace(routed.pieces, self.prompt_tokens, self.routing, ends=routed.ends)
+            text = self.cursor
+            return self.router.trace(text.pieces, self.prompt_tokens, self.routing, ends=text.ends)
         return self.weights[None]
 
     def weights_again(self) -> Floats:
@@ -177,8 +175,8 @@ class Row:
     def prompt_comparison(self) -> Comparison | None:
         """Return what `prompt_weights` are made from, each (T, N) or (1, N); None where they are fixed."""
         if self.routing.prefill == "causal":
-            routed = self._routed
-            return self.router.trace_comparison(routed.pieces, self.prompt_tokens, self.routing, ends=routed.ends)
+            text = self.cursor
+            return self.router.trace_comparison(text.pieces, self.prompt_tokens, self.routing, ends=text.ends)
         made_from = self.comparison
         return made_from and Comparison(made_from.cosines[None], made_from.scores[None])
 
@@ -187,7 +185,7 @@ class Row:
         self.ids.append(token_id)
         is_end = is_end or token_id in self._stop_ids
         piece = "" if is_end else self._text.push(token_id)
-        self._routed.add(piece)
+        self.cursor.add([piece])
         text = self._stops.push(piece)
         reason: FinishReason | None = None
         if is_end or self._stops.found:
@@ -210,7 +208,7 @@ class Ahead:
     embeddings: "Future[Floats]"
     rows: slice
     embedder: Embedder
-    views: tuple[Any, ...]
+    views: Views
 
     def get(self) -> Floats:
         """Return the row's own (K, D), when they are there."""
@@ -220,36 +218,36 @@ class Ahead:
             return self.embedder.finish(list(self.views))
 
 
-Snapshots = list[tuple[Row, tuple[Any, ...]]]
-"""What the embedder needs of each row, one entry for each of its K views."""
+RowViews = list[tuple[Row, Views]]
+"""The views of each row's text, before they are embedded."""
 Seen = list[tuple[Row, Floats]]
 """The views (K, D) of each row's text."""
 
 
-def route(rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]:
+def update_weights(rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]:
     """Give new weights to the rows that are due; return these, and the errors of those that cannot be weighed.
 
     Each embedder is called once for all its rows, and rows with the same router and options are weighed together. What
     takes effect late is embedded by a thread of its own, while the model runs.
     """
-    due: Snapshots = []
-    late: Snapshots = []
+    due: RowViews = []
+    late: RowViews = []
     seen: Seen = []
     fixed: list[Row] = []
     lost: dict[Row, RowError] = {}
     for row in rows:
         try:
-            snapshot = row.newest_snapshot()
-            if snapshot is None:
+            views = row.newest_views()
+            if views is None:
                 continue
             if row.routing.rule == "fixed":
                 row.weights = row.router.fixed_weights(row.routing)
                 fixed.append(row)
             elif row.is_late:
                 seen += [(row, row.ahead.get())] if row.ahead else []
-                late.append((row, snapshot))
+                late.append((row, views))
             else:
-                due.append((row, snapshot))
+                due.append((row, views))
         except Exception as error:  # whatever an embedder or a tokenizer raises: it must cost no other row
             lost[row] = RowError.of(NOT_ROUTED, error)
     for pairs in _grouped(late, lambda row: id(row.router.embedder)):
@@ -276,21 +274,21 @@ def _together(
     """Run on rows together, and where that fails on each alone; rows that fail alone are `lost`."""
     try:
         return run(pairs)
-    except Exception as error:  # as in `route`
+    except Exception as error:  # as in `update_weights`
         if len(pairs) == 1:
             lost[pairs[0][0]] = RowError.of(NOT_ROUTED, error)
             return []
     return [made for pair in pairs for made in _together([pair], run, lost)]
 
 
-def _embed(pairs: Snapshots) -> Seen:
+def _embed(pairs: RowViews) -> Seen:
     """Return the views (K, D) of rows with the same embedder."""
     views, places = _flat(pairs)
     finished = pairs[0][0].router.embedder.finish(views)  # (sum of K, D)
     return [(row, finished[place]) for (row, _), place in zip(pairs, places, strict=True)]
 
 
-def _embed_beside(pairs: Snapshots) -> None:
+def _embed_beside(pairs: RowViews) -> None:
     """Let the thread beside the model embed the texts of rows with the same embedder."""
     views, places = _flat(pairs)
     embedder = pairs[0][0].router.embedder
@@ -299,7 +297,7 @@ def _embed_beside(pairs: Snapshots) -> None:
         row.ahead = Ahead(embeddings, place, embedder, own)
 
 
-def _flat(pairs: Snapshots) -> tuple[list[Any], list[slice]]:
+def _flat(pairs: RowViews) -> tuple[list[Any], list[slice]]:
     """Return the views of all rows in one list, and where each row's are."""
     views: list[Any] = []
     places: list[slice] = []

@@ -7,7 +7,7 @@ from treadle.common.params import RoutingParams
 from treadle.engine.tokenization import Detokenizer
 from treadle.experiments.timing import Table, Unit, interleave, lines
 from treadle.experiments.workbench import SPARE, WARM_UP, Lab, Steps, not_run, pooled, started
-from treadle.routing.router import RunningText, finish_views
+from treadle.routing.schedule import DecisionCursor, Views, finish_views
 
 TEXT_LENGTHS = (64, 1024, 16384)
 """Tokens of the texts that a decision of the router is timed on."""
@@ -60,21 +60,22 @@ class Decisions:
         self._params = replace(own, every=1, lag=0) if own.rule != "fixed" else pooled(own)
         pieces = sample_pieces(lab)
         self._coming = [islice(cycle(pieces), stream * 7 % len(pieces), None) for stream in range(streams)]
-        self._pieces = [list(islice(coming, length)) for coming in self._coming]
-        self._texts = [RunningText(self._router, self._params) for _ in range(streams)]
+        self._texts = [DecisionCursor(self._router, self._params, list(islice(each, 1)), 1) for each in self._coming]
+        for text, coming in zip(self._texts, self._coming, strict=True):
+            text.add(list(islice(coming, length - 1)))
         self()
 
     @property
     def pieces(self) -> list[list[str]]:
         """The text that each token of each stream adds."""
-        return self._pieces
+        return [text.pieces for text in self._texts]
 
     def __call__(self) -> None:
         """Read a token more of each text, and weigh."""
-        views: list[tuple[object, ...]] = []
-        for text, pieces, coming in zip(self._texts, self._pieces, self._coming, strict=True):
-            pieces.append(next(coming))
-            view = text.decide(pieces, len(pieces), 1)
+        views: list[Views] = []
+        for text, coming in zip(self._texts, self._coming, strict=True):
+            text.add([next(coming)])
+            view = text.decide_last(text.num_tokens)
             views += [view] if view is not None else []
         self._router.weigh(finish_views(self._router.embedder, views), self._params)
 

@@ -2,4 +2,4 @@
 
 from treadle.common.moved import names_of
 
-__getattr__ = names_of("treadle.routing", "treadle.routing.router")
+__getattr__ = names_of("treadle.routing", "treadle.routing.router", "treadle.routing.rules", "treadle.routing.schedule")

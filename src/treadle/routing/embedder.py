@@ -1,17 +1,14 @@
 """Embedders: texts -> L2-normalised float32 vectors, whole or as they grow token by token.
 
-A running text is followed by a `Track`. The static embedder's track keeps a sum of word vectors, so a token costs
-O(D) whatever the length of the text; the sentence embedder (`treadle.routing.sentence_embedder`) encodes the text when
-asked.
+The static embedder follows a running text by a sum of word vectors (`treadle.routing.running_sum`). The sentence
+embedder (`treadle.routing.sentence_embedder`) reads the text anew for each decision.
 """
 
 import hashlib
 import os
-import re
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 from treadle.common.documents import check_text, read_object
 from treadle.common.errors import BundleError, ModelError, OptionError, problem_list
 from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault, reason, table_problems
+from treadle.routing.running_sum import WORD, PieceEffects, RunningSum, Spans, Sums
 from treadle.routing.sentence_embedder import SentenceEmbedder
 
 if TYPE_CHECKING:
@@ -26,27 +24,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 
-WORD = re.compile(r"\w{1,40}|[^\w\s]")
-"""A run of letters and digits, or one other visible character: what a text's vector is summed over."""
 MAX_CACHED_WORDS = 20_000
 WORDS_AT_ONCE = 4096
-"""Words that are summed up in one go: of a long text, no more are kept than of many short ones."""
-
-
-class Track(Protocol):
-    """One running text, as the embedder sees it."""
-
-    def extend(self, pieces: Sequence[str]) -> None:
-        """Append the text of some tokens, one piece a token."""
-        ...
-
-    def snapshot(self) -> Any:
-        """Return what `Embedder.finish` needs to embed the text as it stands, or the window of it."""
-        ...
-
-    def whole(self) -> Any:
-        """Return the same of the text without its window."""
-        ...
+"""The most words that are summed at once, so that one long text does not fill the cache."""
 
 
 class Embedder(Protocol):
@@ -66,12 +46,12 @@ class Embedder(Protocol):
         """Return the vectors (B, D) of whole texts; a text without words has the vector 0."""
         ...
 
-    def track(self, window: int | None) -> Track:
-        """Return an empty running text of which only the last `window` tokens count (None = all)."""
+    def follow(self, spans: Spans) -> RunningSum | None:
+        """Return the running sum of an empty text, seen in these views; None = it reads each text anew."""
         ...
 
-    def finish(self, snapshots: Sequence[Any]) -> Floats:
-        """Return the vectors (B, D) of tracks' snapshots, all at once."""
+    def finish(self, views: Sequence[Any]) -> Floats:
+        """Return the vectors (B, D) of views of running sums, or of texts if there are no sums, all at once."""
         ...
 
     def save(self, folder: Path) -> str:
@@ -89,13 +69,14 @@ class StaticEmbedder:
 
     def __init__(self, model: "StaticModel") -> None:
         self.model = model
-        self._sums: dict[str, NDArray[np.float64]] = {}  # of each word's vectors; never written to
+        self._sums: dict[str, Sums] = {}  # of each word's vectors; never written to
         digest = hashlib.sha256(np.ascontiguousarray(model.embedding).tobytes())
         for extra in (model.weights, model.token_mapping):
             digest.update(b"" if extra is None else np.ascontiguousarray(extra).tobytes())
         digest.update("\n".join(model.tokens).encode())
         self.id = f"static:{digest.hexdigest()[:16]}"
         self.dim: int = model.dim
+        self.effects = PieceEffects(self)
 
     @classmethod
     def load(cls, name: str | Path) -> "StaticEmbedder":
@@ -121,17 +102,17 @@ class StaticEmbedder:
             check_text(text)
         return self.finish([self.sum_words(WORD.findall(text)) for text in texts])
 
-    def track(self, window: int | None) -> "StaticTrack":
-        """Return an empty running text."""
-        return StaticTrack(self, window)
+    def follow(self, spans: Spans) -> RunningSum:
+        """Return the running sum of an empty text."""
+        return RunningSum(self.effects, spans)
 
-    def finish(self, snapshots: Sequence[NDArray[np.float64]]) -> Floats:
+    def finish(self, views: Sequence[Sums]) -> Floats:
         """Return sums of word vectors, normalised: (B, D)."""
-        if not len(snapshots):
+        if not len(views):
             return np.zeros((0, self.dim), np.float32)
-        return self.unit(np.concatenate(snapshots).reshape(-1, self.dim))
+        return self.unit(np.concatenate(views).reshape(-1, self.dim))
 
-    def unit(self, sums: NDArray[np.float64]) -> Floats:
+    def unit(self, sums: Sums) -> Floats:
         """Return sums of word vectors (B, D), normalised."""
         norms = np.sqrt(np.einsum("bd,bd->b", sums, sums))[:, None]  # a quarter of the time of np.linalg.norm
         return (sums / np.maximum(norms, 1e-12)).astype(np.float32)
@@ -142,7 +123,7 @@ class StaticEmbedder:
         (folder / "embedder" / "README.md").unlink(missing_ok=True)  # model2vec's card of a model on the hub
         return "embedder"
 
-    def sum_words(self, words: Sequence[str]) -> NDArray[np.float64]:
+    def sum_words(self, words: Sequence[str]) -> Sums:
         """Return the sum (D,) of the vectors of all tokens of some words; not to be written to."""
         sums = self._sums
         if len(words) == 1 and words[0] in sums:  # almost every token of a running text
@@ -152,7 +133,7 @@ class StaticEmbedder:
             total += self._sum_some(words[start : start + WORDS_AT_ONCE])
         return total
 
-    def _sum_some(self, words: Sequence[str]) -> NDArray[np.float64]:
+    def _sum_some(self, words: Sequence[str]) -> Sums:
         """Return the sum (D,) of the vectors of at most WORDS_AT_ONCE words."""
         sums = self._sums
         if new := [word for word in dict.fromkeys(words) if word not in sums]:
@@ -165,72 +146,13 @@ class StaticEmbedder:
             total += sums[word]
         return total
 
-    def _sum_tokens(self, ids: Sequence[int]) -> NDArray[np.float64]:
+    def _sum_tokens(self, ids: Sequence[int]) -> Sums:
         """Return the sum (D,) of the vectors of one word's tokens; model2vec has left out unknown ones."""
         mapping, weights = self.model.token_mapping, self.model.weights
         vectors = self.model.embedding[list(ids) if mapping is None else mapping[list(ids)]].astype(np.float32)
         if weights is not None:
             vectors = vectors * weights[list(ids), None]
         return vectors.sum(0, dtype=np.float32).astype(np.float64)
-
-
-class TrackState(NamedTuple):
-    """What a `StaticTrack` knows; the arrays are never written to.
-
-    Attributes:
-        closed: (D,) of all words that are complete.
-        open: the last word, which the next token may continue.
-        sum: (D,) with the open word.
-        before: the sums before each of the last `window` tokens, oldest first.
-    """
-
-    closed: NDArray[np.float64]
-    open: str
-    sum: NDArray[np.float64]
-    before: tuple[NDArray[np.float64], ...]
-
-
-class StaticTrack:
-    """The running sum of a text's word vectors; its last word stays open, because the next token may continue it."""
-
-    def __init__(self, embedder: StaticEmbedder, window: int | None) -> None:
-        self._embedder = embedder
-        self._closed = np.zeros(embedder.dim)  # (D,) of all words that are complete
-        self._open = ""
-        self._sum = self._closed  # (D,) with the open word
-        self._before: deque[NDArray[np.float64]] | None = None  # the sums before each of the last `window` tokens
-        if window is not None:
-            self._before = deque(maxlen=window)
-
-    def extend(self, pieces: Sequence[str]) -> None:
-        """Append the text of some tokens."""
-        if self._before is None:
-            pieces = ["".join(pieces)]
-        for piece in pieces:
-            if self._before is not None:
-                self._before.append(self._sum)
-            if piece:
-                self._append(piece)
-
-    def snapshot(self) -> NDArray[np.float64]:
-        """Return the sum (D,) over the text, or what the last `window` tokens added to it."""
-        return self._sum - self._before[0] if self._before else self._sum
-
-    def whole(self) -> NDArray[np.float64]:
-        """Return the sum (D,) over the text."""
-        return self._sum
-
-    def state(self) -> TrackState:
-        """Return what another can go on from."""
-        return TrackState(self._closed, self._open, self._sum, tuple(self._before or ()))
-
-    def _append(self, piece: str) -> None:
-        text = self._open + piece
-        words = WORD.findall(text)
-        self._open = words.pop() if words and (text[-1].isalnum() or text[-1] == "_") else ""
-        if words:
-            self._closed = self._closed + self._embedder.sum_words(words)
-        self._sum = self._closed + self._embedder.sum_words([self._open]) if self._open else self._closed
 
 
 def num_words(texts: Sequence[str]) -> NDArray[np.int64]:

@@ -39,7 +39,7 @@ class Explanation:
 def explain(router: Router, text: str, params: RoutingParams | None = None) -> Explanation:
     """Explain the weights of one text."""
     params = params or router.params
-    begin = router.last_change(text, params)
+    begin = router.topic_start(text, params)
     text = text[begin:]
     embedding = router.embedder.encode([text])[0]  # (D,)
     is_fixed = params.rule == "fixed"

@@ -27,7 +27,7 @@ MOST_CUTS = 4
 """Of one text. The numbers here were chosen on validation rows (`benchmarks/changes.py`)."""
 
 
-def last_change(text: str, log_posteriors: Callable[[Sequence[str]], Floats], nats: float) -> int:
+def last_topic_start(text: str, log_posteriors: Callable[[Sequence[str]], Floats], nats: float) -> int:
     """Return where the last domain of a text begins, as an index of characters; 0 where it is of one domain.
 
     Args:

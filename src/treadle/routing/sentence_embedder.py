@@ -19,6 +19,7 @@ from treadle.common.documents import check_text
 from treadle.common.errors import ModelError
 from treadle.common.files import cached_folder
 from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault, reason
+from treadle.routing.running_sum import Spans
 
 Floats = NDArray[np.float32]
 logger = logging.getLogger(__name__)
@@ -79,13 +80,12 @@ class SentenceEmbedder:
                 vectors[places] = self.model.encode(group, normalize_embeddings=True, show_progress_bar=False)
         return vectors
 
-    def track(self, window: int | None) -> "TextTrack":
-        """Return an empty running text."""
-        return TextTrack(window)
+    def follow(self, spans: Spans) -> None:
+        """Keep no sum: each text is read anew."""
 
-    def finish(self, snapshots: Sequence[str]) -> Floats:
+    def finish(self, views: Sequence[str]) -> Floats:
         """Return the vectors (B, D) of running texts, encoded in one batch."""
-        return self.encode(snapshots)
+        return self.encode(views)
 
     def save(self, folder: Path) -> str:
         """Return the model's hub id; a model that lies in a folder is copied to `folder`/embedder."""
@@ -140,23 +140,3 @@ def _fingerprint(state: Mapping[str, Any]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class TextTrack:
-    """A running text kept as text."""
-
-    def __init__(self, window: int | None) -> None:
-        self._pieces: list[str] = []
-        self._window = window
-
-    def extend(self, pieces: Sequence[str]) -> None:
-        """Append the text of some tokens."""
-        self._pieces.extend(pieces)
-
-    def snapshot(self) -> str:
-        """Return the text, or its last `window` tokens."""
-        return "".join(self._pieces if self._window is None else self._pieces[-self._window :])
-
-    def whole(self) -> str:
-        """Return the text."""
-        return "".join(self._pieces)

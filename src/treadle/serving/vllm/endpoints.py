@@ -176,12 +176,12 @@ def _route(state: State, asked: tuple[Any, Any], generated: Any, given: Any) -> 
     if problems := _token_problems(state, whole):
         raise OptionError(problem_list("route:", problems))
     schedule = Schedule(state.asked.mixture, state.tokenizer)
-    stream = schedule.open(given, len(ids), contents)
-    schedule.decide([(stream, whole, len(whole))])
+    opened = schedule.open(given, len(ids), contents)
+    schedule.decide([(opened, whole, len(whole))])
     return {
-        "adapters": list(stream.mixture.names),
+        "adapters": list(opened.mixture.names),
         "prompt_tokens": len(ids),
-        "weights": stream.weights(0, len(whole)).tolist(),
+        "weights": opened.weights(0, len(whole)).tolist(),
     }
 
 

@@ -238,17 +238,17 @@ def _request(original: Any) -> Any:
         if hasher is not None and not hasattr(hasher, MARK):
             self.request_block_hasher = _opening(hasher, core)
         made, wave = original(self, request)
-        core.open_stream(made)  # an error here ends this request alone
+        core.open_request(made)  # an error here ends this request alone
         return made, wave
 
     return preprocess_add_request
 
 
 def _opening(hasher: Any, core: Any) -> Any:
-    """Return a block hasher before which a request gets its stream: vLLM hashes in the request's constructor."""
+    """Return a block hasher before which a request gets its weights: vLLM hashes in the request's constructor."""
 
     def hash_blocks(request: Any) -> Any:
-        core.open_stream(request)
+        core.open_request(request)
         return hasher(request)
 
     setattr(hash_blocks, MARK, True)
@@ -260,8 +260,8 @@ def _hash(original: Any) -> Any:
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> Any:
         keys, index = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        stream = getattr(request, "treadle", None)
-        key = stream.block_key(request.all_token_ids, start_token_idx, end_token_idx) if stream is not None else None
+        hashed = getattr(request, "treadle", None)
+        key = hashed.block_key(request.all_token_ids, start_token_idx, end_token_idx) if hashed is not None else None
         return (keys if key is None else (*(keys or ()), (KEY, key))), index
 
     return generate_block_hash_extra_keys

@@ -1,4 +1,4 @@
-"""The mixture of a running engine: streams for its requests, and adapters that come and go between steps."""
+"""The mixture of a running engine: weights for its requests, and adapters that come and go between steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,8 +7,8 @@ from treadle.common.errors import AdapterError, TreadleError
 from treadle.serving.vllm.joining import read_newcomer, with_adapter, without_adapter
 from treadle.serving.vllm.mixture import Mixture, open_bundle
 from treadle.serving.vllm.params import CONTENTS, KEY, PluginParams
+from treadle.serving.vllm.request_weights import RequestWeights
 from treadle.serving.vllm.schedule import Plan, Schedule
-from treadle.serving.vllm.stream import Stream
 from treadle.serving.vllm.tokens import tokenizer_of
 
 
@@ -31,14 +31,14 @@ class Core:
         """The adapters as they are now; requests that began before keep theirs."""
         return self.schedule.mixture
 
-    def open_stream(self, request: Any) -> None:
-        """Give a request its stream and decide its prompt's weights, unless it has them."""
+    def open_request(self, request: Any) -> None:
+        """Give a request its weights and decide those of its prompt, unless it has them."""
         if hasattr(request, KEY):
             return
         extra = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
-        stream = self.schedule.open(extra.get(KEY), request.num_prompt_tokens, extra.get(CONTENTS))
-        request.treadle = Hashed(self.schedule, stream)
-        self.schedule.decide([(stream, request.all_token_ids, request.num_prompt_tokens)])
+        weights = self.schedule.open(extra.get(KEY), request.num_prompt_tokens, extra.get(CONTENTS))
+        request.treadle = Hashed(self.schedule, weights)
+        self.schedule.decide([(weights, request.all_token_ids, request.num_prompt_tokens)])
 
     def plan(self, scheduled: Mapping[str, int], requests: Mapping[str, Any]) -> Plan:
         """Return the gates of the tokens that have just been scheduled: request id -> how many."""
@@ -47,7 +47,7 @@ class Core:
             [
                 (
                     name,
-                    each.treadle.stream,
+                    each.treadle.weights,
                     each.all_token_ids,
                     each.num_computed_tokens - count,
                     each.num_computed_tokens,
@@ -59,20 +59,20 @@ class Core:
     def slots_in_use(self, requests: Mapping[str, Any]) -> set[int]:
         """Return the slots of the mixture and of those that requests began with."""
         used = set(self.mixture.slots)
-        return used.union(*(each.treadle.stream.mixture.slots for each in requests.values() if hasattr(each, KEY)))
+        return used.union(*(each.treadle.weights.mixture.slots for each in requests.values() if hasattr(each, KEY)))
 
 
 class Hashed:
-    """A request's stream, as the hashes of its blocks need it."""
+    """A request's weights, as the hashes of its blocks need it."""
 
-    def __init__(self, schedule: Schedule, stream: Stream) -> None:
+    def __init__(self, schedule: Schedule, weights: RequestWeights) -> None:
         self._schedule = schedule
-        self.stream = stream
+        self.weights = weights
 
     def block_key(self, token_ids: Sequence[int], start: int, end: int) -> bytes | None:
         """Return what the hash of the block of positions `start` to `end` must contain besides its tokens."""
-        self._schedule.decide([(self.stream, token_ids, end)])
-        return self.stream.key(start, end)
+        self._schedule.decide([(self.weights, token_ids, end)])
+        return self.weights.key(start, end)
 
 
 # Functions of vLLM's EngineCore (`self`), which its clients call by name; they run between two steps

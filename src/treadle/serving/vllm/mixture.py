@@ -120,16 +120,10 @@ class Mixture:
             problems.append("past='recompute' reads the whole text again for each token; vLLM's cache cannot: use keep")
         if params.combine != "sum":
             problems.append(f"combine {params.combine!r}: {SUM_ONLY}")
-        if params.rule == "fixed":
-            try:
-                self.router.fixed_weights(params)
-            except AdapterError as error:
-                problems.append(str(error))
-        else:
-            try:
-                self.router.weigh(np.zeros((1, 1, self.router.embedder.dim), np.float32), params)
-            except OptionError as error:
-                problems.append(str(error))
+        try:
+            self.router.check(params)
+        except (AdapterError, OptionError) as error:
+            problems.append(str(error))
         if problems:
             raise OptionError(problem_list(f"{KEY}:", problems))
 

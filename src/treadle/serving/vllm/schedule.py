@@ -1,9 +1,9 @@
 """The weights of every token of every request, decided where vLLM schedules: a pure function of text and options.
 
-A stream (`treadle.serving.vllm.stream`) remembers each decision with the position from which it holds. A preempted
+`treadle.serving.vllm.request_weights` remembers each decision with the position from which it holds. A preempted
 request that is computed again, a prompt read in chunks, a batch of any make-up and another replica therefore see the
 same weights at the same position. Prompts are followed one by one; the texts that a step continues, all together
-(`treadle.serving.vllm.texts`). Nothing here imports vLLM.
+(`treadle.serving.vllm.text_pool`). Nothing here imports vLLM.
 """
 
 import weakref
@@ -20,10 +20,11 @@ from treadle.engine.chat import ChatText
 from treadle.engine.tokenization import Detokenizer
 from treadle.routing.centroids import Floats
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.router import finish_views
+from treadle.routing.running_sum import Spans
+from treadle.routing.schedule import Views, finish_views
 from treadle.serving.vllm.mixture import Mixture
-from treadle.serving.vllm.stream import RoutingGroup, Stream, keys_of
-from treadle.serving.vllm.texts import Texts, Words
+from treadle.serving.vllm.request_weights import RequestWeights, RoutingGroup, keys_of
+from treadle.serving.vllm.text_pool import TextPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,25 +91,27 @@ class Plan:
         return rows, counts
 
 
-Need = tuple[Stream, Sequence[int], int]
-"""A stream, its token ids so far, and the position below which it needs weights."""
+Need = tuple[RequestWeights, Sequence[int], int]
+"""A request, its token ids so far, and the position below which it needs weights."""
+OpenDecision = tuple[RequestWeights, int]
+"""A request, and the first position of a decision."""
 
 
 class Schedule:
-    """Opens streams and gives them weights; the input thread and the scheduler may both call it."""
+    """Opens requests and gives them weights; the input thread and the scheduler may both call it."""
 
     def __init__(self, mixture: Mixture, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._mixture = mixture
         self._tokenizer = tokenizer
-        self._lock = Lock()  # of all below; a stream by itself belongs to one thread at a time
-        self._groups: dict[RoutingParams, RoutingGroup] = {}  # equal params once, so that their streams are one product
-        self._words = Words(cast(StaticEmbedder, mixture.router.embedder))
-        self._texts: weakref.WeakValueDictionary[tuple[int | None, ...], Texts] = weakref.WeakValueDictionary()
+        self._lock = Lock()  # of all below; a request by itself belongs to one thread at a time
+        self._groups: dict[RoutingParams, RoutingGroup] = {}  # equal params once, so that requests are one product
+        self._embedder = cast(StaticEmbedder, mixture.router.embedder)  # the bundle was checked
+        self._pools: weakref.WeakValueDictionary[Spans, TextPool] = weakref.WeakValueDictionary()
         self.counts = Counts(mixture.names)
 
     @property
     def mixture(self) -> Mixture:
-        """The adapters as they are now; streams that were opened before keep theirs."""
+        """The adapters as they are now; requests that were opened before keep theirs."""
         return self._mixture
 
     @mixture.setter
@@ -117,8 +120,8 @@ class Schedule:
             self._mixture, self._groups = mixture, {}
             self.counts.rename(mixture.names)
 
-    def open(self, given: Any, prompt_tokens: int, contents: Sequence[str] | None = None) -> Stream:
-        """Return the stream of a new request; see `Mixture.read_request` for `given` and errors.
+    def open(self, given: Any, prompt_tokens: int, contents: Sequence[str] | None = None) -> RequestWeights:
+        """Return the weights of a new request, none decided yet; see `Mixture.read_request` for `given` and errors.
 
         `contents` are those of a chat's messages, which alone count of its prompt; None = the prompt is no chat.
         """
@@ -131,13 +134,13 @@ class Schedule:
         chat = None
         if contents is not None and group.params.rule != "fixed":
             chat = ChatText.of(self._tokenizer, contents)
-        return Stream(group, prompt_tokens, Detokenizer(self._tokenizer), chat)
+        return RequestWeights(group, prompt_tokens, Detokenizer(self._tokenizer), chat)
 
     def decide(self, needs: Sequence[Need]) -> None:
-        """Give weights to all positions that need them; one product for all streams of a group that are due.
+        """Give weights to all positions that need them; one product for all requests of a group that are due.
 
         A prompt is read without the lock: it may be long, and no step shall wait for it. Until its request is handed to
-        the scheduler, only the thread that opened it knows its stream; what streams share without the lock (the
+        the scheduler, only the thread that opened it knows it; what requests share without the lock (the
         embedder's words, the tokenizer, the centroids) any thread may use.
         """
         needs = [need for need in needs if need[2] > need[0].decided]
@@ -146,79 +149,78 @@ class Schedule:
         started, made = perf_counter(), 0
         while needs:
             alone: list[Need] = []
-            together: dict[Texts, list[Need]] = {}
+            together: dict[TextPool, list[Need]] = {}
             with self._lock:
                 for need in needs:
-                    texts = need[0].texts or self._joined(need[0])
-                    (alone if texts is None else together.setdefault(texts, [])).append(need)
-                made += sum(self._decide_together(texts, each) for texts, each in together.items())
+                    pool = need[0].pool or self._joined(need[0])
+                    (alone if pool is None else together.setdefault(pool, [])).append(need)
+                made += sum(self._decide_together(pool, each) for pool, each in together.items())
             made += self._decide_alone(alone)
             needs = [need for need in needs if need[2] > need[0].decided]  # such as chunks of a text read again
         with self._lock:
             self.counts.decisions += made
             self.counts.seconds += perf_counter() - started
 
-    def _joined(self, stream: Stream) -> Texts | None:
-        spans = stream.spans()
+    def _joined(self, request: RequestWeights) -> TextPool | None:
+        spans = request.pool_spans
         if spans is None:
             return None
-        texts = self._texts.get(spans)
-        if texts is None:
-            texts = self._texts[spans] = Texts(self._words, spans)
-        stream.join(texts)
-        return texts
+        pool = self._pools.get(spans)
+        if pool is None:
+            pool = self._pools[spans] = TextPool(self._embedder, spans)
+        request.join(pool)
+        return pool
 
     def _decide_alone(self, needs: Sequence[Need]) -> int:
         """Decide all positions that prompts need, and texts with a long window; return how many decisions it were."""
-        due: dict[RoutingGroup, tuple[list[tuple[Stream, int]], list[tuple[Any, ...]]]] = {}
-        for stream, token_ids, end in needs:
-            starts, views = stream.pending(token_ids, end)
-            if starts:
-                places, all_views = due.setdefault(stream.group, ([], []))
-                places += [(stream, start) for start in starts]
-                all_views += views
+        due: dict[RoutingGroup, tuple[list[OpenDecision], list[Views]]] = {}
+        for request, token_ids, end in needs:
+            for start, views in request.due(token_ids, end):
+                places, all_views = due.setdefault(request.group, ([], []))
+                places.append((request, start))
+                all_views.append(views)
         for group, (places, views) in due.items():
             self._settle(group, places, finish_views(group.mixture.router.embedder, views))
         return sum(len(places) for places, _ in due.values())
 
-    def _decide_together(self, texts: Texts, needs: Sequence[Need]) -> int:
+    def _decide_together(self, pool: TextPool, needs: Sequence[Need]) -> int:
         """Decide the next position of each running text; return how many decisions it were."""
-        due: dict[RoutingGroup, tuple[list[tuple[Stream, int]], list[int]]] = {}
+        due: dict[RoutingGroup, tuple[list[OpenDecision], list[int]]] = {}
         rows: list[int] = []
         pieces: list[list[str]] = []
-        for stream, token_ids, _ in needs:
-            start, news = stream.follow_on(token_ids)
+        for request, token_ids, _ in needs:
+            start, news = request.next_in_pool(token_ids)
             if news:  # else it comes late, and was made from just as many tokens
-                rows.append(stream.row)
+                rows.append(request.row)
                 pieces.append(news)
-                places, group_rows = due.setdefault(stream.group, ([], []))
-                places.append((stream, start))
-                group_rows.append(stream.row)
+                places, group_rows = due.setdefault(request.group, ([], []))
+                places.append((request, start))
+                group_rows.append(request.row)
         if rows:
-            texts.extend(rows, pieces)
+            pool.extend(rows, pieces)
         for group, (places, group_rows) in due.items():
-            self._settle(group, places, texts.embeddings(group_rows))
+            self._settle(group, places, pool.embeddings(group_rows))
         return len(rows)
 
-    def _settle(self, group: RoutingGroup, places: Sequence[tuple[Stream, int]], embeddings: Floats) -> None:
-        """Decide from the embeddings (P, K, D) of streams at their first positions."""
+    def _settle(self, group: RoutingGroup, places: Sequence[OpenDecision], embeddings: Floats) -> None:
+        """Decide from the embeddings (P, K, D) of requests at their first positions."""
         weights = group.mixture.router.weigh(embeddings, group.params)  # (P, N)
         gates = group.mixture.gates(weights)  # (P, slots)
-        for (stream, start), key, each in zip(places, keys_of(weights), gates, strict=True):
-            stream.settle(start, key, each)
+        for (request, start), key, each in zip(places, keys_of(weights), gates, strict=True):
+            request.settle(start, key, each)
 
-    def plan(self, scheduled: Sequence[tuple[str, Stream, Sequence[int], int, int]]) -> Plan:
-        """Return the gates of one step, of (request id, stream, token ids, start, end) of each scheduled request."""
-        self.decide([(stream, token_ids, end) for _, stream, token_ids, _, end in scheduled])
+    def plan(self, scheduled: Sequence[tuple[str, RequestWeights, Sequence[int], int, int]]) -> Plan:
+        """Return the gates of one step, of (id, request, token ids, start, end) of each scheduled request."""
+        self.decide([(request, token_ids, end) for _, request, token_ids, _, end in scheduled])
         rows: list[Floats] = []
         spans: dict[str, tuple[int, tuple[int, ...]]] = {}
         made: dict[tuple[str, ...], list[bytes]] = {}  # adapters' names -> keys of the tokens that will be generated
-        for request_id, stream, token_ids, start, end in scheduled:
-            gates, counts = stream.gates(start, end)
+        for request_id, request, token_ids, start, end in scheduled:
+            gates, counts = request.gates(start, end)
             spans[request_id] = (len(rows), counts)
             rows += gates
             if end == len(token_ids):
-                made.setdefault(stream.mixture.names, []).append(stream.newest_key)
+                made.setdefault(request.mixture.names, []).append(request.newest_key)
         for names, keys in made.items():
             self.counts.add(names, keys)
         shape = (len(rows), self._mixture.num_slots)
