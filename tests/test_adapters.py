@@ -59,7 +59,7 @@ def assert_close(ours: Tensor, theirs: Tensor, atol: float = 1e-5) -> None:
 
 
 def edit_tensors(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
-    """Replace an adapter's tensors on disk by what `edit` makes of them."""
+    """Edit an adapter's tensors on disk."""
     file = folder / "adapter_model.safetensors"
     save_file(edit(load_file(file)), file)
 

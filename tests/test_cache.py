@@ -18,7 +18,7 @@ def states(rows: int, tokens: int, seed: int) -> Tensor:
 
 
 class Model:
-    """A cache of one layer and, beside it, what each row must hold."""
+    """A cache of one layer, and the contents that each row must have."""
 
     def __init__(self) -> None:
         self.cache = RowCache()

@@ -134,7 +134,7 @@ def build_known(name: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def plain_answers(make_engine: MakeEngine) -> Callable[[str, int], list[list[Completion]]]:
-    """The answers of a model's own forward to all prompts, so many rows at once; made once a module."""
+    """Answers of a model's own forward to all prompts, `num_rows` at once; made once a module."""
 
     @cache
     def answers(name: str, num_rows: int) -> list[list[Completion]]:
@@ -146,7 +146,7 @@ def plain_answers(make_engine: MakeEngine) -> Callable[[str, int], list[list[Com
 
 
 def mixed_rows(engine: Engine, num_rows: int) -> list[list[Completion]]:
-    """Generate from all prompts, so many rows at once, each with another routing."""
+    """Generate from all prompts, `num_rows` at once, each with another routing."""
     sampling = SamplingParams(max_tokens=12)
     rows = [slice(first, first + num_rows) for first in range(0, len(PROMPTS), num_rows)]
     return [engine.generate(PROMPTS[some], sampling=sampling, routing=ROUTINGS[some]) for some in rows]
@@ -259,7 +259,7 @@ def blended_logits(num_rows: int, dtype: torch.dtype, variant: Variant | None = 
 
 @cache
 def blended_reference(num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return what forward computes in float32 and in bfloat16."""
+    """Return forward's logits in float32 and in bfloat16."""
     return blended_logits(num_rows, torch.float32)[0], blended_logits(num_rows, torch.bfloat16)[0]
 
 
@@ -453,7 +453,7 @@ def pairs_of(blend: Blend) -> list[LoraPair]:
 
 
 def step_of(ids: Tensor, cache: RowCache, weights: Floats | None = None) -> PassInput:
-    """Return one token a row, (B, 1), behind what a cache holds, under weights (B, 1, N)."""
+    """Return the input of a pass: one token a row (B, 1) after cached ones, under weights (B, 1, N)."""
     return PassInput(
         ids, [0] * len(ids), weights, ["sum"] * len(ids), cache, [[]] * len(ids), [cache.length + 1] * len(ids)
     )

@@ -1,6 +1,6 @@
-"""The step that a GPU replays computes what the model's own forward computes.
+"""The step that a GPU replays computes the same as the model's own forward.
 
-Without a GPU nothing is captured; tests/test_kernels.py compares the kernels one by one.
+Without a GPU nothing is captured. tests/test_kernels.py compares the kernels one by one.
 """
 
 import os

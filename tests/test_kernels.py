@@ -1,4 +1,4 @@
-"""Triton's kernels compute what the plain ones do, on random shapes: on a GPU, or in Triton's interpreter.
+"""Triton kernels compute the same as the reference kernels, on random shapes: on a GPU, or in Triton's interpreter.
 
 The interpreter of Triton 3.6 needs numpy before 2.4.
 """

@@ -31,7 +31,7 @@ ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_proj", "v_proj", 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A transformers model class, how its tiny configuration differs, and what its two adapters target."""
+    """A transformers model class, its tiny configuration, and the targets of its two adapters."""
 
     name: str
     options: dict[str, object]

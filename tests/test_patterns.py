@@ -1,4 +1,4 @@
-"""Expressions of an adapter's config mean what PEFT makes of them, and cannot run for ever."""
+"""Expressions of an adapter's config match as in PEFT, and cannot run forever."""
 
 import re
 import threading

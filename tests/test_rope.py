@@ -1,4 +1,4 @@
-"""Longrope: whatever shares a pass with a text, and however it is read, its factors are those of its own length."""
+"""Longrope: a text's factors follow its own length, in any batch and in any chunks."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each pass gives what the model's own forward gives: logits, and the hidden states of the layer that was asked for."""
+"""Each pass returns the same logits and hidden states as the model's own forward."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
