@@ -4,6 +4,7 @@ An architecture, or another norm, is added here; the passes read nothing else of
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -127,6 +128,46 @@ def _describe_layer(layer: Any, attention: Any, mlp: Any) -> DecoderLayer:
 def bases(layers: Sequence[nn.Module]) -> list[nn.Linear]:
     """Return the base layers, without the adapters around them."""
     return [cast(nn.Linear, layer.base if isinstance(layer, BlendedLinear) else layer) for layer in layers]
+
+
+class StackedWeights:
+    """Linear layers that read the same input: their weights in one tensor, and if possible the adapters' A below them.
+
+    Attributes:
+        plain: the base layers.
+        bias: (sum of out,); None if no layer has one.
+        num_out: sum of out.
+        whole: (num_out, and sum of R, in).
+        has_factors: A lies below the weights.
+        updates: each blended layer and its columns of the results, in the order of their A.
+        slots: of their gates.
+        stacked_a: the A of all layers; None without adapters.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], *, with_factors: bool = True) -> None:
+        """Stack the weights, with A below them if the active or the stored A has their dtype."""
+        self.plain = bases(layers)
+        self.bias = joined_bias(self.plain)
+        ends = list(accumulate(layer.out_features for layer in self.plain))
+        columns = [slice(end - layer.out_features, end) for end, layer in zip(ends, self.plain, strict=True)]
+        blended = [
+            (layer, each) for layer, each in zip(layers, columns, strict=True) if isinstance(layer, BlendedLinear)
+        ]
+        self.num_out = ends[-1]
+        self.updates = sorted(blended, key=lambda update: update[0].index)
+        self.slots = tuple(layer.slot for layer, _ in self.updates)
+        self.stacked_a = blended[0][0].stacked_a if blended else None
+        factors = self.stacked_a.held_in(self.plain[0].weight.dtype) if self.stacked_a and with_factors else None
+        self.has_factors = factors is not None
+        below = [] if factors is None else [factors]
+        self.whole = stack_weights([*(layer.weight for layer in self.plain), *below])
+        if self.stacked_a and self.has_factors:
+            self.stacked_a.share(self.whole[self.num_out :])
+
+    @property
+    def weight(self) -> Tensor:
+        """W of all layers, (num_out, in)."""
+        return self.whole[: self.num_out]
 
 
 def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:

@@ -8,16 +8,14 @@ forward, whose layers compute the plain formula (`treadle.lora.layer.lora_update
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from treadle.engine.runners.cpu.layouts import GemmLayout
 from treadle.engine.runners.cpu.packing import BaseWeight, PackedWeights, packed_product
-from treadle.engine.runners.decoder import bases, joined_bias, stack_weights
+from treadle.engine.runners.decoder import StackedWeights
 from treadle.lora.gates import Gates
-from treadle.lora.layer import BlendedLinear, StackedA
 
 
 class StepGates:
@@ -52,45 +50,20 @@ class ResultBuffers:
         return self._made[key]
 
 
-class StackedLinear:
-    """Linear layers that read the same input: their weights in one tensor, and the adapters of each."""
+class StackedLinear(StackedWeights):
+    """Stacked layers of the CPU step, whose weights may be packed."""
 
     def __init__(self, layers: Sequence[nn.Module], packs: PackedWeights, *, with_factors: bool) -> None:
-        """Stack the weights.
-
-        Args:
-            layers: that read the same input.
-            packs: keeps the packed copies of the weights.
-            with_factors: stack A below the weights, if the active or the stored A has their dtype.
-        """
-        plain = bases(layers)
-        sizes = [layer.out_features for layer in plain]
-        self.bias = joined_bias(plain)  # (sum of out,)
-        ends = accumulate(sizes)
-        blended = [
-            (layer, slice(end - size, end))
-            for layer, size, end in zip(layers, sizes, ends, strict=True)
-            if isinstance(layer, BlendedLinear)
-        ]
-        self.updates = sorted(
-            blended, key=lambda update: update[0].index
-        )  # layer, and the columns of the results that its update is added to
-        self.slots = tuple(layer.slot for layer, _ in self.updates)
-        self.stacked_a: StackedA | None = blended[0][0].stacked_a if blended else None  # of all of them
-        factors = self.stacked_a.held_in(plain[0].weight.dtype) if self.stacked_a and with_factors else None
-        below = [] if factors is None else [factors]
-        self.whole = stack_weights([*(layer.weight for layer in plain), *below])  # (sum of out, and R, in)
-        self.weight = self.whole[: sum(sizes)]  # (sum of out, in)
-        if self.stacked_a and below:
-            self.stacked_a.share(self.whole[sum(sizes) :])
-        self.bare = BaseWeight(self.weight, packs, plain, has_factors=False)
-        self.with_a = BaseWeight(self.whole, packs, plain, has_factors=True) if below else self.bare
+        """Stack the weights; `packs` keeps their packed copies, `with_factors` puts A below them."""
+        super().__init__(layers, with_factors=with_factors)
+        self.bare = BaseWeight(self.weight, packs, self.plain, has_factors=False)
+        self.with_a = BaseWeight(self.whole, packs, self.plain, has_factors=True) if self.has_factors else self.bare
 
     @property
     def is_whole(self) -> bool:
         """True if the active A lies below the weights."""
         factors = self.stacked_a.held_in(self.weight.dtype) if self.stacked_a else None
-        return factors is not None and factors.data_ptr() == self.whole[len(self.weight) :].data_ptr() != 0
+        return factors is not None and factors.data_ptr() == self.whole[self.num_out :].data_ptr() != 0
 
 
 class StackedLinearStep:
@@ -99,7 +72,7 @@ class StackedLinearStep:
     def __init__(self, stack: StackedLinear, buffers: ResultBuffers, role: str) -> None:
         """Take buffers that stacks of this role share; a stack's input must lie elsewhere."""
         self._layout = layout = buffers.layout
-        dtype, size = stack.weight.dtype, len(stack.weight)
+        dtype, size = stack.weight.dtype, stack.num_out
         rank = len(stack.stacked_a.a_active) if stack.stacked_a else 0
         self._stack = stack
         self._all = buffers.take(role, size + rank * stack.is_whole, dtype)

@@ -33,7 +33,7 @@ from treadle.engine.runners.cuda.interface import (
     PendingProduct,
     PendingUpdate,
 )
-from treadle.engine.runners.decoder import DecoderLayer, RmsNorm, bases, describe, joined_bias, stack_weights
+from treadle.engine.runners.decoder import DecoderLayer, RmsNorm, StackedWeights, describe
 from treadle.engine.runners.passes import PassInput, PassOutput
 from treadle.lora.blend import Blend
 from treadle.lora.layer import BlendedLinear
@@ -112,30 +112,15 @@ class CudaGraphs:
         return replay
 
 
-class FusedLinear:
-    """Linear layers that read the same input, and their adapters: W and below it A, in one tensor."""
+class FusedLinear(StackedWeights):
+    """Stacked layers of the GPU step, whose products with B are fused into later stages."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        plain = bases(layers)
-        blended = [layer for layer in layers if isinstance(layer, BlendedLinear)]
-        stacked_a = blended[0].stacked_a if blended else None
-        self.bias = joined_bias(plain)  # (sum of out,)
-        self.num_out = sum(layer.out_features for layer in plain)
-        self.whole = stack_weights([*(layer.weight for layer in plain), *([stacked_a.a_active] if stacked_a else [])])
-        if stacked_a:
-            stacked_a.share(self.whole[self.num_out :])
-        self.slots = tuple(layer.slot for layer in sorted(blended, key=lambda layer: layer.index))
+        super().__init__(layers)
         self.layer_bs = tuple(
-            LayerB(layer.b_active, layer.stacked_a.rows[layer.index].start)
-            if isinstance(layer, BlendedLinear)
-            else None
-            for layer in layers
+            LayerB(each.b_active, each.stacked_a.rows[each.index].start) if isinstance(each, BlendedLinear) else None
+            for each in layers
         )
-
-    @property
-    def weight(self) -> Tensor:
-        """W of all layers, (sum of out, in)."""
-        return self.whole[: self.num_out]
 
 
 class GraphLayer(NamedTuple):
