@@ -151,8 +151,8 @@ def finish(llm: LLM) -> None:
 def router(llm: LLM, streams: int, steps: int) -> None:
     """Print what the weights of a step cost, of that many streams, all of them due at each step."""
     fill(llm, streams, steps + 10, treadle={"every": 1})
-    core = llm.llm_engine.engine_core.engine_core.scheduler.treadle
-    plan, spent, own, taken = core.plan, [], [], []
+    schedule = llm.llm_engine.engine_core.engine_core.scheduler.treadle.schedule
+    plan, spent, own, taken = schedule.plan, [], [], []
 
     def timed(*args: Any) -> Any:
         started, thread = perf_counter(), thread_time()
@@ -161,14 +161,14 @@ def router(llm: LLM, streams: int, steps: int) -> None:
         own.append(thread_time() - thread)
         return made
 
-    core.plan = timed
-    before = core.schedule.counts.decisions
+    schedule.plan = timed
+    before = schedule.counts.decisions
     for _ in range(steps):
         started = perf_counter()
         llm.llm_engine.step()
         taken.append(perf_counter() - started)
-    decisions = core.schedule.counts.decisions - before
-    core.plan = plan
+    decisions = schedule.counts.decisions - before
+    schedule.plan = plan
     finish(llm)
     due = decisions / len(spent)
     wall, thread = (f"{1e6 * median(each) / due:.1f}" for each in (spent, own))

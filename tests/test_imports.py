@@ -20,7 +20,6 @@ LEVELS = {
 """Packages may import what is below them, and nothing beside them."""
 ROUND = {
     ("experiments.tasks", "experiments.metrics"),
-    ("serving.vllm.asked", "serving.vllm.hooks"),
 }
 """Arrows that still close a circle of modules: each is to be cut."""
 

@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 from starlette.applications import Starlette
-from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from treadle.common.errors import OptionError
-from treadle.routing.schedule import Decision, DecisionCursor
-from treadle.serving.vllm import endpoints, live
-from treadle.serving.vllm.asked import Asked
-from treadle.serving.vllm.endpoints import State
+from treadle.serving.vllm import endpoints, engine_hooks
+from treadle.serving.vllm.endpoints import Endpoints, EndpointState
+from treadle.serving.vllm.hooks import served_engine
 from treadle.serving.vllm.live import Core
 from treadle.serving.vllm.mixture import open_bundle
 from treadle.serving.vllm.params import PluginParams
+from treadle.serving.vllm.requests import RequestReader
 from treadle.serving.vllm.schedule import Schedule
 
 from conftest import BASE, save_adapter
@@ -52,115 +51,132 @@ class Engine:
         return self.scheduler.treadle.mixture.names
 
 
-class Client:
-    """What the routes know of vLLM's client."""
+class Engines:
+    """vLLM's client, and the engines behind it."""
 
-    def __init__(self, engines: list[Engine], asked: Asked, tokenizer: str) -> None:
-        self.engines = engines
-        self.engine_core = self
-        self.input_processor = SimpleNamespace(treadle=asked)
-        self.model_config = SimpleNamespace(
-            tokenizer=tokenizer, tokenizer_revision=None, trust_remote_code=False, max_model_len=256,
-            get_vocab_size=lambda: 260, served_model_name=["demo", "auto", "math", "code"],
-        )  # fmt: skip
+    def __init__(self, each: list[Engine]) -> None:
+        self.each = each
         self.during: Any = lambda function: None
 
     async def call_utility_all_async(self, function: str, *arguments: Any) -> list[Any]:
         self.during(function)
-        return [getattr(live, function)(engine, *arguments) for engine in self.engines]
+        return [getattr(engine_hooks, function)(engine, *arguments) for engine in self.each]
+
+
+class App(Starlette):
+    """vLLM's app, which is FastAPI's."""
+
+    def add_api_route(self, *_: Any, **__: Any) -> None:
+        """The figures need vLLM."""
 
 
 @pytest.fixture
-def state(bundle_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
-    monkeypatch.setenv(endpoints.ADMIN_VARIABLE, ADMIN)
+def params(bundle_folder: Path, tmp_path: Path) -> PluginParams:
     save_adapter(tmp_path / "late", seed=9, r=2)
     for name in ("math", "code"):
         save_adapter(tmp_path / name, seed=9, r=2)
-    params = PluginParams(bundle=str(bundle_folder), max_adapters=4, max_rank=8, adapter_dir=str(tmp_path))
-    engines = [Engine(params, tokenizer) for _ in range(2)]
-    return State(Client(engines, Asked.open(params), str(bundle_folder.parent / BASE)), Asked.open(params))
+    return PluginParams(bundle=str(bundle_folder), max_adapters=4, max_rank=8, adapter_dir=str(tmp_path))
 
 
 @pytest.fixture
-def http(state: State) -> TestClient:
-    app = Starlette(
-        routes=[
-            Route("/route", endpoints._answering(endpoints.route), methods=["POST"]),
-            Route("/adapters", endpoints._answering(endpoints.adapters), methods=["GET", "POST"]),
-            Route("/adapters/{name}", endpoints._answering(endpoints.remove), methods=["DELETE"]),
-        ]
-    )
+def engines(params: PluginParams, tokenizer: Any) -> Engines:
+    return Engines([Engine(params, tokenizer) for _ in range(2)])
+
+
+@pytest.fixture
+def state(
+    bundle_folder: Path, params: PluginParams, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> EndpointState:
+    monkeypatch.setenv(endpoints.ADMIN_VARIABLE, ADMIN)
+    model = SimpleNamespace(
+        tokenizer=str(bundle_folder.parent / BASE), tokenizer_revision=None, trust_remote_code=False, max_model_len=256,
+        get_vocab_size=lambda: 260, served_model_name=["demo", "auto", "math", "code"],
+    )  # fmt: skip
+    processor = SimpleNamespace(treadle=RequestReader.open(params))
+    engine = served_engine(SimpleNamespace(input_processor=processor, model_config=model, engine_core=engines))
+    assert engine is not None
+    return EndpointState(engine)
+
+
+@pytest.fixture
+def http(state: EndpointState) -> TestClient:
+    app = App()
+    Endpoints().attach_router(app)
     app.state.treadle = state
     return TestClient(app, raise_server_exceptions=False, headers={"X-Admin-Key": ADMIN})
 
 
-def test_a_chat_is_routed_as_its_text(state: State, http: TestClient) -> None:
+def test_a_chat_is_routed_as_its_text(state: EndpointState, engines: Engines, tokenizer: Any, http: TestClient) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "def loop"}]}]
-    text = http.post("/route", json={"prompt": "def loop"}).json()
-    chat = http.post("/route", json={"messages": messages}).json()
+    text = http.post("/v1/treadle/route", json={"prompt": "def loop"}).json()
+    chat = http.post("/v1/treadle/route", json={"messages": messages}).json()
     assert chat["weights"][-1] == text["weights"][-1]
     assert chat["prompt_tokens"] > text["prompt_tokens"]
-    other = state.tokenizer("<|a|>def loop<|template|> of heat of planets").input_ids  # as another template has it
-    rendered = http.post("/route", json={"messages": messages, "prompt": other}).json()
+    other = tokenizer("<|a|>def loop<|template|> of heat of planets").input_ids  # as another template has it
+    rendered = http.post("/v1/treadle/route", json={"messages": messages, "prompt": other}).json()
     assert (rendered["prompt_tokens"], rendered["weights"][-1]) == (len(other), text["weights"][-1])
     for body in ({}, {"messages": messages, "prompt": "def loop"}, {"messages": [{"role": "user"}]}, {"messages": [7]}):
-        assert http.post("/route", json=body).status_code == 400
+        assert http.post("/v1/treadle/route", json=body).status_code == 400
 
 
-def held(state: State) -> list[tuple[str, ...]]:
+def held(state: EndpointState, engines: Engines) -> list[tuple[str, ...]]:
     """The adapters that the server and each engine know."""
-    return [state.asked.mixture.names, *(engine.names for engine in state.client.engines)]
+    return [state.reader.mixture.names, *(engine.names for engine in engines.each)]
 
 
-def test_an_adapter_joins_and_leaves_everywhere(state: State, http: TestClient) -> None:
-    answer = http.post("/adapters", json=NEW)
+def test_an_adapter_joins_and_leaves_everywhere(state: EndpointState, engines: Engines, http: TestClient) -> None:
+    answer = http.post("/v1/treadle/adapters", json=NEW)
     assert (answer.status_code, answer.json()["adapters"]["late"]) == (200, 3)
-    assert held(state) == [("math", "science", "code", "late")] * 3
-    assert http.delete("/adapters/late").status_code == 200
-    assert http.delete("/adapters/late").status_code == 404
-    assert held(state) == [("math", "science", "code")] * 3
+    assert held(state, engines) == [("math", "science", "code", "late")] * 3
+    assert http.delete("/v1/treadle/adapters/late").status_code == 200
+    assert http.delete("/v1/treadle/adapters/late").status_code == 404
+    assert held(state, engines) == [("math", "science", "code")] * 3
 
 
 @pytest.mark.parametrize("when", [False, True], ids=["when it is looked at", "when it is put in"])
 @pytest.mark.parametrize("problem", ["no room", RuntimeError("a worker fell")], ids=["refused", "failed"])
 def test_an_adapter_that_one_engine_refuses_joins_none(
-    state: State, http: TestClient, when: bool, problem: str | Exception
+    state: EndpointState, engines: Engines, http: TestClient, when: bool, problem: str | Exception
 ) -> None:
-    state.client.engines[1].refuses[when] = problem
-    answer = http.post("/adapters", json=NEW)
+    engines.each[1].refuses[when] = problem
+    answer = http.post("/v1/treadle/adapters", json=NEW)
     assert answer.status_code == (400 if isinstance(problem, str) else 500)
-    assert held(state) == [("math", "science", "code")] * 3
-    state.client.engines[1].refuses.clear()
-    assert http.post("/adapters", json=NEW).status_code == 200
+    assert held(state, engines) == [("math", "science", "code")] * 3
+    engines.each[1].refuses.clear()
+    assert http.post("/v1/treadle/adapters", json=NEW).status_code == 200
 
 
-def test_what_leaves_is_refused_before_the_engines_know(state: State, http: TestClient) -> None:
+def test_what_leaves_is_refused_before_the_engines_know(
+    state: EndpointState, engines: Engines, http: TestClient
+) -> None:
     seen: list[tuple[str, ...]] = []
-    state.client.during = lambda function: seen.append(state.asked.mixture.names)
-    http.delete("/adapters/code")
+    engines.during = lambda function: seen.append(state.reader.mixture.names)
+    http.delete("/v1/treadle/adapters/code")
     assert seen == [("math", "science")]
-    state.client.during = lambda function: (_ for _ in ()).throw(RuntimeError("the engines are gone"))
-    assert http.delete("/adapters/science").status_code == 500
-    assert state.asked.mixture.names == ("math", "science")  # all is as it was
+    engines.during = lambda function: (_ for _ in ()).throw(RuntimeError("the engines are gone"))
+    assert http.delete("/v1/treadle/adapters/science").status_code == 500
+    assert state.reader.mixture.names == ("math", "science")  # all is as it was
 
 
-def test_a_model_that_was_an_adapter_does_not_become_the_routed_one(state: State, http: TestClient) -> None:
-    asked = state.asked
-    assert asked.choice(None, "math") == "math"
-    assert asked.choice(None, "demo") == "auto"
-    http.delete("/adapters/math")
+def test_a_model_that_was_an_adapter_does_not_become_the_routed_one(state: EndpointState, http: TestClient) -> None:
+    reader = state.reader
+    assert reader.choice(None, "math") == "math"
+    assert reader.choice(None, "demo") == "auto"
+    http.delete("/v1/treadle/adapters/math")
     with pytest.raises(OptionError, match="unknown choice 'math'"):
-        asked.choice(None, "math")
-    assert asked.choice("code", "math") == "code"  # a request's own options come first
-    assert asked.choice(None, "demo") == "auto"
-    assert http.post("/adapters", json={**NEW, "name": "math", "path": "math"}).status_code == 200
-    assert asked.choice(None, "math") == "math"
+        reader.choice(None, "math")
+    assert reader.choice("code", "math") == "code"  # a request's own options come first
+    assert reader.choice(None, "demo") == "auto"
+    assert http.post("/v1/treadle/adapters", json={**NEW, "name": "math", "path": "math"}).status_code == 200
+    assert reader.choice(None, "math") == "math"
 
 
 @pytest.mark.parametrize("name", ["demo", "auto", "science", "every", "a/b", ""])
-def test_names_that_mean_something_else_are_a_400(state: State, http: TestClient, name: str) -> None:
-    assert http.post("/adapters", json={**NEW, "name": name}).status_code == 400
-    assert held(state) == [("math", "science", "code")] * 3
+def test_names_that_mean_something_else_are_a_400(
+    state: EndpointState, engines: Engines, http: TestClient, name: str
+) -> None:
+    assert http.post("/v1/treadle/adapters", json={**NEW, "name": name}).status_code == 400
+    assert held(state, engines) == [("math", "science", "code")] * 3
 
 
 @pytest.mark.parametrize(
@@ -177,49 +193,60 @@ def test_names_that_mean_something_else_are_a_400(state: State, http: TestClient
     ],
 )
 def test_only_the_admin_key_changes_adapters(
-    state: State, http: TestClient, headers: dict[str, str], may: bool
+    state: EndpointState, engines: Engines, http: TestClient, headers: dict[str, str], may: bool
 ) -> None:
-    answers = [http.post("/adapters", json=NEW, headers=headers), http.delete("/adapters/math", headers=headers)]
+    answers = [
+        http.post("/v1/treadle/adapters", json=NEW, headers=headers),
+        http.delete("/v1/treadle/adapters/math", headers=headers),
+    ]
     assert [answer.status_code for answer in answers] == [200 if may else 403] * 2
-    assert held(state) == [("science", "code", "late") if may else ("math", "science", "code")] * 3
+    assert held(state, engines) == [("science", "code", "late") if may else ("math", "science", "code")] * 3
     assert all("TREADLE_ADMIN_KEY" in answer.json()["error"]["message"] for answer in answers if not may)
-    assert http.get("/adapters", headers=headers).status_code == 200  # to see them needs vLLM's key alone
+    assert http.get("/v1/treadle/adapters", headers=headers).status_code == 200  # to see them needs vLLM's key alone
 
 
-def test_without_an_admin_key_or_a_folder_nobody_changes_adapters(state: State, http: TestClient) -> None:
+def test_without_an_admin_key_or_a_folder_nobody_changes_adapters(
+    state: EndpointState, engines: Engines, http: TestClient
+) -> None:
     state.admin_key = None
     for headers in ({}, {"X-Admin-Key": ""}, {"X-Admin-Key": "None"}):
-        assert http.post("/adapters", json=NEW, headers=headers).status_code == 403
+        assert http.post("/v1/treadle/adapters", json=NEW, headers=headers).status_code == 403
     state.admin_key = ADMIN
-    state.asked.params = replace(state.asked.params, adapter_dir=None)
-    assert http.post("/adapters", json=NEW).status_code == http.delete("/adapters/math").status_code == 403
-    assert held(state) == [("math", "science", "code")] * 3
+    state.reader.params = replace(state.reader.params, adapter_dir=None)
+    assert (
+        http.post("/v1/treadle/adapters", json=NEW).status_code
+        == http.delete("/v1/treadle/adapters/math").status_code
+        == 403
+    )
+    assert held(state, engines) == [("math", "science", "code")] * 3
 
 
 @pytest.mark.parametrize("path", ["..", ".", "", "/etc", "late/..", "late\0", "x" * 5000, "nowhere", 7, None])
-def test_an_adapter_lies_below_its_folder(state: State, http: TestClient, tmp_path: Path, path: Any) -> None:
+def test_an_adapter_lies_below_its_folder(
+    state: EndpointState, engines: Engines, http: TestClient, tmp_path: Path, path: Any
+) -> None:
     (tmp_path / "out").symlink_to("/etc")
     for given in (path, "out"):
-        answer = http.post("/adapters", json={**NEW, "path": given})
+        answer = http.post("/v1/treadle/adapters", json={**NEW, "path": given})
         assert answer.status_code == 400
         assert "allowed: a folder below adapter_dir" in answer.json()["error"]["message"]
-    assert held(state) == [("math", "science", "code")] * 3
+    assert held(state, engines) == [("math", "science", "code")] * 3
 
 
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"[" * 100_000, b"\xff", b"[]", b'"x"', b"1", b'{"a": "\\ud800"}', b'{"a": NaN}']
 )
 def test_a_body_that_is_no_object_is_a_400(http: TestClient, raw: bytes) -> None:
-    for route in ("/adapters", "/route"):
+    for route in ("/v1/treadle/adapters", "/v1/treadle/route"):
         assert http.post(route, content=raw).status_code == 400
 
 
-def test_what_is_too_much_is_refused(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_much_is_refused(state: EndpointState, http: TestClient) -> None:
     for samples in ([], ["a"] * 1001):
-        answer = http.post("/adapters", json={**NEW, "samples": samples})
+        answer = http.post("/v1/treadle/adapters", json={**NEW, "samples": samples})
         assert (answer.status_code, "1 to 1000 texts" in answer.json()["error"]["message"]) == (400, True)
-    monkeypatch.setattr(endpoints, "MAX_BODY", 1000)
-    assert http.post("/route", json={"prompt": "a" * 1000}).status_code == 413
+    state.max_body_bytes = 1000
+    assert http.post("/v1/treadle/route", json={"prompt": "a" * 1000}).status_code == 413
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -236,51 +263,56 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_tokens_that_the_model_cannot_read_are_a_400(http: TestClient, case: str) -> None:
     body, message = BAD[case]
-    answer = http.post("/route", json=body)
+    answer = http.post("/v1/treadle/route", json=body)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
 
 
 def test_the_route_of_the_longest_prompt(http: TestClient) -> None:
-    answer = http.post("/route", json={"prompt": [3] * 255 + [259], "treadle": "math"})
+    answer = http.post("/v1/treadle/route", json={"prompt": [3] * 255 + [259], "treadle": "math"})
     assert answer.status_code == 200
     assert np.array(answer.json()["weights"]).shape == (256, 3)
 
 
-def test_a_step_does_not_wait_for_a_prompt(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+class SlowTokens(list[int]):
+    """Token ids that another thread reads only when it may."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__(ids)
+        self.reading, self.go_on = threading.Event(), threading.Event()
+
+    def __getitem__(self, index: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            self.reading.set()
+            assert self.go_on.wait(30)
+        return super().__getitem__(index)
+
+
+def test_a_step_does_not_wait_for_a_prompt(engines: Engines) -> None:
     """The input thread reads prompts; the scheduler plans steps of others meanwhile."""
-    schedule = state.client.engines[0].scheduler.treadle.schedule
+    schedule = engines.each[0].scheduler.treadle.schedule
     ids = list(range(60, 120))
     running = schedule.open({"every": 1}, 20)
     schedule.decide([(running, ids[:20], 20)])
-    reading, go_on = threading.Event(), threading.Event()
-    decide = DecisionCursor.decide
-
-    def slow(self: DecisionCursor, end: int) -> list[Decision]:
-        if threading.current_thread() is not threading.main_thread():
-            reading.set()
-            assert go_on.wait(30)
-        return decide(self, end)
-
-    monkeypatch.setattr(DecisionCursor, "decide", slow)
+    prompt = SlowTokens(ids)
     stream = schedule.open({"every": 1}, 50)
-    thread = threading.Thread(target=lambda: schedule.decide([(stream, ids, 50)]))
+    thread = threading.Thread(target=lambda: schedule.decide([(stream, prompt, 50)]))
     thread.start()
-    assert reading.wait(30)
-    steps = threading.Timer(10, go_on.set)  # a step that waits gets its turn, and fails below
+    assert prompt.reading.wait(30)
+    steps = threading.Timer(10, prompt.go_on.set)  # a step that waits gets its turn, and fails below
     steps.start()
     for end in range(20, 40):
         schedule.plan([("a", running, ids[:end], end - 1, end)])
-    was_free = not go_on.is_set()
+    was_free = not prompt.go_on.is_set()
     steps.cancel()
-    go_on.set()
+    prompt.go_on.set()
     thread.join()
     assert was_free
     assert stream.decided >= 50
     assert schedule.counts.decisions == 1 + 19 + 1  # a prompt, its tokens after the first, and the other prompt
 
 
-def test_engines_are_asked_one_after_the_other(state: State, http: TestClient) -> None:
+def test_engines_are_asked_one_after_the_other(state: EndpointState, engines: Engines, http: TestClient) -> None:
     """Two adapters that join at once get slots of their own."""
 
     async def sent(body: Any) -> AsyncIterator[bytes]:
@@ -298,4 +330,4 @@ def test_engines_are_asked_one_after_the_other(state: State, http: TestClient) -
     with pytest.raises(ExceptionGroup) as raised:
         asyncio.run(both())
     assert "4 slots are taken" in str(raised.value.exceptions[0])
-    assert held(state) == [("math", "science", "code", "late")] * 3
+    assert held(state, engines) == [("math", "science", "code", "late")] * 3

@@ -9,8 +9,14 @@ from treadle.common.errors import AdapterError, BundleError, OptionError, Treadl
 from treadle.common.params import Combine, RoutingParams
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import fit
-from treadle.serving.vllm.joining import check_name, read_newcomer, with_adapter, without_adapter
-from treadle.serving.vllm.mixture import Mixture, open_bundle
+from treadle.serving.vllm.mixture import (
+    Mixture,
+    check_name,
+    open_bundle,
+    read_newcomer,
+    with_adapter,
+    without_adapter,
+)
 from treadle.serving.vllm.params import PluginParams
 from treadle.serving.vllm.schedule import Schedule
 

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from treadle.common.errors import ModelError
-from treadle.serving.vllm import hooks
-from treadle.serving.vllm.asked import Asked
-from treadle.serving.vllm.chats import with_contents
-from treadle.serving.vllm.params import CONTENTS, PluginParams
-from treadle.serving.vllm.refusals import refusals, tokenizer_problems
+from treadle.serving.vllm.engine_hooks import fill_gates
+from treadle.serving.vllm.hooks import checked_params
+from treadle.serving.vllm.params import CONTENTS_KEY, PluginParams
+from treadle.serving.vllm.requests import RequestReader, with_contents
+from treadle.serving.vllm.support import option_problems, tokenizer_problems
 
 from conftest import BASE
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    """Of vLLM, with nothing on that is refused; a change names its part, as in `model.is_diffusion`."""
+    """vLLM's configuration, with nothing on that is refused; a change names its part, as in `model.is_diffusion`."""
     parts: dict[str, dict[str, Any]] = {
         "scheduler": {"async_scheduling": False, "scheduler_cls": None},
         "parallel": {"enable_dbo": False, "ubatch_size": 0, "prefill_context_parallel_size": 1,
@@ -61,24 +61,24 @@ ON: dict[str, tuple[Any, str]] = {
 
 
 def test_what_is_off_is_not_refused() -> None:
-    assert refusals(config()) == []
-    assert refusals(config(**{"model.tokenizer_mode": "hf"})) == []
+    assert option_problems(config()) == []
+    assert option_problems(config(**{"model.tokenizer_mode": "hf"})) == []
 
 
 @pytest.mark.parametrize("name", ON)
 def test_each_is_refused_by_its_name_alone(name: str) -> None:
     value, words = ON[name]
-    (message,) = refusals(config(**{name: value}))
+    (message,) = option_problems(config(**{name: value}))
     assert words in message
 
 
 def test_all_are_refused_at_once() -> None:
-    assert len(refusals(config(**{name: value for name, (value, _) in ON.items()}))) == len(ON) - 2  # two flags share
+    assert (
+        len(option_problems(config(**{name: value for name, (value, _) in ON.items()}))) == len(ON) - 2
+    )  # two flags share
 
 
-def test_a_tokenizer_that_requests_would_fail_with_is_refused(
-    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_that_requests_would_fail_with_is_refused(bundle_folder: Path) -> None:
     asked: list[dict[str, Any]] = []
     model = SimpleNamespace(
         tokenizer=str(bundle_folder.parent / BASE), tokenizer_revision=None, trust_remote_code=False,
@@ -94,9 +94,8 @@ def test_a_tokenizer_that_requests_would_fail_with_is_refused(
         asked.append({"name": name, **options})
         return SimpleNamespace()
 
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", slow)
     model.tokenizer, model.tokenizer_revision, model.trust_remote_code = "other/name", "v2", True
-    (message,) = tokenizer_problems(given)
+    (message,) = tokenizer_problems(given, slow)
     assert "is not a fast tokenizer" in message
     assert asked == [{"name": "other/name", "revision": "v2", "trust_remote_code": True}]
 
@@ -115,32 +114,32 @@ def test_a_step_without_weights_is_never_computed() -> None:
     plain = SimpleNamespace(get_model=SimpleNamespace, load_config=SimpleNamespace(load_format="mine"))
     planned = SimpleNamespace(treadle=SimpleNamespace(in_order=lambda ids: (ids, [1])))
     unplanned = SimpleNamespace()
-    hooks._fill(blended, planned, ["a"])
+    fill_gates(blended, planned, ["a"])
     assert board.filled == [(["a"], [1])]
-    hooks._fill(plain, unplanned, ["a"])  # a server without a bundle
+    fill_gates(plain, unplanned, ["a"])  # a server without a bundle
     # what vLLM's worker makes up before it serves has no weights, and needs none
-    hooks._fill(blended, unplanned, ["_warmup_0_", "_warmup_1_"])
-    hooks._fill(blended, unplanned, ["_v2_mixed_warmup_decode_", "_sparse_mla_v2_warmup_prefill_"])
+    fill_gates(blended, unplanned, ["_warmup_0_", "_warmup_1_"])
+    fill_gates(blended, unplanned, ["_v2_mixed_warmup_decode_", "_sparse_mla_v2_warmup_prefill_"])
     for ids in (["a"], ["_warmup_0_", "a"], ["cmpl-_warmup_0_"]):
         with pytest.raises(ModelError, match="came without its weights"):
-            hooks._fill(blended, unplanned, ids)
+            fill_gates(blended, unplanned, ids)
     with pytest.raises(ModelError, match="'mine' did not lay the adapters"):
-        hooks._fill(plain, planned, ["a"])
+        fill_gates(plain, planned, ["a"])
     assert len(board.filled) == 1
 
 
 def test_what_a_chat_says_goes_from_the_renderer_to_the_engine(bundle_folder: Path) -> None:
     prompts = [{"prompt_token_ids": [1]}, {"prompt_token_ids": [2]}]
     with_contents([[{"role": "user", "content": "add"}], [{"role": "user", "content": None}]], prompts)
-    assert [prompt[CONTENTS] for prompt in prompts] == [["add"], [""]]
-    asked = Asked.open(PluginParams(bundle=str(bundle_folder)))
+    assert [prompt[CONTENTS_KEY] for prompt in prompts] == [["add"], [""]]
+    reader = RequestReader.open(PluginParams(bundle=str(bundle_folder)))
 
     class Params(SimpleNamespace):
         def clone(self) -> "Params":
             return Params(**vars(self))
 
-    given = Params(extra_args={CONTENTS: ["not the client's to say"], "mine": 1})
-    assert hooks._checked(asked, given, {}, None).extra_args == {"mine": 1, "treadle": "auto"}
-    said = hooks._checked(asked, given, {}, prompts[0][CONTENTS]).extra_args
-    assert said == {"mine": 1, "treadle": "auto", CONTENTS: ["add"]}
-    assert given.extra_args == {CONTENTS: ["not the client's to say"], "mine": 1}
+    given = Params(extra_args={CONTENTS_KEY: ["not the client's to say"], "mine": 1})
+    assert checked_params(reader, given, None).extra_args == {"mine": 1, "treadle": "auto"}
+    said = checked_params(reader, given, prompts[0][CONTENTS_KEY]).extra_args
+    assert said == {"mine": 1, "treadle": "auto", CONTENTS_KEY: ["add"]}
+    assert given.extra_args == {CONTENTS_KEY: ["not the client's to say"], "mine": 1}

@@ -9,8 +9,7 @@ import pytest
 from treadle.common.errors import OptionError, TreadleError
 from treadle.common.params import RoutingParams
 from treadle.engine.chat import contents_of, pieces_of, prompt_cursor, read_prompt
-from treadle.serving.vllm.joining import without_adapter
-from treadle.serving.vllm.mixture import AUTO, Mixture, open_bundle
+from treadle.serving.vllm.mixture import AUTO, Mixture, open_bundle, without_adapter
 from treadle.serving.vllm.params import PluginParams, read_plugin_params
 from treadle.serving.vllm.request_weights import RequestWeights
 from treadle.serving.vllm.schedule import Schedule
@@ -147,7 +146,7 @@ def test_a_block_is_known_by_its_weights(schedule: Schedule, tokenizer) -> None:
     keys = [whole(schedule, each, ids, 20).key(16, 32) for each in given]
     assert keys[0] is keys[6] is None  # no adapter acts: the base's own blocks
     assert len(set(keys)) == len(given) - 1
-    smaller = Schedule(without_adapter(schedule.mixture, "code"), schedule._tokenizer)
+    smaller = Schedule(without_adapter(schedule.mixture, "code"), tokenizer)
     assert whole(smaller, "math", ids, 20).key(16, 32) != keys[1]
 
 

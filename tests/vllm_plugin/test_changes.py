@@ -9,8 +9,9 @@ import pytest
 import treadle
 from treadle.common.errors import TreadleError
 from treadle.common.params import RoutingParams
-from treadle.serving.vllm.asked import Asked
+from treadle.serving.vllm.hooks import reader_of
 from treadle.serving.vllm.mixture import Mixture
+from treadle.serving.vllm.requests import RequestReader
 
 from conftest import save_adapter
 from vllm_plugin.engines import ALL, PROMPTS, Served, agree, reference, serving, small_llama
@@ -44,9 +45,9 @@ def texts(small: Path, folders: list[Path]) -> list[list[list[int]]]:
     return made
 
 
-def asked(served: Served) -> Asked:
-    """What the server's own process knows, which its endpoints tell; here the test does."""
-    found = Asked.of(served.llm.llm_engine.input_processor)
+def reader(served: Served) -> RequestReader:
+    """The reader of the server's own process; its endpoints tell it of changes, here the test does."""
+    found = reader_of(served.llm.llm_engine.input_processor)
     assert found is not None
     return found
 
@@ -54,7 +55,7 @@ def asked(served: Served) -> Asked:
 def change(served: Served, function: str, *arguments: Any) -> dict[str, Any]:
     """Call a function of the core, and tell the server as its endpoints do."""
     answer = getattr(served.core, function)(*arguments)
-    asked(served).mixture = served.core.scheduler.treadle.mixture
+    reader(served).mixture = served.core.scheduler.treadle.mixture
     return answer
 
 

@@ -11,6 +11,7 @@ import treadle
 from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.common.errors import TreadleError
 from treadle.common.params import RoutingParams
+from treadle.serving.vllm.hooks import reader_of
 
 from conftest import SAMPLES, save_adapter
 from vllm_plugin.engines import ALL, BASE, PROMPTS, agree, reference, serving, small_llama
@@ -52,9 +53,7 @@ def test_adapters_come_and_go(small: Path, newcomer: Path) -> None:
         answer = core.treadle_add_adapter("late", str(newcomer), texts)
         assert answer["adapters"] == {"math": 0, "science": 1, "code": 2, "late": 3}
         # the server's own process learns of it from the endpoint; here, as that does
-        from treadle.serving.vllm.asked import Asked
-
-        Asked.of(served.llm.llm_engine.input_processor).mixture = core.scheduler.treadle.mixture
+        reader_of(served.llm.llm_engine.input_processor).mixture = core.scheduler.treadle.mixture
         assert agree(served.run(prompts), joined) == []  # with a warm cache of the set before
         assert agree(served.run(prompts, "late"), alone) == []
         assert "slots are taken" in core.treadle_add_adapter("later", str(newcomer), texts)["error"]

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from treadle.common.params import RoutingParams
-from treadle.serving.vllm.live import Hashed
+from treadle.serving.vllm.live import HashedWeights
+from treadle.serving.vllm.request_weights import RequestWeights
 
 from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving
 
@@ -99,7 +100,7 @@ def test_the_prefix_cache_knows_the_weights(
         assert cached == [0, 0, 0, 0, 0, 64, 64, 64, 64, 64]  # hits, and of one's own kind only
         served.llm.reset_prefix_cache()
         # the control: without weights in the hash the same check must fail
-        monkeypatch.setattr(Hashed, "block_key", lambda *_: None)
+        monkeypatch.setattr(HashedWeights, "block_key", lambda *_: None)
         problems, cached = warm(served, wanted, given)
         assert cached[1] > 0
         assert problems != []
@@ -124,9 +125,12 @@ def test_gates_of_the_newest_token_for_all_would_be_seen(
     small: Path, expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the tests above: a preempted text read again under its newest weights differs."""
-    from treadle.serving.vllm.request_weights import RequestWeights
+    gates, last = RequestWeights.gates, 1 << 30
 
-    monkeypatch.setattr(RequestWeights, "gates", lambda self, start, end: ([self._newest], (end - start,)))
+    def newest(self: RequestWeights, start: int, end: int) -> Any:
+        return gates(self, last, last + 1)[0], (end - start,)
+
+    monkeypatch.setattr(RequestWeights, "gates", newest)
     with serving(small, num_gpu_blocks_override=10, enable_prefix_caching=False, max_model_len=192) as served:
         prompts, given, wanted = mixed(expected)
         assert agree(served.run(prompts, given), wanted) != []

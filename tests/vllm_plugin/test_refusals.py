@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from treadle.common.errors import TreadleError
-from treadle.serving.vllm import hooks, places
+from treadle.serving.vllm.hooks import ServerProcess, checked_start
+from treadle.serving.vllm.support import HookPoint, version_problems, vllm_version
 
 from vllm_plugin.engines import PROMPTS, serving
 
@@ -29,23 +30,21 @@ def test_a_start_that_is_refused(small: Path, case: str) -> None:
         pass
 
 
-def test_a_version_that_is_unknown_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
-    monkeypatch.setattr(places, "VERSIONS", {"0.31": ""})
-    (problem,) = places.version_problems()
-    assert problem.startswith(f"vLLM {places.vllm_version()} is unknown")
+def test_a_version_that_is_unknown_is_refused_by_name() -> None:
+    (problem,) = version_problems(versions={"0.31": ""})
+    assert problem.startswith(f"vLLM {vllm_version()} is unknown")
 
 
-def test_a_place_that_has_moved_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_point_that_has_moved_is_refused_by_name() -> None:
     moved = {
-        "gone": places.Place("vllm.v1.core.sched.scheduler:Scheduler.schedul", ("self",)),
-        "changed": places.Place("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "budget")),
-        "lost": places.Place("vllm.v2.core:Scheduler", ()),
+        "gone": HookPoint("vllm.v1.core.sched.scheduler:Scheduler.schedul", ("self",)),
+        "changed": HookPoint("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "budget")),
+        "lost": HookPoint("vllm.v2.core:Scheduler", ()),
     }
-    monkeypatch.setattr(places, "PLACES", moved)
-    problems = places.version_problems()
+    problems = version_problems(points=moved)
     assert len(problems) == 3
     assert "expected self, budget" in problems[1]
-    start = hooks._start(lambda *_: None, problems)
+    start = checked_start(lambda *_: None, problems, ServerProcess())
     with pytest.raises(TreadleError, match=r"Scheduler\.schedul: "):
         start(type("Args", (), {"additional_config": {"treadle": "anything"}})())
     assert start(type("Args", (), {"additional_config": {}})()) is None

@@ -2,15 +2,16 @@
 
     --additional-config '{"treadle": {"bundle": "demo/bundle"}}'        or        TREADLE_VLLM=demo/bundle
 
-`params` (the options), `mixture` (what a bundle means here), `joining` (adapters that come and go), `schedule` (the
-weights of every token) and `stacks` (the factors beside the layers) import no vLLM; `places`, `hooks`, `refusals` and
-`cpu` know its insides, `attach` lays the stacks beside its layers, `endpoints` adds routes to its server, `selftest`
-compares it with the plain formula.
+These modules import no vLLM: `params` (the options), `mixture` (the bundle's adapters in slots), `requests` (what
+requests ask for), `schedule` (the weights of every token), `live` (adapters that come and go), `shards` and `stacks`
+(the factors beside the layers). `support` says which vLLM fits. `hooks` and `engine_hooks` wrap its functions, `attach`
+lays the stacks beside its layers, `cpu` uses its kernels, `endpoints` and `figures` add routes to its server.
+`selftest` compares a whole engine with the plain formula.
 """
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`; vLLM calls it in every process. Nothing happens without a bundle."""
+    """Install the hooks; vLLM calls this entry point (`vllm.general_plugins`) in every process."""
     from treadle.serving.vllm.hooks import install
 
     install()

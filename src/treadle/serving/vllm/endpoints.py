@@ -1,8 +1,8 @@
-"""Routes beside vLLM's own: what a text's weights are, adapters that come and go, and figures for Prometheus.
+"""Routes beside vLLM's own: the weights of a text, adapters that come and go, and figures for Prometheus.
 
-vLLM loads them where `VLLM_PLUGINS` names treadle. They lie below /v1, where vLLM's `--api-key` guards. A response of
-vLLM's has no place for weights; but they are a function of options and token ids, both of which the client has
-(`"return_token_ids": true`), so that `/v1/treadle/route` gives exactly those under which an answer was made.
+vLLM loads them where `VLLM_PLUGINS` names treadle. They lie below /v1, where vLLM's `--api-key` guards. vLLM's
+responses have no place for weights. The client has the options and token ids that they follow from
+(`"return_token_ids": true`), so `/v1/treadle/route` gives exactly the weights under which an answer was made.
 """
 
 import asyncio
@@ -23,23 +23,22 @@ from treadle.common.files import folder_below
 from treadle.engine.chat import contents_of
 from treadle.engine.tokenization import prompt_ids
 from treadle.serving.vllm import figures
-from treadle.serving.vllm.asked import Asked
-from treadle.serving.vllm.joining import check_name, read_newcomer, with_adapter, without_adapter
+from treadle.serving.vllm.hooks import served_engine
+from treadle.serving.vllm.mixture import check_name, read_newcomer, with_adapter, without_adapter
 from treadle.serving.vllm.params import KEY
+from treadle.serving.vllm.requests import ServedEngine
 from treadle.serving.vllm.schedule import Schedule
-from treadle.serving.vllm.tokens import tokenizer_of
 
 ADMIN_VARIABLE = "TREADLE_ADMIN_KEY"
 """The environment variable with the key that may add and remove adapters; an option would be in vLLM's log."""
-MAX_BODY = 4 << 20
-"""Bytes of a request's body."""
+MAX_BODY_BYTES = 4 << 20
 MAX_SAMPLES = 1000
-"""Sample texts of an adapter that joins."""
+"""The most sample texts of an adapter that joins."""
 ROUTE_KEYS = ("prompt", "messages", "token_ids", KEY)
 
 
 class Endpoints:
-    """The endpoint plugin, as `vllm.plugins.endpoint_plugins.interface` describes it."""
+    """The endpoint plugin that `vllm.plugins.endpoint_plugins.interface` describes."""
 
     name = KEY
     required_tasks = ("generate",)
@@ -47,68 +46,59 @@ class Endpoints:
     def attach_router(self, app: Any) -> None:
         """Add the routes to vLLM's app."""
         app.add_api_route("/metrics", metrics, methods=["GET"], include_in_schema=False)  # in the place of vLLM's own
-        app.add_route("/v1/treadle/route", _answering(route), methods=["POST"])
-        app.add_route("/v1/treadle/adapters", _answering(adapters), methods=["GET", "POST"])
-        app.add_route("/v1/treadle/adapters/{name}", _answering(remove), methods=["DELETE"])
+        app.add_route("/v1/treadle/route", answering(route), methods=["POST"])
+        app.add_route("/v1/treadle/adapters", answering(adapters), methods=["GET", "POST"])
+        app.add_route("/v1/treadle/adapters/{name}", answering(remove), methods=["DELETE"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Read the bundle; without one the routes answer 404."""
-        asked = Asked.of(engine_client.input_processor)
-        if asked is not None:
-            state.treadle = State(engine_client, asked)
+        engine = served_engine(engine_client)
+        if engine is not None:
+            state.treadle = EndpointState(engine)
 
 
-class State:
-    """What the routes share."""
+class EndpointState:
+    """The state that the routes share."""
 
-    def __init__(self, engine_client: Any, asked: Asked) -> None:
-        self.client = engine_client
-        self.asked = asked
-        model = engine_client.model_config
-        self.tokenizer = tokenizer_of(model)
-        self.max_tokens = int(model.max_model_len)
-        self.vocabulary = int(model.get_vocab_size())
-        self.longest_piece = max(map(len, self.tokenizer.get_vocab()))  # characters
-        served: str | Sequence[str] | None = model.served_model_name
-        self.served = (served,) if isinstance(served, str) else tuple(served or ())
+    def __init__(self, engine: ServedEngine, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self.engine = engine
+        self.reader = engine.reader
+        self.max_body_bytes = max_body_bytes
+        self.max_piece_length = max(map(len, engine.tokenizer.get_vocab()))  # characters
         self.admin_key = os.environ.get(ADMIN_VARIABLE, "").strip() or None
         self.changing = asyncio.Lock()  # one adapter at a time
 
     @property
     def taken(self) -> set[str]:
-        """Names that no adapter can join under: the adapters', and what this server calls its routed model."""
-        asked = self.asked
-        return {*asked.mixture.names, *(name for name in self.served if name not in asked.left)}
-
-    async def ask(self, function: str, *arguments: Any) -> list[dict[str, Any]]:
-        """Call a function of every engine's core and return the answers."""
-        return await self.client.engine_core.call_utility_all_async(function, *arguments)
+        """Names that no adapter can join under: the adapters', and the names of the routed model."""
+        reader = self.reader
+        return {*reader.mixture.names, *(name for name in self.engine.model_names if name not in reader.removed)}
 
     async def call(self, function: str, *arguments: Any) -> dict[str, Any]:
         """Call a function of every engine's core and return the first answer; an error of any is raised."""
-        return _first(await self.ask(function, *arguments))
+        return _first(await self.engine.ask(function, *arguments))
 
     async def add(self, *arguments: Any) -> dict[str, Any]:
-        """Let an adapter join in every engine, or in none; see `treadle.serving.vllm.live.treadle_add_adapter`."""
+        """Let an adapter join in every engine, or in none; see `treadle.serving.vllm.live.Core.add_adapter`."""
         await self.call("treadle_check_adapter", *arguments)  # of all, before any of them changes
         try:
             return await self.call("treadle_add_adapter", *arguments)
         except Exception:  # whatever kept one engine from it, the others must give it back
             with suppress(Exception):  # an engine that is dead: the first error says more
-                await self.ask("treadle_remove_adapter", arguments[0])
+                await self.engine.ask("treadle_remove_adapter", arguments[0])
             raise
 
     async def remove(self, name: str) -> dict[str, Any]:
         """Take an adapter out in every engine; requests that name it are refused before the first hears of it."""
-        before = self.asked.mixture
-        self.asked.mixture = without_adapter(before, name)
+        before = self.reader.mixture
+        self.reader.mixture = without_adapter(before, name)
         try:
-            answers = await self.ask("treadle_remove_adapter", name)
+            answers = await self.engine.ask("treadle_remove_adapter", name)
         except Exception:
-            self.asked.mixture = before
+            self.reader.mixture = before
             raise
         if all("error" in answer for answer in answers):
-            self.asked.mixture = before
+            self.reader.mixture = before
         return _first(answers)
 
 
@@ -128,7 +118,7 @@ class Refused(Exception):
         self.status = status
 
 
-def _answering(handler: Callable[[Request, State], Any]) -> Callable[[Request], Any]:
+def answering(handler: Callable[[Request, EndpointState], Any]) -> Callable[[Request], Any]:
     """Return a route whose errors have OpenAI's shape."""
 
     async def answer(request: Request) -> Response:
@@ -147,13 +137,13 @@ def _answering(handler: Callable[[Request, State], Any]) -> Callable[[Request], 
 
 async def metrics(request: Request) -> Response:
     """GET /metrics: vLLM's figures, and those of the blending after them."""
-    state: State | None = getattr(request.app.state, KEY, None)
-    return await figures.response(None if state is None else state.ask)
+    state: EndpointState | None = getattr(request.app.state, KEY, None)
+    return await figures.response(None if state is None else state.engine.ask)
 
 
-async def route(request: Request, state: State) -> dict[str, Any]:
+async def route(request: Request, state: EndpointState) -> dict[str, Any]:
     """Return the weights (T, N) of every token of a prompt and, where given, of what was generated after it."""
-    body = await _body(request)
+    body = await _body(request, state)
     if unknown := [unknown_name("field", name, ROUTE_KEYS) for name in body if name not in ROUTE_KEYS]:
         raise OptionError(problem_list("route:", unknown))
     prompt, messages = body.get("prompt"), body.get("messages")
@@ -162,20 +152,20 @@ async def route(request: Request, state: State) -> dict[str, Any]:
     return await asyncio.to_thread(_route, state, (prompt, messages), body.get("token_ids") or [], body.get(KEY))
 
 
-def _route(state: State, asked: tuple[Any, Any], generated: Any, given: Any) -> dict[str, Any]:
+def _route(state: EndpointState, asked: tuple[Any, Any], generated: Any, given: Any) -> dict[str, Any]:
     """Return the weights of a prompt, of messages, or of messages that were rendered as the prompt's token ids."""
     prompt, messages = asked
     contents = None if messages is None else contents_of(_checked_prompt(state, messages))
     if _are_ids(prompt):
         ids = list(prompt)
     else:
-        ids = prompt_ids(state.tokenizer, _checked_prompt(state, messages if prompt is None else prompt))
+        ids = prompt_ids(state.engine.tokenizer, _checked_prompt(state, messages if prompt is None else prompt))
     if not _are_ids(generated) and generated != []:
         raise OptionError("route: token_ids must be a list of token ids")
     whole = [*ids, *generated]
     if problems := _token_problems(state, whole):
         raise OptionError(problem_list("route:", problems))
-    schedule = Schedule(state.asked.mixture, state.tokenizer)
+    schedule = Schedule(state.reader.mixture, state.engine.tokenizer)
     opened = schedule.open(given, len(ids), contents)
     schedule.decide([(opened, whole, len(whole))])
     return {
@@ -185,22 +175,24 @@ def _route(state: State, asked: tuple[Any, Any], generated: Any, given: Any) -> 
     }
 
 
-def _token_problems(state: State, ids: Sequence[int]) -> list[str]:
+def _token_problems(state: EndpointState, ids: Sequence[int]) -> list[str]:
     """Return why vLLM could not have read these tokens (T,)."""
     problems: list[str] = []
-    if len(ids) > state.max_tokens:
-        problems.append(f"{len(ids)} tokens; this server reads at most {state.max_tokens} (--max-model-len)")
-    if max(ids) >= state.vocabulary:
-        problems.append(f"token id {max(ids)}; allowed: 0 to {state.vocabulary - 1}")
+    if len(ids) > state.engine.max_tokens:
+        problems.append(f"{len(ids)} tokens; this server reads at most {state.engine.max_tokens} (--max-model-len)")
+    if max(ids) >= state.engine.vocabulary:
+        problems.append(f"token id {max(ids)}; allowed: 0 to {state.engine.vocabulary - 1}")
     return problems
 
 
-def _checked_prompt(state: State, prompt: Any) -> Any:
+def _checked_prompt(state: EndpointState, prompt: Any) -> Any:
     """Return a prompt that is worth tokenising: a text, or messages whose contents are."""
     messages = _messages(prompt)
     length = sum(map(len, contents_of(messages)))
-    if length > state.max_tokens * state.longest_piece:
-        raise OptionError(f"route: {length} characters cannot be {state.max_tokens} tokens (--max-model-len) or fewer")
+    if length > state.engine.max_tokens * state.max_piece_length:
+        raise OptionError(
+            f"route: {length} characters cannot be {state.engine.max_tokens} tokens (--max-model-len) or fewer"
+        )
     return prompt
 
 
@@ -220,12 +212,12 @@ def _are_ids(value: Any) -> bool:
     return all(type(each) is int and each >= 0 for each in cast(list[Any], value))
 
 
-async def adapters(request: Request, state: State) -> dict[str, Any]:
+async def adapters(request: Request, state: EndpointState) -> dict[str, Any]:
     """GET: the adapters and what the router has done. POST {"name", "path", "samples"}: one more."""
     if request.method == "GET":
         return await state.call("treadle_adapters")
     _check_admin(request, state)
-    body = await _body(request)
+    body = await _body(request, state)
     allowed = ("name", "path", "samples")
     if unknown := [unknown_name("field", name, allowed) for name in body if name not in allowed]:
         raise OptionError(problem_list("adapters:", unknown))
@@ -236,27 +228,27 @@ async def adapters(request: Request, state: State) -> dict[str, Any]:
     if not isinstance(name, str) or not name or not (samples is None or is_list):
         raise OptionError(f"adapters: name is a text, samples are a list of 1 to {MAX_SAMPLES} texts")
     async with state.changing:
-        mixture, params = state.asked.mixture, state.asked.params
+        mixture, params = state.reader.mixture, state.reader.params
         check_name(name, state.taken)
-        newcomer = await asyncio.to_thread(read_newcomer, mixture, params, state.asked.base, name, path, samples)
+        newcomer = await asyncio.to_thread(read_newcomer, mixture, params, state.reader.base, name, path, samples)
         answer = await state.add(name, path, samples)
-        state.asked.mixture = with_adapter(mixture, newcomer, answer["adapters"][name])
+        state.reader.mixture = with_adapter(mixture, newcomer, answer["adapters"][name])
     return answer
 
 
-async def remove(request: Request, state: State) -> dict[str, Any]:
+async def remove(request: Request, state: EndpointState) -> dict[str, Any]:
     """DELETE: take an adapter out of the requests that begin from now on."""
     name = str(request.path_params["name"])
     _check_admin(request, state)
     async with state.changing:
-        if name not in state.asked.mixture.names:
-            raise Refused(404, unknown_name("adapter", name, state.asked.mixture.names))
+        if name not in state.reader.mixture.names:
+            raise Refused(404, unknown_name("adapter", name, state.reader.mixture.names))
         return await state.remove(name)
 
 
-def _check_admin(request: Request, state: State) -> None:
+def _check_admin(request: Request, state: EndpointState) -> None:
     """Raise a Refused unless adapters can come and go here, and the request has the key for it."""
-    if state.asked.params.adapter_dir is None or state.admin_key is None:
+    if state.reader.params.adapter_dir is None or state.admin_key is None:
         needs = f"max_adapters and adapter_dir, and a key in {ADMIN_VARIABLE}"
         raise Refused(403, f"adapters cannot come and go here: start the server with {needs}")
     bearer = re.fullmatch(r"[Bb]earer +(\S+) *", request.headers.get("authorization", ""))
@@ -266,21 +258,21 @@ def _check_admin(request: Request, state: State) -> None:
         raise Refused(403, f"this needs the admin key: {how}")
 
 
-def _inside(state: State, path: Any) -> str:
+def _inside(state: EndpointState, path: Any) -> str:
     """Return an adapter's folder, which must lie below `adapter_dir`."""
-    root = Path(state.asked.params.adapter_dir or "").expanduser()
+    root = Path(state.reader.params.adapter_dir or "").expanduser()
     folder = folder_below(root, path) if isinstance(path, str) else None
     if folder is None:
         raise OptionError(f"adapters: path: got {shown(path)}; allowed: a folder below adapter_dir")
     return str(folder)
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request, state: EndpointState) -> dict[str, Any]:
     raw = bytearray()
     async for part in request.stream():
         raw += part
-        if len(raw) > MAX_BODY:
-            raise Refused(413, f"the body is longer than {MAX_BODY} bytes, the most that is allowed")
+        if len(raw) > state.max_body_bytes:
+            raise Refused(413, f"the body is longer than {state.max_body_bytes} bytes, the most that is allowed")
     try:
         body = parse_json(raw.decode("utf-8-sig"))
     except ValueError as error:

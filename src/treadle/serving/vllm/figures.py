@@ -1,4 +1,4 @@
-"""What vLLM's /metrics says of the blending, under the names of `treadle serve`.
+"""The figures of the blending in vLLM's /metrics, under the names of `treadle serve`.
 
 The figures are the schedulers', in processes of their own, so they are asked for when Prometheus reads them, through
 the call that vLLM's clients have for functions of its core. Labels are the adapters that are there.
@@ -15,10 +15,10 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from starlette.responses import Response
 
 Answers = Sequence[Mapping[str, Any]]
-"""Of `treadle.serving.vllm.live.treadle_figures`, one an engine."""
+"""The answers of `treadle.serving.vllm.live.Core.figures`, one an engine."""
 
-PATIENCE = 5.0
-"""Seconds that the engines have to answer, which they do between two steps; Prometheus itself waits for 10."""
+ANSWER_SECONDS = 5.0
+"""The time that the engines have to answer, which they do between two steps; Prometheus itself waits for 10."""
 
 
 class Figures(Collector):
@@ -53,25 +53,26 @@ class Figures(Collector):
         yield loaded
 
 
-async def response(ask: Callable[[str], Awaitable[Answers]] | None) -> Response:
+async def response(ask: Callable[[str], Awaitable[Answers]] | None, timeout: float = ANSWER_SECONDS) -> Response:
     """Return vLLM's own figures, followed by these; vLLM's alone where there is no bundle.
 
     Args:
         ask: calls a function of every engine's core; None = there is no bundle.
+        timeout: the seconds that the engines have to answer.
     """
     own = importlib.import_module("vllm.v1.metrics.prometheus").get_prometheus_registry()
     text = await asyncio.to_thread(generate_latest, own)
     if ask is not None:
         registry = CollectorRegistry()
-        registry.register(Figures(await _answers(ask)))
+        registry.register(Figures(await _answers(ask, timeout)))
         text += generate_latest(registry)
     return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-async def _answers(ask: Callable[[str], Awaitable[Answers]]) -> Answers:
-    """Return the engines' answers; none where they are dead or too slow, for vLLM's figures must be read then too."""
+async def _answers(ask: Callable[[str], Awaitable[Answers]], timeout: float) -> Answers:
+    """Return the engines' answers; none where engines are dead or too slow: vLLM's own figures come then too."""
     dead = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError
     try:
-        return await asyncio.wait_for(ask("treadle_figures"), PATIENCE)
+        return await asyncio.wait_for(ask("treadle_figures"), timeout)
     except (TimeoutError, dead):
         return ()

@@ -1,19 +1,44 @@
-"""The mixture of a running engine: weights for its requests, and adapters that come and go between steps."""
+"""The mixture of a running engine, in the scheduler's process; adapters come and go between two steps.
 
-from collections.abc import Mapping, Sequence
+Nothing here imports vLLM: `treadle.serving.vllm.engine_hooks` calls it with what it takes from vLLM's objects.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from treadle.common.errors import AdapterError, TreadleError
-from treadle.serving.vllm.joining import read_newcomer, with_adapter, without_adapter
-from treadle.serving.vllm.mixture import Mixture, open_bundle
-from treadle.serving.vllm.params import CONTENTS, KEY, PluginParams
+from treadle.serving.vllm.mixture import Mixture, open_bundle, read_newcomer, with_adapter, without_adapter
+from treadle.serving.vllm.params import PluginParams
 from treadle.serving.vllm.request_weights import RequestWeights
-from treadle.serving.vllm.schedule import Plan, Schedule
-from treadle.serving.vllm.tokens import tokenizer_of
+from treadle.serving.vllm.schedule import Schedule
+from treadle.serving.vllm.support import tokenizer_of
+
+PutAdapter = Callable[[int | None, str, str], None]
+"""(slot, name, path) -> every worker copies an adapter into a slot, or only checks that it fits (slot None).
+
+It raises an AdapterError with what is wrong.
+"""
+
+
+class HashedWeights:
+    """A request's weights, as the hashes of its blocks need them."""
+
+    def __init__(self, schedule: Schedule, weights: RequestWeights) -> None:
+        self._schedule = schedule
+        self.weights = weights
+
+    def block_key(self, token_ids: Sequence[int], start: int, end: int) -> bytes | None:
+        """Return what the hash of the block of positions `start` to `end` must contain besides its tokens."""
+        self._schedule.decide([(self.weights, token_ids, end)])
+        return self.weights.key(start, end)
 
 
 class Core:
-    """What the scheduler's process knows: the mixture as it is now, and the weights of every request."""
+    """What the scheduler's process knows: the mixture as it is now, and the weights of every request.
+
+    Its methods that return a dict answer the routes. They return {"error": message} instead of raising: vLLM's client
+    would get only the text of an exception.
+    """
 
     def __init__(self, params: PluginParams, base: str, schedule: Schedule) -> None:
         self.params = params
@@ -31,158 +56,76 @@ class Core:
         """The adapters as they are now; requests that began before keep theirs."""
         return self.schedule.mixture
 
-    def open_request(self, request: Any) -> None:
-        """Give a request its weights and decide those of its prompt, unless it has them."""
-        if hasattr(request, KEY):
-            return
-        extra = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
-        weights = self.schedule.open(extra.get(KEY), request.num_prompt_tokens, extra.get(CONTENTS))
-        request.treadle = Hashed(self.schedule, weights)
-        self.schedule.decide([(weights, request.all_token_ids, request.num_prompt_tokens)])
+    def adapters(self) -> dict[str, Any]:
+        """Return the adapters, their slots and what the router has decided."""
+        return {
+            "adapters": dict(zip(self.mixture.names, self.mixture.slots, strict=True)),
+            "slots": self.mixture.num_slots,
+            "fingerprint": self.mixture.fingerprint,
+            "decisions": self.schedule.counts.decisions,
+            "route_seconds": self.schedule.counts.seconds,
+        }
 
-    def plan(self, scheduled: Mapping[str, int], requests: Mapping[str, Any]) -> Plan:
-        """Return the gates of the tokens that have just been scheduled: request id -> how many."""
-        entries = [(name, requests[name], count) for name, count in scheduled.items()]
-        return self.schedule.plan(
-            [
-                (
-                    name,
-                    each.treadle.weights,
-                    each.all_token_ids,
-                    each.num_computed_tokens - count,
-                    each.num_computed_tokens,
-                )
-                for name, each, count in entries
-            ]
-        )  # vLLM has counted these tokens as computed already
+    def figures(self) -> dict[str, Any]:
+        """Return what this engine has decided and generated, for `treadle.serving.vllm.figures`."""
+        counts = self.schedule.counts
+        return {
+            "decisions": counts.decisions,
+            "seconds": counts.seconds,
+            "tokens": counts.tokens,
+            "base_tokens": counts.base_tokens,
+            "weights": dict(counts.weights),
+        }
 
-    def slots_in_use(self, requests: Mapping[str, Any]) -> set[int]:
-        """Return the slots of the mixture and of those that requests began with."""
-        used = set(self.mixture.slots)
-        return used.union(*(each.treadle.weights.mixture.slots for each in requests.values() if hasattr(each, KEY)))
+    def check_adapter(
+        self, name: str, path: str, samples: Sequence[str] | None, busy_slots: set[int], put: PutAdapter
+    ) -> dict[str, Any]:
+        """Return {} if an adapter can join, else the error; nothing changes.
 
+        Args:
+            name: the adapter's name.
+            path: its folder.
+            samples: texts of its domain; None = its folder has a centroid.
+            busy_slots: slots that running requests began with.
+            put: asks the workers.
+        """
+        try:
+            self._joined(name, path, samples, busy_slots)
+            put(None, name, path)
+        except TreadleError as error:
+            return {"error": str(error)}
+        return {}
 
-class Hashed:
-    """A request's weights, as the hashes of its blocks need it."""
+    def add_adapter(
+        self, name: str, path: str, samples: Sequence[str] | None, busy_slots: set[int], put: PutAdapter
+    ) -> dict[str, Any]:
+        """Let an adapter take part in the requests that begin from now on; on an error nothing changes.
 
-    def __init__(self, schedule: Schedule, weights: RequestWeights) -> None:
-        self._schedule = schedule
-        self.weights = weights
+        Arguments as in `check_adapter`. Returns `adapters`, or the error.
+        """
+        try:
+            slot, joined = self._joined(name, path, samples, busy_slots)
+            put(slot, name, path)
+        except TreadleError as error:
+            return {"error": str(error)}
+        self.schedule.mixture = joined
+        return self.adapters()
 
-    def block_key(self, token_ids: Sequence[int], start: int, end: int) -> bytes | None:
-        """Return what the hash of the block of positions `start` to `end` must contain besides its tokens."""
-        self._schedule.decide([(self.weights, token_ids, end)])
-        return self.weights.key(start, end)
+    def remove_adapter(self, name: str) -> dict[str, Any]:
+        """Take an adapter out of the requests that begin from now on; those that run finish with it."""
+        try:
+            self.schedule.mixture = without_adapter(self.mixture, name)
+        except TreadleError as error:
+            return {"error": str(error)}
+        return self.adapters()
 
-
-# Functions of vLLM's EngineCore (`self`), which its clients call by name; they run between two steps
-
-
-def treadle_adapters(self: Any) -> dict[str, Any]:
-    """Return the adapters, their slots and what the router has decided."""
-    core: Core = self.scheduler.treadle
-    mixture = core.mixture
-    return {
-        "adapters": dict(zip(mixture.names, mixture.slots, strict=True)),
-        "slots": mixture.num_slots,
-        "fingerprint": mixture.fingerprint,
-        "decisions": core.schedule.counts.decisions,
-        "route_seconds": core.schedule.counts.seconds,
-    }
-
-
-def treadle_figures(self: Any) -> dict[str, Any]:
-    """Return what one engine has decided and generated, for `treadle.serving.vllm.figures`."""
-    counts = self.scheduler.treadle.schedule.counts
-    return {
-        "decisions": counts.decisions,
-        "seconds": counts.seconds,
-        "tokens": counts.tokens,
-        "base_tokens": counts.base_tokens,
-        "weights": dict(counts.weights),
-    }
-
-
-def treadle_check_adapter(self: Any, name: str, path: str, samples: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return {} if an adapter can join, else {"error": message}; nothing changes."""
-    try:
-        _changed(self, name, path, samples)
-        _put(self, None, name, path)
-    except TreadleError as error:
-        return {"error": str(error)}
-    return {}
-
-
-def treadle_add_adapter(self: Any, name: str, path: str, samples: Sequence[str] | None = None) -> dict[str, Any]:
-    """Read an adapter and let it take part in the requests that begin from now on; on an error nothing changes.
-
-    Returns:
-        `treadle_adapters`, or {"error": message}: of an exception vLLM's client would only have the text.
-    """
-    try:
-        slot, changed = _changed(self, name, path, samples)
-        _put(self, slot, name, path)
-    except TreadleError as error:
-        return {"error": str(error)}
-    self.scheduler.treadle.schedule.mixture = changed
-    return treadle_adapters(self)
-
-
-def treadle_remove_adapter(self: Any, name: str) -> dict[str, Any]:
-    """Take an adapter out of the requests that begin from now on; those that run finish with it."""
-    core: Core = self.scheduler.treadle
-    try:
-        core.schedule.mixture = without_adapter(core.mixture, name)
-    except TreadleError as error:
-        return {"error": str(error)}
-    return treadle_adapters(self)
-
-
-FUNCTIONS = (
-    treadle_check_adapter,
-    treadle_add_adapter,
-    treadle_remove_adapter,
-    treadle_adapters,
-    treadle_figures,
-)
-"""What the core gets, by name."""
-
-
-def _changed(core: Any, name: str, path: str, samples: Sequence[str] | None) -> tuple[int, Mixture]:
-    """Return a free slot, and the mixture with an adapter in it."""
-    own: Core = core.scheduler.treadle
-    if not own.params.is_hot:
-        raise AdapterError("the adapters are fixed: start the server with max_adapters to leave room for more.")
-    newcomer = read_newcomer(own.mixture, own.params, own.base, name, path, samples)
-    free = sorted(set(range(own.mixture.num_slots)) - own.slots_in_use(core.scheduler.requests))
-    if not free:
-        raise AdapterError(f"all {own.mixture.num_slots} slots are taken, or used by requests that run still.")
-    return free[0], with_adapter(own.mixture, newcomer, free[0])
-
-
-def _put(core: Any, slot: int | None, name: str, path: str) -> None:
-    """Call `put_adapter` in every worker; raise an AdapterError with what the first says is wrong."""
-    problems = [each for each in core.collective_rpc(put_adapter, args=(slot, name, path)) if each]
-    if problems:
-        raise AdapterError(problems[0])
-
-
-# Of vLLM's workers
-
-
-def put_adapter(worker: Any, slot: int | None, name: str, path: str) -> str | None:
-    """Copy an adapter's factors into a slot of a worker's model; return what is wrong instead of raising.
-
-    Without a slot nothing is copied: it is only looked whether the adapter fits.
-    """
-    from treadle.lora.adapter import read_adapter
-
-    stacks = worker.model_runner.get_model().treadle
-    try:
-        adapter = read_adapter(path, name)
-        stacks.check_room(adapter)
-    except TreadleError as error:
-        return str(error)
-    if slot is not None:
-        stacks.put(slot, adapter)
-    return None
+    def _joined(self, name: str, path: str, samples: Sequence[str] | None, busy_slots: set[int]) -> tuple[int, Mixture]:
+        """Return a free slot, and the mixture with the adapter in it."""
+        if not self.params.is_hot:
+            raise AdapterError("the adapters are fixed: start the server with max_adapters to leave room for more.")
+        newcomer = read_newcomer(self.mixture, self.params, self.base, name, path, samples)
+        num_slots = self.mixture.num_slots
+        free = sorted(set(range(num_slots)) - {*self.mixture.slots, *busy_slots})
+        if not free:
+            raise AdapterError(f"all {num_slots} slots are taken, or used by requests that run still.")
+        return free[0], with_adapter(self.mixture, newcomer, free[0])

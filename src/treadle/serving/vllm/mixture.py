@@ -1,31 +1,42 @@
-"""What one process knows of the blended adapters: who sits in which slot, how texts are routed, what a request may ask.
+"""The blended adapters as one process knows them: their slots, how texts are routed, and what a request may ask for.
 
 The API server, the scheduler and `/treadle/route` each hold a mixture of the same bundle. It holds no factors: those
-are in the workers (`treadle.serving.vllm.stacks`). Nothing here imports vLLM.
+are in the workers (`treadle.serving.vllm.stacks`). Adapters join a mixture and leave it. Nothing here imports vLLM.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from treadle.bundle.bundle import Bundle, read_bundle
-from treadle.common.errors import AdapterError, BundleError, OptionError, problem_list, unknown_name
+from treadle.bundle.bundle import NAME, RESERVED, Bundle, foreign_base, read_bundle
+from treadle.bundle.centroid_files import read_centroid
+from treadle.common.errors import (
+    LONGEST_NAME,
+    AdapterError,
+    BundleError,
+    OptionError,
+    problem_list,
+    shown,
+    unknown_name,
+)
 from treadle.common.params import RoutingParams
-from treadle.lora.adapter import Adapter
-from treadle.routing.centroids import Floats
+from treadle.lora.adapter import Adapter, read_adapter
+from treadle.routing.centroids import Centroids, Floats
 from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.fitting import centroid_of
 from treadle.routing.router import Router
 from treadle.serving.request import requested, too_large
-from treadle.serving.vllm.params import KEY, SUM_ONLY, PluginParams
+from treadle.serving.vllm.params import KEY, SUM_ONLY_REASON, PluginParams
 
 AUTO, BASE = "auto", "base"
 FIELDS = frozenset(each.name for each in fields(RoutingParams))
-"""What a request's object of options may set; an adapter of such a name is asked for by `fixed`."""
+"""Options that a request's object may set; an adapter of such a name is asked for by `fixed`."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +44,11 @@ class Mixture:
     """Adapters in slots, and the router over them; a change makes a new one, and requests keep theirs.
 
     Attributes:
-        router: of the adapters, in the order of its N axis.
+        router: decides the weights (N,), in the order of its N axis.
         slots: (N,) the slot of each adapter.
-        scales: (N,) what each adapter's factors are multiplied by.
+        scales: (N,) the factor of each adapter's update.
         identities: (N,) a digest of each adapter's factors.
-        num_slots: how many there are, taken or free.
+        num_slots: the number of slots, taken or free.
     """
 
     router: Router
@@ -55,7 +66,7 @@ class Mixture:
     def fingerprint(self) -> str:
         """Changes with the adapters and their order: it is part of the hash of every block of keys and values.
 
-        The order too, because what follows it in the hash are weights (N,): one that leaves and comes back is the last.
+        Weights (N,) follow it in the hash, so the order counts: an adapter that leaves and comes back is the last.
         """
         parts = list(zip(self.slots, self.identities, self.scales, strict=True))
         return hashlib.sha256(repr((parts, self.router.embedder.id)).encode()).hexdigest()[:16]
@@ -119,7 +130,7 @@ class Mixture:
         if params.past == "recompute":
             problems.append("past='recompute' reads the whole text again for each token; vLLM's cache cannot: use keep")
         if params.combine != "sum":
-            problems.append(f"combine {params.combine!r}: {SUM_ONLY}")
+            problems.append(f"combine {params.combine!r}: {SUM_ONLY_REASON}")
         try:
             self.router.check(params)
         except (AdapterError, OptionError) as error:
@@ -169,7 +180,100 @@ def _problems(bundle: Bundle, params: PluginParams) -> Iterable[str]:
     if large:
         yield f"max_rank is {params.max_rank}; larger are: {', '.join(large)}"
     if bundle.router.params.combine != "sum":
-        yield f"its default routing has combine {bundle.router.params.combine!r}: {SUM_ONLY}"
+        yield f"its default routing has combine {bundle.router.params.combine!r}: {SUM_ONLY_REASON}"
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """An adapter that joins a running server: its factors and its centroid, read and checked."""
+
+    adapter: Adapter
+    centroids: Centroids = field(repr=False)
+
+
+def check_name(name: str, taken: Iterable[str]) -> None:
+    """Raise an AdapterError if an adapter cannot join under a name: requests for it would be unclear.
+
+    Args:
+        name: the adapter's name.
+        taken: names that mean something already.
+    """
+    problems: list[str] = []
+    if name in taken:
+        problems.append(f"{name!r} exists already; remove it first, or choose another name")
+    if name in RESERVED:
+        problems.append(f"{name!r} is reserved; so are {', '.join(each for each in RESERVED if each != name)}")
+    if name in FIELDS:
+        problems.append(f"{name!r} is an option of the routing")
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        problems.append(f"use letters, digits, '.', '_' and '-', at most {LONGEST_NAME}; got {shown(name)}")
+    if problems:
+        raise AdapterError(problem_list("adapter name:", problems))
+
+
+def read_newcomer(
+    mixture: Mixture, params: PluginParams, base: str, name: str, path: str, samples: Sequence[str] | None
+) -> Newcomer:
+    """Read an adapter that shall join, and check it against the mixture; nothing changes.
+
+    Raises:
+        TreadleError: lists what is wrong.
+    """
+    check_name(name, mixture.names)
+    adapter = read_adapter(path, name)
+    problems = [foreign_base(adapter, base)]
+    if params.max_rank is not None and largest_rank(adapter) > params.max_rank:
+        problems.append(f"adapter {name!r} has rank {largest_rank(adapter)}; max_rank is {params.max_rank}")
+    if any(problems):
+        raise AdapterError(problem_list("the adapter cannot join:", [problem for problem in problems if problem]))
+    embedder = mixture.router.embedder
+    if samples:
+        own = centroid_of(name, samples, embedder)
+    else:
+        own = read_centroid(Path(path), name)
+    mixture.router.centroids.join(own)
+    return Newcomer(adapter, own)
+
+
+def with_adapter(mixture: Mixture, newcomer: Newcomer, slot: int) -> Mixture:
+    """Return the mixture with one more adapter, in a free slot; an AdapterError if the router then cannot decide."""
+    joined = replace(mixture.router, centroids=mixture.router.centroids.join(newcomer.centroids))
+    made = replace(
+        mixture,
+        router=joined,
+        slots=(*mixture.slots, slot),
+        scales=(*mixture.scales, main_scale(newcomer.adapter)),
+        identities=(*mixture.identities, newcomer.adapter.identity),
+    )
+    return _able_to_route(made, f"with {newcomer.adapter.name!r}")
+
+
+def without_adapter(mixture: Mixture, name: str) -> Mixture:
+    """Return the mixture without one adapter; its slot is free once no request uses it."""
+    if name not in mixture.names:
+        raise AdapterError(unknown_name("adapter", name, mixture.names))
+    if name in (mixture.router.params.fixed or {}):
+        raise AdapterError(f"adapter {name!r} has a weight in the default routing's `fixed`; it has to stay.")
+    if len(mixture.names) == 1:
+        raise AdapterError(f"adapter {name!r} is the last one; it has to stay.")
+    keep = [index for index, other in enumerate(mixture.names) if other != name]
+    made = replace(
+        mixture,
+        router=replace(mixture.router, centroids=mixture.router.centroids.remove(name)),
+        slots=tuple(mixture.slots[index] for index in keep),
+        scales=tuple(mixture.scales[index] for index in keep),
+        identities=tuple(mixture.identities[index] for index in keep),
+    )
+    return _able_to_route(made, f"without {name!r}")
+
+
+def _able_to_route(mixture: Mixture, how: str) -> Mixture:
+    """Return a changed mixture if its default routing can still decide: the requests to come depend on it."""
+    try:
+        mixture.check(mixture.router.params)
+    except OptionError as error:
+        raise AdapterError(f"{how} the adapters cannot be routed: {error}") from error
+    return mixture
 
 
 def main_scale(adapter: Adapter) -> float:

@@ -1,4 +1,4 @@
-"""The options of the plugin: under `treadle` in vLLM's `--additional-config`, or in the environment."""
+"""Reads the options of the plugin: under `treadle` in vLLM's `--additional-config`, or in the environment."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from treadle.common.errors import OptionError, OptionProblem
 from treadle.common.options import check_fields, option, raise_problems, read_options
 
 KEY = "treadle"
-"""Of `--additional-config`, of a request's `vllm_xargs`, and of what is attached to vLLM's objects."""
-CONTENTS = "treadle_contents"
-"""Of a rendered chat and of its request's extra arguments: the contents of its messages, which are routed on."""
-SUM_ONLY = "vLLM blends by combine 'sum' only; use sum, or the embedded engine (treadle serve) for the others"
+"""The key in `--additional-config` and in a request's `vllm_xargs`, and the attribute of vLLM's objects."""
+CONTENTS_KEY = "treadle_contents"
+"""The key of a chat's contents in its rendered prompt and in its request's extra arguments; these are routed on."""
+SUM_ONLY_REASON = "vLLM blends by combine 'sum' only; use sum, or the embedded engine (treadle serve) for the others"
 """Why a combine is refused, and the two ways out."""
-VARIABLE = "TREADLE_VLLM"
-"""The environment variable that says the same: a bundle's folder, or a JSON object of options."""
+BUNDLE_VARIABLE = "TREADLE_VLLM"
+"""The environment variable that may hold the options instead: a bundle's folder, or a JSON object."""
 
 
 @dataclass(frozen=True)
 class PluginParams:
-    """What a vLLM server blends, and what it keeps room for."""
+    """The options of the plugin: the bundle, and the room for adapters that come later."""
 
     bundle: str = option("", "folder of the bundle")
     base_model: str | None = option(None, "the bundle's base, where this server's --model has another name for it")
@@ -71,16 +71,24 @@ def read_plugin_params(additional: Any, environ: Mapping[str, str] = os.environ)
             f"{KEY} in --additional-config: a bundle's folder or an object of options, not {configured!r}"
         )
     options = cast(Mapping[str, Any], configured)
-    if "combines" in options:  # an option until 0.1
-        raise OptionError(f"{KEY} in --additional-config: combines is no longer an option, leave it out: {SUM_ONLY}")
+    if "combines" in options:  # older configurations have it
+        raise OptionError(
+            f"{KEY} in --additional-config: combines is no longer an option, leave it out: {SUM_ONLY_REASON}"
+        )
     return read_options(PluginParams, options)
 
 
+def params_of(vllm_config: Any) -> PluginParams | None:
+    """Return the options in vLLM's configuration, where the start hook has left them; None = there is no bundle."""
+    additional = vllm_config.additional_config
+    return read_plugin_params(additional, {}) if isinstance(additional, dict) else None
+
+
 def _from_environment(environ: Mapping[str, str]) -> Any:
-    given = environ.get(VARIABLE, "").strip()
+    given = environ.get(BUNDLE_VARIABLE, "").strip()
     if not given.startswith("{"):
         return given or None
     try:
         return json.loads(given)
     except ValueError as error:
-        raise OptionError(f"{VARIABLE} is neither a folder nor JSON: {error}") from error
+        raise OptionError(f"{BUNDLE_VARIABLE} is neither a folder nor JSON: {error}") from error

@@ -45,7 +45,7 @@ def examine_vllm() -> VllmReport:
         ModelError: vLLM is not installed.
     """
     try:
-        from treadle.serving.vllm.places import VERSIONS, version_problems, vllm_version
+        from treadle.serving.vllm.support import VERSIONS, version_problems, vllm_version
 
         version = vllm_version()
     except ImportError as error:
