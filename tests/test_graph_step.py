@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine import kv_cache
 from treadle.engine.engine import Engine
+from treadle.engine.runners.cuda.graphs import CudaGraphs
 from treadle.engine.runners.cuda.interface import Kernels
-from treadle.engine.runners.cuda.step import CudaGraphs, Gpu, GraphStep, can_build_launchers, fits
+from treadle.engine.runners.cuda.step import Gpu, GraphStep, can_build_launchers, fits
 from treadle.engine.runners.decoder import ARCHITECTURES
 from treadle.engine.runners.runner import Runner
 from treadle.engine.sequence import Row
