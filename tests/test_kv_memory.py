@@ -1,6 +1,7 @@
 """Keys and values have a budget: rows wait for room, none that runs is lost, and the buffers never take more."""
 
 import weakref
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -15,9 +16,8 @@ from treadle.engine.engine import Engine
 from treadle.engine.kv_cache import RowCache
 from treadle.lora.adapter import read_adapter
 from treadle.routing.router import Router
-from treadle.serving.openai import kv_memory
 from treadle.serving.openai.jobs import Job, News, Work
-from treadle.serving.openai.kv_memory import KvMemory, free_memory
+from treadle.serving.openai.kv_memory import MIN_KV_BYTES, KvMemory, free_memory
 from treadle.serving.openai.loop import Loop
 from treadle.serving.openai.metrics import Metrics
 from treadle.serving.openai.params import ServeParams
@@ -84,8 +84,12 @@ def test_many_long_requests_within_a_mebibyte(engine: Engine, pages: Pages, rout
     most_running = 0
     while loop.is_busy:
         loop.advance()
-        most_running = max(most_running, loop._num_running)
-        assert metrics.kv_bytes._value.get() <= metrics.kv_limit._value.get() == 1 << 20
+        used, limit, running = (
+            metrics.registry.get_sample_value(f"treadle_{name}")
+            for name in ("kv_bytes", "kv_limit_bytes", "sequences_running")
+        )
+        most_running = max(most_running, running)
+        assert used <= limit == 1 << 20
     assert not [each for each in news if isinstance(each, Exception)]
     assert [tuple(event.token_id for event in job.rows[0].events) for job in jobs] == alone
     assert 1 < most_running < len(jobs)  # others waited
@@ -107,24 +111,21 @@ def test_a_row_that_can_never_be_held_is_refused_and_others_are_not(engine: Engi
     assert loop.num_ended == 2
 
 
-def test_what_is_not_given_comes_from_what_is_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_memory, "free_memory", lambda _: 4 << 30)
-    memory = KvMemory(engine, None, 1024)
+def test_what_is_not_given_comes_from_what_is_free(engine: Engine) -> None:
+    memory = KvMemory(engine, None, 1024, lambda _: 4 << 30)
     assert (memory.total, memory.token_bytes) == (3 << 29, TOKEN)
-    monkeypatch.setattr(kv_memory, "free_memory", lambda _: 0)
-    assert KvMemory(engine, None, 0).total == kv_memory.MIN_KV_BYTES
+    assert KvMemory(engine, None, 0, lambda _: 0).total == MIN_KV_BYTES
 
 
-def test_free_memory_is_that_of_the_system_or_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kv_memory, "CGROUP", tmp_path)
-    free = free_memory(torch.device("cpu"))
-    assert free > 1 << 20
+def test_free_memory_is_that_of_the_system_or_of_the_container(tmp_path: Path) -> None:
+    free = partial(free_memory, torch.device("cpu"), tmp_path)
+    assert free() > 1 << 20
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("600\n")
     (tmp_path / "memory.stat").write_text("anon 100\nactive_file 200\ninactive_file 300\nfile 500\n")
-    assert free_memory(torch.device("cpu")) > 1 << 20
+    assert free() > 1 << 20
     (tmp_path / "memory.max").write_text("1100\n")
-    assert free_memory(torch.device("cpu")) == 1000
+    assert free() == 1000
 
 
 @pytest.mark.parametrize(

@@ -118,4 +118,4 @@ def test_each_answer_under_random_load_is_the_one_alone(engine: Engine, options:
             assert_alone(row, alone(tuple(prompt), sampling, ROUTINGS.index(work.routing)))
     assert num_whole > len(taken) / 2
     assert loop.num_ended == sum(request.job.num_sequences for request in taken)
-    assert engine._running == []
+    assert engine.running == ()

@@ -106,7 +106,7 @@ def test_running_requests_finish_untouched(served: Serving) -> None:
         with served.paused():
             running = [pool.submit(served.post, TEXTS, {**body, "model": model}) for model in expected]
             served.wait_until(lambda: served.scheduler.num_unfinished == 2)
-        served.wait_until(lambda: len(served.engine._running) == 2)
+        served.wait_until(lambda: len(served.engine.running) == 2)
         assert add(served).status_code == 200
         assert served.request("DELETE", ADAPTERS + "/math", headers=ADMIN).status_code == 200
         assert served.scheduler.num_unfinished == 2  # they run on, with an adapter that is gone for others

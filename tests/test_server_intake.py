@@ -18,7 +18,7 @@ import pytest
 from treadle.engine.engine import Engine
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import StaticEmbedder
-from treadle.serving.openai import adapters, generating, protocol, targets
+from treadle.serving.openai import adapters, generating, protocol
 from treadle.serving.openai.answers import json_pieces
 from treadle.serving.openai.generating import read_body
 from treadle.serving.openai.queues import SMALL_WORK_BYTES
@@ -143,10 +143,10 @@ def test_large_requests_do_not_hold_up_a_small_one_and_abandoned_ones_are_not_re
         assert held.begun.wait(20)
         assert served.post(TEXTS, BODY, headers={"Authorization": "Bearer key"}).status_code == 200
         line = served.server.app.state.treadle.preparing
-        served.wait_until(lambda: len(line._large) == 3)
+        served.wait_until(lambda: line.num_waiting == 3)
         for client in clients:
             client.close()
-        served.wait_until(lambda: len(line._large) == 0)
+        served.wait_until(lambda: line.num_waiting == 0)
     finally:
         held.go.set()
     assert served.post(TEXTS, BODY, headers={"Authorization": "Bearer key"}).status_code == 200
@@ -196,17 +196,14 @@ def test_what_is_prepared_when_the_server_ends_is_told_so(bundle_folder: Path, m
         running = pool.submit(served.post, TEXTS, BODY)
         assert held.begun.wait(20)
         waiting = pool.submit(served.post, TEXTS, BODY)
-        served.wait_until(lambda: len(served.server.app.state.treadle.preparing._small) == 1 or held.calls > 1)
+        served.wait_until(lambda: served.server.app.state.treadle.preparing.num_waiting == 1 or held.calls > 1)
         served.server.handle_exit(signal.SIGTERM, None)
         held.go.set()
         assert {each.result(20).status_code for each in (running, waiting)} == {503}
 
 
-def test_routers_of_chosen_adapters_are_few_and_say_the_same(
-    engine: Engine, embedder: StaticEmbedder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(targets, "MAX_ROUTERS", 2)
-    kept, whole = Routers(engine), engine.router
+def test_routers_of_chosen_adapters_are_few_and_say_the_same(engine: Engine, embedder: StaticEmbedder) -> None:
+    kept, whole = Routers(engine, max_routers=2), engine.router
     vectors = embedder.encode(["add three plus four", "def loop return list"])
     sets = [frozenset(names) for count in (1, 2) for names in combinations(whole.names, count)]
     for names in [*sets, *sets]:
@@ -216,7 +213,7 @@ def test_routers_of_chosen_adapters_are_few_and_say_the_same(
             expected = expected.remove(name)
         for score in ("cosine", "centred", "lda"):
             np.testing.assert_array_equal(chosen.centroids.score(vectors, score), expected.score(vectors, score))
-        assert len(kept._made) <= 2
+        assert len(kept) <= 2
         assert kept.among(names) is chosen
     assert kept.among(frozenset(whole.names)) is whole
 

@@ -1,19 +1,21 @@
 """The loop without a web: chunks of prompts between steps, batches by length, rows that are given up."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.engine.batch import Batch, Reading
+from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
 from treadle.lora.adapter import read_adapter
 from treadle.routing.router import Router
-from treadle.serving.openai import loop as loops
 from treadle.serving.openai.jobs import Job, News, Started, Work
-from treadle.serving.openai.loop import MIN_CHUNK_TOKENS, Loop
+from treadle.serving.openai.loop import EngineFailed, Loop
 from treadle.serving.openai.metrics import Metrics
+from treadle.serving.openai.pace import MIN_CHUNK_TOKENS, Pace
 from treadle.serving.openai.params import ServeParams
 from treadle.serving.openai.targets import Routers
 
@@ -31,12 +33,33 @@ def engine(adapter_folders: dict[str, Path], router: Router) -> Engine:
     return Engine(model, byte_tokenizer(), [read_adapter(f, n) for n, f in adapter_folders.items()], router)
 
 
+class FixedPace(Pace):
+    """A pace that keeps its measurements, and notes what happened: 0 = a step, else the tokens that were read."""
+
+    def __init__(self, prompt_chunk: int, step_seconds: float = 0.0, token_seconds: float = 0.0) -> None:
+        super().__init__(prompt_chunk, step_seconds, token_seconds)
+        self.happened: list[int] = []
+
+    def observe_step(self, seconds: float) -> None:
+        self.happened.append(0)
+
+    def observe_chunk(self, num_tokens: int, seconds: float, *, num_running: int) -> None:
+        self.happened.append(num_tokens)
+
+
 class Case:
     """A loop, and jobs whose news are kept."""
 
-    def __init__(self, engine: Engine, **params: int) -> None:
+    def __init__(self, engine: Engine, pace: Pace | None = None, **params: int) -> None:
         self.engine = engine
-        self.loop = Loop(engine, Routers(engine).among, ServeParams(**{"prefix_cache": 0, **params}), Metrics())
+        self.metrics = Metrics()
+        options = ServeParams(**{"prefix_cache": 0, **params})
+        self.loop = Loop(engine, Routers(engine).among, options, self.metrics, pace)
+
+    def figure(self, name: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"treadle_{name}")
+        assert value is not None
+        return value
 
     def submit(
         self, *lengths: int, max_tokens: int = 400, routing: RoutingParams | None = None
@@ -51,23 +74,13 @@ class Case:
         return job, news
 
 
-def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_running_rows(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    happened: list[int] = []  # 0 = a step, else the columns that were read
-    step, read = Batch.step, Batch.read
-    monkeypatch.setattr(Batch, "step", lambda batch: (happened.append(0), step(batch))[1])
-
-    def noted(batch: Batch, reading: Reading, columns: int) -> object:
-        happened.append(min(columns, reading.length - reading.done))
-        return read(batch, reading, columns)
-
-    monkeypatch.setattr(Batch, "read", noted)
-    case = Case(engine, prompt_chunk=64)
+def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_running_rows(engine: Engine) -> None:
+    pace = FixedPace(64, step_seconds=1.0, token_seconds=0.001)
+    case = Case(engine, pace)
     running, tokens = case.submit(5)
     for _ in range(3):
         case.loop.advance()
-    happened.clear()
+    pace.happened.clear()
     late, its_tokens = case.submit(2000, max_tokens=5)
     rounds = 0
     while not its_tokens:
@@ -75,9 +88,9 @@ def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_running_rows(
         case.loop.advance()
         assert len(tokens) == before + 1  # the running row gets a token in every round
         rounds += 1
-    assert sum(happened) == 2000
-    assert max(happened) <= 64
-    assert all(second == 0 for first, second in pairwise(happened) if first)
+    assert sum(pace.happened) == 2000
+    assert max(pace.happened) <= 64
+    assert all(second == 0 for first, second in pairwise(pace.happened) if first)
     assert rounds >= 2000 / 64
     assert not running.rows[0].is_finished
     assert late.rows[0].reused == 0
@@ -97,80 +110,77 @@ def test_a_prefix_that_was_found_is_copied_in_a_pass_of_its_own(engine: Engine) 
     assert (len(tokens), len(second)) == (2, 1)
 
 
-def test_a_chunk_takes_as_long_as_some_steps(engine: Engine) -> None:
-    case = Case(engine, prompt_chunk=256)
-    assert case.loop._chunk() == 256  # nobody waits for a step
-    case.submit(5)
-    case.loop.advance()
-    cases = (
-        (0.1, 0.002, 100),
-        (0.1, 0.0001, 256),
-        (0.02, 0.001, 40),
-        (0.01, 0.1, MIN_CHUNK_TOKENS),
-        (0.1, 0.0, MIN_CHUNK_TOKENS),
-    )
-    for step, token, chunk in cases:
-        case.loop._step_seconds, case.loop._token_seconds = step, token
-        assert case.loop._chunk() == chunk
+@pytest.mark.parametrize(
+    ("step_seconds", "token_seconds", "num_waiting", "num_tokens"),
+    [
+        (0.1, 0.002, 1, 100),  # two steps
+        (0.1, 0.0001, 1, 256),  # the most that is allowed
+        (0.02, 0.001, 1, 40),
+        (0.01, 0.1, 1, MIN_CHUNK_TOKENS),
+        (0.1, 0.0, 1, MIN_CHUNK_TOKENS),  # nothing has been measured
+        (0.01, 0.001, 3, 480),  # eight times as many for each of three that wait for the one that runs
+        (1.0, 0.001, 3, 512),  # at most two chunks
+    ],
+)
+def test_a_chunk_takes_as_long_as_some_steps(
+    step_seconds: float, token_seconds: float, num_waiting: int, num_tokens: int
+) -> None:
+    pace = Pace(256, step_seconds, token_seconds)
+    assert pace.chunk_tokens(num_running=1, num_waiting=num_waiting) == num_tokens
+    assert pace.chunk_tokens(num_running=0) == 256  # nobody waits for a step
 
 
-def test_a_short_prompt_says_nothing_about_what_a_token_costs(engine: Engine) -> None:
-    case = Case(engine)
-    case.submit(2)
-    case.loop.advance()
-    assert case.loop._token_seconds == 0
+def test_a_short_prompt_says_nothing_about_what_a_token_costs() -> None:
+    pace = Pace(256)
+    pace.observe_chunk(MIN_CHUNK_TOKENS - 1, 1.0, num_running=1)
+    assert pace.token_seconds == 0
+    pace.observe_chunk(MIN_CHUNK_TOKENS, 1.0, num_running=0)
+    assert pace.token_seconds == 1 / MIN_CHUNK_TOKENS
+    pace.observe_chunk(MIN_CHUNK_TOKENS, 9.0, num_running=0)  # beside no steps a token costs less
+    assert pace.token_seconds == 1 / MIN_CHUNK_TOKENS
+    pace.observe_chunk(MIN_CHUNK_TOKENS, 2.0, num_running=1)
+    assert pace.token_seconds == pytest.approx(1.3 / MIN_CHUNK_TOKENS)
+
+
+def test_the_loop_measures_its_steps_and_chunks(engine: Engine) -> None:
+    pace = Pace(256)
+    case = Case(engine, pace)
     case.submit(MIN_CHUNK_TOKENS)
     case.loop.advance()
-    assert case.loop._token_seconds > 0
+    assert (pace.step_seconds, pace.token_seconds > 0) == (0, True)
+    case.loop.advance()
+    assert pace.step_seconds > 0
+
+
+def first_tokens(engine: Engine, pace: Pace, num_running: int, lengths: list[int]) -> list[int]:
+    """Return how many tokens each of several late prompts has after one round beside running rows."""
+    case = Case(engine, pace)
+    case.submit(*[5] * num_running)
+    case.loop.advance()
+    job, _ = case.submit(*lengths)
+    case.loop.advance()
+    return [len(row.events) for row in job.rows]
 
 
 def test_a_burst_is_read_together(engine: Engine) -> None:
-    case = Case(engine, prompt_chunk=512)
-    case.submit(5)
-    case.loop.advance()
-    case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
-    assert case.loop._chunk(num_waiting=1) == 20  # of one prompt, two steps
-    assert (
-        case.loop._chunk(num_waiting=3) == 480
-    )  # eight times as many for each of three that wait for the one that runs
-    job, _ = case.submit(*[40] * 6)
-    case.loop.advance()
-    assert [len(row.events) for row in job.rows] == [1] * 6  # 240 tokens at once
+    pace = FixedPace(512, step_seconds=0.01, token_seconds=0.001)
+    assert first_tokens(engine, pace, 1, [40] * 6) == [1] * 6  # 240 tokens at once, where one prompt gets 20
 
 
-def test_the_last_of_a_burst_do_not_wait_for_steps_of_the_first(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("treadle.serving.openai.loop.SMOOTHING", 0.0)  # what a step takes here does not matter
-    case = Case(engine, prompt_chunk=256)
-    case.submit(*[5] * 8)
-    case.loop.advance()
-    case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
-    job, _ = case.submit(*[40] * 3)
-    case.loop.advance()
-    assert [len(row.events) for row in job.rows] == [1, 1, 1]  # 120 tokens, though fewer rows wait than run
+def test_the_last_of_a_burst_do_not_wait_for_steps_of_the_first(engine: Engine) -> None:
+    pace = FixedPace(256, step_seconds=0.01, token_seconds=0.001)
+    assert first_tokens(engine, pace, 8, [40] * 3) == [1] * 3  # 120 tokens, though fewer rows wait than run
 
 
 def test_a_burst_has_at_most_the_tokens_of_two_chunks(engine: Engine) -> None:
-    case = Case(engine, prompt_chunk=64)
-    case.submit(5)
-    case.loop.advance()
-    case.loop._step_seconds, case.loop._token_seconds = 1.0, 0.001
-    job, _ = case.submit(*[30] * 6)
-    case.loop.advance()
-    assert [len(row.events) for row in job.rows] == [1, 1, 1, 1, 0, 0]
+    pace = FixedPace(64, step_seconds=1.0, token_seconds=0.001)
+    assert first_tokens(engine, pace, 1, [30] * 6) == [1, 1, 1, 1, 0, 0]
 
 
-def test_a_long_prompt_is_not_read_like_a_burst(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(engine, prompt_chunk=256)
-    case.submit(5)
-    case.loop.advance()
-    monkeypatch.setattr("treadle.serving.openai.loop.SMOOTHING", 0.0)
-    case.loop._step_seconds, case.loop._token_seconds = 0.01, 0.001
-    case.submit(200, 5, 5, 5)
-    case.loop.advance()
-    assert case.loop._reading is not None
-    assert case.loop._reading[1].done == 20
+def test_a_long_prompt_is_not_read_like_a_burst(engine: Engine) -> None:
+    pace = FixedPace(256, step_seconds=0.01, token_seconds=0.001)
+    assert first_tokens(engine, pace, 1, [200, 5, 5, 5]) == [0] * 4
+    assert pace.happened[-2:] == [0, 20]  # a step, and two steps' time of the long one
 
 
 def test_short_prompts_are_read_together_as_far_as_two_chunks_go(engine: Engine) -> None:
@@ -181,14 +191,16 @@ def test_short_prompts_are_read_together_as_far_as_two_chunks_go(engine: Engine)
 
 
 def test_rows_of_very_different_lengths_do_not_pad_each_other(engine: Engine) -> None:
-    case = Case(engine, prompt_chunk=2000)
-    case.submit(*[10] * 8)
-    long, _ = case.submit(2000)
-    short, _ = case.submit(20)
-    while not short.rows[0].events:
+    case = Case(engine, prompt_chunk=2000, kv_memory=64)
+    case.submit(2000, max_tokens=40)
+    while not case.figure("sequences_running"):
         case.loop.advance()
-    assert [len(batch.rows) for batch in case.loop._batches] == [9, 1]
-    assert case.loop._batches[1].rows == long.rows
+    alone = case.figure("kv_bytes")
+    short, _ = case.submit(*[10] * 9, max_tokens=40)
+    while not all(row.events for row in short.rows):
+        case.loop.advance()
+    assert case.figure("sequences_running") == 10
+    assert case.figure("kv_bytes") < 2 * alone  # padded to the longest, ten times as much
 
 
 def test_prompts_that_are_read_together_end_each_on_its_own(engine: Engine) -> None:
@@ -214,11 +226,11 @@ def test_a_batch_takes_no_more_rows_than_it_may(engine: Engine) -> None:
     most = 0
     while case.loop.is_busy:
         case.loop.advance()
-        most = max(most, case.loop._num_running)
+        most = max(most, case.figure("sequences_running"))
     assert most == 3
     assert all(row.is_finished for row in job.rows)
     assert case.loop.num_ended == 7
-    assert engine._running == []
+    assert engine.running == ()
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 5])
@@ -234,8 +246,9 @@ def test_a_job_that_is_given_up_leaves_nothing_behind(engine: Engine, rounds: in
     while case.loop.is_busy:
         case.loop.advance()
     assert len(news) == told
+    engine.drop_retired()
     assert "math" not in engine.blend.names
-    assert engine._running == []
+    assert engine.running == ()
     assert case.loop.num_ended == 4
     (expected,) = engine.generate_ids(other.work.prompts, sampling=other.work.sampling, routing=other.work.routing)
     assert tuple(event.token_id for event in other.rows[0].events) == expected.token_ids
@@ -266,7 +279,7 @@ def test_a_row_that_overflows_costs_its_job_only(engine: Engine) -> None:
     while case.loop.is_busy:
         case.loop.advance()
     assert other.rows[0].is_finished
-    assert engine._running == []
+    assert engine.running == ()
 
 
 def test_what_cannot_be_started_costs_its_job_only(engine: Engine) -> None:
@@ -288,23 +301,47 @@ def test_an_adapter_that_went_before_its_job_came_is_told(engine: Engine) -> Non
     assert not case.loop.is_busy
 
 
-@pytest.mark.parametrize("part", ["begin", "_read_on", "_append", "_read_newest_of", "step"])
+def fails(*_: Any) -> None:
+    raise MemoryError("no room")
+
+
+def fail_in_passes_of(num_tokens: int, engine: Engine) -> Callable[[], None]:
+    """Let the model's passes fail that have so many columns; return the function that ends it."""
+
+    def check(_: object, given: tuple[Any, ...]) -> None:
+        if given[0].shape[1] == num_tokens:
+            fails()
+
+    return engine.model.get_input_embeddings().register_forward_pre_hook(check).remove
+
+
+@pytest.mark.parametrize(
+    ("part", "is_running_lost"),
+    [("begin", False), ("read", False), ("step", True), ("the prompt's pass", False), ("the step's pass", True)],
+)
 def test_a_failure_costs_the_rows_that_it_concerns_and_no_others(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, part: str
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, part: str, is_running_lost: bool
 ) -> None:
+    engine.model.register_forward_hook(lambda *_: None)  # all passes go through the model's own modules
     case = Case(engine, prompt_chunk=16)
     running, its_news = case.submit(10, max_tokens=20)
     case.loop.advance()
-    late, news = case.submit(40 if part == "_read_on" else 4)
+    late, news = case.submit(40 if part == "read" else 4)
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, part, lambda *_: 1 / 0)
+        if part.endswith("pass"):
+            end = fail_in_passes_of(4 if "prompt" in part else 1, engine)
+        else:
+            patch.setattr(Batch, part, fails)
+            end = None
         case.loop.advance()
-    lost = running if "newest" in part or part == "step" else late
+        if end is not None:
+            end()
+    lost = running if is_running_lost else late
     for job, told in ((running, its_news), (late, news)):
-        assert isinstance(told[-1], loops.EngineFailed) == (job is lost)
+        assert isinstance(told[-1], EngineFailed) == (job is lost)
     while case.loop.is_busy:
         case.loop.advance()
     for job in (running, late):
         assert bool(job.rows[0].events and job.rows[0].events[-1].finish_reason) == (job is not lost)
     assert case.loop.num_ended == 2
-    assert engine._running == []
+    assert engine.running == ()

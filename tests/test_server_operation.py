@@ -89,15 +89,15 @@ def test_a_client_that_goes_away_is_cancelled_within_a_step(served: Serving, str
     head = f"POST {TEXTS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     client = socket.create_connection(("127.0.0.1", served.server.port))
     client.sendall(head + body)
-    served.wait_until(lambda: bool(served.engine._running) and len(served.engine._running[0].events) > 2)
-    (row,) = served.engine._running
+    served.wait_until(lambda: bool(served.engine.running) and len(served.engine.running[0].events) > 2)
+    (row,) = served.engine.running
     with served.paused():
         client.close()
-        served.wait_until(lambda: served.scheduler._has_cancelled)
+        served.wait_until(lambda: served.scheduler.is_cancelling)
         before = len(row.events)
     served.wait_until_idle()
     assert len(row.events) <= before + 1 < LONG["max_tokens"]
-    assert served.engine._running == []
+    assert served.engine.running == ()
 
 
 def test_a_client_that_goes_away_while_it_waits_never_runs(served: Serving) -> None:
@@ -131,7 +131,7 @@ def test_a_failing_forward_pass_costs_its_requests_and_not_the_server(
         with pytest.raises(openai.APIError, match="the forward pass failed"):
             list(stream)
     served.wait_until_idle()
-    assert served.engine._running == []
+    assert served.engine.running == ()
     assert served.client().completions.create(**SHORT).usage.completion_tokens == 2
 
 

@@ -98,6 +98,11 @@ class Engine:
         return bool(self.runner.own)
 
     @property
+    def running(self) -> tuple[Row, ...]:
+        """The rows that `hold` counts as running."""
+        return tuple(self._running)
+
+    @property
     def adapter_names(self) -> tuple[str, ...]:
         """The adapters' names, in the order of every N axis."""
         return self.router.names

@@ -6,7 +6,7 @@ for want of memory. What is counted are the buffers as they are allocated, with 
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -31,12 +31,57 @@ DEFAULT_FREE_BYTES = 4 << 30
 CGROUP = Path("/sys/fs/cgroup")
 
 
+def free_memory(device: torch.device, cgroup: Path = CGROUP) -> int:
+    """Return the free bytes of a device that this process may take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [*_free_of_system(), *_free_of_cgroup(cgroup)]
+    if sys.platform != "win32":
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        found += [limit - _taken()] if limit != resource.RLIM_INFINITY else []
+    return max(0, min(found, default=DEFAULT_FREE_BYTES))
+
+
+def _free_of_system() -> list[int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    return [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+
+
+def _free_of_cgroup(folder: Path) -> list[int]:
+    """Return the bytes that a container's limit leaves; nothing without a limit. Pages of files count as free."""
+    try:
+        limit, current = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+    except OSError:
+        return []
+    files = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
+    return [int(limit) - int(current) + files] if limit.isdigit() else []
+
+
+def _taken() -> int:
+    """Return the bytes of this process's address space."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) << 12
+    except OSError:  # not Linux
+        return 0
+
+
 class KvMemory:
     """What the keys and values of running sequences may take, in bytes; used by the engine's thread alone."""
 
-    def __init__(self, engine: Engine, mebibytes: int | None, prefix_mebibytes: int) -> None:
-        """Take at most so many MiB; None = a share of what is free when the first sequence comes."""
+    def __init__(
+        self,
+        engine: Engine,
+        mebibytes: int | None,
+        prefix_mebibytes: int,
+        free_memory: Callable[[torch.device], int] = free_memory,
+    ) -> None:
+        """Take at most so many MiB; None = a share of the memory that is free when the first sequence comes."""
         self._engine = engine
+        self._free_memory = free_memory
         self._mebibytes = mebibytes
         self._prefix_bytes = prefix_mebibytes << 20
 
@@ -47,7 +92,7 @@ class KvMemory:
             return self._mebibytes << 20
         device = self._engine.model.device
         share = CPU_MEMORY_SHARE if device.type == "cpu" else GPU_MEMORY_SHARE
-        return max(MIN_KV_BYTES, int(share * (free_memory(device) - self._prefix_bytes)))
+        return max(MIN_KV_BYTES, int(share * (self._free_memory(device) - self._prefix_bytes)))
 
     @cached_property
     def token_bytes(self) -> int:
@@ -119,41 +164,3 @@ class KvMemory:
         """Return the columns of rows that have grown, each padded to the longest; those read anew are there twice."""
         again = sum(map(self._probe.is_reread, rows))
         return (len(rows) + again) * max((row.most_tokens for row in rows), default=0)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device, as this process may take them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = [*_free_of_system(), *_free_of_cgroup()]
-    if sys.platform != "win32":
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        found += [limit - _taken()] if limit != resource.RLIM_INFINITY else []
-    return max(0, min(found, default=DEFAULT_FREE_BYTES))
-
-
-def _free_of_system() -> list[int]:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return []
-    return [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-
-
-def _free_of_cgroup() -> list[int]:
-    """Return what a container's limit leaves; nothing where there is none. Pages of files count as free."""
-    try:
-        limit, current = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        lines = [line.split() for line in (CGROUP / "memory.stat").read_text().splitlines()]
-    except OSError:
-        return []
-    files = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
-    return [int(limit) - int(current) + files] if limit.isdigit() else []
-
-
-def _taken() -> int:
-    """Return the bytes of this process's address space."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) << 12
-    except OSError:  # not Linux
-        return 0

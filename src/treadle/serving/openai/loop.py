@@ -1,8 +1,8 @@
-"""Continuous batching: rows of many jobs share the steps of one engine, and join and leave between them.
+"""Continuous batching: sequences of many jobs share the steps of one engine, and join and leave between steps.
 
-While rows run, prompts are read in chunks that take a small multiple of a step's time, so that running streams do not
-stall. Rows of very different lengths are kept in batches of their own: in one cache, the short ones would be padded to
-the longest. Everything here happens in the engine's thread.
+While sequences run, prompts are read in chunks (`treadle.serving.openai.pace`). Sequences of very different lengths run
+in different batches: in one cache, the short ones would be padded to the longest. Everything here happens in the
+engine's thread.
 """
 
 import logging
@@ -21,32 +21,23 @@ from treadle.routing.router import Router
 from treadle.serving.openai.jobs import Job, Mail, News, NewTokens, Started
 from treadle.serving.openai.kv_memory import KvMemory
 from treadle.serving.openai.metrics import Metrics
+from treadle.serving.openai.pace import Pace, smoothed
 from treadle.serving.openai.params import ServeParams
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-CHUNK_STEPS = 2.0
-"""A chunk of a prompt may take this many step times while rows run."""
-BURST_FACTOR = 8
-"""Prompts that are read together may take this many times as long, and more where more rows wait than run."""
-GROUP_CHUNKS = 2
-"""Prompts that are read together may have this many times the tokens of a chunk."""
-MIN_CHUNK_TOKENS = 16
-"""NewTokens; a prompt gets on whatever a step costs. Passes over fewer say little about what a token costs."""
 FREE_PADDING_TOKENS = 1024
-"""Tokens of padding that a batch may have; beyond, half as many as it has tokens."""
-SMOOTHING = 0.3
-"""Weight of the newest measurement in a running mean."""
+"""A batch may have this much padding, or half as much as it has tokens."""
 
 
 class EngineFailed(Exception):
-    """A forward pass failed; the rows that it ran are lost."""
+    """A forward pass failed, and its sequences are lost."""
 
 
 @dataclass(frozen=True)
 class SequenceOwner:
-    """Whose a row is, which of its sequences, and since when (seconds of the performance counter)."""
+    """The job of a row, the row's index in it, and when it came (seconds of the performance counter)."""
 
     job: Job
     index: int
@@ -54,7 +45,7 @@ class SequenceOwner:
 
 
 class Loop:
-    """The rows that wait, are read and run."""
+    """Holds the rows that wait, are read and run, and advances them by one step."""
 
     def __init__(
         self,
@@ -62,8 +53,17 @@ class Loop:
         router_among: Callable[[frozenset[str] | None], Router],
         params: ServeParams,
         metrics: Metrics,
+        pace: Pace | None = None,
     ) -> None:
-        """Run the sequences of `engine`; `router_among` returns the router of some of its adapters, by name."""
+        """Make a loop without rows.
+
+        Args:
+            engine: runs the rows.
+            router_among: returns the router of some of the engine's adapters, by name; None = of all.
+            params: the server's limits.
+            metrics: count what happens.
+            pace: sizes the chunks of prompts; None takes one that has measured nothing.
+        """
         self._engine = engine
         self._router_among = router_among
         self._params = params
@@ -77,15 +77,14 @@ class Loop:
         self._batches: list[Batch] = []
         self._mail: Mail = []
         self.post: Callable[[Mail], None] = deliver
-        self.on_unused: Callable[[], None] = _do_nothing  # called when a removed adapter has lost its last row
-        self._step_seconds = 0.0  # running means
-        self._token_seconds = 0.0  # of a prompt that is read
-        self.sequence_seconds = 1.0
+        self.on_unused: Callable[[], None] = _do_nothing  # called when a removed adapter loses its last row
+        self._pace = pace or Pace(params.prompt_chunk)
+        self.sequence_seconds = 1.0  # running mean
         self.num_ended = 0  # sequences, ever
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is anything to advance."""
+        """Whether any row waits, is read or runs."""
         return bool(self._owners)
 
     def jobs(self) -> list[Job]:
@@ -93,7 +92,7 @@ class Loop:
         return list({id(owner.job): owner.job for owner in self._owners.values()}.values())
 
     def accept(self, job: Job) -> None:
-        """Make the job's rows, or tell why they cannot be."""
+        """Make the job's rows, or tell the job why they cannot be made."""
         work = job.work
         if job.is_cancelled:
             self.num_ended += job.num_sequences
@@ -122,7 +121,7 @@ class Loop:
         self._tell(job, Started())
 
     def give_up(self, job: Job) -> None:
-        """Take a job's rows out of whatever they are in."""
+        """Drop a job's rows, wherever they are."""
         rows = [row for row in job.rows if self._owners.pop(id(row), None)]
         for batch in self._batches:
             batch.leave(rows)
@@ -137,7 +136,7 @@ class Loop:
         self._has_moved = True
 
     def advance(self) -> None:
-        """Give every running row its next token, and read on in a prompt."""
+        """Give every running row its next token, and read the next chunk of a prompt."""
         if self._prefixes:
             self._prefixes.forget(self._engine.blend.adapters)
         events: Events = []
@@ -148,7 +147,7 @@ class Loop:
             events += self._attempt(batch, batch.rows, batch.step, spoils=True) or []
         if num_running:
             seconds = time.perf_counter() - started
-            self._step_seconds = _smoothed(self._step_seconds, seconds)
+            self._pace.observe_step(seconds)
             self._metrics.observe_step(seconds, num_running)
         is_new = self._reading is None
         if is_new:
@@ -168,7 +167,7 @@ class Loop:
             self._has_moved = False
 
     def flush(self) -> None:
-        """Post the news of all jobs at once: waking another thread costs more than a token does."""
+        """Post the news of all jobs at once: to wake another thread costs more than a token."""
         mail, self._mail = self._mail, []
         if mail:
             self.post(mail)
@@ -181,12 +180,12 @@ class Loop:
         return sum(len(batch.rows) for batch in self._batches)
 
     def _begin(self) -> None:
-        """Start to read the prompts of the rows that wait longest, several if a chunk holds them."""
+        """Begin to read the prompts of the rows that wait longest: several, if one chunk holds them."""
         free = self._params.max_batch - self._num_running
         if not self._waiting or free < 1:
             return
         group = [self._waiting.popleft()]
-        chunk = self._chunk(1 + len(self._waiting))
+        chunk = self._pace.chunk_tokens(num_running=self._num_running, num_waiting=1 + len(self._waiting))
         longest = len(group[0].ids)
         while self._waiting and len(group) < free and not group[0].report.prompt:
             longest = max(longest, len(self._waiting[0].ids))
@@ -206,7 +205,7 @@ class Loop:
         self._share_memory()
 
     def _batch_for(self, length: int) -> Batch:
-        """Return the batch that a row of `length` tokens pads least, or a new one where it would pad too much."""
+        """Return the batch that a row of `length` tokens pads least, or a new batch if all would pad too much."""
         best = min(self._batches, key=lambda batch: batch.padding_with(length)[1], default=None)
         if best is not None:
             tokens, padding = best.padding_with(length)
@@ -214,26 +213,11 @@ class Loop:
                 return best
         return self._engine.new_batch(prefixes=self._prefixes)
 
-    def _chunk(self, num_waiting: int = 1) -> int:
-        """Return how many tokens of prompts may be read before the next step; more where several rows wait for it.
-
-        Short prompts that arrive together are read together: those that run wait once, and the others start at once.
-        Were they read by twos and threes, all of them would wait for the steps between.
-        """
-        is_group = num_waiting > 1
-        most = self._params.prompt_chunk * (GROUP_CHUNKS if is_group else 1)
-        if not self._num_running:
-            return most
-        if not self._token_seconds:
-            return min(self._params.prompt_chunk, MIN_CHUNK_TOKENS)
-        burst = BURST_FACTOR * max(1.0, num_waiting / self._num_running) if is_group else 1.0
-        tokens = int(CHUNK_STEPS * burst * self._step_seconds / self._token_seconds)
-        return min(most, max(MIN_CHUNK_TOKENS, tokens))
-
     def _read_on(self, batch: Batch, reading: Reading) -> Events:
-        """Read one chunk of prompts; with the last, their rows run."""
+        """Read one chunk of prompts; after the last chunk their rows run."""
         num_rows = len(reading.rows)
-        num_columns = reading.length if num_rows > 1 else self._chunk()  # several are only begun if a chunk holds them
+        # several prompts are only begun if a chunk holds them
+        num_columns = reading.length if num_rows > 1 else self._pace.chunk_tokens(num_running=self._num_running)
         before = reading.done
         started = time.perf_counter()
         is_last = before + num_columns >= reading.length
@@ -241,8 +225,7 @@ class Loop:
         if events is None:
             return []
         seconds, num_tokens = time.perf_counter() - started, (reading.done - before) * num_rows
-        if num_tokens >= MIN_CHUNK_TOKENS and (self._num_running or not self._token_seconds):
-            self._token_seconds = _smoothed(self._token_seconds, seconds / num_tokens)
+        self._pace.observe_chunk(num_tokens, seconds, num_running=self._num_running)
         if reading.is_finished:
             if batch not in self._batches:
                 self._batches.append(batch)
@@ -255,7 +238,7 @@ class Loop:
             self.on_unused()
 
     def _end_reading(self) -> None:
-        """Forget the reading; rows in it that were given up meanwhile leave."""
+        """Forget the reading, and drop its rows that were given up meanwhile."""
         assert self._reading is not None
         batch, reading = self._reading
         self._reading = None
@@ -265,7 +248,7 @@ class Loop:
         self._release(given_up)
 
     def _attempt(self, batch: Batch, rows: Sequence[Row], run: Callable[[], Result], *, spoils: bool) -> Result | None:
-        """Run a part of a step; where it fails, its rows are lost, with the batch's if it `spoils`; others go on."""
+        """Run a part of a step. If it fails, its rows are lost, and the whole batch if it `spoils` that."""
         lost = [*rows, *(batch.rows if spoils else ())]
         try:
             result = run()
@@ -286,7 +269,7 @@ class Loop:
         return None
 
     def _deliver(self, events: Events) -> None:
-        """Tell each job what its rows generated, and let finished rows go."""
+        """Tell each job its new tokens, and release finished rows."""
         news: dict[int, tuple[Job, NewTokens]] = {}
         finished: list[Row] = []
         for row, event in events:
@@ -302,7 +285,7 @@ class Loop:
         finished = [row for row in finished if id(row) in self._owners]  # not given up since
         for row in finished:
             owner = self._owners.pop(id(row))
-            self.sequence_seconds = _smoothed(self.sequence_seconds, time.perf_counter() - owner.since)
+            self.sequence_seconds = smoothed(self.sequence_seconds, time.perf_counter() - owner.since)
             self._metrics.count_row(row)
         self._release(finished)
         self._has_moved = self._has_moved or bool(finished)
@@ -311,7 +294,7 @@ class Loop:
             self._tell(job, tokens)
 
     def _end(self, owner: SequenceOwner, failure: RowError) -> None:
-        """Tell a job which of its rows cannot be computed, and why; the log has the whole error."""
+        """Tell a job which of its rows failed and why; the log has the whole error."""
         why = str(failure)
         if failure.__cause__ is not None:
             logger.error("a sequence cannot be computed", exc_info=failure.__cause__)
@@ -322,14 +305,10 @@ class Loop:
 
 
 def deliver(mail: Mail) -> None:
-    """Tell jobs their news."""
+    """Tell each job its news."""
     for job, news in mail:
         job.tell(news)
 
 
 def _do_nothing() -> None:
     pass
-
-
-def _smoothed(mean: float, value: float) -> float:
-    return value if not mean else (1 - SMOOTHING) * mean + SMOOTHING * value

@@ -117,6 +117,12 @@ class WorkQueue:
         self._num_threads = num_threads
         self._is_closed = False
 
+    @property
+    def num_waiting(self) -> int:
+        """How many pieces of work wait."""
+        with self._changed:
+            return len(self._small) + len(self._large)
+
     async def run(self, function: Callable[[Check], Result], client: Client, num_bytes: int = 0) -> Result:
         """Run a function in a thread when its turn comes; it is given up when the task that waits is cancelled.
 

@@ -81,6 +81,11 @@ class Scheduler:
         return not self._thread.is_alive()
 
     @property
+    def is_cancelling(self) -> bool:
+        """Whether a job was cancelled whose rows leave before the next step."""
+        return self._has_cancelled
+
+    @property
     def num_unfinished(self) -> int:
         """How many sequences run or wait."""
         return self._num_accepted - self._loop.num_ended

@@ -21,21 +21,26 @@ from treadle.serving.request import requested, too_large
 AUTO = "auto"
 TREADLE_FIELDS = ("adapters", "trace")
 """Fields of `treadle` beside the options of routing."""
-MAX_ROUTER_BYTES, MAX_ROUTERS = 64 << 20, 256
-"""Of routers that are kept: requests choose from 2**N sets of adapters."""
+MAX_ROUTERS, MAX_ROUTER_BYTES = 256, 64 << 20
+"""Limits of the kept routers: requests choose from 2**N sets of adapters."""
 
 
 class Routers:
-    """Makes routers of chosen adapters, and keeps those last used until the engine's adapters change."""
+    """Makes routers of chosen adapters, and keeps the last used ones until the engine's adapters change."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, max_routers: int = MAX_ROUTERS) -> None:
         self._engine = engine
+        self._max_routers = max_routers
         self._whole = engine.router
         self._made: OrderedDict[frozenset[str], Router] = OrderedDict()  # the last used last
         self._turn = threading.Lock()  # requests are prepared in several threads
 
+    def __len__(self) -> int:
+        """Return how many routers are kept."""
+        return len(self._made)
+
     def among(self, names: frozenset[str] | None) -> Router:
-        """Return the router of those of the engine's adapters that are named; None = of all."""
+        """Return the router of some of the engine's adapters, by name; None = of all."""
         whole = self._engine.router
         if names is None or names >= set(whole.names):
             return whole
@@ -46,7 +51,7 @@ class Routers:
                 self._made.clear()
             router = self._made.pop(key, None) or replace(whole, centroids=whole.centroids.among(key))
             self._made[key] = router
-            most = min(MAX_ROUTERS, max(1, MAX_ROUTER_BYTES // max(1, router.centroids.scatter.nbytes)))
+            most = min(self._max_routers, max(1, MAX_ROUTER_BYTES // max(1, router.centroids.scatter.nbytes)))
             while len(self._made) > most:
                 self._made.popitem(last=False)
         return router
