@@ -30,13 +30,13 @@ from treadle.serving.openai.reading import read, while_connected
 from treadle.serving.openai.state import ServerState
 
 SLICE_TEXTS = 16
-"""Sample texts that are embedded at a time."""
+"""So many sample texts are embedded at a time."""
 Shapes = Mapping[str, tuple[int, int]]
 """The (in, out) of linear layers, by path."""
 
 
 async def adapters(request: Request) -> Response:
-    """GET /v1/adapters: the adapters that are loaded."""
+    """GET /v1/adapters: list the loaded adapters."""
     _check_admin(request)
     state = ServerState.of(request)
     return JSONResponse({"object": "list", "data": await state.between_steps(lambda: _cards(state))})
@@ -52,7 +52,7 @@ async def add(request: Request) -> Response:
 
 
 async def remove(request: Request) -> Response:
-    """DELETE /v1/adapters/{name}: new requests no longer see it, running ones finish with it."""
+    """DELETE /v1/adapters/{name}: hide an adapter from new requests; running ones finish with it."""
     _check_admin(request)
     await _remove(request, request.path_params["name"], "name")
     return await adapters(request)
@@ -100,7 +100,7 @@ def _cards(state: ServerState) -> list[Json]:
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """An adapter that a request wants to add, and what the request calls the fields that say so."""
+    """An adapter to add, and the names of the request's fields for its name and path."""
 
     name: str
     path: str
@@ -110,7 +110,7 @@ class NewAdapter:
 
 
 async def _add(request: Request, new: NewAdapter, problems: Problems) -> None:
-    """Embed, read and stack beside the running requests; only what is short happens between steps."""
+    """Embed, read and stack beside the running requests; only short work happens between steps."""
     state, client = ServerState.of(request), RequestContext.of(request).client
     if state.params.adapter_dir is None:
         raise Failure(403, "adapters cannot be added: start the server with --adapter-dir", code="no_adapter_dir")
@@ -134,9 +134,9 @@ async def _add(request: Request, new: NewAdapter, problems: Problems) -> None:
 
 
 def _join(state: ServerState, name: str, folder: Path, own: Centroids | None, check: Check) -> None:
-    """Read an adapter, stack it, and attach it between two steps; one that cannot fit is not read whole.
+    """Read an adapter, stack it, and attach it between two steps; its shapes are checked before its factors are read.
 
-    All of it is one thread's, so that nobody else waits while a large adapter is let go of.
+    One thread does all of it, so nobody else waits while a large adapter is freed.
     """
     engine, between_steps = state.engine, state.scheduler.call
     _check_shapes(folder, name, between_steps(lambda: linear_shapes(engine.model)).result())
@@ -153,7 +153,7 @@ def _join(state: ServerState, name: str, folder: Path, own: Centroids | None, ch
 
 
 async def _centroid(state: ServerState, name: str, samples: list[str], client: Client) -> Centroids:
-    """Return the centroid of sample texts, embedded some at a time."""
+    """Return the centroid of sample texts, embedded a few at a time."""
     embedder, size = state.engine.router.embedder, sum(map(len, samples))
     made = await state.preparing.run(lambda _: sample_texts(samples), client, size)
     vectors: list[Floats] = []
@@ -188,7 +188,7 @@ async def _remove(request: Request, name: str, field: str) -> None:
 
 
 def _name_problems(state: ServerState, new: NewAdapter) -> Problems:
-    """Return the problem of a name that is no name or is taken; else none."""
+    """Return the problem of a name that is not allowed or is taken, if it is."""
     adapters, others = state.engine.adapter_names, [*RESERVED, *state.targets.names]
     if new.name in adapters:
         what = f"{new.name_field}: got {shown(new.name)}, which exists already"
@@ -201,9 +201,9 @@ def _name_problems(state: ServerState, new: NewAdapter) -> Problems:
 
 
 def _check_shapes(folder: Path, name: str, shapes: Shapes) -> None:
-    """Raise an AdapterError that lists the factors that fit no layer of a model with these shapes.
+    """Raise an AdapterError that lists the factors that fit no layer of these shapes, from the file's header alone.
 
-    What else is wrong, a missing file too, is left to `read_adapter`; so are paths, which PEFT may have renamed.
+    `read_adapter` finds everything else, such as a missing file; paths too, as PEFT may have renamed them.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():

@@ -11,22 +11,22 @@ from treadle.serving.openai.loop import EngineFailed
 from treadle.serving.openai.scheduler import QueueFull, ShuttingDown
 
 MAX_LISTED_PROBLEMS = 20
-"""Problems that one message lists; the others are counted."""
+"""One message lists so many problems and counts the others."""
 CLIENT_GONE_STATUS = 499
-"""Status in the log of a request whose client went away, as nginx has it."""
+"""Status in the log if the client went away, as nginx has it."""
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong at one place of a request's body.
+    """A problem at one place of a request's body.
 
     Attributes:
-        place: such as messages[0].role.
-        message: names place, given value and what is allowed; "" = these are only counted.
-        count: how many problems it stands for.
-        status: of the answer.
-        code: of the answer.
+        place: the place, such as messages[0].role.
+        message: the place, the given value and what is allowed; "" = the problems are only counted.
+        count: the number of problems it stands for.
+        status: the answer's HTTP status.
+        code: the answer's error code.
     """
 
     place: str
@@ -37,12 +37,12 @@ class Problem:
 
     @classmethod
     def of(cls, place: str, given: Any, allowed: str) -> "Problem":
-        """Return the problem that a value is not allowed."""
+        """Return the problem of a value that is not allowed."""
         return cls(place, f"{cut(place)}: got {shown(given)}; allowed: {allowed}")
 
     @classmethod
     def others(cls, count: int) -> "Problem":
-        """Return problems that are only counted."""
+        """Return a problem that stands for `count` others."""
         return cls("", "", count)
 
     @property
@@ -55,12 +55,12 @@ Problems = list[Problem]
 
 
 def cut(name: str) -> str:
-    """Return a name for a message, cut where it is long."""
+    """Return a name for a message, shortened if it is long."""
     return name if len(name) <= SHOWN else name[: SHOWN - 4] + " ..."
 
 
 class Failure(Exception):
-    """A request that is not answered, and why."""
+    """A request that is refused, and why."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
@@ -85,9 +85,9 @@ class Failure(Exception):
 
 
 def refusal(problems: Problems) -> Failure:
-    """Return the failure for what is wrong with a body; a model that does not exist makes it a 404.
+    """Return the failure that lists a body's problems; an unknown model makes it a 404.
 
-    Its field and code are those of the first problem of the highest status, of one with a code where there is any.
+    Field and code are those of the problem with the highest status; among equals, one with a code, then the first.
     """
     messages = [problem.message for problem in problems if problem.message][:MAX_LISTED_PROBLEMS]
     if more := sum(problem.count for problem in problems) - len(messages):
@@ -98,7 +98,7 @@ def refusal(problems: Problems) -> Failure:
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return what the scheduler or the engine raised as a failure."""
+    """Return the failure for an error of the scheduler or the engine."""
     if isinstance(error, Failure):
         return error
     if isinstance(error, QueueFull):

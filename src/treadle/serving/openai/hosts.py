@@ -1,4 +1,4 @@
-"""Names of hosts: which of them a public web site can have, and which this server is called by."""
+"""Tells which names of hosts a public web site can have, and which are this server's."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ ANY = "*"
 
 
 def host_name(address: str) -> str | None:
-    """Return the host of HOST or HOST:PORT in lower case, without a final dot; None where it is no host."""
+    """Return the host of HOST or HOST:PORT in lower case, without a final dot; None if it is no host."""
     found = ADDRESSED.fullmatch(address)
     return found[1].lower().removesuffix(".") if found else None
 
@@ -22,18 +22,18 @@ def is_loopback(host: str) -> bool:
 
 
 def can_be_a_web_site(name: str) -> bool:
-    """Return whether somebody on the internet can own a host's name: no address, no name without a dot."""
+    """Return whether somebody on the internet can own a host's name: addresses and names without a dot they cannot."""
     *parents, last = name.split(".")
     return bool(parents) and not name.startswith("[") and not last.isdigit() and last not in RESERVED_ENDINGS
 
 
 def is_pattern(text: str) -> bool:
-    """Return whether a text can be in a list of allowed hosts: a name, *.NAME for all names below it, or *."""
+    """Return whether a text is a pattern of allowed hosts: a name, *.NAME (all names below it), or *."""
     return text == ANY or bool(host_name(text.removeprefix("*.")))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether a host's name is one of those allowed."""
+    """Return whether one of the patterns allows a host's name."""
     for pattern in patterns:
         ending = host_name(pattern.removeprefix("*."))
         if pattern == ANY or (name == ending and not pattern.startswith("*.")):

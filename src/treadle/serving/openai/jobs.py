@@ -1,4 +1,4 @@
-"""The sequences of one request on their way through the scheduler."""
+"""The sequences of one request, and the news that the engine's thread sends of them."""
 
 import asyncio
 from collections import deque
@@ -13,15 +13,15 @@ from treadle.engine.sequence import Report, Row, TokenEvent
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be generated.
+    """The sequences to generate.
 
     Attributes:
-        prompts: tokens (T) of each sequence, of a chat with what it says.
+        prompts: token ids (T) of each sequence; a chat's also hold the text to route on.
         sampling: of each sequence.
         routing: of all sequences.
-        report: what each tells beyond its tokens.
-        adapters: names of those that may take part; None = all.
-        owner: whose sequences may share keys and values of common beginnings.
+        report: says what each sequence tells beyond its tokens.
+        adapters: names of the adapters that may take part; None = all.
+        owner: sequences of one owner share the keys and values of common beginnings.
     """
 
     prompts: Sequence[Sequence[int] | TokenPrompt]
@@ -38,16 +38,16 @@ class Started:
 
 
 NewTokens = list[tuple[int, TokenEvent]]
-"""What one step gave: index of the sequence in its job, and its token."""
+"""The tokens of one step, each with the index of its sequence in the job."""
 News: TypeAlias = Started | NewTokens | Exception
 
 
 Mail: TypeAlias = "list[tuple[Job, News]]"
-"""What several jobs are to be told."""
+"""News of several jobs."""
 
 
 class Job:
-    """One request's work; `tell` gets its news: Started, then tokens, or an error and no more.
+    """One request's work; `tell` gets its news: Started, then tokens, or one error at the end.
 
     A job is done when each of its rows is finished, when an error was told, or when it was cancelled.
     """
@@ -60,25 +60,25 @@ class Job:
 
     @property
     def num_sequences(self) -> int:
-        """How many rows it has, or will have."""
+        """How many sequences the job has."""
         return len(self.work.prompts)
 
 
 class Mailbox:
-    """The news of one job for the one task that waits for them; asyncio's queues take several times as long."""
+    """Holds the news of one job for the task that waits for them; asyncio's queues are several times slower."""
 
     def __init__(self) -> None:
         self._news: deque[News] = deque()
         self._is_filled: asyncio.Future[None] | None = None  # while somebody waits
 
     def put(self, news: News) -> None:
-        """Put in what came, in the event loop."""
+        """Add news; call it in the event loop."""
         self._news.append(news)
         if self._is_filled is not None and not self._is_filled.done():
             self._is_filled.set_result(None)
 
     async def next(self) -> News:
-        """Return the next news; tokens with those of all steps that have come since."""
+        """Return the next news; tokens come with those of all steps since."""
         while not self._news:
             self._is_filled = asyncio.get_running_loop().create_future()
             await self._is_filled

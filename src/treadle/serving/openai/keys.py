@@ -1,4 +1,4 @@
-"""Who may do what: keys are compared in constant time, and each may be limited to some adapters."""
+"""API keys: compared in constant time, and each may be limited to some adapters."""
 
 import hashlib
 import hmac
@@ -12,19 +12,19 @@ from treadle.common.errors import OptionError, problem_list
 from treadle.serving.openai.params import ServeParams
 
 KEY_ID_LENGTH = 8
-"""Characters of a key's hash by which the log names it."""
+"""The log names a key by so many characters of its hash."""
 MAX_KEY_FILE_BYTES = 16 << 20
-"""Bytes of a key file."""
+"""A key file may have so many bytes."""
 COMMENT = re.compile(r"(^|\s)#.*")
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request.
+    """The sender of a request.
 
     Attributes:
         id: names the caller in logs, and keeps its cached prefixes apart from others'; never the key itself.
-        adapters: names of those it may use; None = all.
+        adapters: names of the adapters it may use; None = all.
         is_admin: whether it may add and remove adapters.
     """
 
@@ -37,7 +37,7 @@ class Keyring:
     """The keys of a server; without any, everybody may generate and nobody is an admin."""
 
     def __init__(self, params: ServeParams) -> None:
-        """Read the key file, if there is one; an OptionError lists all that is wrong with it."""
+        """Read the key file, if there is one; an OptionError lists all its problems."""
         self._callers: list[tuple[bytes, Caller]] = []
         for key in params.api_key:
             self._add(key, None)
@@ -61,7 +61,7 @@ class Keyring:
         self._callers.append((digest, Caller(digest.hex()[:KEY_ID_LENGTH], adapters, is_admin)))
 
     def caller(self, authorization: str | None) -> Caller | None:
-        """Return who sent the header `Authorization`, None where no key fits it; every key is compared."""
+        """Return the caller of the header `Authorization`, None if no key fits; every key is compared."""
         key = re.fullmatch(r"[Bb]earer +(\S+) *", authorization or "")
         found: Caller | None = Caller() if self.is_open else None
         if key:
@@ -79,7 +79,7 @@ def read_keys(file: Path, taken: Mapping[str, str] | None = None) -> list[tuple[
 
     Args:
         file: text in UTF-8.
-        taken: keys that are given elsewhere, and by which option.
+        taken: keys that another option gives, with the name of that option.
 
     Raises:
         OptionError: lists the lines that cannot be read, and keys that are given twice.

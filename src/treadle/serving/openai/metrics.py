@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. Labels are bounded: routes, outcomes and the adapters that are loaded."""
+"""The server's metrics for Prometheus. Labels are bounded: routes, outcomes and loaded adapters."""
 
 import time
 from collections.abc import Sequence
@@ -13,51 +13,67 @@ SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """One registry a server; the engine's thread and the web's both write to it."""
+    """Holds one registry per server; the engine's thread and the event loop write to it."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
         self.requests = Counter(
-            "treadle_requests", "requests by route and outcome", ["route", "outcome"], registry=registry
+            "treadle_requests", "requests, by route and HTTP status", ["route", "outcome"], registry=registry
         )
         self.request_seconds = Histogram(
             "treadle_request_seconds",
-            "from the request to its last byte",
+            "seconds from the request to its last byte",
             ["route"],
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
-        self.running = Gauge("treadle_sequences_running", "sequences that are generated", registry=registry)
-        self.waiting = Gauge("treadle_sequences_waiting", "sequences in the queue", registry=registry)
+        self.running = Gauge("treadle_sequences_running", "sequences that are being generated", registry=registry)
+        self.waiting = Gauge("treadle_sequences_waiting", "sequences that wait in the queue", registry=registry)
         self.batch = Histogram(
-            "treadle_batch_sequences", "sequences a step", buckets=SEQUENCE_BUCKETS, registry=registry
+            "treadle_batch_sequences", "sequences in one step", buckets=SEQUENCE_BUCKETS, registry=registry
         )
         self.step = Histogram(
-            "treadle_step_seconds", "a step of all batches", buckets=LATENCY_BUCKETS, registry=registry
+            "treadle_step_seconds", "seconds of one step of all batches", buckets=LATENCY_BUCKETS, registry=registry
         )
         self.first_token = Histogram(
-            "treadle_time_to_first_token_seconds", "from the request to its first token", buckets=LATENCY_BUCKETS,
+            "treadle_time_to_first_token_seconds",
+            "seconds from the request to its first token",
+            buckets=LATENCY_BUCKETS,
             registry=registry,
-        )  # fmt: skip
+        )
         self.token = Histogram(
-            "treadle_time_per_token_seconds", "between tokens of a sequence", buckets=LATENCY_BUCKETS, registry=registry
+            "treadle_time_per_token_seconds",
+            "seconds between two tokens of a sequence",
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
         )
-        self.prompt_tokens = Counter("treadle_prompt_tokens", "prompt tokens of sequences", registry=registry)
+        self.prompt_tokens = Counter(
+            "treadle_prompt_tokens", "tokens of prompts that have been read", registry=registry
+        )
         self.reused_tokens = Counter(
-            "treadle_prompt_tokens_reused", "prompt tokens that a cached prefix held", registry=registry
+            "treadle_prompt_tokens_reused", "tokens of prompts that the prefix cache already held", registry=registry
         )
-        self.tokens = Counter("treadle_generated_tokens", "tokens of finished sequences", registry=registry)
+        self.tokens = Counter("treadle_generated_tokens", "generated tokens of finished sequences", registry=registry)
         self.weight = Counter(
-            "treadle_adapter_weight", "sum of weights over generated tokens", ["adapter"], registry=registry
+            "treadle_adapter_weight",
+            "sum of the adapter's weights over generated tokens",
+            ["adapter"],
+            registry=registry,
         )
         self.base_tokens = Counter(
-            "treadle_base_tokens", "generated tokens under which no adapter acted", registry=registry
+            "treadle_base_tokens", "generated tokens to which no adapter contributed", registry=registry
         )
-        self.router = Counter("treadle_router_seconds", "time spent on weights", registry=registry)
-        self.prefixes = Gauge("treadle_prefix_cache_bytes", "keys and values kept for prompts", registry=registry)
-        self.kv_bytes = Gauge("treadle_kv_bytes", "keys and values of running sequences", registry=registry)
-        self.kv_limit = Gauge("treadle_kv_limit_bytes", "what these may take at most", registry=registry)
+        self.router = Counter("treadle_router_seconds", "seconds spent on computing weights", registry=registry)
+        self.prefixes = Gauge(
+            "treadle_prefix_cache_bytes", "bytes of keys and values that are kept for later prompts", registry=registry
+        )
+        self.kv_bytes = Gauge("treadle_kv_bytes", "bytes of keys and values of running sequences", registry=registry)
+        self.kv_limit = Gauge(
+            "treadle_kv_limit_bytes",
+            "most bytes that the keys and values of running sequences may take",
+            registry=registry,
+        )
         self.loaded = Gauge("treadle_adapter_loaded", "1 for each loaded adapter", ["adapter"], registry=registry)
         self._adapters: set[str] = set()
 
@@ -66,7 +82,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def set_adapters(self, names: Sequence[str]) -> None:
-        """Keep one series for each adapter that is loaded, from the start, and drop those of removed ones."""
+        """Keep one series for each loaded adapter, and drop the series of removed adapters."""
         for name in self._adapters - set(names):
             self.weight.remove(name)
             self.loaded.remove(name)
@@ -81,23 +97,23 @@ class Metrics:
         self.batch.observe(num_rows)
 
     def set_load(self, running: int, waiting: int, prefix_bytes: int) -> None:
-        """Say how many sequences run and wait, and how much is kept of earlier ones."""
+        """Set how many sequences run and wait, and how many bytes the prefix cache has."""
         self.running.set(running)
         self.waiting.set(waiting)
         self.prefixes.set(prefix_bytes)
 
     def set_kv_memory(self, used: int, limit: int) -> None:
-        """Say how many bytes the buffers of keys and values take, and may take at most."""
+        """Set how many bytes the buffers of keys and values take, and may take at most."""
         self.kv_bytes.set(used)
         self.kv_limit.set(limit)
 
     def count_prompts(self, rows: Sequence[Row]) -> None:
-        """Count the prompts of sequences that have been read."""
+        """Count prompts that have been read."""
         self.prompt_tokens.inc(sum(row.prompt_tokens for row in rows))
         self.reused_tokens.inc(sum(row.reused for row in rows))
 
     def count_row(self, row: Row) -> None:
-        """Count a finished sequence: its tokens, and the weight that each adapter had in them."""
+        """Count a finished sequence: its tokens, and the weight of each adapter in them."""
         self.tokens.inc(len(row.events))
         self.base_tokens.inc(sum(not event.weights.any() for event in row.events))
         for name, weight in zip(row.router.names, np.sum([event.weights for event in row.events], axis=0), strict=True):
@@ -105,6 +121,6 @@ class Metrics:
                 self.weight.labels(name).inc(float(weight))
 
     def count_request(self, route: str, outcome: str, started: float) -> None:
-        """Count a request that has ended; `started` is of the performance counter, in seconds."""
+        """Count a request that has ended; `started` is in seconds of the performance counter."""
         self.requests.labels(route, outcome).inc()
         self.request_seconds.labels(route).observe(time.perf_counter() - started)

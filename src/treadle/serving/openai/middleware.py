@@ -1,4 +1,4 @@
-"""What every request passes: its id, its origin, its key, the size and time of its body, and its line in the log."""
+"""Every request passes here: id, origin, key, size and time of its body, log line and trace."""
 
 import asyncio
 import json
@@ -34,13 +34,13 @@ WRONG_KEY = "invalid_api_key"
 OPEN = ("/live", "/health")
 """Paths that need no key, besides the page's files."""
 PIECE_BYTES = 64 << 10
-"""Of a long answer, what is given to the connection at a time."""
+"""A long answer goes to the connection in pieces of this size."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TOO_LONG = "body_too_long"
 FREE_BODY_BYTES = 64 << 10
-"""Of each body, which do not count: small requests are taken whatever others send."""
+"""So many bytes of each body do not count: small requests are taken whatever others send."""
 BODY_BUDGET_BYTES = 128 << 20
-"""Of all bodies that are held at a time, beyond the free ones; at least four of the longest."""
+"""All bodies together may hold this much beyond the free bytes; at least four bodies of the longest kind."""
 BODY_RETRY_SECONDS = 5
 HAS_PACKAGE = find_spec("opentelemetry") is not None
 ATTRIBUTES = {
@@ -52,11 +52,11 @@ ATTRIBUTES = {
     "tokens": "gen_ai.usage.output_tokens",
     "error": "error.type",
 }
-"""What of a request's log line goes into its span; no texts."""
+"""Entries of a request's log line that go into its span, and their names there; no texts."""
 
 
 class Upload:
-    """One body; inside a `with` its bytes, then dropped."""
+    """One body; a `with` block hands out its bytes, then frees them."""
 
     def __init__(self, uploads: "Uploads", group: str) -> None:
         self._uploads = uploads
@@ -65,22 +65,22 @@ class Upload:
         self.data = bytearray()
 
     def __enter__(self) -> bytes:
-        """Hand the bytes over, once."""
+        """Return the bytes; only the first call does."""
         data, self.data = bytes(self.data), bytearray()
         return data
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Drop the bytes and give the budget back."""
+        """Free the bytes and give the budget back."""
         self.drop()
 
     def drop(self) -> None:
-        """Give the budget back; it may be called again."""
+        """Free the bytes and give the budget back; a second call does nothing."""
         self.data = bytearray()
         self._uploads.give_back(self._group, self._held)
         self._held = 0
 
     def hold(self, num_bytes: int) -> None:
-        """Take what a body of `num_bytes` needs of the budget; a Failure where there is no room."""
+        """Take the budget of a body of `num_bytes`; a Failure says that there is no room."""
         more = max(0, num_bytes - FREE_BODY_BYTES) - self._held
         if more > 0:
             self._uploads.take(self._group, more)
@@ -88,7 +88,7 @@ class Upload:
 
 
 class Uploads:
-    """The budget of one server; no client has more than half of it."""
+    """The budget of one server's bodies; one client gets at most half of it."""
 
     def __init__(self, params: ServeParams) -> None:
         self._params = params
@@ -96,7 +96,7 @@ class Uploads:
         self._held: Counter[str] = Counter()  # bytes, by key or, without one, by host
 
     def take(self, group: str, num_bytes: int) -> None:
-        """Count bytes of a client, or raise a Failure where there is no room for them."""
+        """Count bytes of a client, or raise a Failure if there is no room."""
         is_full = self._held.total() + num_bytes > self._most
         if is_full or self._held[group] + num_bytes > self._most // 2:
             message = "too many long bodies are being received; send this one again later"
@@ -104,12 +104,12 @@ class Uploads:
         self._held[group] += num_bytes
 
     def give_back(self, group: str, num_bytes: int) -> None:
-        """Count bytes no more."""
+        """Stop counting bytes of a client."""
         self._held[group] -= num_bytes
         self._held += Counter[str]()  # without those that hold nothing
 
     async def receive(self, upload: Upload, headers: Headers, receive: Receive) -> None:
-        """Receive a whole body, or raise a Failure where it is too long or too slow, or there is no room for it."""
+        """Receive a whole body; a Failure says that it is too long or too slow, or that there is no room."""
         length = headers.get("content-length", "0")
         if length.isdigit():
             self._check(int(length))
@@ -130,7 +130,7 @@ class Uploads:
             raise Failure(408, f"the body did not arrive within {seconds} seconds", code="body_too_slow") from error
 
     def start(self, client: Client) -> Upload:
-        """Return an empty body of a client."""
+        """Return a client's body, still empty."""
         return Upload(self, client.key or client.host)
 
     def _check(self, num_bytes: int) -> None:
@@ -141,7 +141,7 @@ class Uploads:
 
 @dataclass
 class RequestContext:
-    """One request: who sent it, and what is logged of it."""
+    """One request: its caller, and the entries of its log line."""
 
     id: str
     body: Upload
@@ -153,12 +153,12 @@ class RequestContext:
 
     @classmethod
     def of(cls, request: Request) -> "RequestContext":
-        """Return the context that a request is."""
+        """Return the context of a request."""
         return request.scope["context"]
 
 
 class Middleware:
-    """The outermost layer of the application."""
+    """The outermost layer of the application, with all checks that need no route."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Middleware:
         is_ready: Callable[[], bool],
         paths: Mapping[Any, str],
     ) -> None:
-        """Guard an application; `paths` has the path of each of its endpoints."""
+        """Guard an application; `paths` maps its handlers to their paths."""
         self._app = app
         self._paths = paths
         self._params = params
@@ -194,7 +194,7 @@ class Middleware:
         async def send_on(message: Message) -> None:
             body = message.get("body", b"")
             done = 0
-            while len(body) - done > PIECE_BYTES:  # what a client has not read lies here, not in the connection
+            while len(body) - done > PIECE_BYTES:  # unread pieces wait here, not in the connection
                 await send({**message, "body": body[done : done + PIECE_BYTES], "more_body": True})
                 done += PIECE_BYTES
             if done:
@@ -209,7 +209,7 @@ class Middleware:
         self._record(scope, context)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        """Answer a request, whatever happens."""
+        """Answer a request, even after an error."""
         context: RequestContext = scope["context"]
         try:
             await self._pass(scope, receive, send, headers)
@@ -217,7 +217,7 @@ class Middleware:
             context.notes["error"] = failure.code
             await failure.response()(scope, receive, send)
         except TimeoutError:
-            context.notes["error"] = "client_too_slow"  # in the middle of a stream: nothing more can be said to it
+            context.notes["error"] = "client_too_slow"  # in the middle of a stream: it gets no error any more
         except Exception:  # a defect: the client gets a request id, the log gets the reason
             logger.exception("request %s failed", context.id)
             context.notes["error"] = "internal_error"
@@ -241,7 +241,7 @@ class Middleware:
             context.client = Client(caller.id, (scope.get("client") or ("",))[0])
             context.body = self._uploads.start(context.client)
         try:
-            # nothing else has a body; one that comes all the same is left unread
+            # other methods have no body; if one comes, it stays unread
             if scope["method"] == "POST" and not is_open:
                 await self._uploads.receive(context.body, headers, receive)
             await self._app(scope, receive, send)
@@ -252,7 +252,7 @@ class Middleware:
         return path in OPEN or (self._params.page and is_page(path))
 
     def _line(self, scope: Scope, context: RequestContext) -> dict[str, Any]:
-        """Return what there is to say about a request; texts are in it only if the server is asked to log them."""
+        """Return the log line of a request; it has texts only under --log-prompts."""
         return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": context.id,
@@ -278,7 +278,7 @@ class Middleware:
 
 @contextmanager
 def _span(headers: Mapping[str, str], line: Callable[[], Mapping[str, Any]]) -> Generator[None]:
-    """Trace what happens inside, as a part of the trace that the headers name; `line` tells at the end what it was."""
+    """Trace the block as a part of the headers' trace; `line` returns the request's log line at the end."""
     if not HAS_PACKAGE:
         yield
         return

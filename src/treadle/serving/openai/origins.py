@@ -1,8 +1,8 @@
-"""Which web pages may use the server, told by a request's Host, Origin and Content-Type.
+"""Decides by Host, Origin and Content-Type which web pages may use the server.
 
-A browser sends the requests of every page that a person visits, to localhost too. A page whose own name was made to
-mean this machine (DNS rebinding) is told by Host, any other page by Origin. What pages may send without asking first
-are texts and forms, never JSON.
+A browser sends the requests of every page that a person visits, to localhost too. If a page's own name was made to
+mean this machine (DNS rebinding), Host shows it; Origin shows any other page. Without asking first, pages may send
+texts and forms, but never JSON.
 """
 
 import socket
@@ -16,20 +16,20 @@ from treadle.serving.openai.hosts import ANY, RESERVED_ENDINGS, can_be_a_web_sit
 from treadle.serving.openai.params import ServeParams
 
 SAFE = ("GET", "HEAD", "OPTIONS")
-"""Methods that change nothing: a link on another page may lead here."""
+"""Methods that change nothing, so a link on another page may use them."""
 FORM = "application/x-www-form-urlencoded"
-"""What `curl -d` says of any text; a page says it of a form, and then names its origin."""
+"""`curl -d` sends any text with this type. A page sends forms with it, and then names its origin."""
 
 
 @dataclass(frozen=True)
 class PagePolicy:
-    """Whose requests are answered.
+    """Says whose requests are answered.
 
     Attributes:
-        hosts: names of this server, besides those that no web site can have.
-        named_hosts: those of them that the operator gave by name.
-        origins: of pages on other hosts.
-        is_strict: whether hosts and origins are checked; a server that asks for keys need not, as no page has one.
+        hosts: names of this server that a web site could have, too.
+        named_hosts: the hosts that the operator gave by name.
+        origins: origins of pages on other hosts that may use the server.
+        is_strict: whether hosts and origins are checked; with keys there is no need, as no page has one.
     """
 
     hosts: tuple[str, ...]
@@ -39,14 +39,14 @@ class PagePolicy:
 
     @classmethod
     def of(cls, params: ServeParams, *, is_open: bool) -> "PagePolicy":
-        """Return the policy of a server, which is open where it asks for no key."""
+        """Return the policy of a server; `is_open` means that it asks for no key."""
         own = [name for name in (params.host, socket.gethostname()) if host_name(name)]
         is_strict = is_open or is_loopback(params.host) or bool(params.allowed_host)
         named = tuple(host for host in params.allowed_host if host != ANY)
         return cls((*own, *params.allowed_host), named, params.cors_origin, is_strict)
 
     def check(self, method: str, version: str, headers: Headers) -> None:
-        """Raise a Failure for a request that a page may have sent unasked, or whose host is not clear."""
+        """Raise a Failure if a page may have sent the request unasked, or if its host is unclear."""
         host = self._check_host(version, headers)
         if self.is_strict:
             self._check_origin(method, host, headers)
@@ -80,7 +80,7 @@ class PagePolicy:
             raise Failure(403, message, code="origin_not_allowed")
 
     def _is_own(self, origin: str, host: str) -> bool:
-        """Return whether a page's origin is this server's, or one that the operator allows."""
+        """Return whether an origin is this server's own or an allowed one."""
         if origin in self.origins or "*" in self.origins:
             return True
         address = origin.partition("://")[2]
@@ -90,12 +90,12 @@ class PagePolicy:
 
 
 def _without_port(address: str) -> str:
-    """Return HOST:PORT in lower case, without the ports that addresses leave out."""
+    """Return HOST:PORT in lower case, without the default ports."""
     return address.lower().removesuffix(":80").removesuffix(":443")
 
 
 def _check_content_type(headers: Headers) -> None:
-    """Raise a Failure for a body that a page may send without asking first."""
+    """Raise a Failure for a type of body that a page may send without asking first."""
     for given in headers.getlist("content-type"):
         kind = given.partition(";")[0].strip().lower()
         is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))

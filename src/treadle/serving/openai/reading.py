@@ -1,4 +1,4 @@
-"""Reads the bodies of requests, and says every problem of one in a single message."""
+"""Reads the bodies of requests while their clients are connected; one message lists all problems of a body."""
 
 import asyncio
 import json
@@ -25,22 +25,22 @@ from treadle.serving.openai.state import ServerState
 Result = TypeVar("Result")
 
 MAX_OBJECT_FIELDS = 256
-"""Of a JSON object in a body."""
+"""A JSON object in a body may have so many fields."""
 MAX_BODY_CONTAINERS = 20_000
-"""Lists and objects in a body; the garbage collector looks at each many times while more are made."""
+"""A body may have so many lists and objects; Python's garbage collector visits each of them many times."""
 MAX_BODY_VALUES = 500_000
-"""Values in a body; no other thread runs while they are read, which takes 50 ms."""
+"""A body may have so many values; reading them takes 50 ms, in which no other thread runs."""
 GZIP = b"\x1f\x8b"
 
 
 async def read(request: Request, kind: type[BodyKind]) -> tuple[BodyKind, Problems]:
-    """Return a request's body and what is wrong with it."""
+    """Return a request's body and its problems."""
     state, encoding = ServerState.of(request), request.headers.get("content-encoding", "")
     return await in_queue(request, lambda raw, _: read_body(kind, read_object(raw, encoding), state.params))
 
 
 async def in_queue(request: Request, function: Callable[[bytes, Check], Result]) -> Result:
-    """Run a function that reads a request's body when its turn comes; afterwards nothing keeps the body."""
+    """Run a function on a request's body when its turn comes, then free the body."""
     state, context = ServerState.of(request), RequestContext.of(request)
     with context.body as raw:
         async with within(state.params.request_timeout):
@@ -48,7 +48,7 @@ async def in_queue(request: Request, function: Callable[[bytes, Check], Result])
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return what `work` returns; it is cancelled when the client of a request goes away, which is a Failure."""
+    """Return the result of `work`; if the request's client goes away, cancel it and raise a Failure."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(request))
     try:
@@ -63,7 +63,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
 @asynccontextmanager
 async def within(seconds: float) -> AsyncGenerator[None]:
-    """Give up what happens inside after so many seconds; a Failure says so."""
+    """Cancel the block after so many seconds and raise a Failure."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -77,7 +77,7 @@ async def _until_gone(request: Request) -> None:
 
 
 def read_object(raw: bytes, encoding: str = "") -> Json:
-    """Return the JSON object that a body is; `encoding` is that of its content, as the client says."""
+    """Return a body's JSON object; `encoding` is the client's Content-Encoding."""
     if encoding not in ("", "identity") or raw.startswith(GZIP):
         given = f"Content-Encoding: got {shown(encoding or 'gzip')}"
         raise Failure(415, f"{given}; allowed: none, send the body as it is", code="unsupported_encoding")
@@ -98,7 +98,7 @@ def read_object(raw: bytes, encoding: str = "") -> Json:
 
 
 def _count(raw: bytes) -> tuple[int, int]:
-    """Return how many lists and objects a JSON text has, and how many values; 0 where even its strings have few."""
+    """Return how many lists and objects a JSON text has, and how many values; 0 if both are surely few."""
     if raw.count(b"[") + raw.count(b"{") <= MAX_BODY_CONTAINERS and raw.count(b",") < MAX_BODY_VALUES:
         return 0, 0
     # several short passes in linear time, between which other threads run
@@ -109,7 +109,7 @@ def _count(raw: bytes) -> tuple[int, int]:
 
 
 def _small(pairs: list[tuple[str, Any]]) -> Json:
-    """Return a JSON object, which nobody needs with more fields: each that is unknown would be looked up."""
+    """Return a JSON object, or raise a Failure if it has too many fields."""
     if len(pairs) > MAX_OBJECT_FIELDS:
         allowed = f"at most {MAX_OBJECT_FIELDS}"
         raise Failure(
@@ -119,9 +119,9 @@ def _small(pairs: list[tuple[str, Any]]) -> Json:
 
 
 def read_body(kind: type[BodyKind], given: Json, limits: ServeParams) -> tuple[BodyKind, Problems]:
-    """Return the body and its problems; where a field is wrong, the body has an example's.
+    """Return the body and its problems; a wrong field is replaced by the example's.
 
-    So what is right in it can be checked further, and one message can list everything.
+    So the right fields can be checked further, and one message lists all problems.
     """
     try:
         return kind.model_validate(given, context=limits), []
@@ -133,7 +133,7 @@ def read_body(kind: type[BodyKind], given: Json, limits: ServeParams) -> tuple[B
 
 
 def _problems(kind: type[Body], entries: Sequence[Mapping[str, Any]], limits: ServeParams) -> Problems:
-    """Return what pydantic found, once a place; many are not worded but counted, as wording takes the most time."""
+    """Return the problems that pydantic found, one per place; only the first are worded, as that is slow."""
     schema = kind.model_json_schema()
     found = {entry["loc"]: entry for entry in reversed(entries)}
     worded = [_problem(entry, schema, limits) for entry in islice(reversed(found.values()), MAX_LISTED_PROBLEMS)]
@@ -155,12 +155,12 @@ def _problem(entry: Mapping[str, Any], schema: Json, limits: ServeParams) -> Pro
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
-    """Return where in a body something is: messages[0].role."""
+    """Return the place in a body as a path: messages[0].role."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
 def _describe(schema: Json, loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
-    """Return what is allowed at a place in a body, and the fields of the object that it is in."""
+    """Return the description of a place in a body, and the fields of the object around it."""
     node, known, description = schema, list[str](), ""
     for part in loc:
         inner = _resolved(schema, node)
@@ -174,7 +174,7 @@ def _describe(schema: Json, loc: tuple[int | str, ...]) -> tuple[str, list[str]]
 
 
 def _resolved(schema: Json, node: Json) -> Json:
-    """Return the object or list that a schema means, behind references and beside null."""
+    """Return a schema's own object or list, without references and null."""
     for choice in node.get("anyOf", ()):
         if choice.get("type") != "null":
             node = choice

@@ -24,7 +24,7 @@ from treadle.serving.openai.targets import AUTO
 
 
 async def route(request: Request) -> Response:
-    """POST /v1/route: how a text, or what the messages of a chat say, is weighed, and why."""
+    """POST /v1/route: explain how a text, or the contents of a chat's messages, are weighed."""
     return await while_connected(request, _route(request))
 
 
@@ -35,7 +35,9 @@ async def _route(request: Request) -> Response:
     names, is_known = state.targets.names, not state.targets.unknown(body.model, caller)
     if is_known and body.model not in names:
         problems.append(Problem("model", f"model: got {body.model!r}, which is not routed; allowed: {listed(names)}"))
-    model = AUTO if is_known else body.model  # one that is not routed is refused once, its options as if it were
+    model = (
+        AUTO if is_known else body.model
+    )  # a model that is not routed is refused once; its options are read as if it were
     target = state.targets.read(model, body.treadle, problems, caller)
     text = _text_to_weigh(body, problems, _most_letters(state))
     if problems:
@@ -55,7 +57,7 @@ async def _route(request: Request) -> Response:
 
 
 def _text_to_weigh(body: RouteBody, problems: Problems, most: int | None) -> str:
-    """Return the text of a body, or what its messages say; adds to its problems."""
+    """Return a body's text or its messages' contents, and add to its problems."""
     wrong = {problem.place.partition("[")[0] for problem in problems}
     if not wrong & {"text", "messages"}:
         if body.text is None and body.messages is None:
@@ -72,13 +74,13 @@ def _text_to_weigh(body: RouteBody, problems: Problems, most: int | None) -> str
 
 
 def _most_letters(state: ServerState) -> int | None:
-    """Return the characters of a text that is weighed at most: as many as a prompt may have; None = any number."""
+    """Return how many characters a text may have, as many as a prompt; None = any number."""
     limits = [limit for limit in (state.params.max_prompt_tokens, state.engine.context) if limit]
     return min(limits) * MAX_TOKEN_CHARACTERS if limits else None
 
 
 class AttendedEmbedder(StaticEmbedder):
-    """A static embedder that calls a check now and then while it reads a long text; its words are its own."""
+    """A static embedder with its own cache that calls a check now and then during a long text."""
 
     def __init__(self, embedder: StaticEmbedder, check: Check) -> None:
         self.model, self.id, self.dim = embedder.model, embedder.id, embedder.dim
@@ -91,7 +93,7 @@ class AttendedEmbedder(StaticEmbedder):
 
 
 def attended(router: Router, check: Check) -> Router:
-    """Return a router whose embedder calls a check now and then, where it is a static one."""
+    """Return a router whose embedder, if static, calls a check now and then."""
     embedder = router.embedder
     is_static = isinstance(embedder, StaticEmbedder)
     return replace(router, embedder=AttendedEmbedder(embedder, check)) if is_static else router

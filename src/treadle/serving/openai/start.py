@@ -1,4 +1,4 @@
-"""What is checked before the model is loaded: a server that could not work must not say that it serves."""
+"""Checks a server before the model is loaded: one that cannot work must not say that it serves."""
 
 import errno
 import logging
@@ -18,13 +18,13 @@ from treadle.serving.openai.targets import model_name
 logger = logging.getLogger("treadle.serving.openai")
 
 MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""Of an address that this machine does not have, such as localhost's second."""
+"""Errors of an address that this machine does not have, such as localhost's second."""
 BACKLOG = 2048
-"""Connections that the system holds until they are accepted; uvicorn's default."""
+"""The system holds so many connections until they are accepted; uvicorn's default."""
 
 
 def check_start(bundle: Bundle, params: ServeParams) -> Keyring:
-    """Return the keys of a server that can start, and log what its operator may not have meant.
+    """Return the keys of a server that can start, and log warnings for its operator.
 
     Raises:
         OptionError: the key file, the certificate, the folder of adapters or the model's name cannot be used; lists
@@ -57,7 +57,7 @@ def bound(host: str, port: int) -> Generator[list[socket.socket]]:
 
 
 def listen(sockets: Sequence[socket.socket], params: ServeParams) -> None:
-    """Let clients connect to sockets that are `bound`; an OptionError where another process was faster."""
+    """Let clients connect to `bound` sockets; an OptionError says that another process was faster."""
     with _worded(params.host, params.port):
         for each in sockets:
             each.listen(BACKLOG)
@@ -65,7 +65,7 @@ def listen(sockets: Sequence[socket.socket], params: ServeParams) -> None:
 
 @contextmanager
 def _worded(host: str, port: int) -> Generator[None]:
-    """Say what to do where the system refuses a port."""
+    """Raise an OptionError with advice if the system refuses a port."""
     try:
         yield
     except OSError as error:
@@ -74,7 +74,7 @@ def _worded(host: str, port: int) -> Generator[None]:
 
 
 def _bind(host: str, port: int) -> Generator[socket.socket]:
-    """Yield a socket for each address that this machine has of a host; of port 0 the first chooses for the others."""
+    """Yield a socket for each address of a host that this machine has; for port 0 the first one chooses the port."""
     missing: OSError | None = None
     is_bound = False
     for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):

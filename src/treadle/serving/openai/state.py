@@ -1,4 +1,4 @@
-"""What the routes of one server share."""
+"""The objects that all endpoints of one server share."""
 
 import asyncio
 import logging
@@ -30,13 +30,13 @@ logger = logging.getLogger("treadle.serving.openai")
 Result = TypeVar("Result")
 
 END_SECONDS = 5.0
-"""How long the engine's thread and those of the lines get to end, once they have been told to."""
+"""The threads of the engine and the queues get so long to end."""
 POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """The engine, what runs it, and what reads requests for it."""
+    """The engine, its scheduler, the reader of requests, and the queues of work beside the event loop."""
 
     bundle: Bundle
     engine: Engine
@@ -56,7 +56,7 @@ class ServerState:
 
     @classmethod
     def make(cls, bundle: Bundle, engine: Engine, params: ServeParams) -> "ServerState":
-        """Return the state of a new server; its scheduler has not been started."""
+        """Return the state of a new server; `start` starts its threads."""
         metrics, routers = Metrics(), Routers(engine)
         metrics.set_adapters(engine.adapter_names)
         targets = Targets(engine, routers, tuple(dict.fromkeys((AUTO, model_name(bundle, params)))))
@@ -83,7 +83,7 @@ class ServerState:
             self.reading.queue(self.drop_now, Client())
 
     def drop_now(self, _: Check) -> None:
-        """Do the same in the calling thread; where it fails, the factors stay and requests go on."""
+        """Do the same in the calling thread; if it fails, the factors stay and requests go on."""
         try:
             stacks = self.scheduler.call(self.engine.plan_drop).result()
             if stacks is not None:
@@ -99,9 +99,9 @@ class ServerState:
         return await asyncio.wrap_future(self.scheduler.call(function))
 
     async def weigh(self, function: Callable[[Check], Result], client: Client, num_bytes: int) -> Result:
-        """Run a function that embeds whole texts beside the steps; see `WorkQueue.run`.
+        """Run a function that embeds whole texts, beside the steps if possible; see `WorkQueue.run`.
 
-        Between two steps where the embedder is a neural network: that reads few words, and OpenMP would keep workers
+        A neural embedder runs between two steps: it reads few words, and OpenMP would keep workers
         for one more thread (`treadle.serving.openai.serve`).
         """
 
@@ -112,31 +112,31 @@ class ServerState:
         return await self.weighing.run(between_steps if is_neural else function, client, num_bytes)
 
     def take_no_more(self) -> None:
-        """Prepare no more requests: those that wait are told that the server ends."""
+        """Prepare no more requests; waiting ones are told that the server ends."""
         self.scheduler.drain()
         for line in (self.preparing, self.weighing, self.reading):
             line.close()
 
     @property
     def has_ended(self) -> bool:
-        """Whether no thread is left that does something."""
+        """Whether all threads have ended."""
         lines = (self.preparing, self.weighing, self.reading, self.writing)
         return self.scheduler.has_ended and all(line.has_ended(0) for line in lines)
 
     async def shut_down(self) -> None:
-        """End the engine's thread and the lines; one that does not end in time is left to the end of the process."""
+        """End the threads of the engine and the queues; one that does not end in time is left running."""
         self.take_no_more()
         self.writing.close()
         threading.Thread(target=self.scheduler.stop, name="treadle-stop", daemon=True).start()
         until = time.monotonic() + END_SECONDS
         while not self.has_ended:
             if time.monotonic() > until:
-                logger.warning("what runs does not end within %g s; it is left", END_SECONDS)
+                logger.warning("some threads do not end within %g s; they are left running", END_SECONDS)
                 return
             await asyncio.sleep(POLL_SECONDS)
 
     def start(self) -> None:
-        """Start the engine's thread; its news arrive in the event loop that runs now."""
+        """Start the engine's thread; its news go to the event loop that runs now."""
         loop = asyncio.get_running_loop()
 
         def post(mail: Mail) -> None:

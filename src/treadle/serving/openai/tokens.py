@@ -22,7 +22,7 @@ MAX_COMPOSED_BYTES = 4
 
 
 class TokenTexts:
-    """Texts and bytes of a tokenizer's tokens; no two tokens of a place have the same text."""
+    """Returns texts and bytes of a tokenizer's tokens; two tokens never have the same text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
@@ -30,15 +30,15 @@ class TokenTexts:
         self._has_byte_letters = "ByteLevel" in decoder
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes that a token stands for, which may be a part of a character.
+        """Return the UTF-8 bytes of a token; they may be a part of a character.
 
-        Models have more rows in their vocabulary than the tokenizer has tokens: such an id stands for no bytes.
+        A model may have more ids than its tokenizer has tokens; the other ids have no bytes.
         """
         symbol = cast(str | None, self._tokenizer.convert_ids_to_tokens(token_id))
         return b"" if symbol is None else self.bytes_of_symbol(symbol)
 
     def bytes_of_symbol(self, symbol: str) -> bytes:
-        """Return the bytes of a token as the vocabulary writes it."""
+        """Return the bytes of a token, given as the vocabulary writes it."""
         if found := BYTE.fullmatch(symbol):
             return bytes([int(found[1], 16)])
         letters = byte_letters()
@@ -57,7 +57,7 @@ class TokenTexts:
 
 @cache
 def byte_letters() -> dict[str, int]:
-    """Return which byte each letter of a byte-level vocabulary stands for.
+    """Return the byte of each letter of a byte-level vocabulary.
 
     Printable bytes stand for themselves; the others, in order, are the letters from U+0100 on (GPT-2's table).
     """
@@ -67,7 +67,7 @@ def byte_letters() -> dict[str, int]:
 
 
 class MinTokenCount:
-    """Bounds the tokens of texts from below, for one tokenizer; 0 where it may drop or join what it does not know."""
+    """Bounds the token count of texts from below, for one tokenizer; 0 if that may drop or join unknown characters."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._shares = np.zeros(256)  # of a token, that each byte needs at least
@@ -86,13 +86,13 @@ class MinTokenCount:
             self._shares[unknown] = 0.0  # dropped, or all of them one token
 
     def __call__(self, text: str) -> int:
-        """Return how many tokens a text has at least."""
+        """Return a lower bound of a text's tokens."""
         counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)  # (256,)
         return ceil(counts @ self._shares * (1 - 1e-9))
 
 
 def _composed(backend: Any) -> int | None:
-    """Return how many bytes of a text become one byte of tokens at most; None where that has no limit."""
+    """Return how many bytes of a text become at most one byte of tokens; None = any number."""
     if backend is None or type(backend.model).__name__ != "BPE":
         return None
     vocabulary = backend.get_vocab(with_added_tokens=False)
@@ -108,7 +108,7 @@ def _composed(backend: Any) -> int | None:
 
 
 def _unknown_bytes(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the bytes for which a byte-level vocabulary has no letter; none where all fall back to bytes."""
+    """Return the bytes that a byte-level vocabulary lacks; none if all fall back to bytes."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend.model.byte_fallback:
         return []
@@ -125,7 +125,7 @@ def _steps(component: Any, inner: str) -> list[dict[str, Any]]:
 
 
 def _keeps_all(step: dict[str, Any]) -> bool:
-    """Return whether a step leaves every byte of a text in its pieces; a space may be written as another letter."""
+    """Return whether a step keeps every byte of a text; it may write a space as another letter."""
     kind = step["type"]
     if kind == "Replace":
         return step["pattern"] == {"String": " "} and step["content"] == "\u2581"
