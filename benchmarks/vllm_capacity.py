@@ -30,7 +30,7 @@ ATTENTION, ALL = ("q", "v"), ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama-like model."""
+    """The sizes of a Llama-like model."""
 
     name: str
     layers: int

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """Return what the CPU is called, and which of its instructions matter here."""
+    """Return the name of the CPU, and those of its instructions that matter here."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     known = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -86,7 +86,7 @@ def own_product(weight: torch.Tensor) -> Product:
 
 
 def factors(stack: LayerStack) -> list[torch.Tensor]:
-    """Return what a stack multiplies with: A, and each B."""
+    """Return the factors of a stack: A, and each B."""
     return [stack.a, *(each.t() for name, each in stack.named_buffers() if name.startswith("b_t"))]
 
 

@@ -41,9 +41,9 @@ PROMPTS = ["Question: A farmer has 3 fields. How many", "def largest(numbers):",
            "Context: The University of Padua was founded in 1222."]  # fmt: skip
 ARMS = ("base", "qv", "all", "lora-qv", "lora-all")
 RANKS = {"lora-qv": 16, "lora-all": 8}
-"""Of the adapter that vLLM serves itself, and of the room that it has for it."""
-UNSTEADY = 0.2
-"""Of the base's median, between its quartiles: beyond, a row says little."""
+"""The rank of the adapter that vLLM serves itself, and of its room for it."""
+MAX_SPREAD = 0.2
+"""The distance of the base's quartiles, as a share of its median, beyond which a row says little."""
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def rows(seconds: dict[str, list[float]], batch: int) -> list[str]:
     """Return the lines of the table for one batch."""
     first = next(iter(seconds.values()))
     low, _, high = quantiles(first, n=4)
-    mark = " **unsteady**" if high - low > UNSTEADY * median(first) else ""
+    mark = " **unsteady**" if high - low > MAX_SPREAD * median(first) else ""
     made: list[str] = []
     for arm, each in seconds.items():
         shares = [base / own for base, own in zip(first, each, strict=True)]

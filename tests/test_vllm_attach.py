@@ -1,4 +1,4 @@
-"""Which part of which of the checkpoint's layers a linear layer of vLLM's holds, and what is laid beside it."""
+"""A linear layer of vLLM holds parts of the checkpoint's layers, and a stack is laid beside it."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 
 
 def column(sizes: list[int], tp_size: int, tp_rank: int, **more: Any) -> SimpleNamespace:
-    """What vLLM's column-parallel layers say of themselves; sizes are those of this process."""
+    """Make a column-parallel layer of vLLM; sizes are those of this process."""
     return SimpleNamespace(
         input_size=64, input_size_per_partition=64, output_partition_sizes=sizes, output_size_per_partition=sum(sizes),
         tp_size=tp_size, tp_rank=tp_rank, **more,

@@ -31,7 +31,7 @@ def mixture(bundle_folder: Path) -> Mixture:
 
 
 def key_of(mixture: Mixture, given, tokenizer) -> bytes | None:
-    """What a block's hash contains besides its tokens."""
+    """Return the key that a block's hash contains besides its tokens."""
     schedule = Schedule(mixture, tokenizer)
     stream = schedule.open(given, len(IDS))
     schedule.decide([(stream, IDS, len(IDS))])

@@ -1,4 +1,4 @@
-"""What is refused when vLLM starts, and a step that comes without weights. Needs no vLLM."""
+"""Some options of vLLM are refused at the start, and so is a step without weights. Needs no vLLM."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -35,7 +35,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "code": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "gate_proj", "down_proj"],
              "use_rslora": True},
 }  # fmt: skip
-"""Of unequal ranks, scales and target modules, fused layers and row-parallel ones among them."""
+"""Adapters of unequal ranks, scales and target modules, fused layers and row-parallel ones among them."""
 PROMPTS = [
     "add three plus four and the sum plus three",
     "the atom heat of a planet",
@@ -119,7 +119,7 @@ def serving(bundle: Path | None, model: Path | str | None = None, **options: Any
 def reference(
     engine: Any, prompts: Sequence[Any], routing: Any = None, tokens: int = 48, *, together: bool = False
 ) -> list[list[int]]:
-    """Return what the embedded engine generates greedily, past the end of text: each prompt alone, or all together."""
+    """Generate greedily with the embedded engine, past the end of text: each prompt alone, or all together."""
     ids = [engine.tokenizer(each).input_ids if isinstance(each, str) else each for each in prompts]
     each = routing if isinstance(routing, list) else [routing or engine.router.params] * len(ids)
     groups = [(ids, each)] if together else [([one], [params]) for one, params in zip(ids, each, strict=True)]

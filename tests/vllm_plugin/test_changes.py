@@ -35,7 +35,7 @@ def folders(small: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def texts(small: Path, folders: list[Path]) -> list[list[list[int]]]:
-    """What the embedded engine makes with each of them alone."""
+    """The embedded engine's texts with each of them alone."""
     made: list[list[list[int]]] = []
     for folder in folders:
         engine = treadle.load(small, device="cpu", dtype="float32")

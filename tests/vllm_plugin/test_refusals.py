@@ -1,4 +1,4 @@
-"""What cannot be done is refused at the start, by name; what a request gets wrong is an error of that request."""
+"""The start refuses by name what cannot be done; a wrong request is an error of that request."""
 
 from pathlib import Path
 from typing import Any

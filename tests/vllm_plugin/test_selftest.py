@@ -1,6 +1,6 @@
-"""The vLLM that is installed is one that the plugin knows."""
+"""The plugin knows the installed vLLM."""
 
-from treadle.serving.vllm.selftest import TOLERANCE, examine_vllm
+from treadle.serving.vllm.selftest import TOLERANCE_NATS, examine_vllm
 
 
 def test_this_vllm_is_healthy() -> None:
@@ -8,4 +8,4 @@ def test_this_vllm_is_healthy() -> None:
     assert report.problems == ()
     assert report.difference is not None
     assert report.change is not None
-    assert report.difference < TOLERANCE / 10 < 100 * TOLERANCE < report.change
+    assert report.difference < TOLERANCE_NATS / 10 < 100 * TOLERANCE_NATS < report.change

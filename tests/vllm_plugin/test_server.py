@@ -56,7 +56,7 @@ class Server:
             return error.code, json.loads(error.read() or "null")
 
     def figures(self) -> dict[str, float]:
-        """What Prometheus reads of the blending: series -> value."""
+        """Read the figures of the blending as Prometheus does: series -> value."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=30) as response:
             text = response.read().decode()
         found = {

@@ -1,4 +1,4 @@
-"""The routing that a request asks for: its options over the bundle's default, the same in every server."""
+"""Reads the routing that a request asks for: its options over the bundle's default, the same in every server."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +7,13 @@ from treadle.common.errors import shown
 from treadle.common.options import read_options
 from treadle.common.params import RoutingParams
 
-LARGEST_WEIGHT = 100
-"""Of an adapter; larger ones make activations overflow."""
-LARGEST_COUNT = 1_000_000
-"""Tokens or adapters that an option of a request may name."""
+MAX_WEIGHT = 100
+"""The largest weight of an adapter; larger ones make activations overflow."""
+MAX_COUNT = 1_000_000
+"""The most tokens or adapters that an option of a request may name."""
 
 
-def requested(default: RoutingParams, options: Mapping[str, Any]) -> RoutingParams:
+def requested_routing(default: RoutingParams, options: Mapping[str, Any]) -> RoutingParams:
     """Return `default` with a request's options over it; `fixed` alone implies its rule.
 
     Raises:
@@ -21,19 +21,19 @@ def requested(default: RoutingParams, options: Mapping[str, Any]) -> RoutingPara
     """
     given = dict(options)
     if given.get("fixed") is not None:
-        given = {"rule": "fixed", **given}  # nobody would give both
+        given = {"rule": "fixed", **given}  # the caller gives one of them
     elif default.fixed is not None and given.get("rule", "fixed") != "fixed":
         given = {"fixed": None, **given}
     return read_options(RoutingParams, given, onto=default)
 
 
-def too_large(params: RoutingParams) -> list[str]:
-    """Return the values that a request may not give, because they would overflow in the arithmetic of its row."""
+def size_problems(params: RoutingParams) -> list[str]:
+    """Return the values that a request may not give, because they would overflow in its arithmetic."""
     given = {name: getattr(params, name) for name in ("every", "window", "recent", "top_k")}
-    limits = dict.fromkeys(given, LARGEST_COUNT)
+    limits = dict.fromkeys(given, MAX_COUNT)
     given |= {f"fixed.{name}": weight for name, weight in (params.fixed or {}).items()}
     return [
-        f"{name}: got {shown(value)}; allowed: at most {limits.get(name, LARGEST_WEIGHT)}"
+        f"{name}: got {shown(value)}; allowed: at most {limits.get(name, MAX_WEIGHT)}"
         for name, value in given.items()
-        if value is not None and value > limits.get(name, LARGEST_WEIGHT)
+        if value is not None and value > limits.get(name, MAX_WEIGHT)
     ]

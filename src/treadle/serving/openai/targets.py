@@ -16,7 +16,7 @@ from treadle.serving.openai.bodies import Json
 from treadle.serving.openai.failures import MAX_LISTED_PROBLEMS, Problem, Problems, cut
 from treadle.serving.openai.keys import Caller
 from treadle.serving.openai.params import BASE, ServeParams
-from treadle.serving.request import requested, too_large
+from treadle.serving.request import requested_routing, size_problems
 
 AUTO = "auto"
 TREADLE_FIELDS = ("adapters", "trace")
@@ -146,11 +146,11 @@ class Targets:
             Problem("treadle", f"{cut(f'treadle.{name}')}: {unknown_name('option', name, allowed)}") for name in unknown
         ]
         try:
-            params = requested(default, {name: value for name, value in options.items() if name in known})
+            params = requested_routing(default, {name: value for name, value in options.items() if name in known})
         except OptionError as error:
             problems += [_worded(problem, options) for problem in error.problems]
             return default
-        problems += [Problem("treadle", f"treadle.{problem}") for problem in too_large(params)]
+        problems += [Problem("treadle", f"treadle.{problem}") for problem in size_problems(params)]
         return params
 
 

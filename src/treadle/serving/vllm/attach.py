@@ -38,7 +38,7 @@ COARSE_TOLERANCE = 2e-2
 
 @dataclass(frozen=True)
 class AttachContext:
-    """What `attach` must know of vLLM and of this process.
+    """Tells `attach` about vLLM and this process.
 
     Attributes:
         num_tokens: the most tokens of a step.

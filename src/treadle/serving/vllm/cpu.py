@@ -28,7 +28,7 @@ WriteKernel = Callable[[Tensor, Tensor], object]
 
 @dataclass(frozen=True)
 class Product:
-    """x (T, in) -> x W^T (T, out), for a W that is packed; by the kernel that is fastest for T tokens.
+    """Multiplies x (T, in) with a packed W: x W^T (T, out), by the kernel that is fastest for T tokens.
 
     Attributes:
         many: makes it for any number of tokens.
@@ -50,7 +50,7 @@ class Product:
 
 
 def in_new_memory(into: WriteKernel, size_out: int, x: Tensor) -> Tensor:
-    """Return what `into` makes of x (T, in), in memory of its own: (T, out)."""
+    """Return the product (T, out) of x (T, in) that `into` writes, in new memory."""
     made = x.new_empty(x.shape[0], size_out)
     into(made, x)
     return made

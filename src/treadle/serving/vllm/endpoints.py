@@ -75,21 +75,21 @@ class EndpointState:
         return {*reader.mixture.names, *(name for name in self.engine.model_names if name not in reader.removed)}
 
     async def call(self, function: str, *arguments: Any) -> dict[str, Any]:
-        """Call a function of every engine's core and return the first answer; an error of any is raised."""
+        """Call a function of every engine's core; return the first answer, or raise the error of any."""
         return _first(await self.engine.ask(function, *arguments))
 
     async def add(self, *arguments: Any) -> dict[str, Any]:
         """Let an adapter join in every engine, or in none; see `treadle.serving.vllm.live.Core.add_adapter`."""
-        await self.call("treadle_check_adapter", *arguments)  # of all, before any of them changes
+        await self.call("treadle_check_adapter", *arguments)  # all are asked before any of them changes
         try:
             return await self.call("treadle_add_adapter", *arguments)
         except Exception:  # whatever kept one engine from it, the others must give it back
-            with suppress(Exception):  # an engine that is dead: the first error says more
+            with suppress(Exception):  # the first error says more than a dead engine's
                 await self.engine.ask("treadle_remove_adapter", arguments[0])
             raise
 
     async def remove(self, name: str) -> dict[str, Any]:
-        """Take an adapter out in every engine; requests that name it are refused before the first hears of it."""
+        """Refuse requests that name an adapter, then take it out in every engine."""
         before = self.reader.mixture
         self.reader.mixture = without_adapter(before, name)
         try:
@@ -136,13 +136,13 @@ def answering(handler: Callable[[Request, EndpointState], Any]) -> Callable[[Req
 
 
 async def metrics(request: Request) -> Response:
-    """GET /metrics: vLLM's figures, and those of the blending after them."""
+    """Answer GET /metrics: vLLM's figures, and those of the blending after them."""
     state: EndpointState | None = getattr(request.app.state, KEY, None)
     return await figures.response(None if state is None else state.engine.ask)
 
 
 async def route(request: Request, state: EndpointState) -> dict[str, Any]:
-    """Return the weights (T, N) of every token of a prompt and, where given, of what was generated after it."""
+    """Return the weights (T, N) of every token of a prompt and of the generated tokens after it, if given."""
     body = await _body(request, state)
     if unknown := [unknown_name("field", name, ROUTE_KEYS) for name in body if name not in ROUTE_KEYS]:
         raise OptionError(problem_list("route:", unknown))
@@ -176,7 +176,7 @@ def _route(state: EndpointState, asked: tuple[Any, Any], generated: Any, given: 
 
 
 def _token_problems(state: EndpointState, ids: Sequence[int]) -> list[str]:
-    """Return why vLLM could not have read these tokens (T,)."""
+    """Return why vLLM cannot have read these tokens (T,)."""
     problems: list[str] = []
     if len(ids) > state.engine.max_tokens:
         problems.append(f"{len(ids)} tokens; this server reads at most {state.engine.max_tokens} (--max-model-len)")
@@ -186,7 +186,7 @@ def _token_problems(state: EndpointState, ids: Sequence[int]) -> list[str]:
 
 
 def _checked_prompt(state: EndpointState, prompt: Any) -> Any:
-    """Return a prompt that is worth tokenising: a text, or messages whose contents are."""
+    """Return the prompt, or raise an OptionError if its text is too long for any tokenizer."""
     messages = _messages(prompt)
     length = sum(map(len, contents_of(messages)))
     if length > state.engine.max_tokens * state.max_piece_length:
@@ -213,7 +213,7 @@ def _are_ids(value: Any) -> bool:
 
 
 async def adapters(request: Request, state: EndpointState) -> dict[str, Any]:
-    """GET: the adapters and what the router has done. POST {"name", "path", "samples"}: one more."""
+    """Answer GET with the adapters and the router's work; POST {"name", "path", "samples"} adds one."""
     if request.method == "GET":
         return await state.call("treadle_adapters")
     _check_admin(request, state)
@@ -237,7 +237,7 @@ async def adapters(request: Request, state: EndpointState) -> dict[str, Any]:
 
 
 async def remove(request: Request, state: EndpointState) -> dict[str, Any]:
-    """DELETE: take an adapter out of the requests that begin from now on."""
+    """Answer DELETE: take an adapter out of the requests that begin from now on."""
     name = str(request.path_params["name"])
     _check_admin(request, state)
     async with state.changing:

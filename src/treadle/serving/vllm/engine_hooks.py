@@ -35,7 +35,7 @@ ScheduledTokens = tuple[str, RequestWeights, Sequence[int], int, int]
 
 
 def core_of(scheduler: Any) -> Core | None:
-    """Return what vLLM's scheduler knows of the blending; None = there is no bundle."""
+    """Return the blending state of vLLM's scheduler; None = there is no bundle."""
     return getattr(scheduler, KEY, None)
 
 
@@ -89,7 +89,12 @@ def _scheduler_class(parent: Any) -> Any:
 
 
 def scheduled_tokens(counts: Mapping[str, int], requests: Mapping[str, Any]) -> list[ScheduledTokens]:
-    """Return what has just been scheduled: request id -> how many tokens, which vLLM counts as computed already."""
+    """Return the tokens that vLLM has just scheduled, and counts as computed already.
+
+    Args:
+        counts: request id -> how many tokens.
+        requests: request id -> vLLM's request.
+    """
     entries = [(name, requests[name], count) for name, count in counts.items()]
     return [
         (name, each.treadle.weights, each.all_token_ids, each.num_computed_tokens - count, each.num_computed_tokens)
@@ -158,7 +163,7 @@ def treadle_adapters(self: Any) -> dict[str, Any]:
 
 
 def treadle_figures(self: Any) -> dict[str, Any]:
-    """Return what one engine has decided and generated."""
+    """Return the numbers of decisions and generated tokens of one engine."""
     return _core(self).figures()
 
 

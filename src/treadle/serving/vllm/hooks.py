@@ -32,7 +32,7 @@ MODEL_KEY = "treadle_model"
 
 @dataclass
 class ServerProcess:
-    """What the hooks of one process share.
+    """The state that the hooks of one process share.
 
     Attributes:
         has_bundle: whether a bundle is configured here; a chat by itself does not lead to its server.
@@ -76,12 +76,12 @@ def install() -> None:
 
 
 def reader_of(processor: Any) -> RequestReader | None:
-    """Return what reads the requests of one of vLLM's input processors; None = there is no bundle."""
+    """Return the reader of one of vLLM's input processors; None = there is no bundle."""
     return getattr(processor, KEY, None)
 
 
 def served_engine(engine_client: Any) -> ServedEngine | None:
-    """Return what the routes use of vLLM's client; None = there is no bundle."""
+    """Take what the routes need from vLLM's client; None = there is no bundle."""
     reader = reader_of(engine_client.input_processor)
     if reader is None:
         return None
@@ -110,7 +110,7 @@ def checked_start(original: Any, problems: Sequence[str], process: ServerProcess
     Args:
         original: vLLM's function.
         problems: why this vLLM cannot be hooked; empty = it can.
-        process: what the hooks of this process share.
+        process: the state that the hooks of this process share.
     """
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:

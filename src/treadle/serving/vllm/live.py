@@ -28,16 +28,16 @@ class HashedWeights:
         self.weights = weights
 
     def block_key(self, token_ids: Sequence[int], start: int, end: int) -> bytes | None:
-        """Return what the hash of the block of positions `start` to `end` must contain besides its tokens."""
+        """Return the key that the hash of the block `start` to `end` must contain besides its tokens."""
         self._schedule.decide([(self.weights, token_ids, end)])
         return self.weights.key(start, end)
 
 
 class Core:
-    """What the scheduler's process knows: the mixture as it is now, and the weights of every request.
+    """Holds the mixture as it is now, and the weights of every request, in the scheduler's process.
 
-    Its methods that return a dict answer the routes. They return {"error": message} instead of raising: vLLM's client
-    would get only the text of an exception.
+    Methods that return a dict answer the routes. They return {"error": message} and raise nothing, because vLLM's
+    client would get only the text of an exception.
     """
 
     def __init__(self, params: PluginParams, base: str, schedule: Schedule) -> None:
@@ -67,7 +67,7 @@ class Core:
         }
 
     def figures(self) -> dict[str, Any]:
-        """Return what this engine has decided and generated, for `treadle.serving.vllm.figures`."""
+        """Return the numbers of decisions and generated tokens, for `treadle.serving.vllm.figures`."""
         counts = self.schedule.counts
         return {
             "decisions": counts.decisions,
@@ -80,7 +80,7 @@ class Core:
     def check_adapter(
         self, name: str, path: str, samples: Sequence[str] | None, busy_slots: set[int], put: PutAdapter
     ) -> dict[str, Any]:
-        """Return {} if an adapter can join, else the error; nothing changes.
+        """Return {} if an adapter can join, else the error; change nothing.
 
         Args:
             name: the adapter's name.

@@ -31,7 +31,7 @@ from treadle.routing.centroids import Centroids, Floats
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import centroid_of
 from treadle.routing.router import Router
-from treadle.serving.request import requested, too_large
+from treadle.serving.request import requested_routing, size_problems
 from treadle.serving.vllm.params import KEY, SUM_ONLY_REASON, PluginParams
 
 AUTO, BASE = "auto", "base"
@@ -110,17 +110,17 @@ class Mixture:
         return params
 
     def choices(self) -> tuple[str, ...]:
-        """Return what a request may ask for by name."""
+        """Return the names that a request may ask for."""
         return (AUTO, BASE, *self.names)
 
     def _read_options(self, given: Mapping[str, Any]) -> RoutingParams:
         if given and all(name in self.names and name not in FIELDS for name in given):
             given = {"fixed": given, "every": None}  # weights by name
         try:
-            params = requested(self.router.params, given)
+            params = requested_routing(self.router.params, given)
         except OptionError as error:
             raise OptionError(f"{KEY}: {error}; got {json.dumps(dict(given), default=str)[:200]}") from error
-        if problems := too_large(params):
+        if problems := size_problems(params):
             raise OptionError(problem_list(f"{KEY}:", problems))
         return params
 

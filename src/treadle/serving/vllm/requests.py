@@ -47,7 +47,7 @@ class RequestReader:
         return cls(params, bundle.base_model, mixture)
 
     def choice(self, given: Any, model: str | None) -> Any:
-        """Return what the engine shall read: a request's own options, else the model's name where that is a choice.
+        """Choose what the engine reads: a request's own options, else the model's name where that is a choice.
 
         Raises:
             OptionError: the options cannot be read, or these adapters do not allow them; it lists every problem. Also
@@ -61,7 +61,7 @@ class RequestReader:
 
 @dataclass(frozen=True)
 class ServedEngine:
-    """What the plugin's routes use of vLLM's client and of its configuration.
+    """The parts of vLLM's client and configuration that the plugin's routes use.
 
     Attributes:
         reader: reads what requests ask for.

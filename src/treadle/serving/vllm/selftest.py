@@ -1,4 +1,4 @@
-"""Compares a small engine of the vLLM that is installed with the plain formula: `treadle doctor --vllm`."""
+"""Compares a small engine of the installed vLLM with the plain formula: `treadle doctor --vllm`."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from typing import Any
 
 from treadle.common.errors import ModelError, TreadleError
 
-TOLERANCE = 1e-3
-"""Nats between vLLM's log-probabilities and the formula's."""
+TOLERANCE_NATS = 1e-3
+"""The largest difference between vLLM's log-probabilities and the formula's."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS = {"one": 0.7, "two": 1.2}
 IDS = list(range(40, 72))
@@ -21,14 +21,14 @@ IDS = list(range(40, 72))
 
 @dataclass(frozen=True)
 class VllmReport:
-    """What was found out about the vLLM that is installed; it is healthy if `problems` is empty.
+    """The result of an examination of the installed vLLM; it is healthy if `problems` is empty.
 
     Attributes:
-        version: of vLLM.
+        version: the version of vLLM.
         known: version -> what has been run on it.
-        problems: places that have moved, or how far the self-test is off.
-        difference: largest difference in nats from the formula; None = not run.
-        change: how far the adapters moved the same log-probabilities.
+        problems: hook points that have moved, or how far the self-test is off.
+        difference: the largest difference in nats from the formula; None = not run.
+        change: how far, in nats, the adapters move the same log-probabilities.
     """
 
     version: str
@@ -39,7 +39,7 @@ class VllmReport:
 
 
 def examine_vllm() -> VllmReport:
-    """Check that the places are where the hooks expect them, then run one forward and compare it with the formula.
+    """Check the hook points, then run one forward and compare it with the formula.
 
     Raises:
         ModelError: vLLM is not installed.
@@ -57,7 +57,7 @@ def examine_vllm() -> VllmReport:
     if "error" in found:
         return VllmReport(version, VERSIONS, (f"the self-test did not run: {found['error']}",))
     difference, change = float(found["difference"]), float(found["change"])
-    if not difference < TOLERANCE < change:
+    if not difference < TOLERANCE_NATS < change:
         problems = [f"a forward is off by {difference:.3g} nats; the adapters move it by {change:.3g}"]
     return VllmReport(version, VERSIONS, tuple(problems), difference, change)
 

@@ -1,8 +1,8 @@
 """Says which part of the checkpoint's layers one process of vLLM holds, and what the adapters add there.
 
 vLLM fuses layers (q, k and v in one) and shards them over processes. A `LayerShard` describes one such layer.
-`plain_update` is the plain formula on it: `attach` compares every kind of layer with it at the start. Nothing here
-imports vLLM.
+`plain_update` applies the plain formula to it, `treadle.lora.layer.lora_update`; `attach` compares every kind of layer
+with it at the start. Nothing here imports vLLM.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from treadle.common.errors import ModelError
 from treadle.lora.adapter import Adapter, LoraPair
+from treadle.lora.gates import Gates
+from treadle.lora.layer import lora_update
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def find_shards(model: nn.Module, linear: type) -> dict[str, tuple[Any, LayerSha
 
 
 def shard_of(name: str, layer: Any, packed: Mapping[str, Sequence[str]]) -> LayerShard:
-    """Return what a linear layer of vLLM holds of the checkpoint's layers.
+    """Describe which parts of the checkpoint's layers a linear layer of vLLM holds.
 
     Args:
         name: the layer's name in vLLM's model.
@@ -117,7 +119,7 @@ def factors_here(adapter: Adapter, absent: Sequence[str]) -> dict[str, LoraPair]
 
 
 def plain_update(shard: LayerShard, adapters: Sequence[Adapter], weights: Tensor, x: Tensor) -> Tensor:
-    """Return sum_i w_i s_i B_i A_i x, (T, out), adapter by adapter in float64.
+    """Return the sum of all `lora_update`s, (T, out), adapter by adapter in float64: sum_i w_i s_i B_i A_i x.
 
     Args:
         shard: the layer.
@@ -131,6 +133,7 @@ def plain_update(shard: LayerShard, adapters: Sequence[Adapter], weights: Tensor
         for index, adapter in enumerate(adapters):
             if (pair := adapter.pairs.get(part.path)) is not None:
                 a, b = pair.a.double()[:, part.columns], pair.b.double()[part.rows]
-                made = pair.scale * (inputs @ a.t() @ b.t())
-                expected[:, part.start : part.start + part.size] += weights[:, index : index + 1].double() * made
+                gate = weights[None, :, index : index + 1].double() * pair.scale  # (1, T, 1)
+                made = lora_update(inputs[None] @ a.t(), Gates(gate), b)  # (1, T, out)
+                expected[:, part.start : part.start + part.size] += made[0]
     return expected

@@ -2,8 +2,8 @@
 
 A layer makes one product with A, gates it, and adds one product with B: no matter how many adapters there are. The
 gates lie in tensors whose addresses never change, one row a token of the step. So compiled code and captured CUDA
-graphs read new weights without being made again. `tests/test_vllm_stacks.py` compares a stack with the plain formula,
-`treadle.serving.vllm.shards.plain_update`. Nothing here imports vLLM.
+graphs read new weights without being made again. `tests/test_vllm_stacks.py` compares a stack with the plain formula
+(`treadle.lora.layer.lora_update`) and with the embedded blend. Nothing here imports vLLM.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +80,7 @@ class GateBoard(nn.Module):
 
 
 class StepBuffers(NamedTuple):
-    """What a packed layer needs for a step of T tokens: its kernels, and views of where they write and of the gates."""
+    """The kernels of a packed layer and their memory, for a step of T tokens."""
 
     into_hidden: WriteKernel
     hidden: Tensor  # (T, R)

