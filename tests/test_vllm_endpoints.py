@@ -22,7 +22,7 @@ from treadle.serving.vllm.hooks import served_engine
 from treadle.serving.vllm.live import Core
 from treadle.serving.vllm.mixture import open_bundle
 from treadle.serving.vllm.params import PluginParams
-from treadle.serving.vllm.requests import RequestReader
+from treadle.serving.vllm.requests import OptionReader
 from treadle.serving.vllm.schedule import Schedule
 
 from conftest import BASE, save_adapter
@@ -92,7 +92,7 @@ def state(
         tokenizer=str(bundle_folder.parent / BASE), tokenizer_revision=None, trust_remote_code=False, max_model_len=256,
         get_vocab_size=lambda: 260, served_model_name=["demo", "auto", "math", "code"],
     )  # fmt: skip
-    processor = SimpleNamespace(treadle=RequestReader.open(params))
+    processor = SimpleNamespace(treadle=OptionReader.open(params))
     engine = served_engine(SimpleNamespace(input_processor=processor, model_config=model, engine_core=engines))
     assert engine is not None
     return EndpointState(engine)

@@ -10,7 +10,7 @@ from treadle.common.errors import ModelError
 from treadle.serving.vllm.engine_hooks import fill_gates
 from treadle.serving.vllm.hooks import checked_params
 from treadle.serving.vllm.params import CONTENTS_KEY, PluginParams
-from treadle.serving.vllm.requests import RequestReader, with_contents
+from treadle.serving.vllm.requests import OptionReader, with_contents
 from treadle.serving.vllm.support import option_problems, tokenizer_problems
 
 from conftest import BASE
@@ -132,7 +132,7 @@ def test_what_a_chat_says_goes_from_the_renderer_to_the_engine(bundle_folder: Pa
     prompts = [{"prompt_token_ids": [1]}, {"prompt_token_ids": [2]}]
     with_contents([[{"role": "user", "content": "add"}], [{"role": "user", "content": None}]], prompts)
     assert [prompt[CONTENTS_KEY] for prompt in prompts] == [["add"], [""]]
-    reader = RequestReader.open(PluginParams(bundle=str(bundle_folder)))
+    reader = OptionReader.open(PluginParams(bundle=str(bundle_folder)))
 
     class Params(SimpleNamespace):
         def clone(self) -> "Params":

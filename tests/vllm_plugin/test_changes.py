@@ -11,7 +11,7 @@ from treadle.common.errors import TreadleError
 from treadle.common.params import RoutingParams
 from treadle.serving.vllm.hooks import reader_of
 from treadle.serving.vllm.mixture import Mixture
-from treadle.serving.vllm.requests import RequestReader
+from treadle.serving.vllm.requests import OptionReader
 
 from conftest import save_adapter
 from vllm_plugin.engines import ALL, PROMPTS, Served, agree, reference, serving, small_llama
@@ -45,7 +45,7 @@ def texts(small: Path, folders: list[Path]) -> list[list[list[int]]]:
     return made
 
 
-def reader(served: Served) -> RequestReader:
+def reader(served: Served) -> OptionReader:
     """The reader of the server's own process; its endpoints tell it of changes, here the test does."""
     found = reader_of(served.llm.llm_engine.input_processor)
     assert found is not None

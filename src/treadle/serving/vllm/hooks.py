@@ -15,7 +15,7 @@ from treadle.common.errors import ModelError, OptionError, TreadleError, problem
 from treadle.serving.vllm import engine_hooks
 from treadle.serving.vllm.mixture import open_bundle
 from treadle.serving.vllm.params import CONTENTS_KEY, KEY, params_of, read_plugin_params
-from treadle.serving.vllm.requests import RequestReader, ServedEngine, with_contents
+from treadle.serving.vllm.requests import OptionReader, ServedEngine, with_contents
 from treadle.serving.vllm.support import (
     HOOK_POINTS,
     START,
@@ -75,7 +75,7 @@ def install() -> None:
 # What treadle attaches to vLLM's objects
 
 
-def reader_of(processor: Any) -> RequestReader | None:
+def reader_of(processor: Any) -> OptionReader | None:
     """Return the reader of one of vLLM's input processors; None = there is no bundle."""
     return getattr(processor, KEY, None)
 
@@ -188,7 +188,7 @@ def _reading_processor(original: Any, process: ServerProcess) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         params = params_of(self.vllm_config)
-        self.treadle = None if params is None else RequestReader.open(params)
+        self.treadle = None if params is None else OptionReader.open(params)
         process.has_bundle = process.has_bundle or params is not None
 
     return __init__
@@ -211,7 +211,7 @@ def _validated_request(original: Any) -> Any:
 
 
 def checked_params(
-    reader: RequestReader | None, params: Any, contents: list[str] | None, *, is_resumable: bool = False
+    reader: OptionReader | None, params: Any, contents: list[str] | None, *, is_resumable: bool = False
 ) -> Any:
     """Return sampling params whose treadle options have been read, or raise vLLM's error for a 400.
 

@@ -15,7 +15,7 @@ RenderedChats = tuple[Sequence[Sequence[Mapping[str, Any]]], Sequence[Any]]
 """Conversations, and the tokens of each as vLLM's engine takes them."""
 
 
-class RequestReader:
+class OptionReader:
     """Checks the options of requests against the adapters that the server has.
 
     Attributes:
@@ -41,7 +41,7 @@ class RequestReader:
         self._mixture = mixture
 
     @classmethod
-    def open(cls, params: PluginParams) -> "RequestReader":
+    def open(cls, params: PluginParams) -> "OptionReader":
         """Read the bundle."""
         bundle, mixture = open_bundle(params)
         return cls(params, bundle.base_model, mixture)
@@ -72,7 +72,7 @@ class ServedEngine:
         ask: calls a function of every engine's core, by name, and returns one answer an engine.
     """
 
-    reader: RequestReader
+    reader: OptionReader
     tokenizer: "PreTrainedTokenizerBase"
     max_tokens: int
     vocabulary: int
