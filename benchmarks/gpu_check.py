@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_clock import DEVICE
-from gpu_lab import ALL_LINEAR, SMALL, build_engine, build_model, draw_adapters, step_of
+from gpu_lab import ALL_LINEAR, DEVICE, SMALL, build_engine, build_model, draw_adapters, step_of
 
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.common.transformers_names import cache_argument

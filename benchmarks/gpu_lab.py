@@ -3,7 +3,6 @@
 Nothing is fetched. Weights are drawn where they stay, on the device.
 """
 
-import json
 import sys
 import zlib
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -30,6 +28,7 @@ from treadle.routing.router import Router
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference_kernels import PlainKernels
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LLAMA_2_7B = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -100,24 +99,6 @@ def draw_adapters(model: Any, count: int, rank: int, targets: Sequence[str], *, 
     ]
 
 
-def save_adapters(adapters: Sequence[Adapter], rank: int, targets: Sequence[str], root: Path) -> dict[str, Path]:
-    """Write adapters as PEFT does; return the folder of each."""
-    folders: dict[str, Path] = {}
-    for adapter in adapters:
-        folder = folders[adapter.name] = root / adapter.name
-        folder.mkdir(parents=True)
-        tensors = {
-            f"base_model.model.{path}.lora_{side}.weight": factor.contiguous().cpu()
-            for path, pair in adapter.pairs.items()
-            for side, factor in (("A", pair.a), ("B", pair.b))
-        }
-        save_file(tensors, folder / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "bias": "none"}
-        config |= {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": list(targets)}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folders
-
-
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose token i is the word `wi`."""
     core = Tokenizer(models.WordLevel({f"w{index} ": index for index in range(size)}, unk_token="w0 "))
@@ -160,8 +141,9 @@ def build_engine(model: Any, adapters: Sequence[Adapter], *, is_fast: bool = Tru
     for adapter in adapters:
         centroids = centroids.add(adapter.name, draw.standard_normal((4, DIM)).astype(np.float32))
     tokenizer = word_tokenizer(model.config.vocab_size)
-    engine = Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast)
-    if is_fast and model.device.type != "cuda":  # only to see that the scripts run
+    is_gpu = model.device.type == "cuda"
+    engine = Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast and is_gpu)
+    if is_fast and not is_gpu:  # only to see that the scripts run
         step = GraphStep(model, engine.blend, PlainKernels(), capture=lambda run: run)
         engine.runner = Runner(model, engine.blend, [step])
     return engine

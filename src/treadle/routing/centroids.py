@@ -120,7 +120,7 @@ class Centroids:
 
         A text's vector is the mean of its words' vectors, so its noise falls with their number. The covariance that
         `lda` divides by is of the texts that it will meet, which are longer than most parts of samples: with samples
-        counted by their words, a fifth less weight goes astray on unseen subjects (`benchmarks/scatter.py`).
+        counted by their words, a fifth less weight goes astray on unseen subjects (`9fff023:benchmarks/scatter.py`).
 
         Args:
             name: of the adapter.

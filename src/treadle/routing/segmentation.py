@@ -24,7 +24,7 @@ LEAST = 12
 SURE = 40
 """Words of a text whose log-posteriors count by half; those of fewer words count less."""
 MOST_CUTS = 4
-"""Of one text. The numbers here were chosen on validation rows (`benchmarks/changes.py`)."""
+"""Of one text. The numbers here were chosen on validation rows (`9fff023:benchmarks/changes.py`)."""
 
 
 def last_topic_start(text: str, log_posteriors: Callable[[Sequence[str]], Floats], nats: float) -> int:

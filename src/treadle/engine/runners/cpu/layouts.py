@@ -7,7 +7,7 @@ from treadle.engine.runners.cpu.packing import BaseWeight, is_amd, packed_produc
 
 HAS_MKL = torch.backends.mkl.is_available()
 COLUMN_ROWS = {torch.float32: range(4, 33), torch.bfloat16: range(2, 17)}
-"""Numbers of rows for which W x^T is faster than x W^T with MKL and oneDNN (benchmarks/products.py)."""
+"""Numbers of rows for which W x^T is faster than x W^T with MKL and oneDNN (9fff023:benchmarks/products.py)."""
 AMD_COLUMN_ROWS = {torch.float32: range(2, 33), torch.bfloat16: range(8, 33)}
 """The same on AMD's CPUs. MKL runs a matrix times one vector, or x W^T of a few rows, on one thread there."""
 

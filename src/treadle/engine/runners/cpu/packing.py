@@ -1,8 +1,8 @@
 """Base weights packed by oneDNN: a second copy, in the order in which its kernels read.
 
 On AMD's CPUs a product of few rows with a packed copy takes about half the time of MKL's with the plain weights
-(`benchmarks/products.py`). vLLM packs on every CPU and drops the plain weights. Treadle keeps both, because the model's
-own `forward` reads the plain ones; models whose copy takes more than 1 GiB are packed only on request.
+(`9fff023:benchmarks/products.py`). vLLM packs on every CPU and drops the plain weights. Treadle keeps both, because the
+model's own `forward` reads the plain ones; models whose copy takes more than 1 GiB are packed only on request.
 """
 
 from collections.abc import Sequence

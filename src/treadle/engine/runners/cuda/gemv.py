@@ -14,7 +14,7 @@ VECTOR_TILE = (2, 2048, 8)
 THIN_TILES = ((8, 4608, (32, 128, 4, 4)), (32, 16384, (64, 128, 4, 3)))
 """(maximum rows, minimum outputs, (outputs a program, columns of W at a time, warps, stages)); the last that fits wins.
 
-Both were measured by `python benchmarks/gpu.py` (its lines `product`) on an H100, in bfloat16. With up to 32 rows the
+Both were measured by `9fff023:benchmarks/gpu_products.py` on an H100, in bfloat16. With up to 32 rows the
 head, gate and up, and with up to 8 q, k and v, were faster than by cuBLAS for Llama-2-7B and Llama-3-8B, with adapters
 of either kind and without; o was so only without adapters, and down only in Llama-3-8B.
 """
