@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from treadle.bundle.base_model import load_model, quiet_libraries
 from treadle.bundle.bundle import read_bundle
-from treadle.common.params import BenchParams, RoutingParams
+from treadle.common.params import RoutingParams
 from treadle.engine.engine import Engine
-from treadle.experiments.timing import PRODUCTS, Counter, interleave
+from treadle.experiments.params import BenchParams
+from treadle.experiments.timing import MATRIX_PRODUCTS, Counter, interleave
 from treadle.experiments.workbench import Lab, started
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
@@ -72,7 +73,7 @@ def report(setting: str, name: str, milliseconds: float, step: Step, rounds: int
     spent = {"products": 0.0, "attention": 0.0, "between": 0.0}
     for event in seen.key_averages():
         operation = event.key.removeprefix("aten::")
-        kind = "products" if operation in PRODUCTS or operation.startswith("mkldnn") else "between"
+        kind = "products" if operation in MATRIX_PRODUCTS or operation.startswith("mkldnn") else "between"
         spent["attention" if "scaled_dot_product" in operation else kind] += event.self_cpu_time_total / 1000 / rounds
     rest = max(milliseconds - sum(spent.values()), 0.0)
     cells = [f"{milliseconds:.1f}", str(counter.operations), str(counter.products)]

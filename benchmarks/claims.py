@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from treadle.experiments.results import RESAMPLES, Fraction, difference, fractions_of, read_cell, read_results
-from treadle.experiments.streams import STREAMS
+from treadle.experiments.sets import STREAMS
 from treadle.experiments.tasks import PAPER
 
 PRIMARY = {"math": "exact_number", "science": "letter", "code": "rouge_l", "reading": "f1", "mbpp": "pass_at_1"}

@@ -33,10 +33,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.common.errors import TreadleError
 from treadle.common.params import RoutingParams
-from treadle.experiments.arms import choose_arms
+from treadle.experiments.arms import choose_arms, read_sweep
 from treadle.experiments.data import load_examples, load_texts
 from treadle.experiments.results import EvalResult, fractions_of, read_cell, read_results, write_cell, write_results
-from treadle.experiments.sweep import read_sweep
 from treadle.experiments.tasks import read_task
 from treadle.routing.embedder import StaticEmbedder, load_embedder
 from treadle.routing.router import fit

@@ -45,14 +45,13 @@ from treadle.common.transformers_names import cache_argument
 from treadle.engine.engine import Engine
 from treadle.engine.kv_cache import RowCache
 from treadle.engine.runners.cuda.step import GraphStep
-from treadle.experiments.machine import Machine
-from treadle.experiments.timing import bandwidth, interleave
+from treadle.experiments.timing import Machine, bandwidth, interleave
 from treadle.experiments.workbench import started, step_bytes
 
 BATCHES, CONTEXTS = (1, 8, 32, 128), (512, 4096)
 SMALL_BATCHES, SMALL_CONTEXTS = (1, 3), (40,)
 BLOCK = 6
-"""Steps between two events: the host prepares a step while the device computes the one before."""
+"""StepBlock between two events: the host prepares a step while the device computes the one before."""
 SPARE = 3 << 30
 """Bytes of the device's memory that a cache must leave."""
 COMPARED = 8
@@ -60,14 +59,14 @@ COMPARED = 8
 
 
 @dataclass
-class Report:
+class ResultLog:
     """Prints results and writes them down as they come."""
 
     output: Path | None
     started: float = field(default_factory=time.perf_counter)
 
     def __call__(self, kind: str, **facts: Any) -> None:
-        """Report one result."""
+        """ResultLog one result."""
         print(f"[{self.seconds:5.0f} s] {kind}: {', '.join(f'{k} {_shown(v)}' for k, v in facts.items())}", flush=True)
         if self.output:
             with self.output.open("a") as file:
@@ -80,7 +79,7 @@ class Report:
 
     @contextmanager
     def noting_out_of_memory(self, **facts: Any) -> Iterator[None]:
-        """Report a lack of memory as a result."""
+        """ResultLog a lack of memory as a result."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -132,14 +131,14 @@ def free() -> None:
 
 
 @dataclass(frozen=True)
-class Lab:
+class GpuLab:
     """One engine and how it is measured: `peak` are the bytes a second of a large copy."""
 
     engine: Engine
     name: str
     peak: float
     rounds: int
-    report: Report
+    report: ResultLog
 
     @property
     def step(self) -> GraphStep:
@@ -187,7 +186,7 @@ class Lab:
         """Time steps of routing off and blended in turn."""
         cache = self.cache(batch, context)
         arms = {"routing off": RoutingParams.base(), "blended": RoutingParams(every=1)}
-        blocks = {arm: Steps(self.step, batch, cache, is_blended=arm == "blended") for arm in arms}
+        blocks = {arm: StepBlock(self.step, batch, cache, is_blended=arm == "blended") for arm in arms}
         seconds = in_turn(blocks, self.rounds)
         for arm, each in seconds.items():
             low, middle, high = quantiles(each, n=4, method="inclusive")
@@ -226,7 +225,7 @@ class Lab:
             )
 
 
-class Steps:
+class StepBlock:
     """A block of steps, each with weights of its own."""
 
     def __init__(self, step: GraphStep, batch: int, cache: RowCache, *, is_blended: bool) -> None:
@@ -258,7 +257,7 @@ def main() -> None:
         exact_attention()
         raise SystemExit(check())
     else:
-        measure(options, Report(options.output))
+        measure(options, ResultLog(options.output))
 
 
 def exact_attention() -> None:
@@ -268,7 +267,7 @@ def exact_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(enabled=False)
 
 
-def measure(options: argparse.Namespace, report: Report) -> None:
+def measure(options: argparse.Namespace, report: ResultLog) -> None:
     peak = copied()
     for shape in options.only:
         model = build_model(SHAPES[shape], DEVICE)
@@ -277,7 +276,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             if report.seconds > options.limit:
                 continue
             engine = build_engine(model, draw_adapters(model, NUM_ADAPTERS, rank, targets))
-            lab = Lab(engine, f"{shape}, {kind}", peak, options.rounds, report)
+            lab = GpuLab(engine, f"{shape}, {kind}", peak, options.rounds, report)
             batches, contexts = (SMALL_BATCHES, SMALL_CONTEXTS) if shape == "small" else (BATCHES, CONTEXTS)
             lab.run(batches, contexts, options.limit)
             engine.detach()

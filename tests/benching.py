@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from treadle.bundle.bundle import read_bundle
-from treadle.common.params import BenchParams
 from treadle.experiments import router_speed, timing
+from treadle.experiments.params import BenchParams
 from treadle.experiments.workbench import Lab
 
 SHORT = BenchParams(batch=(2,), prompt=12, tokens=8, rounds=2, long_prompt=20)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from treadle.common.errors import OptionError
-from treadle.common.params import EvalParams, RoutingParams
-from treadle.experiments.arms import Arm, choose_arms, expand, read_arms, standard_arms
-from treadle.experiments.sweep import read_sweep
+from treadle.common.params import RoutingParams
+from treadle.experiments.arms import Arm, choose_arms, expand, read_arms, read_sweep, standard_arms
+from treadle.experiments.params import EvalParams
 
 NAMES = ("math", "code")
 DEFAULT = RoutingParams(temperature=1.5, top_k=3, floor=-3.0, every=5, window=48)

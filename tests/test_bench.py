@@ -17,7 +17,7 @@ from treadle.common.errors import OptionError, TreadleError
 from treadle.common.params import RoutingParams
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
-from treadle.experiments import machine, memory_use, router_speed, workbench
+from treadle.experiments import memory_use, router_speed, workbench
 from treadle.experiments.memory_use import (
     CLASS,
     ENGINE,
@@ -29,11 +29,11 @@ from treadle.experiments.memory_use import (
     plain_command,
     run_process,
 )
+from treadle.experiments.plots import ratios_figure
 from treadle.experiments.pools import random_adapters
-from treadle.experiments.ratios import ratios_figure
 from treadle.experiments.router_speed import Decisions
 from treadle.experiments.suites import check_lab, measure
-from treadle.experiments.timing import Elsewhere, Line, Table, interleave, lines, markdown
+from treadle.experiments.timing import Elsewhere, Line, Machine, Table, interleave, lines, markdown
 from treadle.experiments.workbench import COPY, OFF, Lab, Steps, is_acting, routings, started, step_bytes
 from treadle.lora.compatibility import linear_shapes
 
@@ -97,13 +97,11 @@ def test_lines_compare_medians_with_the_first_arm_and_quartiles_lie_among_what_w
 def test_a_machine_says_its_cores_and_versions(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text("processor\t: 0\nmodel name\t: A CPU: fast\nprocessor\t: 1\nmodel name\t: A CPU: fast\n")
-    monkeypatch.setattr(machine, "CPU_FILE", file)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
-    found = machine.Machine.of(engine.model)
+    found = Machine.of(engine.model, file)
     assert (found.device, found.cores, found.versions["treadle"]) == ("A CPU: fast", 3, treadle.__version__)
     assert found.versions["python"] in str(found)
-    monkeypatch.setattr(machine, "CPU_FILE", tmp_path / "none")
-    assert machine.Machine.of(engine.model).device == platform.machine()
+    assert Machine.of(engine.model, tmp_path / "none").device == platform.machine()
 
 
 def test_markdown_leaves_out_columns_that_nothing_fills() -> None:

@@ -12,15 +12,15 @@ from model2vec import StaticModel
 import treadle.experiments.evaluate
 from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.common.errors import DataError, OptionError
-from treadle.common.params import EvalParams, RoutingParams, SamplingParams
+from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
 from treadle.engine.scoring import score_under
 from treadle.experiments.arms import Arm, choose_arms
 from treadle.experiments.evaluate import evaluate
 from treadle.experiments.metrics import LIBRARIES
+from treadle.experiments.params import EvalParams
 from treadle.experiments.results import fractions_of, read_cell, read_results
-from treadle.experiments.sets import EvalSet, load_sets
-from treadle.experiments.streams import Part, join_streams, score_streams
+from treadle.experiments.sets import EvalSet, Part, join_streams, load_sets, score_streams
 from treadle.experiments.tasks import Example
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import fit

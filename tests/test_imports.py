@@ -124,6 +124,12 @@ def test_modules_of_0_1_still_import_and_warn(old: str) -> None:
         assert getattr(import_module(old), name) is getattr(import_module(new), name)
 
 
+def test_options_of_experiments_still_import_from_where_they_were() -> None:
+    for name in ("EvalParams", "TrainParams", "BenchParams"):
+        with pytest.warns(DeprecationWarning, match=f"is treadle.experiments.params.{name} now"):
+            getattr(import_module("treadle.params"), name)
+
+
 def test_a_name_that_no_module_had_is_an_import_error() -> None:
     for module in ("treadle.embed", "treadle.routing"):
         with pytest.raises(AttributeError, match="nothing_of_this_name"):

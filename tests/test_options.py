@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from treadle.common.errors import OptionError, TreadleError, listed, problem_list, shown, unknown_name
 from treadle.common.options import allowed_values, check_fields, meanings, option, parse, raise_problems, read_options
-from treadle.common.params import BenchParams, EvalParams, RoutingParams, SamplingParams, TrainParams
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.experiments.params import BenchParams, EvalParams, TrainParams
 from treadle.serving.openai.params import ServeParams
 from treadle.serving.vllm.params import PluginParams
 

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.cli.console import quality_tables
 from treadle.common.errors import DataError, OptionError
-from treadle.common.params import EvalParams, RoutingParams
+from treadle.common.params import RoutingParams
 from treadle.engine.engine import Engine
 from treadle.experiments.arms import choose_arms
 from treadle.experiments.evaluate import evaluate
+from treadle.experiments.params import EvalParams
 from treadle.experiments.plots import FIGURES, QUALITY_FILE, Study, draw_all
-from treadle.experiments.ratios import write_bench
+from treadle.experiments.results import write_bench
 from treadle.experiments.router_quality import route_quality
 from treadle.experiments.sets import load_sets
 from treadle.experiments.tasks import Example

@@ -14,8 +14,8 @@ from treadle.bundle.base_model import quiet_libraries
 from treadle.bundle.bundle import read_bundle
 from treadle.common.errors import TreadleError
 from treadle.common.files import make_folder
-from treadle.common.params import BenchParams
-from treadle.experiments.ratios import write_bench
+from treadle.experiments.params import BenchParams
+from treadle.experiments.results import write_bench
 from treadle.experiments.suites import check_texts
 from treadle.experiments.timing import Table, markdown
 from treadle.experiments.workbench import SPARE, Lab

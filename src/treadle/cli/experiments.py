@@ -14,8 +14,8 @@ from treadle.cli.flags import BundlePath, Device, Dtype, Json, Pack, takes
 from treadle.common.errors import OptionError, TreadleError, collect, raise_all
 from treadle.common.files import make_folder
 from treadle.common.options import read_options
-from treadle.common.params import BenchParams, EvalParams
 from treadle.common.version import __version__
+from treadle.experiments.params import BenchParams, EvalParams
 
 if TYPE_CHECKING:
     from treadle.bundle.bundle import Bundle
@@ -89,7 +89,7 @@ def sweep(
 ) -> None:
     """Measure every combination of a grid of routing options on tasks; resumable."""
     from treadle.bundle.bundle import read_bundle
-    from treadle.experiments.sweep import read_sweep
+    from treadle.experiments.arms import read_sweep
 
     found = read_bundle(bundle)
     asked = read_sweep(file, found.router.names, found.router.params)
@@ -132,7 +132,7 @@ def bench(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     """Measure speed and memory side by side: interleaved runs in one process, medians, ratios to the base."""
     from treadle.bundle.base_model import quiet_libraries
     from treadle.bundle.bundle import read_bundle
-    from treadle.experiments.ratios import write_bench
+    from treadle.experiments.results import write_bench
     from treadle.experiments.suites import check_lab, check_suites, measure
     from treadle.experiments.timing import markdown
     from treadle.experiments.workbench import Lab

@@ -17,7 +17,8 @@ from treadle.cli import experiments, serve
 from treadle.cli.flags import BundlePath, Chat, Device, Dtype, Json, Pack, chat_messages, takes
 from treadle.common.errors import OptionError, TreadleError, collect, problem_list, raise_all, unknown_name
 from treadle.common.options import read_options
-from treadle.common.params import RoutingParams, SamplingParams, TrainParams
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.experiments.params import TrainParams
 
 if TYPE_CHECKING:
     from treadle.engine.engine import Engine

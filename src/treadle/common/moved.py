@@ -26,6 +26,8 @@ MOVED = {
     "treadle.score": "treadle.engine.scoring",
     "treadle.tasks": "treadle.experiments.tasks",
 }
+PARTLY_MOVED = {"treadle.params": ("treadle.experiments.params",)}
+"""Modules that have some names of an old module, beside the one that MOVED names."""
 
 
 def names_of(old: str, *modules: str) -> Callable[[str], Any]:
@@ -53,7 +55,8 @@ class MovedModules(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Let the module give the names of the new one."""
-        module.__dict__["__getattr__"] = names_of(module.__name__, MOVED[module.__name__])
+        name = module.__name__
+        module.__dict__["__getattr__"] = names_of(name, MOVED[name], *PARTLY_MOVED.get(name, ()))
 
 
 def install() -> None:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.common.errors import OptionError, collect, problem_list
-from treadle.common.params import EvalParams, RoutingParams, SamplingParams
+from treadle.common.params import RoutingParams, SamplingParams
 from treadle.common.writing import write_text
 from treadle.engine.scoring import Pair, check_context
 from treadle.engine.tokenization import completion_ids, prompt_ids
 from treadle.experiments.arms import Arm, read_routers
 from treadle.experiments.metrics import METRICS, check_libraries
+from treadle.experiments.params import EvalParams
 from treadle.experiments.results import (
     SETTINGS_FILE,
     EvalResult,
@@ -35,8 +36,7 @@ from treadle.experiments.results import (
     write_cell,
     write_results,
 )
-from treadle.experiments.sets import EvalSet
-from treadle.experiments.streams import score_streams
+from treadle.experiments.sets import EvalSet, score_streams
 from treadle.experiments.tasks import Example, Task
 from treadle.routing.centroids import Floats
 from treadle.routing.router import Router

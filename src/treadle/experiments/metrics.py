@@ -1,7 +1,8 @@
 """What a generated text is worth against its references: pure functions of texts.
 
-Each metric takes a text and an Example and returns a number from 0 to 1, or None where it does not apply to the
-example (an answer that is not Python need not parse). Scores of libraries where one is kept: rouge-score, sacrebleu.
+Each metric takes a text and the Reference of its example. It returns a number from 0 to 1, or None where it does not
+apply to the example (an answer that is not Python need not parse). Libraries score where they are the standard:
+rouge-score, sacrebleu.
 """
 
 import ast
@@ -11,13 +12,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from treadle.common.errors import TreadleError
 from treadle.experiments.sandbox import passes
-
-if TYPE_CHECKING:
-    from treadle.experiments.tasks import Example
 
 NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
 FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -27,7 +25,26 @@ CODE_NODES = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Ass
 """A text that parses but holds none of these ("yes" is an expression) is not taken for a program."""
 
 
-def exact_number(text: str, example: "Example") -> float:
+class Reference(Protocol):
+    """What an example says of the right answer."""
+
+    @property
+    def completion(self) -> str:
+        """The text that a model should give."""
+        ...
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All accepted answers."""
+        ...
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Statements that a generated program must pass."""
+        ...
+
+
+def exact_number(text: str, example: Reference) -> float:
     """Whether the final number of the text is that of the reference: the one after `####`, else the last."""
     found = final_number(text)
     return float(found is not None and found == final_number(example.completion))
@@ -41,7 +58,7 @@ def final_number(text: str) -> float | None:
     return float(numbers[0].replace(",", "").replace("$", "")) if numbers else None
 
 
-def letter(text: str, example: "Example") -> float:
+def letter(text: str, example: Reference) -> float:
     """Whether the first lone capital A-E of the text, but for the article before a word, is the reference's."""
     found = LETTER.search(text)
     return float(found is not None and found.group(1) == example.completion.strip())
@@ -53,12 +70,12 @@ def squad_words(text: str) -> list[str]:
     return ARTICLES.sub(" ", kept).split()
 
 
-def exact_match(text: str, example: "Example") -> float:
+def exact_match(text: str, example: Reference) -> float:
     """SQuAD's exact match against the best of the accepted answers."""
     return float(any(squad_words(text) == squad_words(answer) for answer in example.references))
 
 
-def f1(text: str, example: "Example") -> float:
+def f1(text: str, example: Reference) -> float:
     """SQuAD's F1 of words against the best of the accepted answers."""
     return max(_f1(squad_words(text), squad_words(answer)) for answer in example.references)
 
@@ -70,17 +87,17 @@ def _f1(found: list[str], wanted: list[str]) -> float:
     return 2 * common / (len(found) + len(wanted))
 
 
-def rouge_l(text: str, example: "Example") -> float:
+def rouge_l(text: str, example: Reference) -> float:
     """ROUGE-L F-measure (rouge-score, no stemming) against the best of the accepted answers."""
     return max(_rouge().score(answer, text)["rougeL"].fmeasure for answer in example.references)
 
 
-def chrf(text: str, example: "Example") -> float:
+def chrf(text: str, example: Reference) -> float:
     """Sentence chrF (sacrebleu) over 100, against the accepted answers."""
     return _chrf().sentence_score(text.strip(), [answer.strip() for answer in example.references]).score / 100
 
 
-def parses(text: str, example: "Example") -> float | None:
+def parses(text: str, example: Reference) -> float | None:
     """Whether the text is Python; None where the reference is not a Python program."""
     if not is_python(example.completion):
         return None
@@ -104,7 +121,7 @@ def program(text: str) -> str:
     return (fenced.group(1) if fenced else text).strip()
 
 
-def pass_at_1(text: str, example: "Example") -> float | None:
+def pass_at_1(text: str, example: Reference) -> float | None:
     """Whether the program passes all tests of the example, in a process with limits (`treadle.experiments.sandbox`).
 
     None where the example has no tests.
@@ -138,7 +155,7 @@ def check_libraries(metrics: Iterable[str]) -> None:
 
 
 LIBRARIES = {"rouge_l": _rouge, "chrf": _chrf}
-METRICS: dict[str, Callable[[str, "Example"], float | None]] = {
+METRICS: dict[str, Callable[[str, Reference], float | None]] = {
     metric.__name__: metric for metric in (exact_number, letter, exact_match, f1, rouge_l, chrf, parses, pass_at_1)
 }
 """By name, as tasks and task files name them; all compare a generated text."""

@@ -6,7 +6,7 @@ Each figure is a function of results that returns a matplotlib figure, or None w
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,8 +17,7 @@ from treadle.common.documents import read_json
 from treadle.common.errors import DataError, TreadleError
 from treadle.common.files import make_folder
 from treadle.common.writing import write_text
-from treadle.experiments.ratios import ratios_figure, read_benches
-from treadle.experiments.results import EvalResult, read_cell, read_results, read_settings
+from treadle.experiments.results import EvalResult, read_benches, read_cell, read_results, read_settings
 from treadle.experiments.router_quality import Quality
 
 if TYPE_CHECKING:
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#4269d0", "#3ca951", "#a463f2", "#efb118", "#6cc5b0", "#ff725c", "#97bbf5", "#9c6b4e", "#ff8ab7")
+BAR_COLORS = ("#4269d0", "#ff725c")
+"""Of arms, and of the arm that the others are compared with."""
+PANEL_INCHES = 7.0
+"""Width of a panel of ratios."""
 QUALITY_FILE = "routing.json"
 """What `treadle route --eval --json` printed, kept in a folder of results."""
 
@@ -247,6 +250,46 @@ def cosines_figure(study: Study) -> "Figure | None":
         axis.set_xlabel("cosine to the centroid")
     axes[0].legend(fontsize=6)
     return figure
+
+
+def ratios_figure(tables: Sequence[Mapping[str, Any]]) -> "Figure | None":
+    """Draw the ratio of each arm to the first of its setting, with quartiles; a panel for each table and setting."""
+    panels = [
+        (table, setting, lines)
+        for table in tables
+        for setting in dict.fromkeys(line["setting"] for line in table["lines"])
+        if len(lines := [line for line in table["lines"] if line["setting"] == setting and _is_timed(line)]) > 1
+    ]
+    if not panels:
+        return None
+    from matplotlib.figure import Figure
+
+    heights = [len(lines) + 2 for _, _, lines in panels]
+    figure = Figure(figsize=(PANEL_INCHES, 0.24 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).flatten().tolist()
+    for axis, (table, setting, lines) in zip(axes, panels, strict=True):
+        _bars(axis, lines)
+        axis.set_title(f"{table['title']}: {setting}", fontsize=7, loc="left", wrap=True)
+    axes[-1].set_xlabel("ratio to the first arm, with quartiles", fontsize=7)
+    return figure
+
+
+def _is_timed(line: Mapping[str, Any]) -> bool:
+    return all(line[key] for key in ("seconds", "low", "high", "ratio"))
+
+
+def _bars(axis: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
+    """Draw each line's ratio and the quartiles of its seconds, over the seconds that a ratio of 1 stands for."""
+    for place, line in enumerate(reversed(lines)):
+        one = line["seconds"] / line["ratio"]
+        color = BAR_COLORS[line is lines[0]]
+        axis.plot([line["low"] / one, line["high"] / one], [place, place], color=color, linewidth=2)
+        axis.plot(line["ratio"], place, "o", color=color, markersize=4)
+    axis.axvline(1.0, color="#999999", linewidth=0.6)
+    axis.set_yticks(range(len(lines)), [line["arm"] for line in reversed(lines)], fontsize=6)
+    axis.tick_params(axis="x", labelsize=6)
+    if max(line["ratio"] for line in lines) > 5:
+        axis.set_xscale("log")
 
 
 def _panels(count: int, height: float = 2.8) -> "tuple[Figure, list[Axes]]":

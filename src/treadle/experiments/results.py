@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -22,6 +22,9 @@ import numpy as np
 from treadle.common.documents import MOST_BYTES, open_file, parse_json, read_object, read_text
 from treadle.common.errors import DataError, OptionError
 from treadle.common.writing import append_text, write_text
+
+if TYPE_CHECKING:
+    from treadle.experiments.timing import Table
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
@@ -32,6 +35,9 @@ TEXTS = ("arm", "task", "metric", "source", "rows")
 NUMBERS = ("value", "low", "high", "seconds", "tokens_per_second")
 WHOLE = ("n", "tokens", "seed")
 """Fields of a result by their type."""
+BENCH_PREFIX = "bench-"
+TABLE_KEYS = {"suite", "title", "lines"}
+LINE_KEYS = {"arm", "setting", "seconds", "low", "high", "ratio"}
 RESULTS_FILE, SETTINGS_FILE, CELLS = "results.jsonl", "settings.json", "cells"
 
 
@@ -234,3 +240,49 @@ def _file_name(name: str, safe: str) -> str:
     if len(quoted) <= LONGEST_NAME:
         return quoted
     return f"{quoted[: LONGEST_NAME - 17]}-{hashlib.sha256(quoted.encode()).hexdigest()[:16]}"
+
+
+# Files of `treadle bench`
+
+
+def write_bench(folder: Path, suites: Sequence[str], facts: Mapping[str, Any], tables: Sequence["Table"]) -> Path:
+    """Write the tables of one run; a file is named by suites, dtype and batches, and a later run of these replaces it.
+
+    Args:
+        folder: that is there.
+        suites: that were asked for.
+        facts: where and how it was measured, with `dtype` and `batch`.
+        tables: so far.
+    """
+    batches = "-".join(map(str, facts["batch"]))
+    file = folder / f"{BENCH_PREFIX}{'-'.join(suites)}-{facts['dtype']}-batch-{batches}.json"
+    document = {**facts, "tables": [asdict(table) for table in tables]}
+    write_text(file, json.dumps(document, indent=1) + "\n")
+    return file
+
+
+def read_benches(folder: Path) -> list[dict[str, Any]]:
+    """Return the tables of all runs in a folder, in the order of the files' names."""
+    tables: list[dict[str, Any]] = []
+    for file in sorted(folder.glob(f"{BENCH_PREFIX}*.json")):
+        found = read_object(file, DataError, strict=False).get("tables")
+        each = cast(list[Any], found if isinstance(found, list) else [None])
+        if not all(isinstance(table, dict) and table.keys() >= TABLE_KEYS and _has_lines(table) for table in each):
+            raise DataError(f"{file} is not what treadle bench -o writes")
+        tables += each
+    return tables
+
+
+def _has_lines(table: Mapping[str, Any]) -> bool:
+    lines = table["lines"]
+    return isinstance(lines, list) and all(isinstance(line, dict) and _is_line(line) for line in lines)
+
+
+def _is_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line has what is drawn of it: names, and numbers or nothing."""
+    texts, numbers = ("arm", "setting"), ("seconds", "low", "high", "ratio")
+    return (
+        line.keys() >= LINE_KEYS
+        and all(isinstance(line[key], str) for key in texts)
+        and all(line[key] is None or type(line[key]) in (int, float) for key in numbers)
+    )

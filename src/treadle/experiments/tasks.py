@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from treadle.common.documents import read_json
 from treadle.common.errors import DataError, OptionError, problem_list, shown, unknown_name
+from treadle.experiments.metrics import METRICS
 from treadle.routing.samples import Sample
 
 Row = Mapping[str, Any]
@@ -160,8 +161,6 @@ def read_task(file: str | Path) -> Task:
     the row; optional `source` (file or hub id of the rows), `bare`, `answers` (the field of all accepted answers),
     `metrics` (names of `treadle.experiments.metrics`), `max_tokens`, `stop` (strings that end an answer), `adapter`.
     """
-    from treadle.experiments.metrics import METRICS
-
     judges = [name for name in METRICS if name != "pass_at_1"]  # which needs tests, that a task file cannot name
     try:
         given = read_json(file, DataError, MOST_TASK)

@@ -1,19 +1,31 @@
 """Side-by-side timings: arms are measured in turn in one process (A B C A B C ...) and compared with the first."""
 
 import gc
+import os
+import platform
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from treadle.common.version import __version__
+from treadle.engine.runners.cpu.packing import CPU_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Unit = Callable[[], object]
 """One unit of an arm's work: a step, a call, a decision."""
-PRODUCTS = frozenset({"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear", "bmm", "matmul", "_linear_pointwise"})
+MATRIX_PRODUCTS = frozenset(
+    {"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear", "bmm", "matmul", "_linear_pointwise"}
+)
 """What PyTorch calls its matrix products."""
 COPY_BYTES = 1 << 28
 """Of the copy that measures bandwidth: far more than any cache holds."""
@@ -66,6 +78,48 @@ class Table:
     lines: tuple[Line, ...]
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where something is measured.
+
+    Attributes:
+        device: name of the GPU, or of the CPU's model where the system tells it.
+        cores: of the CPU that this process may use.
+        threads: that torch computes with.
+        versions: of treadle, Python and the libraries, by name.
+    """
+
+    device: str
+    cores: int
+    threads: int
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", cpu_file: Path = CPU_FILE) -> "Machine":
+        """Return the machine that a model lies on; `cpu_file` names its CPU."""
+        device = torch.cuda.get_device_name() if model.device.type == "cuda" else _cpu_name(cpu_file)
+        versions = {"treadle": __version__, "python": platform.python_version()}
+        versions |= {name: version(name) for name in ("torch", "transformers", "peft")}
+        return cls(device, _num_cores(), torch.get_num_threads(), versions)
+
+    def __str__(self) -> str:
+        """Return one line: machine, threads, versions."""
+        packages = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return f"{self.device}, {self.cores} cores, {self.threads} threads, {packages}"
+
+
+def _cpu_name(file: Path) -> str:
+    text = file.read_text("utf-8") if file.exists() else ""
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((name.strip() for key, _, name in lines if key.strip() == "model name"), platform.machine())
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use; not every system can say."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 class Counter(TorchDispatchMode):
     """Counts the operations that PyTorch dispatches inside it, and which of them are matrix products."""
 
@@ -75,7 +129,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
-        self.products += func.__name__.split(".")[0] in PRODUCTS
+        self.products += func.__name__.split(".")[0] in MATRIX_PRODUCTS
         return func(*args, **(kwargs or {}))
 
 

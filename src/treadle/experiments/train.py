@@ -19,8 +19,8 @@ from treadle.bundle.base_model import load_model, load_tokenizer
 from treadle.bundle.centroid_files import save_centroid
 from treadle.common.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.common.files import digest
-from treadle.common.params import TrainParams
 from treadle.common.writing import check_writable, put_all, workplace, write_text
+from treadle.experiments.params import TrainParams
 from treadle.experiments.tasks import SEPARATOR, Example
 from treadle.lora.adapter import CONFIG_FILE
 from treadle.routing.centroids import Centroids

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.bundle.base_model import load_model, load_tokenizer
 from treadle.bundle.bundle import Bundle
-from treadle.common.params import BenchParams, RoutingParams, SamplingParams
+from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine, load
 from treadle.engine.sequence import Row
 from treadle.engine.tokenization import prompt_ids
-from treadle.experiments.machine import Machine
+from treadle.experiments.params import BenchParams
 from treadle.experiments.pools import random_adapters, random_router
-from treadle.experiments.timing import Line, Unit, bandwidth, copies, interleave, lines
+from treadle.experiments.timing import Line, Machine, Unit, bandwidth, copies, interleave, lines
 from treadle.routing.embedder import SentenceEmbedder
 
 if TYPE_CHECKING:
