@@ -65,7 +65,7 @@ SIZES: dict[str, Any] = {
     "partial_rotary_factor": None, "rope_scaling": None,
 }  # fmt: skip
 """Values of configuration fields that make a model tiny; a model takes those that its configuration knows."""
-KEPT_DEFAULT = ("partial_rotary_factor", "rope_scaling", "num_heads")
+DEFAULT_FIELDS = ("partial_rotary_factor", "rope_scaling", "num_heads")
 """Fields above that most models are better without; `MORE` says where they matter."""
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, "factor": 4.0,
             "short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 10.0]}  # fmt: skip
@@ -94,7 +94,7 @@ def build(kind: str) -> Any:
     name, _, _ = kind.partition("-") if kind in MORE else (kind, "", "")
     config_class = transformers.CONFIG_MAPPING[name]
     known = config_class().to_dict()
-    sizes = {key: value for key, value in SIZES.items() if key in known and key not in KEPT_DEFAULT}
+    sizes = {key: value for key, value in SIZES.items() if key in known and key not in DEFAULT_FIELDS}
     config = config_class(**sizes | MORE.get(kind, {}))
     torch.manual_seed(0)
     model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])(config)

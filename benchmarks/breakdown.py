@@ -23,7 +23,7 @@ from treadle.common.params import RoutingParams
 from treadle.engine.engine import Engine
 from treadle.experiments.params import BenchParams
 from treadle.experiments.timing import MATRIX_PRODUCTS, Counter, interleave
-from treadle.experiments.workbench import Lab, started
+from treadle.experiments.workbench import Lab, start_batch
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 Step = Callable[[], object]
@@ -59,7 +59,7 @@ def arms(dtype: str, batch: int, tokens: int) -> dict[str, Step]:
         "treadle, routing off": (lab.engine, RoutingParams.base()),
         "treadle, every 1": (lab.engine, RoutingParams(every=1)),
     }
-    made = {name: started(engine, prompts, tokens, routing).step for name, (engine, routing) in ways.items()}
+    made = {name: start_batch(engine, prompts, tokens, routing).step for name, (engine, routing) in ways.items()}
     return {"transformers, base": cached_step(plain, prompts), **made}
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from treadle.experiments.results import RESAMPLES, Fraction, difference, fractions_of, read_cell, read_results
-from treadle.experiments.sets import STREAMS
-from treadle.experiments.tasks import PAPER
+from treadle.experiments.results import NUM_RESAMPLES, Fraction, difference, fractions_of, read_cell, read_results
+from treadle.experiments.sets import STREAM_TASKS
+from treadle.experiments.tasks import PAPER_TASKS
 
-PRIMARY = {"math": "exact_number", "science": "letter", "code": "rouge_l", "reading": "f1", "mbpp": "pass_at_1"}
+PRIMARY_METRICS = {"math": "exact_number", "science": "letter", "code": "rouge_l", "reading": "f1", "mbpp": "pass_at_1"}
 """The metric that stands for a task where texts were generated."""
 
 
@@ -27,9 +27,9 @@ def main() -> None:
     parser.add_argument("--routed", default="routed", help="the arm that the claims are about")
     options = parser.parse_args()
     cells = read_cells(options.folders)
-    table = Table(cells, options.metric)
+    table = ArmTable(cells, options.metric)
     table.print()
-    for task in [task for task in table.tasks if task in STREAMS]:
+    for task in [task for task in table.tasks if task in STREAM_TASKS]:
         print()
         print_by_domain(table, task)
     print()
@@ -50,7 +50,7 @@ def read_cells(folders: Sequence[Path]) -> dict[tuple[str, str, str], Path]:
     return {(result.arm, result.task, result.metric): folder for result, folder in found}
 
 
-class Table:
+class ArmTable:
     """Fractions of every arm and task."""
 
     def __init__(self, cells: dict[tuple[str, str, str], Path], metric: str) -> None:
@@ -62,7 +62,7 @@ class Table:
 
     def metric(self, task: str) -> str:
         """Return the metric that the table shows of a task."""
-        return "nll" if self._metric == "nll" else PRIMARY.get(task, "nll")
+        return "nll" if self._metric == "nll" else PRIMARY_METRICS.get(task, "nll")
 
     def get(self, arm: str, task: str) -> Sequence[Fraction] | None:
         """Return the fractions of a cell, one an example; None where it was not measured."""
@@ -71,7 +71,7 @@ class Table:
 
     def average(self, arm: str) -> np.ndarray | None:
         """Return the mean over the paper's tasks: the value, then bootstrap samples of it."""
-        rows = [self.get(arm, task) for task in PAPER]
+        rows = [self.get(arm, task) for task in PAPER_TASKS]
         if any(row is None for row in rows):
             return None
         return np.mean([bootstrap(row) for row in rows], axis=0)
@@ -88,7 +88,7 @@ class Table:
             print(f"| {arm} | " + " | ".join([*cells, "" if average is None else format_cell(average)]) + " |")
 
 
-def print_by_domain(table: Table, task: str) -> None:
+def print_by_domain(table: ArmTable, task: str) -> None:
     """Print a stream's NLL by the domain of the answer: long answers do not outweigh short ones in the mean."""
     cells = {arm: read_cell(table.cells[arm, task, "nll"], arm, task) for arm in table.arms if table.get(arm, task)}
     domains = sorted({name for row in next(iter(cells.values())) for name in row["adapters"]})
@@ -103,9 +103,9 @@ def print_by_domain(table: Table, task: str) -> None:
 
 
 def bootstrap(fractions: Sequence[Fraction]) -> np.ndarray:
-    """Return the value of a cell, then RESAMPLES bootstrap values of it; the same choice for every arm of a task."""
+    """Return the value of a cell, then NUM_RESAMPLES bootstrap values; arms of a task share the choice."""
     parts = np.array(fractions, np.float64)
-    chosen = np.random.default_rng(len(parts)).integers(len(parts), size=(RESAMPLES, len(parts)))
+    chosen = np.random.default_rng(len(parts)).integers(len(parts), size=(NUM_RESAMPLES, len(parts)))
     sums = np.concatenate([parts.sum(0)[None], parts[chosen].sum(1)])
     return sums[:, 0] / np.maximum(sums[:, 1], 1e-12)
 
@@ -115,11 +115,11 @@ def format_cell(samples: np.ndarray) -> str:
     return f"{samples[0]:.3f} ({low:.3f} to {high:.3f})"
 
 
-def verdicts(table: Table, routed: str) -> list[str]:
+def verdicts(table: ArmTable, routed: str) -> list[str]:
     """Return a line for each claim of the paper."""
     lines: list[str] = []
     sign = -1 if table.metric("math") == "nll" else 1  # of what is better
-    for task in PAPER:
+    for task in PAPER_TASKS:
         ours, base = table.get(routed, task), table.get("base", task)
         if ours and base:
             found = difference(ours, base, seed=0)
@@ -134,10 +134,10 @@ def verdicts(table: Table, routed: str) -> list[str]:
     return lines
 
 
-def stream_verdicts(table: Table, routed: str) -> list[str]:
+def stream_verdicts(table: ArmTable, routed: str) -> list[str]:
     """Return a line for each other arm on each mixed stream."""
     lines: list[str] = []
-    for task in [task for task in table.tasks if task in STREAMS]:
+    for task in [task for task in table.tasks if task in STREAM_TASKS]:
         ours = table.get(routed, task)
         for other in [arm for arm in table.arms if arm != routed]:
             theirs = table.get(other, task)

@@ -46,15 +46,15 @@ from treadle.engine.engine import Engine
 from treadle.engine.kv_cache import RowCache
 from treadle.engine.runners.cuda.step import GraphStep
 from treadle.experiments.timing import Machine, bandwidth, interleave
-from treadle.experiments.workbench import started, step_bytes
+from treadle.experiments.workbench import start_batch, step_bytes
 
 BATCHES, CONTEXTS = (1, 8, 32, 128), (512, 4096)
 SMALL_BATCHES, SMALL_CONTEXTS = (1, 3), (40,)
-BLOCK = 6
+BLOCK_STEPS = 6
 """StepBlock between two events: the host prepares a step while the device computes the one before."""
-SPARE = 3 << 30
+SPARE_BYTES = 3 << 30
 """Bytes of the device's memory that a cache must leave."""
-COMPARED = 8
+MAX_COMPARED_ROWS = 8
 """Rows at most of a batch that is compared with forward."""
 
 
@@ -63,7 +63,7 @@ class ResultLog:
     """Prints results and writes them down as they come."""
 
     output: Path | None
-    started: float = field(default_factory=time.perf_counter)
+    start_batch: float = field(default_factory=time.perf_counter)
 
     def __call__(self, kind: str, **facts: Any) -> None:
         """ResultLog one result."""
@@ -94,7 +94,9 @@ def _shown(value: Any) -> str:
 def in_turn(arms: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Return the seconds a step of each arm in each round, between two events on the device; all run once a round."""
     if DEVICE != "cuda":
-        return {arm: [each / BLOCK for each in seconds] for arm, seconds in interleave(arms, rounds, warm_up).items()}
+        return {
+            arm: [each / BLOCK_STEPS for each in seconds] for arm, seconds in interleave(arms, rounds, warm_up).items()
+        }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for index in range(warm_up + rounds):
         for name, unit in arms.items():
@@ -105,7 +107,7 @@ def in_turn(arms: Mapping[str, Callable[[], object]], rounds: int, warm_up: int 
             end.record()
             end.synchronize()
             if index >= warm_up:
-                seconds[name].append(begin.elapsed_time(end) / 1e3 / BLOCK)
+                seconds[name].append(begin.elapsed_time(end) / 1e3 / BLOCK_STEPS)
     return seconds
 
 
@@ -117,7 +119,7 @@ def copied() -> float:
     target = torch.empty_like(source)
 
     def block() -> None:
-        for _ in range(BLOCK):
+        for _ in range(BLOCK_STEPS):
             target.copy_(source)
 
     return 2 * source.nbytes / median(in_turn({"copy": block}, rounds=9)["copy"])
@@ -147,7 +149,7 @@ class GpuLab:
 
     def run(self, batches: Sequence[int], contexts: Sequence[int], limit: float) -> None:
         """Compare with forward, then time every batch and context; begin nothing after `limit` seconds."""
-        for batch in [each for each in batches if each <= COMPARED]:
+        for batch in [each for each in batches if each <= MAX_COMPARED_ROWS]:
             with self.report.noting_out_of_memory(setting=self.name, batch=batch):
                 self.compare(batch)
         for context in contexts:
@@ -164,7 +166,7 @@ class GpuLab:
         need = batch * (context + max(256, context // 4)) * cache_bytes(self.engine.model)
         if DEVICE == "cuda":
             room = torch.cuda.mem_get_info()[0]
-            if need + SPARE > room:
+            if need + SPARE_BYTES > room:
                 raise torch.OutOfMemoryError(f"the cache needs {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free")
         return random_cache(self.engine.model, batch, context)
 
@@ -208,7 +210,7 @@ class GpuLab:
         """Time the engine's steps by the clock: router, sampling and host included."""
         prompts, tokens = draw_prompts(self.engine, batch, context), 8 * self.rounds
         routings = {"routing off": RoutingParams.base(), "every 1": RoutingParams(every=1)}
-        units = {arm: started(self.engine, prompts, tokens + 8, each).step for arm, each in routings.items()}
+        units = {arm: start_batch(self.engine, prompts, tokens + 8, each).step for arm, each in routings.items()}
         before = self.step.num_captures
         seconds = interleave(units, tokens, warm_up=4)
         for arm, each in seconds.items():
@@ -237,7 +239,7 @@ class StepBlock:
 
     def __call__(self) -> None:
         """Run the block."""
-        for _ in range(BLOCK):
+        for _ in range(BLOCK_STEPS):
             self._count += 1
             weights = self._weights[self._count % 16]
             self._step.run(step_of(self._ids, [0] * len(self._ids), weights, self._cache))

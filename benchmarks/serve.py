@@ -43,7 +43,7 @@ TOPIC = "The planet is heated by its sun and cools at night. "
 
 
 @dataclass(frozen=True)
-class Stream:
+class ClientStream:
     """What one stream took: when each piece of text came (seconds), and how many tokens it had."""
 
     times: list[float]
@@ -99,7 +99,9 @@ def serving(bundle: Path, *flags: object) -> Generator[tuple[str, psutil.Process
             drain.wait()
 
 
-async def stream(url: str, prompt: str | list[int], tokens: int, *, is_streamed: bool = True, **more: int) -> Stream:
+async def stream(
+    url: str, prompt: str | list[int], tokens: int, *, is_streamed: bool = True, **more: int
+) -> ClientStream:
     """Ask for one stream, over a bare socket: an HTTP client's work for 32 streams would slow the server."""
     address = urlsplit(url)
     body = {"model": "auto", "prompt": prompt, "max_tokens": tokens, "temperature": 0, **more}
@@ -119,15 +121,17 @@ async def stream(url: str, prompt: str | list[int], tokens: int, *, is_streamed:
         writer.close()
     if not answer.startswith(b"HTTP/1.1 200") or (is_streamed and b"data: [DONE]" not in answer):
         raise SystemExit(f"the server answered {answer[:500]!r}")
-    return Stream(times[:-1], int(answer.rpartition(b'"completion_tokens":')[2].partition(b",")[0]))
+    return ClientStream(times[:-1], int(answer.rpartition(b'"completion_tokens":')[2].partition(b",")[0]))
 
 
-async def streams(url: str, prompts: list[str], tokens: int, *, is_streamed: bool = True, **more: int) -> list[Stream]:
+async def streams(
+    url: str, prompts: list[str], tokens: int, *, is_streamed: bool = True, **more: int
+) -> list[ClientStream]:
     return await asyncio.gather(*(stream(url, prompt, tokens, is_streamed=is_streamed, **more) for prompt in prompts))
 
 
 @dataclass
-class Arm:
+class ServerArm:
     """What one way to generate took, a number for each round.
 
     Attributes:
@@ -169,7 +173,11 @@ def throughput(engine: Engine, url: str, server: psutil.Process, options: argpar
     asyncio.run(streams(url, [COUNTING.format("many")], 8))
     engine.generate(COUNTING.format("many"), sampling=SamplingParams(max_tokens=8))
     counts = options.streams, 1
-    arms = {(count, name): Arm() for count in counts for name in ("Engine.generate", "server", "server, whole answers")}
+    arms = {
+        (count, name): ServerArm()
+        for count in counts
+        for name in ("Engine.generate", "server", "server, whole answers")
+    }
     for number in range(options.rounds):
         for count in counts:
             prompts, others = (
@@ -190,7 +198,7 @@ def throughput(engine: Engine, url: str, server: psutil.Process, options: argpar
     print_arms(arms, counts)
 
 
-def print_arms(arms: dict[tuple[int, str], Arm], counts: Sequence[int]) -> None:
+def print_arms(arms: dict[tuple[int, str], ServerArm], counts: Sequence[int]) -> None:
     print("| sequences | arm | tokens/s | ms a token of a sequence | against the engine | steal | others |")
     print("|---|---|---|---|---|---|---|")
     for (count, name), arm in arms.items():
@@ -210,7 +218,7 @@ def print_arms(arms: dict[tuple[int, str], Arm], counts: Sequence[int]) -> None:
 def steps_of(engine: Engine, prompts: Sequence[str], tokens: int) -> list[float]:
     """Return the seconds of each step of one batch of prompts, once they are read."""
     ids = [prompt_ids(engine.tokenizer, prompt) for prompt in prompts]
-    batch = workbench.started(engine, ids, tokens, engine.router.params)
+    batch = workbench.start_batch(engine, ids, tokens, engine.router.params)
     seconds: list[float] = []
     while batch.rows:
         before = time.perf_counter()

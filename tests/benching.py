@@ -29,7 +29,7 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     """Make large copies, long texts and garbage collection small until `patch` is undone."""
     patch.setattr(timing, "COPY_BYTES", 1 << 16)
     patch.setattr(timing, "gc", SmallHeap)
-    patch.setattr(router_speed, "TEXT_LENGTHS", (16, 64))
+    patch.setattr(router_speed, "TEXT_TOKENS", (16, 64))
 
 
 def open_lab(bundle: Path) -> Lab:

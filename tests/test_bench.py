@@ -19,11 +19,11 @@ from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
 from treadle.experiments import memory_use, router_speed, workbench
 from treadle.experiments.memory_use import (
-    CLASS,
-    ENGINE,
-    IMPORTED,
-    PLAIN,
-    Spent,
+    BASE_ARM,
+    CLASS_ARM,
+    ENGINE_ARM,
+    IMPORTS_ARM,
+    ProcessCost,
     measure_processes,
     peak_table,
     plain_command,
@@ -33,8 +33,8 @@ from treadle.experiments.plots import ratios_figure
 from treadle.experiments.pools import random_adapters
 from treadle.experiments.router_speed import Decisions
 from treadle.experiments.suites import check_lab, measure
-from treadle.experiments.timing import Elsewhere, Line, Machine, Table, interleave, lines, markdown
-from treadle.experiments.workbench import COPY, OFF, Lab, Steps, is_acting, routings, started, step_bytes
+from treadle.experiments.timing import Elsewhere, Machine, Table, TableLine, interleave, lines, markdown
+from treadle.experiments.workbench import COPY_ARM, OFF_ARM, Lab, Steps, is_acting, routings, start_batch, step_bytes
 from treadle.lora.compatibility import linear_shapes
 
 from conftest import Run
@@ -105,7 +105,9 @@ def test_a_machine_says_its_cores_and_versions(engine: Engine, tmp_path: Path, m
 
 
 def test_markdown_leaves_out_columns_that_nothing_fills() -> None:
-    table = Table("decode", "One step", (Line("a", "b1", 0.05, 0.04, 0.06, 1.0), Line("b", "b1", note="not run: why")))
+    table = Table(
+        "decode", "One step", (TableLine("a", "b1", 0.05, 0.04, 0.06, 1.0), TableLine("b", "b1", note="not run: why"))
+    )
     assert markdown(table).splitlines() == [
         "One step:",
         "",
@@ -130,11 +132,11 @@ def test_steps_are_compared_with_routing_off_and_shares_are_of_a_copy_in_the_sam
     _, steps = measure(lab, ["decode"])
     timed = {line.arm: line for line in steps.lines if line.seconds}
     *arms, copy = timed.values()
-    assert arms[0].arm == OFF
+    assert arms[0].arm == OFF_ARM
     assert {"treadle, every 1", "every 1, rank 8 on all linear layers"} <= timed.keys()
     assert {"mixed rows: every 1, one adapter, base", "prompts of different lengths, every 1"} <= timed.keys()
     assert all(line.bandwidth and line.mean for line in arms)
-    assert (copy.arm, copy.ratio, copy.bandwidth) == (COPY, None, None)
+    assert (copy.arm, copy.ratio, copy.bandwidth) == (COPY_ARM, None, None)
     notes = {line.arm: line.note for line in steps.lines if not line.seconds}
     assert notes.keys() == {"every 1, combine linear", "every 1, combine paper"}
     assert all("rank" in note for note in notes.values())
@@ -204,7 +206,7 @@ def test_an_embedder_that_reads_every_text_anew_gets_fewer_texts_and_a_note(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Lab, "is_slow", True)
-    monkeypatch.setattr(router_speed, "SLOW_TOKENS", 1024)
+    monkeypatch.setattr(router_speed, "MAX_SLOW_TOKENS", 1024)
     [table] = measure(lab, ["router"])
     notes = {line.arm: line.note for line in table.lines if not line.seconds}
     assert list(notes) == ["64 x one decision, text of 64 tokens"]
@@ -214,7 +216,7 @@ def test_an_embedder_that_reads_every_text_anew_gets_fewer_texts_and_a_note(
 def test_layings_are_counted(lab: Lab) -> None:
     engine = lab.pool(40, rank=16, targets=("q_proj", "v_proj"))
     first, second, third = (
-        Steps(engine, started(engine, lab.prompts(1, 8), 9, RoutingParams.one(name)))
+        Steps(engine, start_batch(engine, lab.prompts(1, 8), 9, RoutingParams.one(name)))
         for name in engine.adapter_names[:3]
     )
     for steps in (first, first, second, first, second, third):  # two stay beside each other, three do not
@@ -262,8 +264,8 @@ def test_processes_are_measured_from_outside() -> None:
 
 def test_peaks_are_compared_with_the_sum_of_what_a_process_must_hold(lab: Lab) -> None:
     spent = {
-        name: [Spent(1.0, size << 20)] * 2
-        for name, size in ((IMPORTED, 100), (CLASS, 104), (PLAIN, 110), (ENGINE, 121))
+        name: [ProcessCost(1.0, size << 20)] * 2
+        for name, size in ((IMPORTS_ARM, 100), (CLASS_ARM, 104), (BASE_ARM, 110), (ENGINE_ARM, 121))
     }
     needed, plain, own = peak_table(lab, spent).lines
     assert needed.peak is not None
@@ -297,16 +299,16 @@ def test_processes_make_all_their_tokens(
 def test_the_memory_suite_measures_these_processes(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, list[str]]] = []
 
-    def measured(commands: dict[str, list[str]], rounds: int) -> dict[str, list[Spent]]:
+    def measured(commands: dict[str, list[str]], rounds: int) -> dict[str, list[ProcessCost]]:
         asked.append(commands)
-        return {name: [Spent(1.0, 100 << 20)] * rounds for name in commands}
+        return {name: [ProcessCost(1.0, 100 << 20)] * rounds for name in commands}
 
     monkeypatch.setattr(memory_use, "measure_processes", measured)
     start, helped, peaks = measure(lab, ["memory"])
     assert [line.arm for line in start.lines] == ["transformers, base", "treadle generate"]
     assert (helped.lines[0].seconds, len(peaks.lines)) == (1.0, 3)
     first, _, whole = asked
-    assert all("cpu" in command for command in (*first.values(), whole[PLAIN], whole[ENGINE]))
+    assert all("cpu" in command for command in (*first.values(), whole[BASE_ARM], whole[ENGINE_ARM]))
     assert [str(SHORT.tokens) in command for command in whole.values()] == [False, False, True, True]
 
 
@@ -355,7 +357,11 @@ def test_what_a_run_measured_is_kept_and_drawn(run: Run, bundle: Path, tmp_path:
 
 
 def test_ratios_are_drawn_with_their_quartiles_and_lines_that_did_not_run_are_not() -> None:
-    made = (Line("base", "b1", 2.0, 1.0, 4.0, 1.0), Line("own", "b1", 3.0, 2.0, 5.0, 1.5), Line("no", "b1", note="why"))
+    made = (
+        TableLine("base", "b1", 2.0, 1.0, 4.0, 1.0),
+        TableLine("own", "b1", 3.0, 2.0, 5.0, 1.5),
+        TableLine("no", "b1", note="why"),
+    )
     figure = ratios_figure([asdict(Table("decode", "One step", made)), asdict(Table("decode", "Alone", made[:1]))])
     [axis] = figure.axes
     drawn = [line.get_xdata() for line in axis.lines if len(line.get_xdata()) == 2]

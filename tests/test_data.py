@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from treadle.common.errors import DataError, OptionError
 from treadle.engine.chat import read_prompt
-from treadle.experiments.data import CHAT, chat_task, load_examples, load_samples, load_texts, read_rows
+from treadle.experiments.data import CHAT_TASK, chat_task, load_examples, load_samples, load_texts, read_rows
 from treadle.experiments.tasks import TASKS, Example, find_task
 from treadle.experiments.train import TrainParams, training_rows
 from treadle.routing.samples import sample_texts
@@ -428,4 +428,4 @@ def test_tasks_are_found_by_name_and_by_file(tmp_path: Path) -> None:
     assert (example.prompt, example.completion) == ("Q: all?\nA:", " SELECT")
     assert find_task("math") is TASKS["math"]
     with pytest.raises(OptionError, match="Did you mean 'chat'"):
-        find_task("chats", also=[CHAT])
+        find_task("chats", also=[CHAT_TASK])

@@ -20,7 +20,7 @@ from treadle.experiments.evaluate import evaluate
 from treadle.experiments.metrics import LIBRARIES
 from treadle.experiments.params import EvalParams
 from treadle.experiments.results import fractions_of, read_cell, read_results
-from treadle.experiments.sets import EvalSet, Part, join_streams, load_sets, score_streams
+from treadle.experiments.sets import EvalSet, StreamPart, join_streams, load_sets, score_streams
 from treadle.experiments.tasks import Example
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import fit
@@ -111,9 +111,9 @@ def example(prompt: str, completion: str) -> Example:
 
 
 STREAM = (
-    Part("math", example("add three plus", " four")),
-    Part("code", example("def loop", " return list")),
-    Part("math", example("sum plus", " three")),
+    StreamPart("math", example("add three plus", " four")),
+    StreamPart("code", example("def loop", " return list")),
+    StreamPart("math", example("sum plus", " three")),
 )
 
 

@@ -13,8 +13,8 @@ from benching import endless, open_lab, shrink
 
 from benchmarks.peers import suite_adapters, vllm_worker
 from benchmarks.peers.peers import (
-    EACH_DECISION,
-    PAPER,
+    MERGE_ARM,
+    PAPER_ARM,
     Merging,
     Missing,
     PeerOptions,
@@ -30,7 +30,7 @@ from treadle.engine.engine import Engine
 from treadle.experiments.pools import random_adapters
 from treadle.experiments.suites import measure
 from treadle.experiments.timing import Elsewhere
-from treadle.experiments.workbench import COPY, Lab
+from treadle.experiments.workbench import COPY_ARM, Lab
 from treadle.lora.adapter import read_adapter
 
 NOWHERE = PeerOptions(paper_text=16, sentence="/nowhere", vllm="/nowhere/python")
@@ -65,7 +65,7 @@ def made_pool(lab: Lab, root: Path) -> Path:
 def test_pools_are_stepped_and_loaded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite_adapters.subprocess, "run", in_this_process)
     steps, loaded = adapters(lab, pools=(2, 5), num_steps=6)
-    assert [line.arm for line in steps.lines] == ["2 adapters", "5 adapters", COPY]
+    assert [line.arm for line in steps.lines] == ["2 adapters", "5 adapters", COPY_ARM]
     assert all(line.bandwidth and line.mean and "laid out anew" in line.note for line in steps.lines[:2])
     [line] = loaded.lines
     own = load_apart(lab, made_pool(lab, tmp_path)).own
@@ -121,8 +121,8 @@ def test_peers_run_and_those_that_cannot_say_why(lab: Lab) -> None:
     assert calls.lines[0].arm == "transformers generate, base"
     assert {"treadle, every 1", "PEFT, one adapter", "PEFT, one adapter merged"} <= ran
     notes = {line.arm: line.note for line in (*calls.lines, *single.lines) if not line.seconds}
-    assert "same r value" in notes[PAPER]
-    assert "same r value" in notes[EACH_DECISION]
+    assert "same r value" in notes[PAPER_ARM]
+    assert "same r value" in notes[MERGE_ARM]
     assert "no /nowhere/python" in notes["vLLM, base"]
     ratios = {line.arm: line.ratio for line in single.lines if line.seconds}
     assert next(iter(ratios)) == "transformers, base, one step with its cache"
@@ -150,7 +150,7 @@ def test_lines_of_another_job_say_so(lab: Lab, equal_folders: dict[str, Path]) -
     equal = replace(lab, bundle=replace(lab.bundle, adapters=adapters))
     calls, single = peers(equal, NOWHERE)
     notes = {line.arm: line.note for line in (*calls.lines, *single.lines)}
-    assert notes[EACH_DECISION] == "the first row's mixture serves all rows"
+    assert notes[MERGE_ARM] == "the first row's mixture serves all rows"
     assert "batch 1 only" in notes["PEFT X-LoRA, untrained"]
 
 
@@ -168,8 +168,8 @@ def test_a_peer_that_merges_changes_what_the_model_computes(lab: Lab, equal_fold
 def test_a_missing_sentence_embedder_leaves_the_paper_out(lab: Lab, equal_folders: dict[str, Path]) -> None:
     adapters = tuple(read_adapter(folder, name) for name, folder in equal_folders.items())
     equal = replace(lab, bundle=replace(lab.bundle, adapters=adapters))
-    assert "/nowhere" in uncached_peers(equal, [1, 2, 3], "/nowhere")[PAPER].reason
-    merged = cached_peers(equal, [[1, 2, 3]], 4)[EACH_DECISION]
+    assert "/nowhere" in uncached_peers(equal, [1, 2, 3], "/nowhere")[PAPER_ARM].reason
+    merged = cached_peers(equal, [[1, 2, 3]], 4)[MERGE_ARM]
     merged()
 
 

@@ -21,7 +21,7 @@ from treadle.experiments.results import write_bench
 from treadle.experiments.router_quality import route_quality
 from treadle.experiments.sets import load_sets
 from treadle.experiments.tasks import Example
-from treadle.experiments.timing import Line, Table
+from treadle.experiments.timing import Table, TableLine
 from treadle.lora.adapter import read_adapter
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import Router, fit
@@ -113,7 +113,7 @@ def test_every_figure_is_drawn_from_the_files_alone_and_always_the_same(
     code, out, _ = run("route", bundle, "--eval", "--tasks", f"math={rows}", "-o", results, "--json")
     assert code == 0
     assert json.loads(out) == json.loads((results / QUALITY_FILE).read_text())
-    lines = (Line("base", "batch 1", 1.0, 0.9, 1.2, 1.0), Line("routed", "batch 1", 1.1, 1.0, 1.3, 1.1))
+    lines = (TableLine("base", "batch 1", 1.0, 0.9, 1.2, 1.0), TableLine("routed", "batch 1", 1.1, 1.0, 1.3, 1.1))
     write_bench(results, ["decode"], {"dtype": "float32", "batch": [1]}, [Table("decode", "One step", lines)])
     first = {file.name: file.read_bytes() for file in draw_all([results], tmp_path / "a")}
     assert set(first) == {f"{name}.svg" for name in FIGURES}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.experiments.sandbox import FILE_SIZE, passes
+from treadle.experiments.sandbox import MAX_FILE_BYTES, passes
 
 from conftest import Run
 
@@ -87,9 +87,9 @@ def test_memory_is_limited(program):
 
 def test_files_are_limited():
     write = "with open('x', 'wb') as file:\n    file.write(bytes({size}))"
-    assert passes(write.format(size=FILE_SIZE), ["assert True"])
-    assert not passes(write.format(size=FILE_SIZE + 1), ["assert True"])
-    assert not passes(f"print('x' * {FILE_SIZE})", ["assert True"])
+    assert passes(write.format(size=MAX_FILE_BYTES), ["assert True"])
+    assert not passes(write.format(size=MAX_FILE_BYTES + 1), ["assert True"])
+    assert not passes(f"print('x' * {MAX_FILE_BYTES})", ["assert True"])
 
 
 @pytest.mark.parametrize(("tail", "passed"), [("", True), ("\nexit(1)", False), ("\nwhile True:\n    pass", False)])

@@ -10,7 +10,7 @@ from treadle.common.errors import DataError
 from treadle.experiments.data import load_examples
 from treadle.experiments.metrics import METRICS
 from treadle.experiments.sandbox import passes
-from treadle.experiments.tasks import PAPER, TASKS, Example, find_task, read_task
+from treadle.experiments.tasks import PAPER_TASKS, TASKS, Example, find_task, read_task
 
 MBPP = {
     "text": "Write a function to add. ",
@@ -35,8 +35,8 @@ def test_the_completion_is_the_reference_where_no_answers_are_known():
 
 
 def test_the_tasks_of_the_paper_are_built_in_and_use_adapters_of_their_own():
-    assert set(PAPER) == set(TASKS) - {"mbpp"}
-    assert [TASKS[name].adapter for name in PAPER] == [""] * 4
+    assert set(PAPER_TASKS) == set(TASKS) - {"mbpp"}
+    assert [TASKS[name].adapter for name in PAPER_TASKS] == [""] * 4
     assert TASKS["mbpp"].adapter == "code"
 
 

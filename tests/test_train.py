@@ -21,7 +21,7 @@ from treadle.common.errors import AdapterError, DataError, OptionError
 from treadle.common.files import digest
 from treadle.experiments.checkpoints import MARK_FILE, CheckpointKeeper, keep_only, mark_whole, newest_whole
 from treadle.experiments.tasks import Example
-from treadle.experiments.train import IGNORED, TrainParams, train_adapter, training_rows
+from treadle.experiments.train import IGNORED_LABEL, TrainParams, train_adapter, training_rows
 from treadle.lora.adapter import read_adapter
 from treadle.lora.blend import attach
 from treadle.routing.centroids import Centroids
@@ -36,7 +36,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def learned(row: dict[str, list[int]]) -> list[int]:
-    return [label for label in row["labels"] if label != IGNORED]
+    return [label for label in row["labels"] if label != IGNORED_LABEL]
 
 
 def test_the_loss_is_on_the_answer_and_the_end_of_text() -> None:

@@ -18,10 +18,10 @@ from treadle.experiments.params import BenchParams
 from treadle.experiments.results import write_bench
 from treadle.experiments.suites import check_texts
 from treadle.experiments.timing import Table, markdown
-from treadle.experiments.workbench import SPARE, Lab
+from treadle.experiments.workbench import SPARE_TOKENS, Lab
 
 from .peers import PeerOptions
-from .suite_adapters import STEPS, adapters
+from .suite_adapters import POOL_STEPS, adapters
 from .suite_peers import peers
 
 SUITES: dict[str, Callable[[Lab, PeerOptions], Iterable[Table]]] = {
@@ -56,9 +56,9 @@ def check(lab: Lab, own: PeerOptions, suites: Iterable[str]) -> None:
     texts = {
         "peers": {
             "--prompt + --tokens": params.prompt + params.tokens,
-            "--paper-text + --rounds": own.paper_text + params.rounds + SPARE,
+            "--paper-text + --rounds": own.paper_text + params.rounds + SPARE_TOKENS,
         },
-        "adapters": {"--prompt": params.prompt + STEPS + SPARE},
+        "adapters": {"--prompt": params.prompt + POOL_STEPS + SPARE_TOKENS},
     }
     check_texts(lab, {flags: tokens for name in suites for flags, tokens in texts[name].items()})
 

@@ -14,7 +14,7 @@ import torch
 
 from treadle.common.errors import reason_of
 from treadle.common.transformers_names import cache_argument, find_cache
-from treadle.experiments.decode import BASE, transformers_generate
+from treadle.experiments.decode import GENERATE_ARM, transformers_generate
 from treadle.experiments.timing import Unit
 from treadle.routing.embedder import Embedder, load_embedder
 from treadle.routing.router import Router
@@ -23,12 +23,12 @@ from treadle.routing.rules import boosted
 if TYPE_CHECKING:
     from treadle.experiments.workbench import Lab
 
-BLEND = "blend"
+BLEND_NAME = "blend"
 """What the peers that merge call the merged adapter."""
-ONE, MERGED = "PEFT, one adapter", "PEFT, one adapter merged"
-EACH_DECISION, ARROW = "PEFT, add_weighted_adapter every 2 tokens", "PEFT Arrow, top 2"
-XLORA, PAPER = "PEFT X-LoRA, untrained", "the paper's loop"
-BASE_STEP, BASE_TEXT = "transformers, base, one step with its cache", "transformers, base, the whole text"
+ONE_ARM, MERGED_ARM = "PEFT, one adapter", "PEFT, one adapter merged"
+MERGE_ARM, ARROW_ARM = "PEFT, add_weighted_adapter every 2 tokens", "PEFT Arrow, top 2"
+XLORA_ARM, PAPER_ARM = "PEFT X-LoRA, untrained", "the paper's loop"
+BASE_STEP_ARM, BASE_TEXT_ARM = "transformers, base, one step with its cache", "transformers, base, the whole text"
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def cached_peers(lab: "Lab", prompts: Sequence[Sequence[int]], tokens: int) -> P
     folders = {adapter.name: adapter.source for adapter in lab.bundle.adapters}
     generate = partial(_generating, prompts, tokens)
     make: dict[str, Callable[[Any], Unit]] = {
-        BASE: generate,
-        ONE: lambda model: generate(one_adapter(model, folders)),
-        MERGED: lambda model: generate(one_adapter(model, folders).merge_and_unload()),
-        EACH_DECISION: lambda model: partial(merge_each_decision, Merging(lab, model, folders), prompts, tokens),
-        ARROW: lambda model: generate(arrow(model, folders)),
+        GENERATE_ARM: generate,
+        ONE_ARM: lambda model: generate(one_adapter(model, folders)),
+        MERGED_ARM: lambda model: generate(one_adapter(model, folders).merge_and_unload()),
+        MERGE_ARM: lambda model: partial(merge_each_decision, Merging(lab, model, folders), prompts, tokens),
+        ARROW_ARM: lambda model: generate(arrow(model, folders)),
     }
     return {name: _made(lab, each) for name, each in make.items()}
 
@@ -80,10 +80,10 @@ def uncached_peers(lab: "Lab", text: Sequence[int], sentence: str) -> Peers:
     """Return peers that read the whole text for each token, after the base: each unit gives `text` its next token."""
     folders = {adapter.name: adapter.source for adapter in lab.bundle.adapters}
     make: dict[str, Callable[[Any], Unit]] = {
-        BASE_STEP: lambda model: cached_step(model, [text]),
-        BASE_TEXT: lambda model: partial(next_token, model, text, only_last=True),
-        XLORA: lambda model: partial(next_token, xlora(model, folders), text, only_last=True),
-        PAPER: lambda model: PaperLoop(Merging(lab, model, folders), load_embedder(sentence), text),
+        BASE_STEP_ARM: lambda model: cached_step(model, [text]),
+        BASE_TEXT_ARM: lambda model: partial(next_token, model, text, only_last=True),
+        XLORA_ARM: lambda model: partial(next_token, xlora(model, folders), text, only_last=True),
+        PAPER_ARM: lambda model: PaperLoop(Merging(lab, model, folders), load_embedder(sentence), text),
     }
     return {name: _made(lab, each) for name, each in make.items()}
 
@@ -155,14 +155,14 @@ class Merging:
 
     def blend(self, weights: Sequence[float]) -> None:
         """Make the weighted adapter (PEFT's `linear`) and activate it."""
-        if BLEND in self.model.peft_config:
+        if BLEND_NAME in self.model.peft_config:
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore"
                 )  # PEFT says that the active adapter is deleted; the next line mends that
-                self.model.delete_adapter(BLEND)
-        self.model.add_weighted_adapter(self._names, list(weights), BLEND, combination_type="linear")
-        self.model.set_adapter(BLEND)
+                self.model.delete_adapter(BLEND_NAME)
+        self.model.add_weighted_adapter(self._names, list(weights), BLEND_NAME, combination_type="linear")
+        self.model.set_adapter(BLEND_NAME)
 
 
 @torch.inference_mode()

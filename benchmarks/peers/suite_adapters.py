@@ -24,8 +24,8 @@ from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
 from treadle.engine.sequence import Row, TokenEvent
 from treadle.experiments.pools import random_adapters, random_router
-from treadle.experiments.timing import Line, Table, lines
-from treadle.experiments.workbench import SPARE, WARM_UP, Lab, Steps, not_run, pooled, time_steps
+from treadle.experiments.timing import Table, TableLine, lines
+from treadle.experiments.workbench import SPARE_TOKENS, WARM_UP_STEPS, Lab, Steps, not_run, pooled, time_steps
 from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 
 if TYPE_CHECKING:
@@ -33,24 +33,25 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 """The process that loads a pool finds this package here."""
-POOLS = (4, 16, 64, 256)
+POOL_SIZES = (4, 16, 64, 256)
 """Numbers of adapters in one engine."""
 RANK, TARGETS = 16, ("q_proj", "v_proj")
-TOP = 4
+TOP_K = 4
 """Adapters at most that a row uses."""
-STEPS = 60
-DOMAIN = 16
+POOL_STEPS = 60
+DOMAIN_TOKENS = 16
 """Tokens after which a text goes on with another sample."""
-LOADS = 3
+MAX_LOADS = 3
 """Times at most that the largest pool is loaded."""
 
 
 def adapters(
-    lab: Lab, *, pools: Sequence[int] = POOLS, num_steps: int = STEPS, targets: Sequence[str] = TARGETS
+    lab: Lab, *, pools: Sequence[int] = POOL_SIZES, num_steps: int = POOL_STEPS, targets: Sequence[str] = TARGETS
 ) -> list[Table]:
     """Step with pools of random adapters over texts whose domain changes, and load the largest."""
     where = f"adapters of rank {RANK} on {' and '.join(name[0] for name in targets)}"
-    title = f"One step with a pool of {where}, top {TOP} of each row, a text of another domain every {DOMAIN} tokens"
+    texts = f"a text of another domain every {DOMAIN_TOKENS} tokens"
+    title = f"One step with a pool of {where}, top {TOP_K} of each row, {texts}"
     try:
         engines = {f"{count} adapters": lab.pool(count, rank=RANK, targets=targets) for count in pools}
     except OptionError as error:  # the base names its layers otherwise
@@ -62,21 +63,21 @@ def adapters(
     return [Table("adapters", title, tuple(made)), _load_table(lab, max(pools), targets, where)]
 
 
-def _steps(lab: Lab, engines: dict[str, Engine], batch: int, num_steps: int) -> list[Line]:
+def _steps(lab: Lab, engines: dict[str, Engine], batch: int, num_steps: int) -> list[TableLine]:
     arms: dict[str, Steps] = {}
     for name, engine in engines.items():
         arms[name] = Steps(engine, engine.new_batch(end_ids=frozenset()))
-        arms[name].batch.join(dictated_rows(lab, engine, batch, num_steps + SPARE))
+        arms[name].batch.join(dictated_rows(lab, engine, batch, num_steps + SPARE_TOKENS))
     spent = time_steps(lab, arms, num_steps, lab.setting(batch))
-    total = num_steps + WARM_UP
+    total = num_steps + WARM_UP_STEPS
     layings = {name: f"laid out anew in {steps.num_layings} of {total} steps" for name, steps in arms.items()}
     return [replace(line, note=layings.get(line.arm, line.note)) for line in spent]
 
 
-class Dictated(Row):
+class DictatedRow(Row):
     """A row that is given its tokens: the model computes what it always does, the text goes its own way."""
 
-    def dictate(self, text: Sequence[int]) -> "Dictated":
+    def dictate(self, text: Sequence[int]) -> "DictatedRow":
         """Set the tokens that come."""
         self._coming = iter(text)
         return self
@@ -86,33 +87,33 @@ class Dictated(Row):
         return super().accept(next(self._coming), logprob, False, likeliest)
 
 
-def dictated_rows(lab: Lab, engine: Engine, batch: int, tokens: int) -> list[Dictated]:
-    """Return rows whose texts go from one sample of the bundle to the next every `DOMAIN` tokens."""
-    routing: RoutingParams = replace(pooled(lab.routing), rule="top_k", top_k=TOP)
+def dictated_rows(lab: Lab, engine: Engine, batch: int, tokens: int) -> list[DictatedRow]:
+    """Return rows whose texts go from one sample of the bundle to the next every DOMAIN_TOKENS tokens."""
+    routing: RoutingParams = replace(pooled(lab.routing), rule="top_k", top_k=TOP_K)
     sampling = SamplingParams(max_tokens=tokens)
     samples = lab.sample_ids()
-    rows: list[Dictated] = []
+    rows: list[DictatedRow] = []
     for row in range(batch):
         text = drifting(samples, row, lab.params.prompt + tokens)
-        made = Dictated(text[: lab.params.prompt], engine.router, routing, sampling, engine.tokenizer)
+        made = DictatedRow(text[: lab.params.prompt], engine.router, routing, sampling, engine.tokenizer)
         rows.append(made.dictate(text[lab.params.prompt :]))
     return rows
 
 
 def drifting(samples: Sequence[Sequence[int]], start: int, length: int) -> list[int]:
-    """Return `length` ids: `DOMAIN` tokens of each sample in turn, from the one at `start`, then the next of each."""
+    """Return `length` ids: DOMAIN_TOKENS of each sample in turn, from the one at `start`, then the next of each."""
     text: list[int] = []
     index = start
     while len(text) < length:
         sample = samples[index % len(samples)]
-        begin = index // len(samples) * DOMAIN % len(sample)
-        text += [sample[(begin + place) % len(sample)] for place in range(DOMAIN)]
+        begin = index // len(samples) * DOMAIN_TOKENS % len(sample)
+        text += [sample[(begin + place) % len(sample)] for place in range(DOMAIN_TOKENS)]
         index += 1
     return text[:length]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadCost:
     """What it took a process to load a pool.
 
     Attributes:
@@ -138,7 +139,7 @@ def _load_table(lab: Lab, count: int, targets: Sequence[str], where: str) -> Tab
             save_adapter(Path(root) / adapter.name, adapter, targets)
         del made
         try:
-            loads = [load_apart(lab, Path(root)) for _ in range(min(lab.params.rounds, LOADS))]
+            loads = [load_apart(lab, Path(root)) for _ in range(min(lab.params.rounds, MAX_LOADS))]
         except TreadleError as error:  # the steps have been measured
             return Table("adapters", title, tuple(not_run({name: reason_of(error)}, lab.dtype)))
     [line] = lines({name: [each.seconds for each in loads]}, lab.dtype)
@@ -167,7 +168,7 @@ def save_adapter(folder: Path, adapter: Adapter, targets: Sequence[str]) -> Path
     return folder
 
 
-def load_apart(lab: Lab, root: Path) -> Loaded:
+def load_apart(lab: Lab, root: Path) -> LoadCost:
     """Return what `load_pool` takes in a process of its own; a TreadleError with its last line where it fails."""
     code = "import sys; from benchmarks.peers.suite_adapters import load_pool; load_pool(*sys.argv[1:])"
     given = [str(lab.bundle.folder.resolve()), str(root), str(lab.engine.model.device), lab.dtype]
@@ -175,7 +176,7 @@ def load_apart(lab: Lab, root: Path) -> Loaded:
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
         raise TreadleError(f"loading adapters in a process of its own failed: {said[-1]}")
-    return Loaded(**json.loads(done.stdout.splitlines()[-1]))
+    return LoadCost(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def load_pool(bundle: str, root: str, device: str, dtype: str) -> None:
@@ -200,7 +201,7 @@ def load_pool(bundle: str, root: str, device: str, dtype: str) -> None:
     gc.collect()
     resident = resident_bytes() - before
     trimmed = resident_bytes() - before if trim() else None
-    print(json.dumps(asdict(Loaded(seconds, resident, trimmed, own))))
+    print(json.dumps(asdict(LoadCost(seconds, resident, trimmed, own))))
     engine.detach()
 
 

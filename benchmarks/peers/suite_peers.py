@@ -3,15 +3,15 @@
 from dataclasses import replace
 from functools import partial
 
-from treadle.experiments.decode import BASE, call_title
-from treadle.experiments.timing import Line, Table, Unit, interleave, lines
-from treadle.experiments.workbench import SPARE, Lab, Steps, not_run, routings, run, started
+from treadle.experiments.decode import GENERATE_ARM, call_title
+from treadle.experiments.timing import Table, TableLine, Unit, interleave, lines
+from treadle.experiments.workbench import SPARE_TOKENS, Lab, Steps, not_run, routings, run_call, start_batch
 
 from .peers import (
-    BASE_STEP,
-    EACH_DECISION,
-    PAPER,
-    XLORA,
+    BASE_STEP_ARM,
+    MERGE_ARM,
+    PAPER_ARM,
+    XLORA_ARM,
     Missing,
     PeerOptions,
     Peers,
@@ -19,12 +19,12 @@ from .peers import (
     tried,
     uncached_peers,
 )
-from .vllm_peer import ARMS, VllmWorker, vllm_peers
+from .vllm_peer import VLLM_ARMS, VllmWorker, vllm_peers
 
-UNCACHED = "keeps no cache: reads the whole text for each token"
-NOTES = {
-    XLORA: f"{UNCACHED}; measured at batch 1 only, its classifier as initialised",
-    PAPER: f"{UNCACHED}; merges by today's PEFT `linear`, where the paper's 0.4.0 left B unweighted: as much work",
+UNCACHED_NOTE = "keeps no cache: reads the whole text for each token"
+ARM_NOTES = {
+    XLORA_ARM: f"{UNCACHED_NOTE}; measured at batch 1 only, its classifier as initialised",
+    PAPER_ARM: f"{UNCACHED_NOTE}; merges by today's PEFT `linear`; the paper's 0.4.0 left B unweighted: as much work",
 }
 
 
@@ -35,29 +35,31 @@ def peers(lab: Lab, options: PeerOptions) -> list[Table]:
     return [Table("peers", call_title(lab), tuple(made)), _tokens(lab, options)]
 
 
-def _calls(lab: Lab, batch: int, worker: VllmWorker) -> list[Line]:
+def _calls(lab: Lab, batch: int, worker: VllmWorker) -> list[TableLine]:
     tokens = lab.params.tokens
     prompts = lab.prompts(batch, lab.params.prompt)
-    own: Peers = {name: partial(run, lab.engine, prompts, tokens, each) for name, each in routings(lab.routing).items()}
-    notes = {EACH_DECISION: "the first row's mixture serves all rows"} if batch > 1 else {}
+    own: Peers = {
+        name: partial(run_call, lab.engine, prompts, tokens, each) for name, each in routings(lab.routing).items()
+    }
+    notes = {MERGE_ARM: "the first row's mixture serves all rows"} if batch > 1 else {}
     others = cached_peers(lab, prompts, tokens)
-    arms = {BASE: others.pop(BASE), **own, **others, **vllm_peers(worker, prompts, tokens)}
+    arms = {GENERATE_ARM: others.pop(GENERATE_ARM), **own, **others, **vllm_peers(worker, prompts, tokens)}
     made = _lines(arms, lab, batch, tokens, notes)
-    return [replace(line, note=worker.about) if line.arm in ARMS and line.seconds else line for line in made]
+    return [replace(line, note=worker.about) if line.arm in VLLM_ARMS and line.seconds else line for line in made]
 
 
 def _tokens(lab: Lab, options: PeerOptions) -> Table:
     """Time one token at a text, beside the base with and without its cache."""
     [text] = lab.prompts(1, options.paper_text)
     name, routing = list(routings(lab.routing).items())[-1]
-    batch = started(lab.engine, [text], lab.params.rounds + SPARE, routing)
+    batch = start_batch(lab.engine, [text], lab.params.rounds + SPARE_TOKENS, routing)
     others = uncached_peers(lab, text, options.sentence)
-    arms: Peers = {BASE_STEP: others.pop(BASE_STEP), name: Steps(lab.engine, batch), **others}
+    arms: Peers = {BASE_STEP_ARM: others.pop(BASE_STEP_ARM), name: Steps(lab.engine, batch), **others}
     title = f"One token at a text of {len(text)} tokens"
-    return Table("peers", title, tuple(_lines(arms, lab, 1, 1, NOTES)))
+    return Table("peers", title, tuple(_lines(arms, lab, 1, 1, ARM_NOTES)))
 
 
-def _lines(arms: Peers, lab: Lab, batch: int, tokens: int, notes: dict[str, str]) -> list[Line]:
+def _lines(arms: Peers, lab: Lab, batch: int, tokens: int, notes: dict[str, str]) -> list[TableLine]:
     """Time the arms that run, of which each call makes `tokens` tokens a row; say of the others why they do not."""
     arms = tried(arms)
     able: dict[str, Unit] = {name: unit for name, unit in arms.items() if not isinstance(unit, Missing)}

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from .peers import PeerOptions, Peers
 
-LIMIT = 900
+ANSWER_SECONDS = 900
 """Seconds that one answer may take: the first includes the start, and where vLLM compiles, minutes of that."""
-BLOCK = 128
+BLOCK_TOKENS = 128
 """Tokens: vLLM's cache comes in blocks, of at most so many tokens on a CPU."""
-ARMS = {"vLLM, base": "base", "vLLM, one adapter": "lora"}
+VLLM_ARMS = {"vLLM, base": "base", "vLLM, one adapter": "lora"}
 
 
 class VllmWorker:
@@ -51,7 +51,7 @@ class VllmWorker:
         """Return the worker of a bench: its base, dtype and first adapter, room for its largest batch."""
         params, model, first = lab.params, lab.engine.model, lab.bundle.adapters[0]
         length, rows = params.prompt + params.tokens + 1, max(params.batch)
-        blocks = -(-length // BLOCK) + 1
+        blocks = -(-length // BLOCK_TOKENS) + 1
         options: dict[str, Any] = {
             "model": locate(lab.bundle.base_model),
             "adapter": str(first.source.resolve()),
@@ -61,7 +61,7 @@ class VllmWorker:
             "eager": not peers.vllm_compile,
             "length": length,
             "rows": rows,
-            "cache": 2 * rows * blocks * BLOCK * cache_bytes(model),
+            "cache": 2 * rows * blocks * BLOCK_TOKENS * cache_bytes(model),
         }
         return cls(peers.vllm, options)
 
@@ -82,7 +82,7 @@ class VllmWorker:
         assert reading is not None and writing is not None  # noqa: PT018 both are pipes
         writing.write(json.dumps(request).encode() + b"\n")
         writing.flush()
-        is_there = select.select([reading], [], [], LIMIT)[0]
+        is_there = select.select([reading], [], [], ANSWER_SECONDS)[0]
         line = reading.readline() if is_there else b""
         if not line:
             self._why_not = self._end(is_late=not is_there)
@@ -127,7 +127,7 @@ class VllmWorker:
         """End the process that gives no answer; return why."""
         self.close()
         if is_late:
-            return f"vLLM gave no answer in {LIMIT} s"
+            return f"vLLM gave no answer in {ANSWER_SECONDS} s"
         self._said.seek(0)
         said = self._said.read().decode(errors="replace").strip().splitlines()
         return f"vLLM's process ended: {said[-1] if said else 'no message'}"
@@ -135,4 +135,4 @@ class VllmWorker:
 
 def vllm_peers(worker: VllmWorker, prompts: Sequence[Sequence[int]], tokens: int) -> "Peers":
     """Return vLLM's arms: each unit is a call that makes `tokens` tokens a row of `prompts`."""
-    return {name: partial(worker.call, arm, prompts, tokens) for name, arm in ARMS.items()}
+    return {name: partial(worker.call, arm, prompts, tokens) for name, arm in VLLM_ARMS.items()}

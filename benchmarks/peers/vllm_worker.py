@@ -12,9 +12,9 @@ import sys
 import time
 from typing import Any
 
-QUIET = 0.1
+REST_SHARE = 0.1
 """Share of a core below which the process is at rest."""
-PAUSE, PATIENCE = 0.05, 2.0
+PAUSE_SECONDS, PATIENCE_SECONDS = 0.05, 2.0
 """Seconds between two looks at that, and after which it answers anyway."""
 
 
@@ -78,11 +78,11 @@ class Engines:
 
 def rest() -> None:
     """Wait until threads that spin after a call have gone to sleep."""
-    end = time.perf_counter() + PATIENCE
+    end = time.perf_counter() + PATIENCE_SECONDS
     while time.perf_counter() < end:
         before = time.process_time()
-        time.sleep(PAUSE)
-        if time.process_time() - before < QUIET * PAUSE:
+        time.sleep(PAUSE_SECONDS)
+        if time.process_time() - before < REST_SHARE * PAUSE_SECONDS:
             return
 
 

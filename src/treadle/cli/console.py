@@ -12,7 +12,7 @@ from treadle.routing.centroids import Floats
 
 if TYPE_CHECKING:
     from treadle.engine.sequence import TokenEvent
-    from treadle.experiments.doctor import Report
+    from treadle.experiments.doctor import BundleReport
     from treadle.experiments.results import EvalResult
     from treadle.experiments.router_quality import Quality
     from treadle.routing.explain import Explanation
@@ -91,7 +91,7 @@ def explanation_table(explanation: "Explanation") -> Table:
     return table
 
 
-def report_tables(report: "Report") -> list[Table]:
+def report_tables(report: "BundleReport") -> list[Table]:
     """Return the tables of `treadle doctor`: one row an adapter, and the cosines between centroids."""
     table = Table(title_justify="left")
     for heading in ("adapter", "rank", "targets", "modules", "norm", "change (nats)", "samples"):

@@ -266,7 +266,7 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 ) -> None:
     """Train one LoRA adapter and write a plain PEFT folder."""
     from treadle.bundle.base_model import load_tokenizer
-    from treadle.experiments.data import CHAT, chat_task, load_examples
+    from treadle.experiments.data import CHAT_TASK, chat_task, load_examples
     from treadle.experiments.tasks import find_task
     from treadle.experiments.train import train_adapter
 
@@ -277,7 +277,7 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     tokenizer = load_tokenizer(base)
 
     def load(name: str | None, source: str, most: int | None) -> list[Any]:
-        found = chat_task(tokenizer) if name == CHAT else find_task(name, also=[CHAT]) if name else None
+        found = chat_task(tokenizer) if name == CHAT_TASK else find_task(name, also=[CHAT_TASK]) if name else None
         return load_examples(source, found, limit=most, seed=params.seed)
 
     examples = load(task, data, limit)

@@ -38,13 +38,13 @@ from treadle.experiments.params import EvalParams
 from treadle.lora.adapter import Adapter
 from treadle.routing.router import Router
 
-EVERY = (1, 2, 3, 4, 6, 8, 16)
-WINDOWS = (16, 32, 64, 128)
-MOST_ARMS = 10_000
+EVERY_TOKENS = (1, 2, 3, 4, 6, 8, 16)
+WINDOW_TOKENS = (16, 32, 64, 128)
+MAX_ARMS = 10_000
 """Combinations of a grid: to measure so many takes months."""
-MOST_FILE = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 """Bytes of a file of arms."""
-BOOSTS = (1, 2, 3, 4, 5, 6, 8)
+BOOST_FACTORS = (1, 2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
         "routed": default,
         "nearest": replace(routed, rule="top_k", top_k=1),
         "prompt": replace(routed, every=None, prefill="prompt"),
-        **{f"every-{every}": replace(routed, every=every) for every in EVERY},
-        **{f"window-{window}": replace(routed, window=window) for window in WINDOWS},
+        **{f"every-{every}": replace(routed, every=every) for every in EVERY_TOKENS},
+        **{f"window-{window}": replace(routed, window=window) for window in WINDOW_TOKENS},
         "linear": replace(routed, combine="linear"),
         "paper-combine": replace(routed, combine="paper"),
         "cosine": cosine,
@@ -101,7 +101,7 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
         "causal": replace(routed, every=routed.every or 2, prefill="causal", past="keep", lag=0),
         "recompute": replace(routed, every=routed.every or 2, prefill="prompt", past="recompute"),
         "unit-scale": replace(routed, unit_scale=True),
-        **{f"boost-{boost}": replace(boosted, boost=float(boost)) for boost in BOOSTS},
+        **{f"boost-{boost}": replace(boosted, boost=float(boost)) for boost in BOOST_FACTORS},
         "paper": RoutingParams.paper(),
     }
     return {name: Arm(name, params) for name, params in given.items()}
@@ -127,13 +127,13 @@ def choose_arms(wanted: Sequence[str], names: Sequence[str], default: RoutingPar
             problems.append(f"{entry} names no bundle: write {name}@FOLDER")
         else:
             chosen.append(replace(standard[name], name=entry, bundle=folder))
-    chosen = distinct(chosen, problems)
+    chosen = distinct_arms(chosen, problems)
     if problems:
         raise OptionError(problem_list("arms:", problems))
     return chosen
 
 
-def distinct(arms: Sequence[Arm], problems: list[str]) -> list[Arm]:
+def distinct_arms(arms: Sequence[Arm], problems: list[str]) -> list[Arm]:
     """Return each arm once; a name that two different arms have is added to `problems`, as it keys their results."""
     kept: dict[str, Arm] = {}
     for arm in arms:
@@ -146,10 +146,12 @@ def read_arms(file: Path, default: RoutingParams) -> list[Arm]:
     """Return the arms of a TOML file, over the params `default`; an arm that is not possible is an OptionError."""
     document = read_toml(file)
     unknown = [unknown_name("table", key, ("arms", "grid")) for key in document if key not in {"arms", "grid"}]
-    return arms_of(document, file, default, unknown)
+    return read_tables(document, file, default, unknown)
 
 
-def arms_of(document: Mapping[str, Any], file: Path, default: RoutingParams, found: Sequence[str] = ()) -> list[Arm]:
+def read_tables(
+    document: Mapping[str, Any], file: Path, default: RoutingParams, found: Sequence[str] = ()
+) -> list[Arm]:
     """Return the arms that the tables `arms` and `grid` of a TOML document stand for, over the params `default`.
 
     Raises:
@@ -213,8 +215,8 @@ def _read_arm(name: str, table: Mapping[str, Any], default: RoutingParams) -> Ar
 def expand(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return every combination of a grid's lists, under a label such as `every=2 window=64` of what varies."""
     axes = {key: cast(list[Any], value if isinstance(value, list) else [value]) for key, value in grid.items()}
-    if (number := prod(map(len, axes.values()))) > MOST_ARMS:
-        raise OptionError(f"the grid has {number} combinations; allowed: {MOST_ARMS}")
+    if (number := prod(map(len, axes.values()))) > MAX_ARMS:
+        raise OptionError(f"the grid has {number} combinations; allowed: {MAX_ARMS}")
     rows = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     varies = [key for key, values in axes.items() if len(values) > 1] or list(axes)
     return {" ".join(f"{key}={row[key]}" for key in varies): row for row in rows}
@@ -222,7 +224,7 @@ def expand(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def read_toml(file: Path) -> dict[str, Any]:
     """Return the document of a TOML file; an OptionError where it cannot be read."""
-    text = read_text(file, OptionError, MOST_FILE)
+    text = read_text(file, OptionError, MAX_FILE_BYTES)
     try:
         document = tomllib.loads(text)
         check_depth(document)
@@ -274,8 +276,8 @@ def read_sweep(file: Path, names: tuple[str, ...], default: RoutingParams) -> Sw
     params = collect(problems, [lambda: read_options(EvalParams, given)])
     steps = [lambda: choose_arms(document["also"], names, default)]
     if not document["also"] or {"arms", "grid"} & set(document):
-        steps.append(lambda: arms_of(document, file, default))
-    arms = distinct(list(chain.from_iterable(collect(problems, steps))), problems)
+        steps.append(lambda: read_tables(document, file, default))
+    arms = distinct_arms(list(chain.from_iterable(collect(problems, steps))), problems)
     if problems:
         raise OptionError(problem_list(f"sweep {file}:", problems))
     return Sweep(tuple(document["tasks"]), tuple(document["only"]), tuple(arms), params[0])

@@ -19,7 +19,7 @@ from treadle.common.writing import refusal_of, sync, write_text
 
 MARK_FILE = "treadle-whole.json"
 """File name -> SHA-256 of each file of a checkpoint; written last."""
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -63,14 +63,14 @@ def mark_whole(checkpoint: Path) -> Path:
 
 def newest_whole(folder: Path) -> Path | None:
     """Return the newest checkpoint in a folder whose files are as they were when it was marked."""
-    found = {int(name[1]): each for each in folder.glob("*") if (name := CHECKPOINT.fullmatch(each.name))}
+    found = {int(name[1]): each for each in folder.glob("*") if (name := CHECKPOINT_PATTERN.fullmatch(each.name))}
     return next((found[step] for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
 
 
 def keep_only(folder: Path, kept: Path | None) -> None:
     """Remove all other checkpoints."""
     for each in folder.glob("*"):
-        if each != kept and CHECKPOINT.fullmatch(each.name):
+        if each != kept and CHECKPOINT_PATTERN.fullmatch(each.name):
             shutil.rmtree(each, ignore_errors=True)
 
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AnySample = TypeVar("AnySample", bound=Sample)
-CHAT = "chat"
+CHAT_TASK = "chat"
 """The name of rows that hold chat messages."""
-MAX_REPORTED = 10
+MAX_REPORTED_ROWS = 10
 """How many bad rows one message lists."""
-MOST_LETTERS = 1 << 26
+MAX_LINE_CHARACTERS = 1 << 26
 """Characters of a line."""
 
 
@@ -72,7 +72,7 @@ def load_examples(
 
 def chat_task(tokenizer: "PreTrainedTokenizerBase") -> Task:
     """Return the task whose rows hold `messages`: the last is the answer, those before it the prompt of a chat."""
-    return Task(CHAT, "", partial(_chat, tokenizer))
+    return Task(CHAT_TASK, "", partial(_chat, tokenizer))
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", row: Row) -> Example:
@@ -139,14 +139,14 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file, packed or not; a line longer than MOST_LETTERS is an error."""
+    """Yield the lines of a text file, packed or not; a line longer than MAX_LINE_CHARACTERS is an error."""
     with open_file(path, DataError) as raw:
         unpacked = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         lines = io.TextIOWrapper(cast(BinaryIO, unpacked), encoding="utf-8-sig")
         try:
-            while line := lines.readline(MOST_LETTERS):
-                if len(line) == MOST_LETTERS:
-                    raise DataError(f"{path}: a line has more than {MOST_LETTERS} characters")
+            while line := lines.readline(MAX_LINE_CHARACTERS):
+                if len(line) == MAX_LINE_CHARACTERS:
+                    raise DataError(f"{path}: a line has more than {MAX_LINE_CHARACTERS} characters")
                 yield line
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a damaged archive, or not UTF-8
             raise DataError(f"{path}: cannot be read: {error}") from error
@@ -218,5 +218,5 @@ def _sample_of(row: dict[str, Any]) -> Sample:
 def _refuse(problems: Sequence[str], title: str) -> None:
     """Raise a DataError that lists the first problems, if there are any."""
     if problems:
-        more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        raise DataError(problem_list(title, [*problems[:MAX_REPORTED], *more]))
+        more = [f"and {len(problems) - MAX_REPORTED_ROWS} more"] if len(problems) > MAX_REPORTED_ROWS else []
+        raise DataError(problem_list(title, [*problems[:MAX_REPORTED_ROWS], *more]))

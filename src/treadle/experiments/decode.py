@@ -12,25 +12,25 @@ from torch import nn
 from treadle.common.errors import OptionError, TreadleError, reason_of
 from treadle.common.params import COMBINES, RoutingParams
 from treadle.engine.engine import Engine
-from treadle.experiments.timing import Line, Table, Unit, interleave, lines
+from treadle.experiments.timing import Table, TableLine, Unit, interleave, lines
 from treadle.experiments.workbench import (
-    OFF,
-    SPARE,
+    OFF_ARM,
+    SPARE_TOKENS,
     Lab,
     Steps,
     blended,
     not_run,
     pooled,
     routings,
-    run,
-    started,
+    run_call,
+    start_batch,
     time_steps,
 )
 
-BASE = "transformers generate, base"
+GENERATE_ARM = "transformers generate, base"
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WIDE = "every 1, rank 8 on all linear layers"
-SHORTER = (4, 3, 2, 1)
+WIDE_ARM = "every 1, rank 8 on all linear layers"
+PROMPT_QUARTERS = (4, 3, 2, 1)
 """Quarters of the prompt that the rows of a batch keep in turn, where their lengths differ."""
 
 
@@ -52,11 +52,11 @@ def call_title(lab: Lab) -> str:
     return f"A call that reads {lab.params.prompt} tokens and makes {lab.params.tokens} a row, per made token"
 
 
-def _calls(lab: Lab, plain: nn.Module, batch: int) -> list[Line]:
+def _calls(lab: Lab, plain: nn.Module, batch: int) -> list[TableLine]:
     prompts, tokens = lab.prompts(batch, lab.params.prompt), lab.params.tokens
     own = routings(lab.routing) | late(lab)
-    arms: dict[str, Unit] = {BASE: partial(transformers_generate, plain, prompts, tokens)}
-    arms |= {name: partial(run, lab.engine, prompts, tokens, each) for name, each in own.items()}
+    arms: dict[str, Unit] = {GENERATE_ARM: partial(transformers_generate, plain, prompts, tokens)}
+    arms |= {name: partial(run_call, lab.engine, prompts, tokens, each) for name, each in own.items()}
     seconds = interleave(arms, lab.params.rounds)
     each = {name: [value / tokens for value in values] for name, values in seconds.items()}
     return lines(each, lab.setting(batch), tokens=batch)
@@ -89,20 +89,20 @@ def steps(lab: Lab) -> Table:
     return Table("decode", f"One step, a token a row, at texts of {start} to {end} tokens", tuple(made))
 
 
-def _steps(lab: Lab, wide: Engine | str, batch: int) -> list[Line]:
+def _steps(lab: Lab, wide: Engine | str, batch: int) -> list[TableLine]:
     tokens = lab.params.tokens
     prompts = lab.prompts(batch, lab.params.prompt)
 
     def ready(routing: RoutingParams, engine: Engine = lab.engine, rows: Sequence[Sequence[int]] = prompts) -> Steps:
-        return Steps(engine, started(engine, rows, tokens + SPARE, routing))
+        return Steps(engine, start_batch(engine, rows, tokens + SPARE_TOKENS, routing))
 
     arms = {name: ready(each) for name, each in routings(lab.routing).items()}
     combined, missing = _combines(lab)
     arms |= {name: ready(each) for name, each in combined.items()}
     if isinstance(wide, Engine):
-        arms[WIDE] = ready(pooled(lab.routing), wide)
+        arms[WIDE_ARM] = ready(pooled(lab.routing), wide)
     else:
-        missing[WIDE] = wide
+        missing[WIDE_ARM] = wide
     if batch > 1:
         arms |= _uneven(lab, prompts)
     setting = lab.setting(batch)
@@ -128,13 +128,13 @@ def _combines(lab: Lab) -> tuple[dict[str, RoutingParams], dict[str, str]]:
 
 def _uneven(lab: Lab, prompts: Sequence[Sequence[int]]) -> dict[str, Steps]:
     """Return the arms of batches whose rows differ: in their routing, or in the length of their texts."""
-    total, own = lab.params.tokens + SPARE, blended(lab.routing)
+    total, own = lab.params.tokens + SPARE_TOKENS, blended(lab.routing)
     mixed = islice(cycle([own, RoutingParams.one(lab.engine.adapter_names[0]), RoutingParams.base()]), len(prompts))
-    cut = [ids[: max(1, len(ids) * SHORTER[row % 4] // 4)] for row, ids in enumerate(prompts)]
+    cut = [ids[: max(1, len(ids) * PROMPT_QUARTERS[row % 4] // 4)] for row, ids in enumerate(prompts)]
     batches = {
-        "mixed rows: every 1, one adapter, base": started(lab.engine, prompts, total, mixed),
-        "prompts of different lengths, routing off": started(lab.engine, cut, total, RoutingParams.base()),
-        "prompts of different lengths, every 1": started(lab.engine, cut, total, own),
+        "mixed rows: every 1, one adapter, base": start_batch(lab.engine, prompts, total, mixed),
+        "prompts of different lengths, routing off": start_batch(lab.engine, cut, total, RoutingParams.base()),
+        "prompts of different lengths, every 1": start_batch(lab.engine, cut, total, own),
     }
     return {name: Steps(lab.engine, batch) for name, batch in batches.items()}
 
@@ -150,17 +150,17 @@ def _wide(lab: Lab) -> Engine | str:
 def prefill(lab: Lab) -> list[Table]:
     """Read a prompt, blended and not."""
     length = lab.params.long_prompt
-    made: list[Line] = []
+    made: list[TableLine] = []
     for batch in lab.params.batch:
         prompts = lab.prompts(batch, length)
-        units = {name: partial(run, lab.engine, prompts, 1, each) for name, each in _readings(lab.routing).items()}
+        units = {name: partial(run_call, lab.engine, prompts, 1, each) for name, each in _readings(lab.routing).items()}
         made += lines(interleave(units, max(lab.params.rounds, 5)), lab.setting(batch), tokens=batch * length)
     return [Table("prefill", f"Reading a prompt of {length} tokens a row, its first token included", tuple(made))]
 
 
 def _readings(own: RoutingParams) -> Mapping[str, RoutingParams]:
     """Return the ways to read a prompt."""
-    arms = {OFF: RoutingParams.base(), "blended": replace(own, prefill="prompt")}
+    arms = {OFF_ARM: RoutingParams.base(), "blended": replace(own, prefill="prompt")}
     if own.rule == "fixed":
         return arms
     causal = replace(own, prefill="causal", every=own.every or 2, lag=0, past="keep")

@@ -12,12 +12,12 @@ from treadle.common.params import RoutingParams
 from treadle.engine.engine import Engine, load
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.timing import interleave
-from treadle.experiments.workbench import PROBE, started
+from treadle.experiments.workbench import PROBE_TEXT, start_batch
 from treadle.lora.adapter import Adapter
 
-SMALLEST_CHANGE = 1e-6
+MIN_CHANGE_NATS = 1e-6
 """An adapter that moves no log-probability by more (in nats) does nothing."""
-STEPS = 12
+TIMED_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class AdapterReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class BundleReport:
     """What was found out about a bundle; it is healthy if `problems` is empty."""
 
     base_model: str
@@ -64,7 +64,7 @@ def examine(
     samples: Mapping[str, Sequence[str]] | None = None,
     device: str | None = None,
     dtype: str | None = None,
-) -> Report:
+) -> BundleReport:
     """Load a bundle strictly and measure it.
 
     Args:
@@ -85,7 +85,7 @@ def examine(
         for adapter, row in zip(bundle.adapters, cosines, strict=True)
     )
     base_step, blended_step = _step_times(engine)
-    return Report(
+    return BundleReport(
         base_model=bundle.base_model,
         device=str(engine.model.device),
         dtype=str(engine.model.dtype).removeprefix("torch."),
@@ -95,7 +95,7 @@ def examine(
         problems=tuple(
             f"adapter {report.name!r} moves nothing: its largest divergence from the base is {report.change:.1e} nats"
             for report in reports
-            if not report.change > SMALLEST_CHANGE
+            if not report.change > MIN_CHANGE_NATS
         ),
     )
 
@@ -113,7 +113,8 @@ def _examine_adapter(
         targets=tuple(sorted({module.rpartition(".")[2] for module in adapter.pairs})),
         modules=len(adapter.pairs),
         norm=squares**0.5,
-        change=sum(_divergence(engine, adapter.name, text) for text in texts or [PROBE]) / len(texts or [PROBE]),
+        change=sum(_divergence(engine, adapter.name, text) for text in texts or [PROBE_TEXT])
+        / len(texts or [PROBE_TEXT]),
         samples=len(texts),
         cosines=cosines,
     )
@@ -134,8 +135,10 @@ def _divergence(engine: Engine, name: str, text: str) -> float:
 def _step_times(engine: Engine) -> tuple[float, float]:
     """Return the median seconds of a decoding step of the base alone and of the blend, measured in turn."""
     blended = RoutingParams(every=1) if engine.router.params.rule == "fixed" else engine.router.params
-    ids, warm_up = prompt_ids(engine.tokenizer, PROBE), 2
+    ids, warm_up = prompt_ids(engine.tokenizer, PROBE_TEXT), 2
     arms = {"base": RoutingParams.base(), "blended": blended}
-    steps = {name: started(engine, [ids], STEPS + warm_up + 2, routing).step for name, routing in arms.items()}
-    seconds = interleave(steps, STEPS, warm_up)
+    steps = {
+        name: start_batch(engine, [ids], TIMED_STEPS + warm_up + 2, routing).step for name, routing in arms.items()
+    }
+    seconds = interleave(steps, TIMED_STEPS, warm_up)
     return median(seconds["base"]), median(seconds["blended"])

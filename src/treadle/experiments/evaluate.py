@@ -44,7 +44,7 @@ from treadle.routing.router import Router
 if TYPE_CHECKING:
     from treadle.engine.engine import Engine
 
-SAME = ("base", "embedder", "fingerprint", "dtype", "device")
+SHARED_VERSIONS = ("base", "embedder", "fingerprint", "dtype", "device")
 """Of the versions, what all results of a folder have in common."""
 
 
@@ -281,7 +281,7 @@ def fingerprint(engine: "Engine", router: Router) -> str:
 
 def _check_settings(output: Path, params: EvalParams, engine: "Engine") -> None:
     """Write the settings into a new folder, or refuse a folder that was made with others."""
-    what = {key: value for key, value in _versions(engine).items() if key in SAME}
+    what = {key: value for key, value in _versions(engine).items() if key in SHARED_VERSIONS}
     settings = {**asdict(params), "adapters": list(engine.adapter_names), **what}
     file = output / SETTINGS_FILE
     if not file.exists():

@@ -10,13 +10,13 @@ from treadle.common.errors import TreadleError
 from treadle.common.files import locate
 from treadle.engine.engine import load
 from treadle.engine.tokenization import prompt_ids
-from treadle.experiments.timing import Line, Table, lines
-from treadle.experiments.workbench import PROBE, Lab, cache_bytes, started, weight_bytes
+from treadle.experiments.timing import Table, TableLine, lines
+from treadle.experiments.workbench import PROBE_TEXT, Lab, cache_bytes, start_batch, weight_bytes
 
-HELP, IMPORTED = "treadle --help", "import torch, transformers"
-PLAIN, COMMAND, ENGINE = "transformers, base", "treadle generate", "treadle"
-CLASS = "the same and the base's class"
-NEEDED = "base + adapters + cache + imports"
+HELP_ARM, IMPORTS_ARM = "treadle --help", "import torch, transformers"
+BASE_ARM, COMMAND_ARM, ENGINE_ARM = "transformers, base", "treadle generate", "treadle"
+CLASS_ARM = "the same and the base's class"
+NEEDED_ARM = "base + adapters + cache + imports"
 IMPORTS_CODE = "import torch, transformers"
 PLAIN_CODE = """
 import sys, torch
@@ -47,7 +47,7 @@ sys.exit(process.returncode)
 """A process counts the memory of the one that started it: a small one has to."""
 
 
-class Spent(NamedTuple):
+class ProcessCost(NamedTuple):
     """What a process took."""
 
     seconds: float
@@ -60,16 +60,16 @@ def memory(lab: Lab) -> list[Table]:
     base, bundle = locate(lab.bundle.base_model), str(lab.bundle.folder)
     device, prompt = str(lab.engine.model.device), _prompt(lab)
     first = {
-        PLAIN: plain_command(base, device, lab.dtype, 1, prompt),
-        COMMAND: treadle_command(bundle, device, lab.dtype, 1, prompt, pack=lab.has_packs),
+        BASE_ARM: plain_command(base, device, lab.dtype, 1, prompt),
+        COMMAND_ARM: treadle_command(bundle, device, lab.dtype, 1, prompt, pack=lab.has_packs),
     }
     whole = {
-        IMPORTED: [sys.executable, "-c", IMPORTS_CODE],
-        CLASS: [sys.executable, "-c", f"import torch; from transformers import {type(lab.engine.model).__name__}"],
-        PLAIN: plain_command(base, device, lab.dtype, lab.params.tokens, prompt),
-        ENGINE: endless_command(bundle, device, lab.dtype, lab.params.tokens, prompt, pack=lab.has_packs),
+        IMPORTS_ARM: [sys.executable, "-c", IMPORTS_CODE],
+        CLASS_ARM: [sys.executable, "-c", f"import torch; from transformers import {type(lab.engine.model).__name__}"],
+        BASE_ARM: plain_command(base, device, lab.dtype, lab.params.tokens, prompt),
+        ENGINE_ARM: endless_command(bundle, device, lab.dtype, lab.params.tokens, prompt, pack=lab.has_packs),
     }
-    help_only = {HELP: [sys.executable, "-m", "treadle", "--help"]}
+    help_only = {HELP_ARM: [sys.executable, "-m", "treadle", "--help"]}
     return [
         _start("From the start of a process to its first token", measure_processes(first, rounds), setting),
         _start("From the start of a process to the end of its help", measure_processes(help_only, rounds), ""),
@@ -78,15 +78,15 @@ def memory(lab: Lab) -> list[Table]:
 
 
 def _prompt(lab: Lab) -> str:
-    return next((text for texts in lab.bundle.samples.values() for text in texts), PROBE)
+    return next((text for texts in lab.bundle.samples.values() for text in texts), PROBE_TEXT)
 
 
-def _start(title: str, spent: dict[str, list[Spent]], setting: str) -> Table:
+def _start(title: str, spent: dict[str, list[ProcessCost]], setting: str) -> Table:
     seconds = {name: [each.seconds for each in runs] for name, runs in spent.items()}
     return Table("memory", title, tuple(lines(seconds, setting)))
 
 
-def peak_table(lab: Lab, spent: dict[str, list[Spent]]) -> Table:
+def peak_table(lab: Lab, spent: dict[str, list[ProcessCost]]) -> Table:
     """Return the peaks of processes beside the sum of what a process must hold: ratios are to that sum."""
     length = len(prompt_ids(lab.engine.tokenizer, _prompt(lab))) + lab.params.tokens
     model = lab.engine.model
@@ -94,23 +94,23 @@ def peak_table(lab: Lab, spent: dict[str, list[Spent]]) -> Table:
         "base": weight_bytes(model),
         "adapters": sum(adapter.num_bytes() for adapter in lab.bundle.adapters),
         "cache": cache_bytes(model) * length,
-        IMPORTED: _middle(spent[IMPORTED]),
+        IMPORTS_ARM: _middle(spent[IMPORTS_ARM]),
     }
-    total, plain = sum(needed.values()), _middle(spent[PLAIN])
+    total, plain = sum(needed.values()), _middle(spent[BASE_ARM])
     parts = ", ".join(f"{name} {_mebibytes(size)}" for name, size in needed.items())
     elsewhere = "" if model.device.type == "cpu" else f"; memory of {model.device} not counted"
-    more = _mebibytes(_middle(spent[CLASS]) - needed[IMPORTED])
+    more = _mebibytes(_middle(spent[CLASS_ARM]) - needed[IMPORTS_ARM])
     note = f"MiB: {parts}; importing the base's class takes {more} more, which are not counted"
-    made = [Line(NEEDED, lab.setting(1), peak=total, ratio=1.0, note=note)]
-    for name in (PLAIN, ENGINE):
+    made = [TableLine(NEEDED_ARM, lab.setting(1), peak=total, ratio=1.0, note=note)]
+    for name in (BASE_ARM, ENGINE_ARM):
         peak = _middle(spent[name])
         low, high = (_mebibytes(pick(each.peak for each in spent[name])) for pick in (min, max))
         note = f"{low} to {high} MiB in {len(spent[name])} processes; {peak / plain:.3f} of transformers'{elsewhere}"
-        made.append(Line(name, lab.setting(1), peak=peak, ratio=peak / total, note=note))
+        made.append(TableLine(name, lab.setting(1), peak=peak, ratio=peak / total, note=note))
     return Table("memory", f"Peak resident memory of a process that makes {lab.params.tokens} tokens", tuple(made))
 
 
-def _middle(spent: Sequence[Spent]) -> int:
+def _middle(spent: Sequence[ProcessCost]) -> int:
     return int(median(each.peak for each in spent))
 
 
@@ -118,9 +118,9 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.0f}"
 
 
-def measure_processes(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[Spent]]:
+def measure_processes(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[ProcessCost]]:
     """Run each command `rounds` times, in turn, after a first round that only fills the file cache."""
-    spent: dict[str, list[Spent]] = {name: [] for name in commands}
+    spent: dict[str, list[ProcessCost]] = {name: [] for name in commands}
     for round_index in range(rounds + 1):
         for name, command in commands.items():
             each = run_process(command)
@@ -129,7 +129,7 @@ def measure_processes(commands: Mapping[str, Sequence[str]], rounds: int) -> dic
     return spent
 
 
-def run_process(command: Sequence[str]) -> Spent:
+def run_process(command: Sequence[str]) -> ProcessCost:
     """Run one command to its end; a TreadleError with its last line where it fails."""
     done = subprocess.run(
         [sys.executable, "-S", "-c", LAUNCH_CODE, *command], capture_output=True, text=True, check=False
@@ -138,7 +138,7 @@ def run_process(command: Sequence[str]) -> Spent:
         said = done.stderr.strip().splitlines() or ["no message"]
         raise TreadleError(f"{' '.join(command[:4])} ... failed: {said[-1]}")
     seconds, peak = done.stdout.split()
-    return Spent(float(seconds), int(peak) * 1024)
+    return ProcessCost(float(seconds), int(peak) * 1024)
 
 
 def plain_command(folder: str, device: str, dtype: str, tokens: int, prompt: str) -> list[str]:
@@ -160,7 +160,7 @@ def endless_command(bundle: str, device: str, dtype: str, tokens: int, prompt: s
 def answer(bundle: str, device: str, dtype: str, pack: str, tokens: str, prompt: str) -> None:
     """Print what a bundle's engine makes of a prompt: `tokens` tokens, whatever they are."""
     engine = load(bundle, device=device, dtype=dtype, pack=pack == "1")
-    batch = started(engine, [prompt_ids(engine.tokenizer, prompt)], int(tokens), engine.router.params)
+    batch = start_batch(engine, [prompt_ids(engine.tokenizer, prompt)], int(tokens), engine.router.params)
     [row] = batch.rows
     while batch.rows:
         batch.step()

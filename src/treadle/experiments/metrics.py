@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from treadle.common.errors import TreadleError
 from treadle.experiments.sandbox import passes
 
-NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
-FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
-LETTER = re.compile(r"\b(?!A (?!(?:is|was|or|and|because)\b)[a-z])([A-E])\b")
-ARTICLES = re.compile(r"\b(a|an|the)\b")
+NUMBER_PATTERN = re.compile(r"(?:(?<![\w.)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
+FENCE_PATTERN = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+LETTER_PATTERN = re.compile(r"\b(?!A (?!(?:is|was|or|and|because)\b)[a-z])([A-E])\b")
+ARTICLE_PATTERN = re.compile(r"\b(a|an|the)\b")
 CODE_NODES = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.For, ast.While, ast.Call)
 """A text that parses but holds none of these ("yes" is an expression) is not taken for a program."""
 
@@ -53,21 +53,21 @@ def exact_number(text: str, example: Reference) -> float:
 def final_number(text: str) -> float | None:
     """Return the number after the first `####`, or the last number, of a text; None where it has none."""
     _, mark, after = text.partition("####")
-    numbers = NUMBER.findall(after)[:1] if mark else []
-    numbers = numbers or NUMBER.findall(text)[-1:]
+    numbers = NUMBER_PATTERN.findall(after)[:1] if mark else []
+    numbers = numbers or NUMBER_PATTERN.findall(text)[-1:]
     return float(numbers[0].replace(",", "").replace("$", "")) if numbers else None
 
 
 def letter(text: str, example: Reference) -> float:
     """Whether the first lone capital A-E of the text, but for the article before a word, is the reference's."""
-    found = LETTER.search(text)
+    found = LETTER_PATTERN.search(text)
     return float(found is not None and found.group(1) == example.completion.strip())
 
 
 def squad_words(text: str) -> list[str]:
     """Return the words of a text as SQuAD's official script compares them: no case, punctuation or articles."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
-    return ARTICLES.sub(" ", kept).split()
+    return ARTICLE_PATTERN.sub(" ", kept).split()
 
 
 def exact_match(text: str, example: Reference) -> float:
@@ -117,7 +117,7 @@ def is_python(text: str) -> bool:
 
 def program(text: str) -> str:
     """Return the first fenced block of a text, or the text where it has none."""
-    fenced = FENCE.search(text)
+    fenced = FENCE_PATTERN.search(text)
     return (fenced.group(1) if fenced else text).strip()
 
 

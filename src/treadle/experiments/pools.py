@@ -18,7 +18,7 @@ from treadle.routing.router import Router
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAMPLES = 8
+SAMPLES_PER_CENTROID = 8
 """Random embeddings behind each random centroid."""
 
 
@@ -53,9 +53,9 @@ def random_adapters(
 def random_router(names: Sequence[str], embedder: Embedder) -> Router:
     """Return a router whose centroids lie anywhere."""
     draw = np.random.default_rng(0)
-    samples = draw.standard_normal((len(names), SAMPLES, embedder.dim), np.float32)
+    samples = draw.standard_normal((len(names), SAMPLES_PER_CENTROID, embedder.dim), np.float32)
     means = samples.mean(1)
     around = samples - means[:, None]
     scatter = around.transpose(0, 2, 1) @ around  # (N, D, D)
-    counts = np.full(len(names), SAMPLES)
+    counts = np.full(len(names), SAMPLES_PER_CENTROID)
     return Router(Centroids(tuple(names), means, counts, scatter, embedder.id), embedder)

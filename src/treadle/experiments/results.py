@@ -26,19 +26,19 @@ from treadle.common.writing import append_text, write_text
 if TYPE_CHECKING:
     from treadle.experiments.timing import Table
 
-RESAMPLES = 2000
+NUM_RESAMPLES = 2000
 """Bootstrap samples of an interval."""
-LONGEST_NAME = 200
+MAX_NAME_CHARACTERS = 200
 """Characters of a file's name, but for its ending."""
 Fraction = tuple[float, float]
-TEXTS = ("arm", "task", "metric", "source", "rows")
-NUMBERS = ("value", "low", "high", "seconds", "tokens_per_second")
-WHOLE = ("n", "tokens", "seed")
+TEXT_FIELDS = ("arm", "task", "metric", "source", "rows")
+NUMBER_FIELDS = ("value", "low", "high", "seconds", "tokens_per_second")
+INTEGER_FIELDS = ("n", "tokens", "seed")
 """Fields of a result by their type."""
 BENCH_PREFIX = "bench-"
 TABLE_KEYS = {"suite", "title", "lines"}
 LINE_KEYS = {"arm", "setting", "seconds", "low", "high", "ratio"}
-RESULTS_FILE, SETTINGS_FILE, CELLS = "results.jsonl", "settings.json", "cells"
+RESULTS_FILE, SETTINGS_FILE, CELLS_FOLDER = "results.jsonl", "settings.json", "cells"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def interval(fractions: Sequence[Fraction], seed: int) -> tuple[float, float, fl
     parts = parts[parts[:, 1] > 0]
     if not len(parts):
         return float("nan"), float("nan"), float("nan")
-    sums = parts[np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES, len(parts)))].sum(1)
+    sums = parts[np.random.default_rng(seed).integers(len(parts), size=(NUM_RESAMPLES, len(parts)))].sum(1)
     low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
     points, count = parts.sum(0)  # added up in the order of the samples: equal values give an interval of no width
     return float(points / count), float(low), float(high)
@@ -107,8 +107,8 @@ def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) 
     a, b = a[keep], b[keep]
     if not len(a):
         return float("nan"), float("nan"), float("nan")
-    chosen = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
-    means = [parts[chosen].sum(1) for parts in (a, b)]  # (RESAMPLES, 2) each
+    chosen = np.random.default_rng(seed).integers(len(a), size=(NUM_RESAMPLES, len(a)))
+    means = [parts[chosen].sum(1) for parts in (a, b)]  # (NUM_RESAMPLES, 2) each
     low, high = np.percentile(means[0][:, 0] / means[0][:, 1] - means[1][:, 0] / means[1][:, 1], [2.5, 97.5])
     sums = a.sum(0), b.sum(0)
     return float(sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1]), float(low), float(high)
@@ -160,9 +160,9 @@ def keep_whole(output: Path) -> list[EvalResult]:
 def _result_of(document: Any) -> EvalResult:
     """Return a line as a result; a TypeError or ValueError where it is none."""
     result = EvalResult(**document)
-    wrong = [name for name in TEXTS if not isinstance(getattr(result, name), str)]
-    wrong += [name for name in NUMBERS if not is_number(getattr(result, name))]
-    wrong += [name for name in WHOLE if type(getattr(result, name)) is not int]
+    wrong = [name for name in TEXT_FIELDS if not isinstance(getattr(result, name), str)]
+    wrong += [name for name in NUMBER_FIELDS if not is_number(getattr(result, name))]
+    wrong += [name for name in INTEGER_FIELDS if type(getattr(result, name)) is not int]
     wrong += [name for name in ("routing", "versions") if not isinstance(getattr(result, name) or {}, dict)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} of another type")
@@ -229,7 +229,7 @@ def _metrics_of(output: Path, arm: str, task: str) -> set[str]:
 
 
 def _cell_file(output: Path, arm: str, task: str) -> Path:
-    return output / CELLS / _file_name(task, safe="") / f"{_file_name(arm, safe=' =')}.jsonl"
+    return output / CELLS_FOLDER / _file_name(task, safe="") / f"{_file_name(arm, safe=' =')}.jsonl"
 
 
 def _file_name(name: str, safe: str) -> str:
@@ -237,9 +237,9 @@ def _file_name(name: str, safe: str) -> str:
     quoted = quote(name, safe=safe, errors="surrogatepass")
     if not quoted.strip("."):  # "." and ".." are other folders
         quoted = quoted.replace(".", "%2E") or "%"
-    if len(quoted) <= LONGEST_NAME:
+    if len(quoted) <= MAX_NAME_CHARACTERS:
         return quoted
-    return f"{quoted[: LONGEST_NAME - 17]}-{hashlib.sha256(quoted.encode()).hexdigest()[:16]}"
+    return f"{quoted[: MAX_NAME_CHARACTERS - 17]}-{hashlib.sha256(quoted.encode()).hexdigest()[:16]}"
 
 
 # Files of `treadle bench`

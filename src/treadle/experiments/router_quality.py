@@ -17,7 +17,7 @@ from treadle.experiments.tasks import Example
 from treadle.routing.centroids import Floats
 from treadle.routing.router import Router
 
-KINDS = ("template", "bare", "half", "answer")
+TEXT_KINDS = ("template", "bare", "half", "answer")
 """Before generation: prompts with the template and without its words. During it: half of the answer, and all of it."""
 
 
@@ -56,9 +56,9 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
     unknown = [unknown_name("adapter", name, router.names) for name in examples if name not in router.names]
     if unknown or not examples:
         raise OptionError("; ".join(unknown) or "give examples of at least one adapter's domain")
-    confusion: dict[str, Any] = {kind: np.zeros((len(router.names),) * 2) for kind in KINDS}
+    confusion: dict[str, Any] = {kind: np.zeros((len(router.names),) * 2) for kind in TEXT_KINDS}
     for name, rows in examples.items():
-        for kind in KINDS:
+        for kind in TEXT_KINDS:
             texts = [text for text in (_text(row, kind) for row in rows) if text]
             if texts:
                 nearest = router.scores(texts, params).argmax(-1)

@@ -6,16 +6,16 @@ from itertools import cycle, islice
 from treadle.common.params import RoutingParams
 from treadle.engine.tokenization import Detokenizer
 from treadle.experiments.timing import Table, Unit, interleave, lines
-from treadle.experiments.workbench import SPARE, WARM_UP, Lab, Steps, not_run, pooled, started
+from treadle.experiments.workbench import SPARE_TOKENS, WARM_UP_STEPS, Lab, Steps, not_run, pooled, start_batch
 from treadle.routing.schedule import DecisionCursor, Views, finish_views
 
-TEXT_LENGTHS = (64, 1024, 16384)
+TEXT_TOKENS = (64, 1024, 16384)
 """Tokens of the texts that a decision of the router is timed on."""
-STREAMS = (1, 64)
+STREAM_COUNTS = (1, 64)
 """Texts that are decided at once."""
-SLOW_TOKENS = 16384
+MAX_SLOW_TOKENS = 16384
 """Of all texts of an arm together, that an embedder which reads them anew is given."""
-BASE = "a step of the base"
+STEP_ARM = "a step of the base"
 
 
 def router(lab: Lab) -> list[Table]:
@@ -25,29 +25,29 @@ def router(lab: Lab) -> list[Table]:
     has emptied the caches.
     """
     rounds = lab.params.rounds if lab.is_slow else lab.params.tokens
-    step, *steps = (_base_steps(lab, rounds) for _ in range(1 + len(TEXT_LENGTHS) * len(STREAMS)))
-    arms: dict[str, Unit] = {BASE: step}
+    step, *steps = (_base_steps(lab, rounds) for _ in range(1 + len(TEXT_TOKENS) * len(STREAM_COUNTS)))
+    arms: dict[str, Unit] = {STEP_ARM: step}
     missing: dict[str, str] = {}
-    for length in TEXT_LENGTHS:
-        for streams in STREAMS:
+    for length in TEXT_TOKENS:
+        for streams in STREAM_COUNTS:
             name = f"{streams} x one decision, text of {length} tokens"
-            if lab.is_slow and streams * length > SLOW_TOKENS:
-                missing[name] = f"this embedder reads every text anew; at most {SLOW_TOKENS} tokens a time"
+            if lab.is_slow and streams * length > MAX_SLOW_TOKENS:
+                missing[name] = f"this embedder reads every text anew; at most {MAX_SLOW_TOKENS} tokens a time"
             else:
                 arms[name] = Decisions(lab, streams, length)
     read = step.read
     before: dict[str, Unit] = dict(zip(arms, [step, *steps], strict=False))
-    del before[BASE]
-    seconds = interleave(arms, rounds, WARM_UP, before=before)
+    del before[STEP_ARM]
+    seconds = interleave(arms, rounds, WARM_UP_STEPS, before=before)
     setting = lab.setting(1)
-    made = lines(seconds, setting, read={BASE: (read + step.read) // 2}, peak=lab.peak)
+    made = lines(seconds, setting, read={STEP_ARM: (read + step.read) // 2}, peak=lab.peak)
     name = lab.engine.router.embedder.id.partition(":")[0]
     title = f"Decisions of the router, {name} embedder, each after a step of the base"
     return [Table("router", title, (*made, *not_run(missing, setting)))]
 
 
 def _base_steps(lab: Lab, rounds: int) -> Steps:
-    batch = started(lab.engine, lab.prompts(1, lab.params.prompt), rounds + SPARE, RoutingParams.base())
+    batch = start_batch(lab.engine, lab.prompts(1, lab.params.prompt), rounds + SPARE_TOKENS, RoutingParams.base())
     return Steps(lab.engine, batch)
 
 

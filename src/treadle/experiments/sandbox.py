@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SECONDS = 5.0
-MEMORY = 1 << 30
+TIMEOUT_SECONDS = 5.0
+MEMORY_BYTES = 1 << 30
 """Bytes of address space."""
-FILE_SIZE = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 """Bytes that a file may grow to."""
 
 
-def passes(program: str, tests: Sequence[str], *, seconds: float = SECONDS, memory: int = MEMORY) -> bool:
+def passes(program: str, tests: Sequence[str], *, seconds: float = TIMEOUT_SECONDS, memory: int = MEMORY_BYTES) -> bool:
     """Return whether `program` followed by all of `tests` (assert statements) ends without an error in time.
 
     Args:
@@ -42,7 +42,7 @@ def passes(program: str, tests: Sequence[str], *, seconds: float = SECONDS, memo
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         file = Path(folder, "program.py")  # an argument may hold 128 KiB at most

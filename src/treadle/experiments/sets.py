@@ -29,20 +29,20 @@ from treadle.routing.centroids import Floats
 if TYPE_CHECKING:
     from treadle.engine.engine import Engine
 
-STREAMS = ("stream", "conversation")
-PARTS = (2, 3, 4)
+STREAM_TASKS = ("stream", "conversation")
+PART_COUNTS = (2, 3, 4)
 """How many examples a stream joins; each number is equally likely."""
 
 
 @dataclass(frozen=True)
-class Part:
+class StreamPart:
     """One example of a stream and the adapter that its task has for its own."""
 
     adapter: str
     example: Example
 
 
-Stream = tuple[Part, ...]
+MixedStream = tuple[StreamPart, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class EvalSet:
     source: str
     task: Task | None
     examples: tuple[Example, ...] = ()
-    streams: tuple[Stream, ...] = ()
+    streams: tuple[MixedStream, ...] = ()
     plain: tuple[Example, ...] = field(default=(), repr=False)
 
     @cached_property
@@ -94,11 +94,11 @@ def load_sets(specs: Sequence[str], params: EvalParams, only: Sequence[str] = ()
     """
     problems: list[str] = []
     sets: dict[str, EvalSet] = {}
-    mixed = [spec for spec in specs if spec in STREAMS]
-    for spec in [spec for spec in specs if spec not in STREAMS]:
+    mixed = [spec for spec in specs if spec in STREAM_TASKS]
+    for spec in [spec for spec in specs if spec not in STREAM_TASKS]:
         try:
             each = _load_set(spec, params)
-            if each.name in sets or each.name in STREAMS:
+            if each.name in sets or each.name in STREAM_TASKS:
                 problems.append(f"task {each.name!r} is given twice")
             sets[each.name] = each
         except TreadleError as error:
@@ -123,7 +123,7 @@ def load_sets(specs: Sequence[str], params: EvalParams, only: Sequence[str] = ()
 
 def _load_set(spec: str, params: EvalParams) -> EvalSet:
     name, given, file = spec.partition("=")
-    task = find_task(name, also=STREAMS)
+    task = find_task(name, also=STREAM_TASKS)
     if given and not file:
         raise DataError(f"{spec} names no file; without = the rows come from the hub")
     source = file or task.dataset
@@ -138,7 +138,9 @@ def _load_set(spec: str, params: EvalParams) -> EvalSet:
     return EvalSet(task.name, source, task, tuple(shown), plain=tuple(examples))
 
 
-def join_streams(pools: Mapping[str, Sequence[Example]], count: int, seed: int, max_chars: int = 3000) -> list[Stream]:
+def join_streams(
+    pools: Mapping[str, Sequence[Example]], count: int, seed: int, max_chars: int = 3000
+) -> list[MixedStream]:
     """Return `count` streams of 2 to 4 examples, neighbours of different domains; no example appears twice.
 
     Args:
@@ -153,28 +155,30 @@ def join_streams(pools: Mapping[str, Sequence[Example]], count: int, seed: int, 
     left = {name: list(examples) for name, examples in pools.items()}
     for examples in left.values():
         choose.shuffle(examples)
-    streams: list[Stream] = []
+    streams: list[MixedStream] = []
     while len(streams) < count:
-        parts: list[Part] = []
-        for _ in range(choose.choice(PARTS)):
+        parts: list[StreamPart] = []
+        for _ in range(choose.choice(PART_COUNTS)):
             last = parts[-1].adapter if parts else ""
             names = [name for name, examples in left.items() if examples and name != last]
             if not names:
                 return streams
             name = choose.choice(names)
-            fitting = [each for each in left[name] if len(each.prompt + each.completion) <= max_chars / max(PARTS)]
+            fitting = [
+                each for each in left[name] if len(each.prompt + each.completion) <= max_chars / max(PART_COUNTS)
+            ]
             if not fitting:
                 left[name] = []
                 continue
             left[name].remove(fitting[0])
-            parts.append(Part(name, fitting[0]))
+            parts.append(StreamPart(name, fitting[0]))
         if len(parts) > 1 and all(a.adapter != b.adapter for a, b in pairwise(parts)):
             streams.append(tuple(parts))
     return streams
 
 
 def score_streams(
-    engine: "Engine", streams: Sequence[Stream], params: RoutingParams | None, kind: str
+    engine: "Engine", streams: Sequence[MixedStream], params: RoutingParams | None, kind: str
 ) -> list[list[Floats]]:
     """Return the log-probabilities (nats) of the tokens of each part's answer, one list a stream.
 
@@ -182,7 +186,7 @@ def score_streams(
         engine: the model and its adapters.
         streams: the texts.
         params: how the adapters are weighed; None = the oracle: each part under the one adapter of its own.
-        kind: one of STREAMS.
+        kind: one of STREAM_TASKS.
     """
     if kind == "conversation":
         return _score_conversations(engine, streams, params)
@@ -202,7 +206,7 @@ def score_streams(
 
 
 def _score_conversations(
-    engine: "Engine", streams: Sequence[Stream], params: RoutingParams | None
+    engine: "Engine", streams: Sequence[MixedStream], params: RoutingParams | None
 ) -> list[list[Floats]]:
     pairs: list[Pair] = []
     owners: list[tuple[int, str]] = []
@@ -233,7 +237,7 @@ class _Ids:
     ends: list[int]
 
     @classmethod
-    def of(cls, engine: "Engine", stream: Stream) -> "_Ids":
+    def of(cls, engine: "Engine", stream: MixedStream) -> "_Ids":
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
@@ -246,7 +250,7 @@ class _Ids:
         return cls(ids, starts, ends)
 
 
-def _own_weights(engine: "Engine", stream: Stream, ids: _Ids) -> Floats:
+def _own_weights(engine: "Engine", stream: MixedStream, ids: _Ids) -> Floats:
     """Return the weights (T, N) under which each part is read by the adapter of its own alone."""
     weights = np.zeros((len(ids.all) - 1, len(engine.router.names)), np.float32)
     start = 0

@@ -10,9 +10,9 @@ from treadle.experiments.decode import decode, prefill
 from treadle.experiments.memory_use import memory
 from treadle.experiments.router_speed import router
 from treadle.experiments.timing import Table
-from treadle.experiments.workbench import SPARE, Lab, routings
+from treadle.experiments.workbench import SPARE_TOKENS, Lab, routings
 
-PEERS = ("adapters", "peers")
+PEER_SUITES = ("adapters", "peers")
 """Suites that 0.1 had and that benchmarks/peers has now."""
 SUITES: dict[str, Callable[[Lab], Iterable[Table]]] = {
     "decode": decode,
@@ -25,7 +25,7 @@ SUITES: dict[str, Callable[[Lab], Iterable[Table]]] = {
 
 def check_suites(names: Sequence[str]) -> None:
     """Raise an OptionError that lists the names that are no suite."""
-    if moved := [name for name in names if name in PEERS]:
+    if moved := [name for name in names if name in PEER_SUITES]:
         raise OptionError(
             f"suites {', '.join(moved)}: in treadle's repository, run `python -m benchmarks.peers BUNDLE --suite "
             f"{' '.join(moved)}`"
@@ -38,9 +38,9 @@ def check_lab(lab: Lab, names: Sequence[str]) -> None:
     """Raise an OptionError that lists what these suites cannot measure with this bundle, before anything is timed."""
     params = lab.params
     texts = {
-        "decode": [("--prompt + --tokens", params.prompt + params.tokens + SPARE)],
+        "decode": [("--prompt + --tokens", params.prompt + params.tokens + SPARE_TOKENS)],
         "prefill": [("--long-prompt", params.long_prompt + 1)],
-        "router": [("--prompt + --tokens", params.prompt + params.tokens + SPARE)],
+        "router": [("--prompt + --tokens", params.prompt + params.tokens + SPARE_TOKENS)],
         "memory": [("--tokens", params.tokens)],
     }
     longest: dict[str, int] = {}

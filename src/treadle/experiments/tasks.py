@@ -121,26 +121,34 @@ def _mbpp(row: Row) -> Example:
     )
 
 
-CODE = "code"
-NEXT = ("\n\nQuestion:", "\n\nContext:")
+CODE_ADAPTER = "code"
+STOP_STRINGS = ("\n\nQuestion:", "\n\nContext:")
 """How a next example would begin."""
 TASKS: dict[str, Task] = {  # CodeAlpaca has a training split alone: its rows are asked where someone held some out
     task.name: task
     for task in (
-        Task("math", "openai/gsm8k:main:test", _math, ("exact_number",), 192, stop=NEXT),
-        Task("science", "allenai/ai2_arc:ARC-Challenge:validation", _science, ("letter",), 8, stop=NEXT),
-        Task("code", "", _code, ("rouge_l", "chrf", "parses"), stop=NEXT),
+        Task("math", "openai/gsm8k:main:test", _math, ("exact_number",), 192, stop=STOP_STRINGS),
+        Task("science", "allenai/ai2_arc:ARC-Challenge:validation", _science, ("letter",), 8, stop=STOP_STRINGS),
+        Task("code", "", _code, ("rouge_l", "chrf", "parses"), stop=STOP_STRINGS),
         Task("reading", "rajpurkar/squad:validation", _reading, ("exact_match", "f1"), 24, stop=("\n",)),
-        Task("mbpp", "google-research-datasets/mbpp:full:validation", _mbpp, ("pass_at_1", "parses"), 192, CODE, NEXT),
+        Task(
+            "mbpp",
+            "google-research-datasets/mbpp:full:validation",
+            _mbpp,
+            ("pass_at_1", "parses"),
+            192,
+            CODE_ADAPTER,
+            STOP_STRINGS,
+        ),
     )
 }
-WIDE = re.compile(r"\d{4}")
+WIDE_FORMAT_PATTERN = re.compile(r"\d{4}")
 """In a format, a width or precision that nobody means."""
-MOST_TASK = 1 << 20
+MAX_TASK_BYTES = 1 << 20
 """Bytes of a task's file."""
 SEPARATOR = "\n\n"
 """Between the examples of a joined text: of a training sequence, a mixed stream, or shots before a prompt."""
-PAPER = ("math", "science", "code", "reading")
+PAPER_TASKS = ("math", "science", "code", "reading")
 """The tasks of the paper."""
 FILE_KEYS = ("name", "source", "prompt", "completion", "bare", "answers", "metrics", "max_tokens", "adapter", "stop")
 
@@ -163,7 +171,7 @@ def read_task(file: str | Path) -> Task:
     """
     judges = [name for name in METRICS if name != "pass_at_1"]  # which needs tests, that a task file cannot name
     try:
-        given = read_json(file, DataError, MOST_TASK)
+        given = read_json(file, DataError, MAX_TASK_BYTES)
     except DataError as error:
         raise DataError(f"task file {error}") from error
     if not isinstance(given, dict):
@@ -217,7 +225,7 @@ class _Fields(string.Formatter):
         return value, field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        if WIDE.search(format_spec):
+        if WIDE_FORMAT_PATTERN.search(format_spec):
             raise ValueError(f"{shown(format_spec)} asks for more than 999 characters")
         return super().format_field(value, format_spec)
 

@@ -38,7 +38,7 @@ class Elsewhere(float):
 
 
 @dataclass(frozen=True)
-class Line:
+class TableLine:
     """What one arm took.
 
     Attributes:
@@ -75,7 +75,7 @@ class Table:
 
     suite: str
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[TableLine, ...]
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def lines(
     read: Mapping[str, int] | None = None,
     peak: float = 0.0,
     notes: Mapping[str, str] | None = None,
-) -> list[Line]:
+) -> list[TableLine]:
     """Return a line an arm, compared with the first.
 
     Args:
@@ -211,14 +211,14 @@ def lines(
         notes: of arms, by name.
     """
     reference = median(next(iter(seconds.values())))
-    made: list[Line] = []
+    made: list[TableLine] = []
     for arm, each in seconds.items():
         middle = median(each)
         low, _, high = quantiles(each, n=4, method="inclusive") if len(each) > 1 else (middle, middle, middle)
         bandwidth = read[arm] / middle / peak if read and arm in read and peak else None
         rate = tokens / middle if tokens else None
         note = (notes or {}).get(arm, "")
-        made.append(Line(arm, setting, middle, low, high, middle / reference, rate, bandwidth, note=note))
+        made.append(TableLine(arm, setting, middle, low, high, middle / reference, rate, bandwidth, note=note))
     return made
 
 
@@ -243,7 +243,7 @@ def bandwidth(device: torch.device) -> float:
 
 def markdown(table: Table) -> str:
     """Return a table as markdown, in milliseconds; columns that no line fills are left out."""
-    columns: dict[str, Callable[[Line], str]] = {
+    columns: dict[str, Callable[[TableLine], str]] = {
         "setting": lambda line: line.setting,
         "arm": lambda line: line.arm,
         "ms (quartiles)": _milliseconds,
@@ -260,7 +260,7 @@ def markdown(table: Table) -> str:
     return "\n".join([f"{table.title}:", "", "| " + " | ".join(shown) + " |", "|---" * len(shown) + "|", *rows])
 
 
-def _milliseconds(line: Line) -> str:
+def _milliseconds(line: TableLine) -> str:
     if line.seconds is None or line.low is None or line.high is None:
         return ""
     digits = 1 if line.seconds >= 0.01 else 3

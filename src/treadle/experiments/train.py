@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-IGNORED = -100
+IGNORED_LABEL = -100
 """The label that PyTorch's cross entropy skips."""
-CHECKPOINTS, RECIPE_FILE = "checkpoints", "recipe.json"
+CHECKPOINTS_FOLDER, RECIPE_FILE = "checkpoints", "recipe.json"
 """Where a run that is not finished lies, and with which params it was started."""
-ALL = "all-linear"
+ALL_LINEAR_TARGET = "all-linear"
 """PEFT's name for every linear layer but the last."""
 
 
@@ -84,7 +84,7 @@ def train_adapter(
     trainer = _trainer(model, tokenizer, rows, output, params)
     if trainer.is_world_process_zero():
         write_text(output / RECIPE_FILE, recipe)  # now that it can be trained
-    _run(trainer, output / CHECKPOINTS)
+    _run(trainer, output / CHECKPOINTS_FOLDER)
     if trainer.is_world_process_zero():
         with workplace(output) as place:
             made = place / "adapter"
@@ -144,7 +144,7 @@ def _save_losses(history: Sequence[dict[str, Any]], output: Path) -> None:
 
 def _clean(output: Path) -> None:
     """Take away what only an unfinished run needs; the recipe last, as it says whose the rest is."""
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(output / CHECKPOINTS_FOLDER, ignore_errors=True)
     (output / RECIPE_FILE).unlink(missing_ok=True)
 
 
@@ -155,7 +155,7 @@ def _lora(params: TrainParams) -> "LoraConfig":
         r=params.rank,
         lora_alpha=params.alpha,
         lora_dropout=params.dropout,
-        target_modules=ALL if params.targets == (ALL,) else list(params.targets),
+        target_modules=ALL_LINEAR_TARGET if params.targets == (ALL_LINEAR_TARGET,) else list(params.targets),
         task_type="CAUSAL_LM",
     )
 
@@ -172,22 +172,22 @@ def _check_targets(model: "PreTrainedModel", params: TrainParams) -> None:
     wrong = [
         unknown_name("target", name, names)
         for name in params.targets
-        if name != ALL and not any(path.endswith(f".{name}") for path in linear)
+        if name != ALL_LINEAR_TARGET and not any(path.endswith(f".{name}") for path in linear)
     ]
     wrong += [
         f"target {name!r} is the output layer, which TRL cannot train. Allowed: {', '.join(names)}."
         for name in params.targets
         if any(path.endswith(f".{name}") and module is head for path, module in linear.items())
     ]
-    if ALL in params.targets and params.targets != (ALL,):
-        wrong.append(f"{ALL} stands for all of them; leave out the others")
+    if ALL_LINEAR_TARGET in params.targets and params.targets != (ALL_LINEAR_TARGET,):
+        wrong.append(f"{ALL_LINEAR_TARGET} stands for all of them; leave out the others")
     if wrong:
         raise OptionError(problem_list("targets:", wrong))
 
 
 def _check_recipe(output: Path, recipe: str) -> None:
     """Refuse to go on with a run of another recipe, or among checkpoints of somebody else."""
-    file, checkpoints = output / RECIPE_FILE, output / CHECKPOINTS
+    file, checkpoints = output / RECIPE_FILE, output / CHECKPOINTS_FOLDER
     if file.exists() and file.read_text("utf-8") != recipe:
         raise OptionError(f"{output} holds a run of another recipe ({file.name}); name another folder or remove it.")
     if not file.exists() and checkpoints.exists() and not (checkpoints.is_dir() and not any(checkpoints.iterdir())):
@@ -199,7 +199,7 @@ def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
     from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig(
-        output_dir=str(output / CHECKPOINTS),
+        output_dir=str(output / CHECKPOINTS_FOLDER),
         max_steps=params.steps,
         per_device_train_batch_size=params.batch_size,
         learning_rate=params.learning_rate,
@@ -238,7 +238,7 @@ def _save(model: Any, base: str, output: Path) -> None:
 def training_rows(
     tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], others: Sequence[Example], params: TrainParams
 ) -> Iterator[dict[str, list[int]]]:
-    """Yield `input_ids` and `labels` (IGNORED where there is no loss) of one sequence an example, joined or not.
+    """Yield `input_ids` and `labels` (IGNORED_LABEL where there is no loss) of one sequence an example, joined or not.
 
     A joined sequence that is longer than `params.max_tokens` falls back to its own example alone; an example that is
     too long by itself is left out.
@@ -286,5 +286,5 @@ def _encode(tokenizer: Any, parts: Sequence[tuple[Example, bool]]) -> dict[str, 
         if is_own and index == len(parts) - 1:
             answer.append(tokenizer.eos_token_id)
         ids += prompt + answer
-        labels += [IGNORED] * len(prompt) + (answer if is_own else [IGNORED] * len(answer))
+        labels += [IGNORED_LABEL] * len(prompt) + (answer if is_own else [IGNORED_LABEL] * len(answer))
     return {"input_ids": ids, "labels": labels}

@@ -14,21 +14,21 @@ from treadle.engine.sequence import Row
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.params import BenchParams
 from treadle.experiments.pools import random_adapters, random_router
-from treadle.experiments.timing import Line, Machine, Unit, bandwidth, copies, interleave, lines
+from treadle.experiments.timing import Machine, TableLine, Unit, bandwidth, copies, interleave, lines
 from treadle.routing.embedder import SentenceEmbedder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROBE = "The answer to the question is as follows."
+PROBE_TEXT = "The answer to the question is as follows."
 """Read where a bundle keeps no samples of an adapter."""
-WARM_UP = 2
+WARM_UP_STEPS = 2
 """Steps of each arm before a clock runs."""
-SPARE = WARM_UP + 2
+SPARE_TOKENS = WARM_UP_STEPS + 2
 """Tokens that rows have left when the last step has been timed, and the one that reading the prompt makes."""
-OFF = "treadle, routing off"
-EVERY = "treadle, every 1"
-COPY = "a large copy"
+OFF_ARM = "treadle, routing off"
+EVERY_ARM = "treadle, every 1"
+COPY_ARM = "a large copy"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Lab:
         """Return the ids of the bundle's own samples, the first of each adapter before the second of any."""
         samples = self.bundle.samples.values()
         count = max(map(len, samples), default=0)
-        texts = [each[index] for index in range(count) for each in samples if index < len(each)] or [PROBE]
+        texts = [each[index] for index in range(count) for each in samples if index < len(each)] or [PROBE_TEXT]
         return [prompt_ids(self.engine.tokenizer, text) for text in texts]
 
     def prompts(self, batch: int, length: int) -> list[list[int]]:
@@ -153,13 +153,13 @@ class Steps:
         return step_bytes(self.engine, sum(len(row.ids) for row in self.batch.rows), is_blended=is_blended)
 
 
-def time_steps(lab: Lab, arms: Mapping[str, Steps], rounds: int, setting: str) -> list[Line]:
+def time_steps(lab: Lab, arms: Mapping[str, Steps], rounds: int, setting: str) -> list[TableLine]:
     """Return the lines of steps in turn with a large copy, whose bandwidth theirs is a share of; its own comes last."""
     copy, copied = copies(lab.engine.model.device)
     before = {arm: steps.read for arm, steps in arms.items()}
-    units: dict[str, Unit] = {**arms, COPY: copy}
-    seconds = interleave(units, rounds, WARM_UP)
-    [copying] = lines({COPY: seconds.pop(COPY)}, setting)
+    units: dict[str, Unit] = {**arms, COPY_ARM: copy}
+    seconds = interleave(units, rounds, WARM_UP_STEPS)
+    [copying] = lines({COPY_ARM: seconds.pop(COPY_ARM)}, setting)
     peak = copied / (copying.seconds or 1.0)
     read = {arm: (before[arm] + steps.read) // 2 for arm, steps in arms.items()}  # the texts have grown
     batch = len(next(iter(arms.values())).batch.rows)
@@ -168,16 +168,16 @@ def time_steps(lab: Lab, arms: Mapping[str, Steps], rounds: int, setting: str) -
     return [*(replace(line, mean=mean(seconds[line.arm])) for line in made), replace(copying, ratio=None, note=note)]
 
 
-def not_run(arms: Mapping[str, str], setting: str) -> list[Line]:
+def not_run(arms: Mapping[str, str], setting: str) -> list[TableLine]:
     """Return a line for each arm that could not run, by name with the reason."""
-    return [Line(name, setting, note=f"not run: {reason}") for name, reason in arms.items()]
+    return [TableLine(name, setting, note=f"not run: {reason}") for name, reason in arms.items()]
 
 
 def routings(own: RoutingParams) -> dict[str, RoutingParams]:
     """Return the arms of the engine that every suite of speed has: routing off, then the bundle's own at two paces."""
     if own.rule == "fixed":
-        return {OFF: RoutingParams.base(), "treadle, fixed weights": own}
-    return {OFF: RoutingParams.base(), "treadle, every 2": replace(own, every=2), EVERY: replace(own, every=1)}
+        return {OFF_ARM: RoutingParams.base(), "treadle, fixed weights": own}
+    return {OFF_ARM: RoutingParams.base(), "treadle, every 2": replace(own, every=2), EVERY_ARM: replace(own, every=1)}
 
 
 def blended(own: RoutingParams) -> RoutingParams:
@@ -196,7 +196,7 @@ def is_acting(routing: RoutingParams) -> bool:
     return routing.rule != "fixed" or any((routing.fixed or {}).values())
 
 
-def started(
+def start_batch(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     tokens: int,
@@ -220,9 +220,9 @@ def started(
     return batch
 
 
-def run(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, routing: RoutingParams) -> None:
+def run_call(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, routing: RoutingParams) -> None:
     """Make `tokens` tokens a row, prompts included in the time."""
-    batch = started(engine, prompts, tokens, routing)
+    batch = start_batch(engine, prompts, tokens, routing)
     while batch.rows:
         batch.step()
 
