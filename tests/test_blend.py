@@ -535,11 +535,18 @@ def test_layers_that_share_a_product_may_read_other_inputs_and_in_any_order(
     assert len(names) > 1
 
 
-def test_of_many_adapters_only_those_that_act_are_computed(tmp_path: Path, attach: Attach) -> None:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
+    """Nine adapters of rank 16: so many that only the needed ones are active."""
+    root = tmp_path_factory.mktemp("many")
     names = [f"a{index}" for index in range(9)]
-    many = [read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name) for seed, name in enumerate(names)]
+    assert 9 * 16 > ALWAYS_ACTIVE_ROWS
+    return [read_adapter(save_adapter(root / name, seed=seed, r=16), name) for seed, name in enumerate(names)]
+
+
+def test_of_many_adapters_only_those_that_act_are_computed(many: list[Adapter]) -> None:
     model, few = calm_llama(), calm_llama()
-    blend, pair = attach(model, many), attach(few, [many[2], many[7]])
+    blend, pair = attach_adapters(model, many), attach_adapters(few, [many[2], many[7]])
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     assert isinstance(layer, BlendedLinear)
     for weights in ([0.6, 0.3], [0.2, 0.9], [0.0, 0.4], [0.5, 0.0]):
@@ -578,26 +585,21 @@ def halved(adapter: Adapter) -> Adapter:
     return replace(adapter, pairs=halves)
 
 
-def test_many_adapters_take_their_own_bytes_and_a_copy_of_those_that_act(tmp_path: Path, attach: Attach) -> None:
-    names = [f"a{index}" for index in range(9)]
-    many = [
-        halved(read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name)) for seed, name in enumerate(names)
-    ]
-    own = sum(adapter.num_bytes() for adapter in many)
+def test_many_adapters_take_their_own_bytes_and_a_copy_of_those_that_act(many: list[Adapter]) -> None:
+    halves = [halved(adapter) for adapter in many]
+    own = sum(adapter.num_bytes() for adapter in halves)
     model = calm_llama()
     base = held_bytes(model)
-    blend = attach(model, many[:8])
-    blend.add(many[8])
+    blend = attach_adapters(model, halves[:8])
+    blend.add(halves[8])
     assert held_bytes(model) == base + own
     blend.set_weights(np.eye(9, dtype=np.float32)[4])
     logits(model)
     assert held_bytes(model) == base + own + 2 * own // 9, "one of nine, in float32"
 
 
-def test_a_text_between_two_domains_lays_nothing_out_anew(tmp_path: Path, attach: Attach) -> None:
-    names = [f"a{index}" for index in range(9)]
-    many = [read_adapter(save_adapter(tmp_path / name, seed=seed, r=16), name) for seed, name in enumerate(names)]
-    blend = attach(calm_llama(), many)
+def test_a_text_between_two_domains_copies_no_factors_again(many: list[Adapter]) -> None:
+    blend = attach_adapters(calm_llama(), many)
     one, other = np.zeros(9, np.float32), np.zeros(9, np.float32)
     one[[1, 2, 3]], other[[2, 3, 4]] = 0.3, 0.3
     for weights in (one, other):

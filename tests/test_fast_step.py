@@ -147,7 +147,7 @@ def plain_answers(make_engine: MakeEngine) -> Callable[[str, int], list[list[Com
 
 def mixed_rows(engine: Engine, num_rows: int) -> list[list[Completion]]:
     """Generate from all prompts, `num_rows` at once, each with another routing."""
-    sampling = SamplingParams(max_tokens=12)
+    sampling = SamplingParams(max_tokens=8)
     rows = [slice(first, first + num_rows) for first in range(0, len(PROMPTS), num_rows)]
     return [engine.generate(PROMPTS[some], sampling=sampling, routing=ROUTINGS[some]) for some in rows]
 
