@@ -13,7 +13,7 @@ import schemathesis
 from jsonschema_rs import Draft202012Validator  # schemathesis brings it
 
 from treadle.common.params import RoutingParams
-from treadle.serving.openai import generating
+from treadle.serving.openai import generating, reading
 from treadle.serving.openai.failures import Failure
 from treadle.serving.openai.reading import read_body, read_object
 
@@ -96,11 +96,11 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (CHATS, {"stop": None, "n": None, "max_tokens": None, "temperature": 9}, "temperature", ["got 9"]),
     (CHATS, {"max_tokens": MISSING, "max_completion_tokens": 99}, "max_completion_tokens", ["got 99", "1 to 50"]),
     (CHATS, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", ["got 3, max_completion_tokens: got 4"]),
-    (CHATS, {"stop": ""}, "stop", ["stop: got ''", "1 to 256 characters"]),
-    (CHATS, {"stop": ["a", ""]}, "stop", ["stop: got ''"]),
+    (CHATS, {"stop": ""}, "stop", ["stop[0]: got ''", "1 to 256 characters"]),
+    (CHATS, {"stop": ["a", ""]}, "stop", ["stop[1]: got ''"]),
     (CHATS, {"stop": ["a", 7]}, "stop", ["stop[1]: got 7", "a list of at most 2 texts"]),
     (CHATS, {"stop": ["a", "b", "c"]}, "stop", ["stop: got a list of 3", "at most 2 texts"]),
-    (CHATS, {"stop": "x" * 257}, "stop", ["stop: got 'xxx", "256 characters"]),
+    (CHATS, {"stop": "x" * 257}, "stop", ["stop[0]: got 'xxx", "256 characters"]),
     (CHATS, {"stream": "yes"}, "stream", ["stream: got 'yes'", "true or false"]),
     (
         CHATS,
@@ -459,7 +459,8 @@ def test_bodies_are_read_beside_the_event_loop(served: Serving, path: str, monke
         threads.append(threading.current_thread().name)
         return read_body(*given)
 
-    monkeypatch.setattr(generating, "read_body", read)
+    for module in (generating, reading):
+        monkeypatch.setattr(module, "read_body", read)
     assert served.post(path, MINIMAL[path]).status_code == 200
     assert threads[0].startswith("treadle-prepare")
 

@@ -1,4 +1,4 @@
-"""From tokens to the documents of OpenAI's API: whole answers, and the chunks of a stream."""
+"""Writes tokens as documents of OpenAI's API: whole answers, and the chunks of a stream."""
 
 import time
 import uuid
@@ -17,11 +17,11 @@ from treadle.serving.openai.tokens import TokenTexts
 DONE = b"data: [DONE]\n\n"
 """The event that ends a stream."""
 LIST_DEPTH, PIECE_ENTRIES = 4, 256
-"""Where the long lists of an answer are, and how much of one is written at a time."""
+"""The long lists of an answer lie at this depth, and are written in pieces of so many entries."""
 
 
 class Answer:
-    """The answer to one request: its id, and how its choices are written."""
+    """Writes the answer to one request: its id, choices and usage."""
 
     def __init__(self, parsed: ParsedRequest, tokens: TokenTexts) -> None:
         self.parsed = parsed
@@ -38,14 +38,14 @@ class Answer:
         return {**self._head(self._kinds[0]), "choices": choices, "usage": self.usage(rows)}
 
     def opening(self) -> list[Json]:
-        """Return the chunks that come before any token: of a chat, each choice's role."""
+        """Return the chunks before the first token: the role of each choice of a chat."""
         if not self.parsed.is_chat:
             return []
         delta = {"delta": {"role": "assistant", "content": ""}}
         return [self._chunk(index, delta, None) for index in range(len(self.parsed.work.prompts))]
 
     def chunk(self, index: int, row: Row, event: TokenEvent) -> Json | None:
-        """Return the chunk of one token, None where it has nothing to show yet; the first brings the echoed prompt."""
+        """Return the chunk of one token, None if there is nothing to show; the first one has the echoed prompt."""
         parsed = self.parsed
         echo = self._echo(index) if event.index == 0 else ""
         has_more = parsed.likeliest is not None or parsed.has_trace
@@ -61,7 +61,7 @@ class Answer:
         return self._chunk(index, delta, event.finish_reason)
 
     def usage(self, rows: Sequence[Row]) -> Json:
-        """Return how many tokens were read and generated; each prompt counts once, whatever its choices."""
+        """Return how many tokens were read and generated; a prompt counts once for all its choices."""
         prompts = rows[:: self.parsed.n]
         read = sum(row.prompt_tokens for row in prompts)
         generated = 0 if self.parsed.is_silent else sum(len(row.events) for row in rows)
@@ -103,7 +103,7 @@ class Answer:
         return self.parsed.echo[index // self.parsed.n] if self.parsed.echo else ""
 
     def _trace(self, row: Row, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json:
-        """Return the text of each token, the weights (T, N) of the pass that gave it, and what these were made from.
+        """Return the text of each token, the weights (T, N) of its pass, and the cosines and scores behind them.
 
         The prompt's tokens come first where it is echoed, each with the weights of the pass that read it.
         """
@@ -173,7 +173,7 @@ class Answer:
         return None if likeliest is None else {self._tokens.text_of(token_id): lp for token_id, lp in likeliest}
 
     def _places(self, ids: Sequence[int]) -> list[int]:
-        """Return where in the text each token begins, in characters; a character's later parts begin behind it."""
+        """Return where each token begins in the text, in characters; later parts of a character begin after it."""
         places: list[int] = []
         text = getincrementaldecoder("utf-8")(errors="ignore")
         place = 0
@@ -188,7 +188,7 @@ def _rounded(values: Floats) -> list[float]:
 
 
 def _repeated(rows: Floats | None, length: int) -> list[list[float] | None]:
-    """Return `length` rows of (length, N), or of (1, N) for all alike; None has none."""
+    """Return the rows of (length, N), or `length` times the row of (1, N); None gives `length` times None."""
     if rows is None or not length:
         return [None] * length
     return [_rounded(row) for row in rows] if len(rows) > 1 else [_rounded(rows[0])] * length

@@ -22,17 +22,19 @@ from treadle.serving.openai.neutral import (
 from treadle.serving.openai.params import ServeParams
 
 BodyKind = TypeVar("BodyKind", bound=Body)
+MAX_STOP_CHARACTERS = 256
+MIN_TEMPERATURE = 0.001
 NAMING = f"letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {LONGEST_NAME} characters"
 
 
 @dataclass(frozen=True)
 class AtMost:
-    """The most that a field may be, or the longest that its list may be, is an option of the server."""
+    """Bounds a number, or the length of a list, by an option of the server."""
 
     option: str
 
     def __call__(self, value: Any, info: ValidationInfo) -> Any:
-        """Refuse more, before anything in a list is looked at."""
+        """Refuse a value that is too large, before the entries of a list are checked."""
         size = len(cast(list[Any], value)) if isinstance(value, list) else value
         if isinstance(size, int) and info.context is not None and size > getattr(info.context, self.option):
             raise ValueError("too many")
@@ -40,7 +42,7 @@ class AtMost:
 
 
 def with_limits(description: str, limits: ServeParams) -> str:
-    """Return what a field's description allows, with the server's limits in the place of its options' names."""
+    """Return a field's description with the server's limits in place of its options' names."""
     return re.sub("--max-[a-z]+", lambda found: str(getattr(limits, found[0][2:].replace("-", "_"))), description)
 
 
@@ -49,8 +51,15 @@ def _texts(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _no_tiny_temperature(value: float | None) -> float | None:
+    """Refuse a temperature so near 0 that logits overflow."""
+    if value and value < MIN_TEMPERATURE:
+        raise ValueError("too small")
+    return value
+
+
 def _parts(value: Any) -> Any:
-    """Return a message's content as one text; parts of type text are joined."""
+    """Return a message's content as one text: join its parts of type text."""
     if not isinstance(value, list):
         return value
     parts = cast(list[Any], value)
@@ -66,7 +75,7 @@ def _is_text_part(part: Any) -> bool:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """Return prompts, each a text or token ids."""
+    """Return a list of prompts; each is a text or token ids."""
     if isinstance(value, str) or _is_ids(value):
         return [value]
     if isinstance(value, list) and value:
@@ -81,7 +90,7 @@ def _is_ids(value: Any) -> bool:
 
 
 CACHE_HINTS = ("cache_control", "prompt_cache_breakpoint")
-"""Fields of a part that say what a provider should cache; they change no answer."""
+"""Fields of a part that are hints for a provider's cache; they change no answer."""
 STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
 IDS: Json = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 PROMPT: Json = {
@@ -107,7 +116,10 @@ PARTS: Json = {
     },
 }
 Stops = Annotated[
-    list[str] | None, BeforeValidator(AtMost("max_stops")), BeforeValidator(_texts), WithJsonSchema(STRINGS)
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] | None,
+    BeforeValidator(AtMost("max_stops")),
+    BeforeValidator(_texts),
+    WithJsonSchema(STRINGS),
 ]
 Samples = Annotated[
     list[Annotated[str, Field(description="a text")]] | None,
@@ -136,7 +148,7 @@ class Message(NeutralMessageFields):
     name: Annotated[str | None, Field(description="a text, which the chat template may show")] = None
 
     def turn(self, *, has_developers: bool) -> dict[str, str]:
-        """Return the message for a chat template, which may or may not know developers."""
+        """Return the message for a chat template; without developers in it, a developer is the system."""
         role = "system" if self.role == "developer" and not has_developers else self.role
         turn = {"role": role, "content": self.content}
         return turn if self.name is None else {**turn, "name": self.name}
@@ -150,7 +162,7 @@ Messages = Annotated[
 
 
 class StreamOptions(Body):
-    """What a stream carries besides its text."""
+    """Options of a stream."""
 
     include_usage: Annotated[bool | None, Field(description="true or false")] = False
     include_obfuscation: Annotated[bool | None, Field(description="true or false; it is not used")] = None
@@ -158,7 +170,7 @@ class StreamOptions(Body):
 
 
 class GenerationBody(NeutralFields):
-    """What /v1/completions and /v1/chat/completions have in common."""
+    """The fields that /v1/completions and /v1/chat/completions share."""
 
     model: Annotated[str, Field(description="the bundle's name or 'auto' (routed), an adapter's name, or 'base'")]
     n: Annotated[
@@ -166,7 +178,9 @@ class GenerationBody(NeutralFields):
     ] = 1
     max_tokens: MaxTokens = None
     temperature: Annotated[
-        float | None, Field(ge=0, le=2, description="0 (greedy), or a number from 0.001 to 2; 1 where it is not given")
+        float | None,
+        Field(ge=0, le=2, description="0 (greedy), or a number from 0.001 to 2; 1 where it is not given"),
+        AfterValidator(_no_tiny_temperature),
     ] = None
     top_p: Annotated[float | None, Field(gt=0, le=1, description="a number above 0, at most 1")] = None
     top_k: Annotated[int | None, Field(ge=-1, description="a whole number of at least 1; 0 or -1 = all")] = None

@@ -1,4 +1,4 @@
-"""The routes that generate: from a request to a job, and from its news to an answer or a stream."""
+"""The endpoints that generate: they turn a request into a job, and its news into an answer or a stream."""
 
 import asyncio
 import time
@@ -42,7 +42,7 @@ async def complete(request: Request) -> Response:
 
 
 async def generate(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
-    """Read a body, run its job, and answer whole or as a stream."""
+    """Read a body, run its job, and answer as a whole or as a stream."""
     return await while_connected(request, _generate(request, kind))
 
 
@@ -64,7 +64,7 @@ async def _generate(request: Request, kind: type[ChatBody] | type[CompletionBody
 
 
 async def _read_request(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> ParsedRequest:
-    """Return what a request asks for; not read in the event loop, as long prompts take a while."""
+    """Return a parsed request; long prompts take a while, so a thread reads them."""
     state, context = ServerState.of(request), RequestContext.of(request)
 
     def read(raw: bytes, check: Check) -> ParsedRequest:
@@ -81,11 +81,11 @@ async def _read_request(request: Request, kind: type[ChatBody] | type[Completion
 
 
 class DeadlinePassed(Exception):
-    """The request has taken too long."""
+    """The request's time is over."""
 
 
 class RunningRequest:
-    """One request while it is generated; lives in the event loop."""
+    """Runs one request in the event loop, from its job to its answer."""
 
     def __init__(self, state: ServerState, context: RequestContext, parsed: ParsedRequest) -> None:
         self._state = state
@@ -102,7 +102,7 @@ class RunningRequest:
         self._last: dict[int, float] = {}  # when each sequence's last token came, seconds of the performance counter
 
     async def start(self) -> None:
-        """Queue the job and wait until the engine has accepted it; raise a Failure where it does not."""
+        """Queue the job and wait until the engine accepts it; raise a Failure if it does not."""
         try:
             self._state.scheduler.submit(self._job)
         except TooManySequences as error:
@@ -113,7 +113,7 @@ class RunningRequest:
             pass
 
     def end(self) -> None:
-        """End: give the job up, if it is not done."""
+        """Stop the timers, and cancel the job if it is not done."""
         self._timer.cancel()
         self._ping.cancel()
         if self._left:
@@ -133,13 +133,13 @@ class RunningRequest:
         return Response(await self._aside(write, size), media_type="application/json")
 
     async def _aside(self, function: Callable[[], Result], num_entries: int) -> Result:
-        """Run a function that writes so many entries: many of them beside the event loop."""
+        """Run a function that writes so many entries; many entries are written in a thread."""
         if num_entries <= MAX_INLINE_ENTRIES:
             return function()
         return await self._state.writing.run(lambda _: function(), self._context.client, num_entries)
 
     async def lines(self) -> AsyncGenerator[bytes]:
-        """Yield the answer as server-sent events; an error ends it as one."""
+        """Yield the answer as server-sent events; an error is the last event."""
         answer, rows = self._answer, self._job.rows
         try:
             for chunk in answer.opening():
@@ -158,7 +158,7 @@ class RunningRequest:
             yield event_line(failure.document())
 
     def _lines_of(self, tokens: NewTokens) -> bytes:
-        """Return the events of tokens; a comment where there are none."""
+        """Return the events of tokens, or a comment if there are none."""
         chunks = [self._answer.chunk(index, self._job.rows[index], event) for index, event in tokens]
         lines = [event_line(chunk) for chunk in chunks if chunk is not None]
         return b"".join(lines) if tokens else b": still there\n\n"
@@ -168,7 +168,7 @@ class RunningRequest:
         self._ping = asyncio.get_running_loop().call_later(PING_SECONDS, self._say_ping)
 
     async def _next_tokens(self) -> NewTokens:
-        """Return the tokens of the next step, and of those that came meanwhile; none to say that the stream lives."""
+        """Return the tokens of all steps since the last call; none = it is time for a ping."""
         tokens = await self._next()
         assert isinstance(tokens, list)
         self._observe(tokens)
@@ -197,7 +197,7 @@ class RunningRequest:
             self._last[index] = now
 
     def _note(self) -> None:
-        """Leave for the log what was read and generated, and how much each adapter weighed."""
+        """Note token counts and mean weights for the log."""
         rows = self._job.rows
         usage: dict[str, Any] = self._answer.usage(rows)
         self._context.notes |= {"prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
@@ -210,7 +210,7 @@ class RunningRequest:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a run, which is given up when the client is gone or too slow."""
+    """Server-sent events of a request; it is cancelled when the client leaves or is too slow."""
 
     def __init__(self, run: RunningRequest) -> None:
         super().__init__(run.lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

@@ -1,7 +1,7 @@
-"""The memory of keys and values: how much there is, what running sequences may come to take, and who fits beside them.
+"""The memory of keys and values: how much there is, how much running sequences may need, and which others fit.
 
-A sequence is let in when its longest possible text fits beside those of all that run, so none that runs is ever lost
-for want of memory. What is counted are the buffers as they are allocated, with their growth and padding.
+A sequence starts when its longest possible text fits beside those of all that run, so no running one is ever lost
+for lack of memory. Buffers count as they are allocated, with their growth and padding.
 """
 
 import logging
@@ -23,11 +23,11 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 CPU_MEMORY_SHARE, GPU_MEMORY_SHARE = 0.5, 0.8
-"""Of the free memory that keys and values may take by default; passes and prefixes need some too."""
+"""Keys and values may take this share of the free memory by default; passes and prefixes need the rest."""
 MIN_KV_BYTES = 256 << 20
-"""Bytes that are taken to be there even so."""
+"""Keys and values get at least so many bytes by default."""
 DEFAULT_FREE_BYTES = 4 << 30
-"""Bytes that are taken to be free where the system does not say."""
+"""Free memory that is assumed if the system reports none."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -70,7 +70,7 @@ def _taken() -> int:
 
 
 class KvMemory:
-    """What the keys and values of running sequences may take, in bytes; used by the engine's thread alone."""
+    """Budgets the keys and values of running sequences, in bytes; only the engine's thread uses it."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class KvMemory:
 
     @cached_property
     def usable(self) -> int:
-        """Bytes to promise: while a layer's buffer grows, its old one is there too."""
+        """Bytes to promise to sequences: while a layer's buffer grows, the old one exists, too."""
         token_bytes, num_layers = self._measured
         usable = self.total * num_layers // (num_layers + 1)
         given = f"{self.total / 2**20:.0f} MiB of keys and values hold {usable // token_bytes} tokens"
@@ -117,7 +117,7 @@ class KvMemory:
         return self._probe.measure()
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raise an OptionError for a row that could never be held, even alone."""
+        """Raise an OptionError for a row that never fits, even alone."""
         most = self.usable // self.token_bytes
         too_long = [row for row in rows if self._columns([row]) > most]
         if too_long:
@@ -129,16 +129,16 @@ class KvMemory:
             )
 
     def has_room(self, batches: Sequence[Batch], batch: Batch, group: Sequence[Row]) -> bool:
-        """Return whether rows fit into a batch beside what all batches may come to take."""
+        """Return whether rows fit into a batch beside the future needs of all batches."""
         others = sum(self._held(each, each.rows) for each in batches if each is not batch)
         wanted = self._held(batch, [*batch.rows, *group])
         reading = len(group) * max(len(row.ids) for row in group) * self.token_bytes if batch.rows else 0
         return others + wanted + reading <= self.usable
 
     def allow(self, batches: Sequence[Batch], reading: tuple[Batch, Reading] | None) -> None:
-        """Tell each buffer how far it may grow ahead of what it needs, beside what the others may come to need."""
+        """Tell each buffer how far it may grow ahead of its needs, beside the future needs of the others."""
         held = {batch: self._held(batch, batch.rows) for batch in batches}
-        inside = 0  # of rows that join running ones, and are there twice then
+        inside = 0  # bytes of rows that join running ones: they exist twice then
         if reading is not None:
             batch, text = reading
             held[batch] = self._held(batch, [*batch.rows, *text.rows])
@@ -153,14 +153,14 @@ class KvMemory:
         return max(0, num_bytes) // self._measured[1]
 
     def used(self, batches: Sequence[Batch], reading: tuple[Batch, Reading] | None) -> int:
-        """Return the bytes of all buffers as they are."""
+        """Return the bytes of all buffers now."""
         return sum(batch.cache.num_bytes for batch in batches) + (reading[1].cache.num_bytes if reading else 0)
 
     def _held(self, batch: Batch, rows: Sequence[Row]) -> int:
-        """Return what a batch with these rows takes, or will take when all have grown, whichever is more."""
+        """Return the bytes of a batch with these rows, now or when all have grown, whichever is more."""
         return max(batch.cache.num_bytes, self._columns(rows) * self.token_bytes)
 
     def _columns(self, rows: Sequence[Row]) -> int:
-        """Return the columns of rows that have grown, each padded to the longest; those read anew are there twice."""
+        """Return the columns of fully grown rows, padded to the longest; rows that are read again count twice."""
         again = sum(map(self._probe.is_reread, rows))
         return (len(rows) + again) * max((row.most_tokens for row in rows), default=0)

@@ -1,7 +1,7 @@
-"""Fields of other servers' APIs that treadle does not have, and the values of each that change no answer.
+"""Fields of other servers' APIs that treadle does not support, and their values that change no answer.
 
-Clients send many of them unasked, and so they are taken. A value that would change the answer is refused by the field's
-name. An unknown field that is null was not given, as in OpenAI's API.
+Clients send many of them by default, so these values are taken. Any other value is refused by the field's
+name. An unknown field that is null counts as absent, as in OpenAI's API.
 """
 
 from typing import Any, ClassVar, TypeAlias, cast
@@ -12,11 +12,11 @@ from treadle.common.errors import listed
 
 Json: TypeAlias = dict[str, Any]
 NEUTRAL = "x-neutral"
-"""Marks the schema of a field that changes no answer; refusals of unknown fields do not offer it."""
+"""Marks the schema of a field that changes no answer; messages about unknown fields do not suggest it."""
 
 
 class Body(BaseModel):
-    """A JSON object whose fields are all known; numbers are not read from texts."""
+    """A JSON object that allows no unknown fields; a text is not read as a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     EXAMPLE: ClassVar[Json] = {}
@@ -39,7 +39,7 @@ class Body(BaseModel):
 
 
 def unsupported(*neutral: Any) -> Any:
-    """Declare a field that treadle does not have: it may only have values that ask for nothing."""
+    """Declare a field that treadle does not support: it may only have values that change nothing."""
     values = [*neutral, None]
     return Field(
         default=None,
@@ -49,12 +49,12 @@ def unsupported(*neutral: Any) -> Any:
 
 
 def unused(kind: str) -> Any:
-    """Declare a field that no answer depends on; any value of its type is taken."""
+    """Declare a field that changes no answer; any value of its type is taken."""
     return Field(default=None, description=f"{kind}; it is not used", json_schema_extra={NEUTRAL: True})
 
 
 class NeutralMessageFields(Body):
-    """Fields of a message, which clients send back as they got it."""
+    """Fields of messages that clients send back as they got them."""
 
     refusal: Any = unsupported()
     annotations: list[Any] | None = unused("a list")
@@ -65,7 +65,7 @@ class NeutralMessageFields(Body):
 
 
 class NeutralFields(Body):
-    """Fields of both routes that generate: OpenAI's, then vLLM's and llama.cpp's."""
+    """Fields of both endpoints that generate: OpenAI's, then vLLM's and llama.cpp's."""
 
     user: str | None = unused("a text")
     store: bool | None = unused("true or false")
@@ -100,7 +100,7 @@ class NeutralFields(Body):
 
 
 class NeutralChatFields(Body):
-    """Fields of /v1/chat/completions: OpenAI's, then vLLM's. The request's reader looks at tools once more."""
+    """Fields of /v1/chat/completions: OpenAI's, then vLLM's. `RequestReader` checks tools with their choice."""
 
     tools: list[Any] | None = unused("a list")
     tool_choice: Any = unsupported("none", "auto")

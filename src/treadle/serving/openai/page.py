@@ -1,4 +1,4 @@
-"""The page at /: a few static files, the same for everybody, so they need no key and say nothing of the bundle."""
+"""The page at /: a few static files. They are the same for everybody, so they need no key."""
 
 import hashlib
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class StaticFile:
-    """A file as it is sent."""
+    """A file's content and headers."""
 
     content: bytes
     headers: dict[str, str]
@@ -50,7 +50,7 @@ class StaticFile:
 
 @cache
 def files() -> dict[str, StaticFile]:
-    """Return the files by path below the folder; nothing else is ever sent."""
+    """Return the files by path below the folder; no other file is ever sent."""
     found: dict[str, StaticFile] = {}
     for path in sorted(each for each in FOLDER.rglob("*") if each.suffix in TYPES):
         content = path.read_bytes()

@@ -15,7 +15,7 @@ from treadle.common.options import check_fields, meanings, option, raise_problem
 from treadle.serving.openai.hosts import is_pattern
 
 SECRETS = ("api_key", "admin_key")
-"""Fields that are never printed."""
+"""Fields that `print_settings` never prints."""
 BASE = "base"
 PREFIX = "TREADLE_"
 """Begins the names of the environment variables: TREADLE_PORT, TREADLE_API_KEY ..."""
@@ -26,7 +26,7 @@ MAX_CONFIG_BRACKETS = 256
 
 @dataclass(frozen=True)
 class ServeParams:
-    """How a bundle is served: where, to whom, and how much of it."""
+    """Options of the server: address, keys and limits."""
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 = any free one", at_least=0, at_most=65535)
@@ -117,7 +117,7 @@ class ServeParams:
 def read_settings(
     flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None
 ) -> tuple[ServeParams, dict[str, str]]:
-    """Return the options, and for each field where its value comes from.
+    """Return the options, and the source of each field's value.
 
     Args:
         flags: fields given on the command line.
@@ -142,7 +142,7 @@ def read_settings(
 
 
 def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields that environment variables give; of a list, the entries are separated by commas."""
+    """Return the fields that environment variables give; commas separate the entries of a list."""
     hints = get_type_hints(ServeParams)
     given: dict[str, Any] = {}
     for name, kind in hints.items():
@@ -178,7 +178,7 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def print_settings(params: ServeParams, origins: Mapping[str, str]) -> str:
-    """Return the options as YAML that can be read back, each with its source and meaning; keys are not shown."""
+    """Return the options as YAML that can be read back, with their sources and meanings, but without keys."""
     lines: list[str] = []
     for name, meaning in meanings(ServeParams).items():
         value = getattr(params, name)

@@ -1,8 +1,8 @@
-"""HTTP/1.1 connections that are limited in number, and each in what it may leave undone.
+"""HTTP/1.1 connections with limits: on their number, and on time and size of each.
 
-uvicorn's own reads a head without an end, waits for ever for a client that does not read, and has no bound on
-connections but descriptors. Of too many connections those go that the server does nothing for, the oldest first.
-Offers of other protocols (HTTP/2, WebSocket) are left alone, and clients of HTTP/1.0 get no chunks.
+uvicorn's own protocol reads endless heads, waits for ever for a client that does not read, and has no limit on
+connections but descriptors. If there are too many, the oldest one closes on which no request runs.
+Offers of other protocols (HTTP/2, WebSocket) are ignored, and clients of HTTP/1.0 get no chunks.
 """
 
 import asyncio
@@ -15,21 +15,21 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from treadle.serving.openai.failures import Failure
 
 HEADER_BYTES = 32 << 10
-"""Of a request's line and all its headers."""
+"""A request's line and all its headers may have so many bytes."""
 HEAD_SECONDS = 30.0
-"""In which a head must have arrived, from the connection or from its own first byte on."""
+"""A head must arrive in this time after the connection or its own first byte."""
 WRITE_SECONDS = 30.0
-"""In which a client must read what its connection's buffer holds (64 KiB), once that is full."""
+"""A client must empty its connection's full buffer (64 KiB) in this time."""
 UNREAD_BODY_SECONDS = 10.0
-"""In which the rest of a body must have arrived whose request has been answered; nobody reads it."""
+"""The unread rest of a body must arrive in this time after the answer."""
 MAX_CONNECTIONS = 768
-"""Beyond, the oldest is closed of those on which no request runs; 1,024 descriptors are what systems often allow."""
+"""With more, the oldest one closes on which no request runs; systems often allow 1,024 descriptors."""
 AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 """The host in a request's line, as clients of a proxy write it."""
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Closes a connection whose client is too slow, sends too long a head, or does not read; the gate limits bodies."""
+    """Closes a connection whose client is slow, sends too long a head, or does not read; `Middleware` limits bodies."""
 
     parser: Any  # None once the connection is lost, when nothing comes any more
     _timer: asyncio.TimerHandle | None = None
@@ -48,39 +48,39 @@ class HttpProtocol(HttpToolsProtocol):
             min(others, key=HttpProtocol.idle_since, default=self).drop()
 
     def idle_since(self) -> float:
-        """Return since when nothing has been done for this connection, in seconds of the loop's clock."""
+        """Return when the connection was last busy, in seconds of the loop's clock."""
         return self._since
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the server does nothing for this connection but wait for its client."""
+        """Whether the server only waits for this connection's client."""
         cycle: Any = self.cycle
         return cycle is None or cycle.response_complete or cycle.more_body
 
     def drop(self) -> None:
-        """End the connection at once, whatever its client has not read."""
+        """End the connection at once, with all unread data."""
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Stop all timers."""
         self._stop()
         self.resume_writing()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Wait for the client to read."""
+        """Stop writing, and wait some time for the client to read."""
         super().pause_writing()
         self._write_timer = self._write_timer or self.loop.call_later(WRITE_SECONDS, self.drop)
 
     def resume_writing(self) -> None:
-        """Go on: the client has read."""
+        """Write again, as the client has read."""
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
 
     def on_response_complete(self) -> None:
-        """Expect the rest of the body, where the answer did not wait for it."""
+        """Wait some time for the rest of a body that the answer did not need."""
         super().on_response_complete()
         self._since = self.loop.time()
         if not self._is_in_head and not self.transport.is_closing():
@@ -101,7 +101,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _parse(self, data: bytes) -> None:
-        """Read requests; where the parser stops at an offer of another protocol, it is told to go on in this one."""
+        """Read requests; if the parser stops at an offer of another protocol, repeat the head without the offer."""
         rest = memoryview(data)
         while rest:
             try:
@@ -133,7 +133,7 @@ class HttpProtocol(HttpToolsProtocol):
             _end_with_connection(self.cycle)
 
     def on_message_complete(self) -> None:
-        """Expect another head, which may come later: until then uvicorn's keep-alive counts."""
+        """Expect another head; until it comes, uvicorn's keep-alive counts."""
         if self.parser.should_upgrade():
             return
         self._stop()
@@ -141,7 +141,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Say what does not parse, in the shape of all other errors, and close the connection."""
+        """Send the error of a request that cannot be parsed, in the shape of all errors, and close the connection."""
         text = f"this is not an HTTP/1.1 request: {msg} Check the request line, the headers and Content-Length."
         response = Failure(400, text, code="invalid_http").response()
         head = [STATUS_LINE[400], *(name + b": " + value + b"\r\n" for name, value in response.raw_headers)]
@@ -159,7 +159,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 def _end_with_connection(cycle: RequestResponseCycle) -> None:
-    """Let an answer of unknown length end where its connection does, for a client that knows no chunks."""
+    """End an answer of unknown length with its connection, for a client without chunks."""
     send, has_length = cycle.send, False
 
     async def send_unchunked(message: Any) -> None:

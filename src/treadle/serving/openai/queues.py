@@ -1,6 +1,6 @@
-"""Work that would hold up the event loop waits in lines: bounded, fair between clients, left when the client goes.
+"""Queues of work that would block the event loop: bounded, fair between clients, cancelled with the client.
 
-A line has threads of its own. One of them takes small work only, so that whatever others send, it is next in turn.
+Each queue has its own threads. One of them takes only small work, so small work never waits for large work.
 """
 
 import asyncio
@@ -18,29 +18,29 @@ from treadle.serving.openai.scheduler import ShuttingDown
 
 Result = TypeVar("Result")
 Check: TypeAlias = Callable[[], None]
-"""Called now and then by work that takes long: it raises `WorkAbandoned` where nobody waits for the result any more."""
+"""Long work calls it now and then; it raises `WorkAbandoned` when nobody waits for the result any more."""
 
 SMALL_WORK_BYTES = 32 << 10
-"""Work on at most so many bytes has a thread of its own."""
+"""Work on at most so many bytes is small: it has its own thread."""
 MAX_QUEUED_WORK = 256
-"""Pieces of work that may wait in one line."""
+"""So many pieces of work may wait in one queue."""
 RETRY_SECONDS = 5
 
 
 class WorkAbandoned(Exception):
-    """Nobody waits for this work any more: its client has gone, or the server ends."""
+    """Nobody waits for this work any more: its client has left, or the server ends."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """Whose work it is: keys take turns, and the hosts that use the same key."""
+    """The sender of work: keys take turns, and so do the hosts with the same key."""
 
     key: str = ""
     host: str = ""
 
 
 class QueuedWork(Generic[Result]):
-    """A place in a line; `check` ends work that nobody waits for."""
+    """A piece of work in a queue; `check` ends it when nobody waits for it."""
 
     def __init__(self, function: Callable[[Check], Result], client: Client) -> None:
         self.function = function
@@ -49,13 +49,13 @@ class QueuedWork(Generic[Result]):
         self.is_given_up = False
 
     def check(self) -> None:
-        """Raise WorkAbandoned where nobody waits for the result."""
+        """Raise WorkAbandoned if nobody waits for the result."""
         if self.is_given_up:
             raise WorkAbandoned
 
 
 class FairOrder:
-    """Tickets that wait. Keys take turns, and in a key its hosts; of a host it is first come, first served."""
+    """Orders waiting work: keys take turns, then the hosts of a key; a host's work is first come, first served."""
 
     def __init__(self) -> None:
         self._keys: dict[str, dict[str, deque[QueuedWork[Any]]]] = {}  # in the order of their turns
@@ -64,15 +64,15 @@ class FairOrder:
         return sum(map(self.num_of, self._keys))
 
     def num_of(self, key: str) -> int:
-        """Return how many tickets of a key wait."""
+        """Return how many pieces of a key's work wait."""
         return sum(map(len, self._keys.get(key, {}).values()))
 
     def add(self, ticket: QueuedWork[Any]) -> None:
-        """Put a ticket at the end of its client's."""
+        """Add work behind the other work of its client."""
         self._keys.setdefault(ticket.client.key, {}).setdefault(ticket.client.host, deque()).append(ticket)
 
     def take(self) -> QueuedWork[Any] | None:
-        """Return the ticket whose turn it is, and move its key and its host to the end."""
+        """Return the next work, and move its key and host to the end."""
         if not self._keys:
             return None
         key, hosts = next(iter(self._keys.items()))
@@ -86,7 +86,7 @@ class FairOrder:
         return ticket
 
     def remove(self, ticket: QueuedWork[Any]) -> None:
-        """Take a ticket out, if it still waits."""
+        """Remove work, if it still waits."""
         hosts = self._keys.get(ticket.client.key, {})
         tickets = hosts.get(ticket.client.host, deque())
         if ticket in tickets:
@@ -97,7 +97,7 @@ class FairOrder:
                 del self._keys[ticket.client.key]
 
     def longest(self) -> QueuedWork[Any] | None:
-        """Return the newest ticket of the host with the most, in the key with the most."""
+        """Return the newest work of the host with most work, in the key with most work."""
         if not self._keys:
             return None
         hosts = self._keys[max(self._keys, key=self.num_of)]
@@ -105,7 +105,7 @@ class FairOrder:
 
 
 class WorkQueue:
-    """A line and its threads, which start with the first work and never keep the process alive."""
+    """A queue and its threads; they start with the first work and never keep the process alive."""
 
     def __init__(self, name: str, num_threads: int = 2, most: int = MAX_QUEUED_WORK) -> None:
         self._name = name
@@ -124,15 +124,15 @@ class WorkQueue:
             return len(self._small) + len(self._large)
 
     async def run(self, function: Callable[[Check], Result], client: Client, num_bytes: int = 0) -> Result:
-        """Run a function in a thread when its turn comes; it is given up when the task that waits is cancelled.
+        """Run a function in a thread when its turn comes; cancelling the waiting task abandons it.
 
         Args:
-            function: gets a `Check`, to call between its stages.
-            client: whose turn it takes.
-            num_bytes: how much it has to look at; small work does not wait for large.
+            function: gets a `Check` to call between its stages.
+            client: the sender, whose turn it takes.
+            num_bytes: size of its input; small work does not wait for large work.
 
         Raises:
-            Failure: 429 where too much waits, 503 where the server ends.
+            Failure: 429 if too much work waits, 503 if the server ends.
         """
         ticket = self.queue(function, client, num_bytes)
         try:
@@ -143,17 +143,17 @@ class WorkQueue:
             self._give_up(ticket)
 
     def queue(self, function: Callable[[Check], Result], client: Client, num_bytes: int = 0) -> QueuedWork[Result]:
-        """Run a function in a thread when its turn comes, and do not wait for it; the ticket has its future.
+        """Run a function in a thread when its turn comes, without waiting for it.
 
         Raises:
-            Failure: 503 where the server ends.
+            Failure: 503 if the server ends.
         """
         ticket = QueuedWork(function, client)
         self._join(ticket, self._small if num_bytes <= SMALL_WORK_BYTES else self._large)
         return ticket
 
     def close(self) -> None:
-        """End the threads after what they do now, which is given up; whoever waits is told that the server ends."""
+        """End the threads, abandon their work, and tell whoever waits that the server ends."""
         with self._changed:
             self._is_closed = True
             waiting = [ticket for turns in (self._small, self._large) for ticket in iter(turns.take, None)]
@@ -164,14 +164,14 @@ class WorkQueue:
             _fail(ticket, failure_of(ShuttingDown()))
 
     def has_ended(self, seconds: float) -> bool:
-        """Wait for the threads of a closed line at most so long; return whether all have ended."""
+        """Wait at most so long for the threads of a closed queue; return whether all have ended."""
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _join(self, ticket: QueuedWork[Any], turns: FairOrder) -> None:
-        """Let a ticket wait; where the line is full, the newest of the client that has most in it leaves."""
+        """Add work; if the queue is full, drop the newest work of the client with most in it."""
         leaves: QueuedWork[Any] | None = None
         with self._changed:
             if self._is_closed:
@@ -188,7 +188,7 @@ class WorkQueue:
             _fail(leaves, Failure(429, "too many requests wait to be read", code="queue_full", retry=RETRY_SECONDS))
 
     def _start(self) -> None:
-        """Start the threads; the first of several takes small work only."""
+        """Start the threads; the first of several takes only small work."""
         for number in range(self._num_threads):
             takes_large = self._num_threads == 1 or number > 0
             name = f"{self._name}_{number}"
@@ -203,20 +203,20 @@ class WorkQueue:
             self._large.remove(ticket)
 
     def _work(self, takes_large: bool) -> None:
-        """Live as a thread of the line."""
+        """Do work until the queue is closed; each thread runs this."""
         while (ticket := self._next(takes_large)) is not None:
             if ticket.future.set_running_or_notify_cancel():
                 try:
                     ticket.future.set_result(ticket.function(ticket.check))
-                except BaseException as error:  # whoever waits gets it, and not what the work has made so far
+                except BaseException as error:  # whoever waits gets the error, without the work's own variables
                     traceback.clear_frames(error.__traceback__)
                     ticket.future.set_exception(error)
             with self._changed:
                 self._running.discard(ticket)
-            del ticket  # and what it holds, while there is nothing to do
+            del ticket  # frees its data while the thread waits
 
     def _next(self, takes_large: bool) -> QueuedWork[Any] | None:
-        """Wait for the next ticket; None where the line has been closed."""
+        """Wait for the next work; None = the queue is closed."""
         with self._changed:
             while not self._is_closed:
                 ticket = (self._large.take() if takes_large else None) or self._small.take()
@@ -228,6 +228,6 @@ class WorkQueue:
 
 
 def _fail(ticket: QueuedWork[Any], error: Failure) -> None:
-    """Tell whoever waits for a ticket that nothing comes of it."""
+    """Raise an error for whoever waits for the work."""
     if ticket.future.set_running_or_notify_cancel():
         ticket.future.set_exception(error)

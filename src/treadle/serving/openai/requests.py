@@ -1,4 +1,4 @@
-"""From a body to work for the engine: which model, which options, which prompts, or every reason why not."""
+"""Turns a body into work for the engine, or lists every reason why it cannot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +20,10 @@ from treadle.serving.openai.queues import Check
 from treadle.serving.openai.targets import Targets
 from treadle.serving.openai.tokens import MinTokenCount
 
-MAX_STOP_CHARACTERS = 256
-"""Characters of a stop string."""
 MAX_TOKEN_CHARACTERS = 128
-"""Characters; a text with more than this for each token that it may have is not even tokenised."""
+"""A text with more characters than this for each allowed token is refused before it is tokenised."""
 DEFAULT_COMPLETION_TOKENS = 16
-"""Of /v1/completions where a request does not say, as OpenAI's API has it."""
+"""Default of /v1/completions, as in OpenAI's API."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class ParsedRequest:
 
 @dataclass(frozen=True)
 class RequestReader:
-    """Reads bodies for one server: the engine says what can be asked, the params how much of it."""
+    """Reads bodies for one server, by what its engine can do and its params allow."""
 
     engine: Engine
     targets: Targets
@@ -72,7 +70,7 @@ class RequestReader:
         return MinTokenCount(self.engine.tokenizer)
 
     def read(self, body: GenerationBody, problems: Problems, caller: Caller, check: Check) -> ParsedRequest:
-        """Return what a body asks for, or raise a Failure with all that is wrong with it, `problems` included."""
+        """Return the parsed request, or raise a Failure that lists all its problems, `problems` included."""
         problems = list(problems)
         target = self.targets.read(body.model, body.treadle, problems, caller)
         prompts: list[Any] = body.prompt if isinstance(body, CompletionBody) else [cast(ChatBody, body).messages]
@@ -108,13 +106,10 @@ class RequestReader:
         )
 
     def _sampling(self, body: GenerationBody, problems: Problems, count: int) -> list[SamplingParams]:
-        """Return the sampling of each sequence; with a seed, each has a random stream of its own that repeats."""
+        """Return the sampling of each sequence; with a seed, each has its own repeatable random stream."""
         temperature = 1.0 if body.temperature is None else body.temperature
-        if 0 < temperature < 0.001:
-            problems.append(Problem.of("temperature", temperature, self._allowed(body, "temperature")))
-            temperature = 1.0
         top_p = 1.0 if body.top_p is None else body.top_p
-        most, stop = self._most_tokens(body, problems), self._stops(body, problems)
+        most, stop = self._most_tokens(body, problems), tuple(body.stop or ())
         one = SamplingParams(
             temperature, top_p, max(0, body.top_k or 0), most, stop, stop_token_ids=tuple(body.stop_token_ids or ())
         )
@@ -126,7 +121,7 @@ class RequestReader:
         return [replace(one, seed=seed) for seed in seeds]
 
     def _most_tokens(self, body: GenerationBody, problems: Problems) -> int:
-        """Return how many tokens a choice may have; at least 1, though a request that only scores wants none."""
+        """Return how many tokens a choice may have; at least 1, even if the request only scores a prompt."""
         limit = self.params.max_tokens
         given = {"max_tokens": body.max_tokens}
         if isinstance(body, ChatBody):
@@ -140,17 +135,11 @@ class RequestReader:
         default = limit if isinstance(body, ChatBody) else min(limit, DEFAULT_COMPLETION_TOKENS)
         return max(1, min(wanted.values()) if wanted else default)
 
-    def _stops(self, body: GenerationBody, problems: Problems) -> tuple[str, ...]:
-        stops = body.stop or []
-        if bad := [text for text in stops if not 0 < len(text) <= MAX_STOP_CHARACTERS]:
-            problems.append(Problem.of("stop", bad[0], self._allowed(body, "stop")))
-        return () if bad else tuple(stops)
-
     def _allowed(self, body: GenerationBody, field: str) -> str:
         return with_limits(type(body).model_fields[field].description or "", self.params)
 
     def _read_prompts(self, prompts: Sequence[Any], problems: Problems, check: Check) -> list[TokenPrompt]:
-        """Return the tokens of prompts, where they are not too long."""
+        """Return the tokens of the prompts that are not too long; add the others to the problems."""
         context = self.engine.context
         room = context and context - 1  # for one token of the answer
         most = min((limit for limit in (self.params.max_prompt_tokens, room) if limit), default=None)
@@ -164,7 +153,7 @@ class RequestReader:
             field = "messages" if isinstance(prompt, list) and not isinstance(prompt[0], int) else "prompt"
             place = f"prompt[{index}]" if len(prompts) > 1 else field
             letters = _num_letters(prompt)
-            if most is not None and letters > most * MAX_TOKEN_CHARACTERS:  # nobody waits while it is tokenised
+            if most is not None and letters > most * MAX_TOKEN_CHARACTERS:  # to tokenise it would take long
                 problems.append(_too_long(field, f"{place}: got {letters} characters; allowed: {allowed}"))
                 continue
             try:
@@ -185,7 +174,7 @@ class RequestReader:
         return found
 
     def _fewest(self, prompt: Any, most: int | None) -> int:
-        """Return how many tokens a prompt has at least; 0 where that takes as long as to tokenise it."""
+        """Return a lower bound of a prompt's tokens; 0 if it costs as much as to tokenise the prompt."""
         if most is None:
             return 0
         if isinstance(prompt, str):
@@ -211,14 +200,14 @@ class RequestReader:
         return str(self.engine.tokenizer.decode(prompt)) if isinstance(prompt, list) else prompt
 
     def _num_tokens(self, prompts: Sequence[TokenPrompt], most: int, has_prompts: bool) -> int:
-        """Return how many tokens one answer to each prompt may have, with those of the prompts if it `has_prompts`."""
+        """Return how many tokens one answer to each prompt may have, including the prompts if it `has_prompts`."""
         context = self.engine.context
         lengths = [len(each.ids) for each in prompts]
         answers = [most if context is None else min(most, context - length) for length in lengths]
         return sum(answers) + (sum(lengths) if has_prompts else 0)
 
     def _check_values(self, wanted: Mapping[str, bool], num_tokens: int, width: int, problems: Problems) -> None:
-        """Add the problem of an answer with too many values; all of them are held until it has been sent.
+        """Add the problem of an answer with too many values; all are in memory until the answer has been sent.
 
         Args:
             wanted: which fields of the request ask for values.
@@ -244,7 +233,7 @@ class RequestReader:
 
 
 def _too_long(field: str, message: str) -> Problem:
-    """Return the problem of a prompt that has too many tokens, with OpenAI's code of it."""
+    """Return the problem of a prompt with too many tokens, with OpenAI's error code."""
     return Problem(field, message, code="context_length_exceeded")
 
 
@@ -256,7 +245,7 @@ def _num_letters(prompt: Any) -> int:
 
 
 def _likeliest(body: GenerationBody) -> int | None:
-    """Return how many likeliest tokens a request wants with each token; None = no log-probabilities."""
+    """Return how many likeliest tokens come with each token; None = no log-probabilities."""
     if isinstance(body, CompletionBody):
         return body.logprobs
     assert isinstance(body, ChatBody)
@@ -264,7 +253,7 @@ def _likeliest(body: GenerationBody) -> int | None:
 
 
 def _check_pairs(body: GenerationBody, problems: Problems) -> None:
-    """Add what is wrong with fields that go together."""
+    """Add the problems of fields that depend on each other."""
     n = body.n or 1
     if isinstance(body, CompletionBody) and body.best_of not in (None, n):
         problems.append(Problem.of("best_of", body.best_of, f"the same as n ({n})"))

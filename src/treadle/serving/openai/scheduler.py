@@ -1,6 +1,6 @@
-"""One thread owns the engine: jobs go in from any thread, between two steps, and their news come out.
+"""One thread owns the engine: it takes jobs from any thread between two steps, and posts their news.
 
-First come, first served. What a step is, and which rows share it, is `treadle.serving.openai.loop`'s.
+Jobs are first come, first served. `treadle.serving.openai.loop` says what a step does and which rows share it.
 """
 
 import threading
@@ -16,14 +16,14 @@ from treadle.serving.openai.params import ServeParams
 
 Result = TypeVar("Result")
 Call: TypeAlias = "tuple[Callable[[], Any], Future[Any]]"
-"""A function to run between two steps, and who waits for it."""
+"""A function to run between two steps, and the future of its result."""
 
 MAX_RETRY_SECONDS = 60
-"""Seconds; what Retry-After says at most."""
+"""Retry-After says at most so many seconds."""
 
 
 class QueueFull(TreadleError):
-    """The queue has no room for a job now; `seconds` is when it is worth trying again."""
+    """The queue has no room for a job now; trying again is useful after `seconds`."""
 
     def __init__(self, job: Job, waiting: int, seconds: int) -> None:
         more = job.num_sequences
@@ -33,7 +33,7 @@ class QueueFull(TreadleError):
 
 
 class TooManySequences(TreadleError):
-    """A job has more sequences than run and wait together; it would never fit."""
+    """A job has more sequences than may run and wait together, so it would never fit."""
 
     def __init__(self, job: Job, most: int) -> None:
         super().__init__(
@@ -50,7 +50,7 @@ class ShuttingDown(TreadleError):
 
 
 class Scheduler:
-    """Runs jobs on a loop in a thread of its own."""
+    """Runs jobs on a loop, in its own thread."""
 
     def __init__(self, loop: Loop, params: ServeParams) -> None:
         self._loop = loop
@@ -77,7 +77,7 @@ class Scheduler:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the engine's thread is not there any more."""
+        """Whether the engine's thread has ended."""
         return not self._thread.is_alive()
 
     @property
@@ -113,7 +113,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Give a job up; its rows leave before the next step."""
+        """Cancel a job; its rows leave before the next step."""
         with self._changed:
             job.is_cancelled = self._has_cancelled = True
             self._changed.notify()
@@ -129,19 +129,19 @@ class Scheduler:
         return future
 
     def drain(self) -> None:
-        """Accept no more jobs; those that are there go on."""
+        """Accept no more jobs; accepted ones go on."""
         with self._changed:
             self._is_draining = True
 
     def stop(self) -> None:
-        """End the thread; jobs that are left are told so."""
+        """End the thread, and tell the remaining jobs."""
         with self._changed:
             self._is_draining = self._is_stopped = True
             self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
-        """Live as the engine's thread."""
+        """Take jobs and advance the loop until `stop`; the engine's thread runs this."""
         while self._take():
             self._loop.advance()
         self._loop.post([(job, ShuttingDown()) for job in [*self._loop.jobs(), *self._inbox]])
@@ -149,7 +149,7 @@ class Scheduler:
             future.set_exception(ShuttingDown())
 
     def _take(self) -> bool:
-        """Wait for something to do and take in what has arrived; return False when the thread shall end."""
+        """Wait for work and take in what has arrived; return False when the thread must end."""
         with self._changed:
             while not (self._inbox or self._calls or self._loop.is_busy or self._has_cancelled or self._is_stopped):
                 self._changed.wait()
@@ -170,7 +170,7 @@ class Scheduler:
 
 
 def _answer(calls: deque[Call]) -> None:
-    """Run the first function, and put what it returns or raises into its future."""
+    """Run the first function, and put its result or error into its future."""
     function, future = calls.popleft()
     if not future.set_running_or_notify_cancel():
         return
@@ -179,5 +179,5 @@ def _answer(calls: deque[Call]) -> None:
     except Exception as error:  # whoever waits for the future gets it
         future.set_exception(error)
     else:
-        del function  # whoever waits is the last to hold what it holds: to let go of a large adapter takes a while
+        del function  # so that whoever waits frees its data: freeing a large adapter takes a while
         future.set_result(result)

@@ -25,12 +25,12 @@ from treadle.serving.openai.state import END_SECONDS, ServerState
 logger = logging.getLogger("treadle.serving.openai")
 
 SWITCH_SECONDS = 0.001
-"""How long Python lets one thread run while another waits; the default, 5 ms, would be added to every token."""
+"""Python lets one thread run so long while another waits; its default, 5 ms, would delay every token."""
 POLL_SECONDS = 0.05
 
 
 class Server(uvicorn.Server):
-    """Ends in order: asked to, it is not ready, finishes what runs within the shutdown timeout, and exits with 0."""
+    """Ends in order: takes no more requests, finishes the running ones within a timeout, and exits with 0."""
 
     def __init__(self, bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring) -> None:
         self.app = make_app(bundle, engine, params, keys)
@@ -43,13 +43,13 @@ class Server(uvicorn.Server):
             host=params.host,
             port=params.port,
             http=HttpProtocol,
-            lifespan="on",  # an application that cannot start is an error, not one without a start
+            lifespan="on",  # an application that cannot start is an error
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_keep_alive=params.keep_alive,
-            timeout_graceful_shutdown=1,  # for what `_drain` has told to end
+            timeout_graceful_shutdown=1,  # for requests that `_drain` has ended
             ssl_certfile=params.tls_cert,
             ssl_keyfile=params.tls_key,
         )
@@ -57,17 +57,17 @@ class Server(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """Where it listens; 0 before it does."""
+        """The port on which the server listens; 0 before it does."""
         sockets = [each for server in self.servers for each in server.sockets] if self.started else []
         return int(sockets[0].getsockname()[1]) if sockets else 0
 
     @property
     def has_ended(self) -> bool:
-        """Whether no thread is left that does something."""
+        """Whether all threads have ended."""
         return self._state.has_ended
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end; after a second signal, what runs is told so and waited for no longer."""
+        """Begin to end; a second signal ends running requests, too."""
         del sig, frame
         if self._drain is not None:
             self._is_urgent.set()
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         self._drain.start()
 
     def _finish(self) -> None:
-        """Take no more requests, wait for those that are there, then end."""
+        """Take no more requests, wait for the running ones, then end."""
         scheduler = self._state.scheduler
         self._state.take_no_more()
         logger.info("shutting down: %d sequences are left", scheduler.num_unfinished)
@@ -88,13 +88,13 @@ class Server(uvicorn.Server):
             logger.warning("%s: %d sequences do not finish", why, scheduler.num_unfinished)
             stopping = threading.Thread(target=scheduler.stop, name="treadle-stop", daemon=True)
             stopping.start()
-            stopping.join(END_SECONDS)  # a step that hangs must not keep the process
+            stopping.join(END_SECONDS)  # a step that hangs must not keep the process alive
         time.sleep(POLL_SECONDS)  # the last answers are on their way
         self.should_exit = True
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line; what the gate logs of a request is one already."""
+    """Writes one JSON object per line; `Middleware` logs requests as JSON already."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
@@ -111,27 +111,27 @@ def serve(folder: str, params: ServeParams, load: Callable[..., Engine] = load) 
     _set_up_log(params)
     keys = check_start(bundle, params)
     with bound(params.host, params.port) as sockets:
-        # in a thread that ends: OpenMP keeps workers for every thread that ever computed, and where these are more than
-        # the cores, it lets all of them sleep between operations, which makes a step a third slower
+        # in a thread that ends: OpenMP keeps workers for every living thread that computed. If these are more than
+        # the cores, all of them sleep between operations, and a step takes a third longer
         with ThreadPoolExecutor(1) as pool:
             pack = {"auto": None, "always": True, "never": False}[params.pack]
             engine = pool.submit(load, bundle, device=params.device, dtype=params.dtype, pack=pack).result()
         sys.setswitchinterval(SWITCH_SECONDS)
         server = Server(bundle, engine, params, keys)
-        # what is there now stays: to look through it for garbage would take several steps' time, whenever Python does
+        # all objects so far stay: to search them for garbage would take several steps' time
         gc.collect()
         gc.freeze()
         listen(sockets, params)
         announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
         announce.start()
         server.run(sockets)
-        if not server.has_ended:  # Python would wait for it, or break off in the middle of a library's code
+        if not server.has_ended:  # Python would wait for the threads, or break off inside a library
             logging.shutdown()
             os._exit(0)
 
 
 def _announce(server: Server, params: ServeParams) -> None:
-    """Say where the server listens, once it does."""
+    """Log the server's address once it listens."""
     while not server.started:
         time.sleep(POLL_SECONDS)
     scheme = "https" if params.tls_cert else "http"

@@ -1,4 +1,4 @@
-"""Whom a request means: the routed model, one adapter or the base, and with which routing."""
+"""Finds a request's target: the routed model, one adapter or the base, and the routing."""
 
 import threading
 from collections import OrderedDict
@@ -20,7 +20,7 @@ from treadle.serving.request import requested_routing, size_problems
 
 AUTO = "auto"
 TREADLE_FIELDS = ("adapters", "trace")
-"""Fields of `treadle` beside the options of routing."""
+"""Fields of `treadle` besides the routing options."""
 MAX_ROUTERS, MAX_ROUTER_BYTES = 256, 64 << 20
 """Limits of the kept routers: requests choose from 2**N sets of adapters."""
 
@@ -74,32 +74,32 @@ class Target:
 
 @dataclass(frozen=True)
 class Targets:
-    """What can be named on one server."""
+    """The models that requests can name on one server."""
 
     engine: Engine
     routers: Routers
     names: tuple[str, ...]  # of the routed model
 
     def models(self, caller: Caller) -> list[str]:
-        """Return what a caller may name as model: the routed one, its adapters, the base."""
+        """Return the models that a caller may name: the routed model, its adapters, the base."""
         return [*self.names, *self.adapters(caller), BASE]
 
     def adapters(self, caller: Caller) -> list[str]:
-        """Return the adapters that a caller may use, in the order of the engine."""
+        """Return the adapters that a caller may use, in the engine's order."""
         allowed = caller.adapters
         return [name for name in self.engine.adapter_names if allowed is None or name in allowed]
 
     def unknown(self, model: str, caller: Caller) -> Problems:
-        """Return the problem of a model that does not exist, or that the caller may not use; else none."""
+        """Return the problem of a model that does not exist or that the caller may not use, if so."""
         names = self.models(caller)
         if model in names:
             return []
         return [Problem("model", unknown_name("model", model, names), status=404, code="model_not_found")]
 
     def read(self, model: str, given: Json | None, problems: Problems, caller: Caller) -> Target:
-        """Return whom a request means by its fields `model` and `treadle`; adds to its problems.
+        """Return the target of a request's fields `model` and `treadle`, and add to its problems.
 
-        Beside a model that does not exist, the options are read as those of the routed one.
+        If the model does not exist, the options are read as the routed model's.
         """
         unknown = self.unknown(model, caller)
         problems += unknown
@@ -126,7 +126,7 @@ class Targets:
         return Target(params, adapters, bool(has_trace))
 
     def _chosen(self, chosen: Any, problems: Problems, caller: Caller) -> frozenset[str] | None:
-        """Return the adapters that may take part: those that the request names, of those that the caller may use."""
+        """Return the adapters that may take part: named by the request and allowed for the caller."""
         if chosen is None:
             return caller.adapters
         names = self.adapters(caller)
@@ -155,7 +155,7 @@ class Targets:
 
 
 def _unknown_names(place: str, given: Sequence[str], names: Sequence[str]) -> Problems:
-    """Return a problem for each name that is not among the adapters' names."""
+    """Return a problem for each name that is no adapter's."""
     unknown = list(dict.fromkeys(name for name in given if name not in names))
     worded = [
         Problem(place, f"{place}: {unknown_name('adapter', name, names)}") for name in unknown[:MAX_LISTED_PROBLEMS]
@@ -164,7 +164,7 @@ def _unknown_names(place: str, given: Sequence[str], names: Sequence[str]) -> Pr
 
 
 def _worded(problem: OptionProblem, options: Json) -> Problem:
-    """Return what is wrong with an option in the words of a JSON document."""
+    """Return the problem of an option in the words of a JSON document."""
     if not problem.options:
         return Problem("treadle", f"treadle: {problem.text}")
     place, *others = [f"treadle.{option}" for option in problem.options]
@@ -176,7 +176,7 @@ def _worded(problem: OptionProblem, options: Json) -> Problem:
 
 
 def model_name(bundle: Bundle, params: ServeParams) -> str:
-    """Return what requests call the routed model besides auto; an OptionError where that names something else too."""
+    """Return the name of the routed model besides auto; an OptionError says that it names something else, too."""
     name = params.model_name or bundle.folder.resolve().name
     if name in (*bundle.router.names, BASE):
         what = "the base model" if name == BASE else "an adapter"
