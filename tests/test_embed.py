@@ -128,11 +128,10 @@ def test_a_word_is_tokenised_once(bytewise, monkeypatch):
 
 
 @pytest.mark.parametrize("cap", [1, 3, 4])
-def test_a_full_cache_changes_nothing(bytewise, monkeypatch, cap):
+def test_a_full_cache_changes_nothing(bytewise, cap):
     many = ["one two three", "two three four five", "six", "one two three four five six", ""]
     expected = bytewise.encode(many)
-    monkeypatch.setattr("treadle.routing.embedder.MAX_CACHED_WORDS", cap)
-    embedder = StaticEmbedder(bytewise.model)
+    embedder = StaticEmbedder(bytewise.model, max_cached_words=cap)
     for _ in range(2):
         np.testing.assert_array_equal(embedder.encode(many), expected)
     track = embedder.follow((None,))

@@ -6,7 +6,8 @@ embedder (`treadle.routing.sentence_embedder`) reads the text anew for each deci
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -67,8 +68,10 @@ class StaticEmbedder:
     truncated.
     """
 
-    def __init__(self, model: "StaticModel") -> None:
+    def __init__(self, model: "StaticModel", max_cached_words: int = MAX_CACHED_WORDS) -> None:
         self.model = model
+        self._max_cached_words = max_cached_words
+        self._check: Callable[[], None] | None = None
         self._sums: dict[str, Sums] = {}  # of each word's vectors; never written to
         digest = hashlib.sha256(np.ascontiguousarray(model.embedding).tobytes())
         for extra in (model.weights, model.token_mapping):
@@ -77,6 +80,12 @@ class StaticEmbedder:
         self.id = f"static:{digest.hexdigest()[:16]}"
         self.dim: int = model.dim
         self.effects = PieceEffects(self)
+
+    def attended(self, check: Callable[[], None]) -> "StaticEmbedder":
+        """Return this embedder with its own cache of words; it calls `check` now and then during a long text."""
+        made = copy(self)
+        made._sums, made._check, made.effects = {}, check, PieceEffects(made)
+        return made
 
     @classmethod
     def load(cls, name: str | Path) -> "StaticEmbedder":
@@ -135,9 +144,11 @@ class StaticEmbedder:
 
     def _sum_some(self, words: Sequence[str]) -> Sums:
         """Return the sum (D,) of the vectors of at most WORDS_AT_ONCE words."""
+        if self._check is not None:
+            self._check()
         sums = self._sums
         if new := [word for word in dict.fromkeys(words) if word not in sums]:
-            if len(sums) + len(new) > MAX_CACHED_WORDS:
+            if len(sums) + len(new) > self._max_cached_words:
                 sums = self._sums = {}  # not emptied: another thread may be reading
                 new = list(dict.fromkeys(words))
             sums.update(zip(new, map(self._sum_tokens, self.model.tokenize(new)), strict=True))

@@ -1,10 +1,7 @@
 """POST /v1/route: explains how a text is weighed."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -44,7 +41,7 @@ async def _route(request: Request) -> Response:
         raise refusal(problems)
 
     def weigh(check: Check) -> Json:
-        router = attended(state.routers.among(target.adapters), check)
+        router = _attended(state.routers.among(target.adapters), check)
         state.engine.check_routing([target.routing], router)
         return asdict(explain(router, text, target.routing))
 
@@ -79,21 +76,7 @@ def _most_letters(state: ServerState) -> int | None:
     return min(limits) * MAX_TOKEN_CHARACTERS if limits else None
 
 
-class AttendedEmbedder(StaticEmbedder):
-    """A static embedder with its own cache that calls a check now and then during a long text."""
-
-    def __init__(self, embedder: StaticEmbedder, check: Check) -> None:
-        self.model, self.id, self.dim = embedder.model, embedder.id, embedder.dim
-        self._sums = {}
-        self._check = check
-
-    def _sum_some(self, words: Sequence[str]) -> NDArray[np.float64]:
-        self._check()
-        return super()._sum_some(words)
-
-
-def attended(router: Router, check: Check) -> Router:
+def _attended(router: Router, check: Check) -> Router:
     """Return a router whose embedder, if static, calls a check now and then."""
     embedder = router.embedder
-    is_static = isinstance(embedder, StaticEmbedder)
-    return replace(router, embedder=AttendedEmbedder(embedder, check)) if is_static else router
+    return replace(router, embedder=embedder.attended(check)) if isinstance(embedder, StaticEmbedder) else router
