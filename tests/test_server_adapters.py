@@ -194,10 +194,12 @@ def test_samples_are_embedded_beside_the_steps(served: Serving, monkeypatch: pyt
 def test_factors_are_stacked_and_let_go_of_beside_the_steps(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
     build, read = Stacks.build, adapters.read_adapter
+    built: weakref.WeakSet[Stacks] = weakref.WeakSet()
 
     def noted(stacks: Stacks) -> None:
-        if not stacks.shrinks:  # not built yet
+        if stacks not in built:
             threads.append(threading.current_thread().name)
+        built.add(stacks)
         build(stacks)
 
     monkeypatch.setattr(Stacks, "build", noted)
