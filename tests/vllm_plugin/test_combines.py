@@ -21,7 +21,10 @@ def test_a_bundle_that_combines_otherwise_is_refused_at_the_start(small: Path, t
     bundle = read_bundle(small)
     router = replace(bundle.router, params=replace(bundle.router.params, combine="linear"))
     equal = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-    folders = {name: save_adapter(tmp_path / name, small_llama(), 1, **equal) for name in bundle.router.names}
+    folders = {
+        name: save_adapter(tmp_path / name, small_llama(), seed, **equal)
+        for seed, name in enumerate(bundle.router.names, 1)
+    }
     linear = save_bundle(tmp_path / "linear", base=bundle.base_model, adapters=folders, router=router)
     with pytest.raises(TreadleError, match=r"combine 'linear'.*use sum, or the embedded engine"):
         with serving(linear, small.parent / BASE):
