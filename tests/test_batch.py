@@ -261,7 +261,7 @@ def test_the_papers_combine_shares_only_among_the_same_adapters(equal_folders: d
             equal.remove_adapter("code")
             assert run(equal, PROMPTS[2], routing, prefixes).reused == reused
             own = removed.remove("math").remove("science")
-            equal.join_adapter(read_adapter(equal_folders["code"], "code"), own)
+            equal.adapters.join(read_adapter(equal_folders["code"], "code"), own)
             assert run(equal, PROMPTS[2], routing, prefixes).reused == len(PROMPTS[2]) - 1  # the same as before
 
 

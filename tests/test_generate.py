@@ -176,13 +176,13 @@ def test_an_adapter_that_only_running_rows_hold_does_not_act_on_new_ones(
     engine = Engine(tiny_llama(), tokenizer, [read_adapter(f, n) for n, f in equal_folders.items()], router)
     routing = RoutingParams(rule="fixed", fixed={"math": 0.5, "science": 0.5}, combine=combine)
     running = engine.new_rows([[97]])
-    engine.hold(running)
+    engine.adapters.hold(running)
     engine.remove_adapter("code")
     assert "code" in engine.blend.names
     beside = engine.generate(PROMPTS[0], sampling=GREEDY, routing=routing)
     (scored,) = engine.score([PROMPTS[0]], [" plus"], routing=routing)
-    assert engine.release(running)
-    engine.drop_retired()
+    assert engine.adapters.release(running)
+    engine.adapters.drop_retired()
     assert engine.blend.names == ("math", "science")
     assert_same(engine.generate(PROMPTS[0], sampling=GREEDY, routing=routing), beside)
     np.testing.assert_allclose(engine.score([PROMPTS[0]], [" plus"], routing=routing)[0], scored, atol=1e-4)
@@ -452,10 +452,10 @@ def test_stacks_that_cannot_be_built_change_nothing(
 def test_a_plan_that_others_have_made_stale_is_made_anew(engine: Engine, tmp_path: Path) -> None:
     late = read_adapter(save_adapter(tmp_path / "late", seed=9, r=5), "late")
     own = centroid_of("late", ["add the loop", "the loop"], engine.router.embedder)
-    stacks = engine.plan_adapter(late)
+    stacks = engine.adapters.plan_join(late)
     stacks.build()
     engine.remove_adapter("math")
-    engine.join_adapter(late, own, stacks)
+    engine.adapters.join(late, own, stacks)
     assert engine.blend.names == ("science", "code", "late")
     alone = engine.generate("add", sampling=GREEDY, routing=RoutingParams.one("late"))
     engine.remove_adapter("science")
@@ -466,34 +466,34 @@ def test_stacks_without_a_removed_adapter_are_built_beside_the_steps(engine: Eng
     routing = RoutingParams.one("code")
     before = engine.generate("add", sampling=GREEDY, routing=routing)
     running = engine.new_rows([[97]])
-    engine.hold(running)
-    engine.retire_adapter("math")
+    engine.adapters.hold(running)
+    engine.adapters.retire("math")
     assert engine.adapter_names == ("science", "code")
-    assert engine.plan_drop() is None  # a running row uses it
-    engine.drop_retired()
+    assert engine.adapters.plan_drop() is None  # a running row uses it
+    engine.adapters.drop_retired()
     assert "math" in engine.blend.names
     with pytest.raises(AdapterError, match="still used by running rows"):
         engine.add_adapter("math", "anywhere", ["add"])
-    assert engine.release(running)
-    assert not engine.release(running)
-    stacks = engine.plan_drop()
+    assert engine.adapters.release(running)
+    assert not engine.adapters.release(running)
+    stacks = engine.adapters.plan_drop()
     assert stacks is not None
     stacks.build()
     assert engine.generate("add", sampling=GREEDY, routing=routing).token_ids == before.token_ids
-    engine.drop_retired(stacks)
+    engine.adapters.drop_retired(stacks)
     assert engine.blend.names == ("science", "code")
-    assert engine.plan_drop() is None
+    assert engine.adapters.plan_drop() is None
     assert engine.generate("add", sampling=GREEDY, routing=routing).token_ids == before.token_ids
 
 
 def test_an_adapter_takes_the_place_of_a_retired_one_of_its_name(engine: Engine, tmp_path: Path) -> None:
     other = read_adapter(save_adapter(tmp_path / "other", seed=77), "math")
     own = centroid_of("math", ["add the loop", "the loop"], engine.router.embedder)
-    engine.retire_adapter("math")
-    stale = engine.plan_drop()
-    engine.join_adapter(other, own)
+    engine.adapters.retire("math")
+    stale = engine.adapters.plan_drop()
+    engine.adapters.join(other, own)
     assert engine.blend.names == engine.adapter_names == ("science", "code", "math")
-    engine.drop_retired(stale)
+    engine.adapters.drop_retired(stale)
     assert engine.blend.names == ("science", "code", "math")
 
 

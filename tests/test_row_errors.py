@@ -202,7 +202,7 @@ def test_generate_tells_the_bad_row_when_all_others_are_done(poisoned: tuple[Eng
         engine.generate_ids(prompts, sampling=SAMPLINGS[:4], routing=routings)
     assert [done and done.token_ids for done in caught.value.completions] == [*(a.token_ids for a in alone[:3]), None]
     assert list(caught.value.failures) == [3]
-    assert engine._running == []
+    assert engine.running == ()
 
 
 @pytest.mark.parametrize("past", ["keep", "recompute"])

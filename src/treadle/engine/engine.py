@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from treadle.bundle.base_model import load_model, load_tokenizer
 from treadle.bundle.bundle import Bundle, read_bundle
-from treadle.common.errors import (
-    AdapterError,
-    OptionError,
-    OptionProblem,
-    TreadleError,
-    problem_list,
-    unknown_name,
-)
+from treadle.common.errors import OptionError, problem_list
 from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.adapter_set import AdapterSet
 from treadle.engine.batch import Batch
 from treadle.engine.chat import TokenPrompt, read_prompt, token_prompt
 from treadle.engine.completion import Completion, GenerationError
@@ -26,10 +20,8 @@ from treadle.engine.sequence import Report, Row, RowError, TokenEvent
 from treadle.engine.supported import check_supported, rereading_layers
 from treadle.engine.tokenization import Prompt, check_known, is_one_prompt
 from treadle.lora.adapter import Adapter, read_adapter
-from treadle.lora.blend import attach
-from treadle.lora.compatibility import check_combine, check_tokens
-from treadle.lora.stacking import Stacks
-from treadle.routing.centroids import Centroids, Floats
+from treadle.lora.blend import Blend
+from treadle.routing.centroids import Floats
 from treadle.routing.fitting import centroid_of
 from treadle.routing.router import Router
 from treadle.routing.samples import Sample
@@ -76,21 +68,27 @@ class Engine:
             OptionError: `pack` is true and nothing reads packed weights, or the adapters cannot be combined so.
         """
         check_supported(model)
-        self._rereading = frozenset[str]() if is_plain_decoder(model) else rereading_layers(model)
-        check_tokens(adapters, self._rereading)
-        if sorted(adapter.name for adapter in adapters) != sorted(router.names):
-            raise AdapterError(
-                f"the router knows {', '.join(router.names)}; the adapters are {', '.join(a.name for a in adapters)}."
-            )
         check_pack(model, pack, is_fast=is_fast)
         self.model = model
         self.tokenizer = tokenizer
-        self.router = router
-        self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
+        rereading = frozenset[str]() if is_plain_decoder(model) else rereading_layers(model)
+        self.adapters = AdapterSet(model, adapters, router, rereading)
         self.runner = new_runner(model, self.blend, pack=pack, is_fast=is_fast)
-        self._running: list[Row] = []
-        self._retired: set[str] = set()  # removed adapters whose factors are still attached
         self.check_routing([router.params])
+
+    @property
+    def blend(self) -> Blend:
+        """The adapters attached to the model."""
+        return self.adapters.blend
+
+    @property
+    def router(self) -> Router:
+        """The router over the adapters that new rows may use."""
+        return self.adapters.router
+
+    @router.setter
+    def router(self, router: Router) -> None:
+        self.adapters.router = router
 
     @property
     def is_fast(self) -> bool:
@@ -99,8 +97,8 @@ class Engine:
 
     @property
     def running(self) -> tuple[Row, ...]:
-        """The rows that `hold` counts as running."""
-        return tuple(self._running)
+        """The rows that run, or wait for a batch."""
+        return self.adapters.running
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -192,77 +190,18 @@ class Engine:
 
         On an error nothing has changed.
         """
-        self._check_new(name)
+        self.adapters.check_new(name)
         adapter = read_adapter(path, name)
-        self.join_adapter(adapter, centroid_of(name, samples, self.router.embedder))
-
-    def plan_adapter(self, adapter: Adapter) -> Stacks:
-        """Check whether an adapter fits, and return stacks with it: to build beside the steps, for `join_adapter`."""
-        self._check_new(adapter.name)
-        check_tokens([adapter], self._rereading)
-        return self.blend.plan([*self._used_adapters(), adapter])
-
-    def join_adapter(self, adapter: Adapter, centroids: Centroids, stacks: Stacks | None = None) -> None:
-        """Attach an adapter that has been read, with its centroid; running rows go on without it.
-
-        On an error nothing has changed. `stacks` are used unless other adapters have come or gone since their plan.
-        """
-        self._check_new(adapter.name)
-        joined = self.router.centroids.join(centroids)
-        if joined.names != (*self.router.names, adapter.name):
-            raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")
-        router = self._able(replace(self.router, centroids=joined), [*self._used_adapters(), adapter])
-        if stacks is None or not self.blend.is_current(stacks):
-            stacks = self.plan_adapter(adapter)
-        self._take(stacks)
-        self._retired.discard(adapter.name)
-        self.router = router
+        self.adapters.join(adapter, centroid_of(name, samples, self.router.embedder))
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out: new rows no longer see it, running rows finish with it."""
-        self.retire_adapter(name)
-        self.drop_retired()
-
-    def retire_adapter(self, name: str) -> None:
-        """Hide an adapter from new rows; its factors stay until `drop_retired`."""
-        if name not in self.adapter_names:
-            raise AdapterError(unknown_name("adapter", name, self.adapter_names))
-        if name in (self.router.params.fixed or {}):
-            raise AdapterError(f"adapter {name!r} has a weight in the default routing's `fixed`; change that first.")
-        left = replace(self.router, centroids=self.router.centroids.remove(name))
-        self.router = self._able(left, self.blend.adapters)
-        self._retired.add(name)
-
-    def plan_drop(self) -> Stacks | None:
-        """Return stacks without the unused retired adapters, to build beside the steps; None = no adapter is unused."""
-        return self.blend.plan(self._used_adapters()) if self._unused() else None
-
-    def drop_retired(self, stacks: Stacks | None = None) -> None:
-        """Detach the retired adapters that no running row uses.
-
-        `stacks` of `plan_drop` are used unless other adapters have come or gone since.
-        """
-        if stacks is None or not self.blend.is_current(stacks):
-            stacks = self.plan_drop()
-        if stacks is not None:
-            self._take(stacks)
+        self.adapters.retire(name)
+        self.adapters.drop_retired()
 
     def check_routing(self, routing: Sequence[RoutingParams], router: Router | None = None) -> None:
         """Raise a TreadleError that lists every option that these adapters, or those of `router`, do not allow."""
-        router = router or self.router
-        problems: dict[str, OptionProblem] = {}  # by text: many rows may have the same
-        for params in routing:
-            try:
-                self.blend.check_combine(params.combine, router.names)
-                router.check(params)
-            except OptionError as error:
-                problems |= {problem.text: problem for problem in error.problems}
-            except TreadleError as error:
-                problems[str(error)] = OptionProblem((), str(error))
-        if problems:
-            texts = list(problems)
-            message = texts[0] if len(texts) == 1 else problem_list("routing options:", texts)
-            raise OptionError(message, list(problems.values()))
+        self.adapters.check_routing(routing, router)
 
     def new_batch(self, end_ids: frozenset[int] | None = None, prefixes: PrefixCache | None = None) -> Batch:
         """Return an empty batch whose rows end at `end_ids`, by default the model's; hooks rule out passes of our own.
@@ -281,7 +220,7 @@ class Engine:
         report: Report | None = None,
         router: Router | None = None,
     ) -> list[Row]:
-        """Return rows of prompts that are tokens, each (T), to `hold` and then run in a batch of `new_batch`.
+        """Return rows of prompts that are tokens, each (T), to `adapters.hold` and then run in a batch of `new_batch`.
 
         Args:
             prompts: token ids of each row; of a chat with what it says (`treadle.engine.chat.read_prompt`).
@@ -294,16 +233,6 @@ class Engine:
         for row in rows:
             row.report = report or row.report
         return rows
-
-    def hold(self, rows: Sequence[Row]) -> None:
-        """Count rows as running, so that the adapters they started with stay; `release` them when they have ended."""
-        self._running += rows
-
-    def release(self, rows: Sequence[Row]) -> bool:
-        """Stop counting rows as running; return whether a retired adapter lost its last row, for `drop_retired`."""
-        unused = self._unused()
-        self._running = [row for row in self._running if row not in rows]
-        return self._unused() > unused
 
     def detach(self) -> None:
         """Give the base model back as it was; the engine is of no use afterwards."""
@@ -364,7 +293,7 @@ class Engine:
         batch = self.new_batch()
         most = MAX_BATCH if self.model.device.type == "cpu" else GPU_BATCH
         waiting = list(rows)
-        self.hold(rows)
+        self.adapters.hold(rows)
         try:
             while waiting or batch.rows:
                 free = most - len(batch.rows)
@@ -374,37 +303,8 @@ class Engine:
                 if joining:
                     yield from batch.join(joining)
         finally:
-            self.release(rows)
-            self.drop_retired()
-
-    def _able(self, router: Router, adapters: Sequence[Adapter]) -> Router:
-        """Return a changed router if its default routing can decide; an AdapterError where all requests would fail."""
-        try:
-            check_combine(router.params.combine, [each for each in adapters if each.name in router.names])
-            self.check_routing([router.params], router)
-        except OptionError as error:
-            names = ", ".join(router.names)
-            raise AdapterError(f"the default routing is not possible with the adapters {names}: {error}") from error
-        return router
-
-    def _check_new(self, name: str) -> None:
-        if name in self.blend.names and name not in self._unused():
-            why = "is still used by running rows" if name in self._retired else "exists already"
-            raise AdapterError(f"adapter {name!r} {why}.")
-
-    def _unused(self) -> frozenset[str]:
-        """Return the retired adapters that no running row uses."""
-        if not self._retired:
-            return frozenset()
-        return frozenset(self._retired).difference(*(row.router.names for row in self._running))
-
-    def _used_adapters(self) -> list[Adapter]:
-        unused = self._unused()
-        return [adapter for adapter in self.blend.adapters if adapter.name not in unused]
-
-    def _take(self, stacks: Stacks) -> None:
-        self.blend.take(stacks)
-        self._retired.intersection_update(self.blend.names)
+            self.adapters.release(rows)
+            self.adapters.drop_retired()
 
     def _end_ids(self) -> frozenset[int]:
         generation = getattr(self.model, "generation_config", None)

@@ -146,7 +146,7 @@ def _join(state: ServerState, name: str, folder: Path, own: Centroids | None, ch
         raise AdapterError(problem)
     own = own or read_centroid(folder, name)
     check()
-    stacks = between_steps(partial(engine.plan_adapter, adapter)).result()
+    stacks = between_steps(partial(engine.adapters.plan_join, adapter)).result()
     stacks.build()
     check()
     between_steps(partial(_attach, state, adapter, own, stacks)).result()
@@ -166,7 +166,7 @@ async def _centroid(state: ServerState, name: str, samples: list[str], client: C
 
 
 def _attach(state: ServerState, adapter: Adapter, own: Centroids, stacks: Stacks) -> None:
-    state.engine.join_adapter(adapter, own, stacks)
+    state.engine.adapters.join(adapter, own, stacks)
     state.metrics.set_adapters(state.engine.adapter_names)
 
 
@@ -175,7 +175,7 @@ async def _remove(request: Request, name: str, field: str) -> None:
     state = ServerState.of(request)
 
     def retire() -> Router:
-        state.engine.retire_adapter(name)
+        state.engine.adapters.retire(name)
         state.metrics.set_adapters(state.engine.adapter_names)
         return state.engine.router
 

@@ -116,7 +116,7 @@ class Loop:
         for index, row in enumerate(job.rows):
             row.owner = work.owner
             self._owners[id(row)] = SequenceOwner(job, index)
-        self._engine.hold(job.rows)
+        self._engine.adapters.hold(job.rows)
         self._waiting += job.rows
         self._tell(job, Started())
 
@@ -234,7 +234,7 @@ class Loop:
         return events
 
     def _release(self, rows: Sequence[Row]) -> None:
-        if self._engine.release(rows):
+        if self._engine.adapters.release(rows):
             self.on_unused()
 
     def _end_reading(self) -> None:

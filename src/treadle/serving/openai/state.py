@@ -85,10 +85,10 @@ class ServerState:
     def drop_now(self, _: Check) -> None:
         """Do the same in the calling thread; if it fails, the factors stay and requests go on."""
         try:
-            stacks = self.scheduler.call(self.engine.plan_drop).result()
+            stacks = self.scheduler.call(self.engine.adapters.plan_drop).result()
             if stacks is not None:
                 stacks.build()
-                self.scheduler.call(partial(self.engine.drop_retired, stacks)).result()
+                self.scheduler.call(partial(self.engine.adapters.drop_retired, stacks)).result()
         except ShuttingDown:
             pass
         except Exception:  # out of memory
