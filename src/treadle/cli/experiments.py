@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 SPEED_SECONDS = 3600.0
-"""Of progress from which the time left is estimated: a cell may take minutes."""
+"""Seconds of progress that estimate the time left: a cell may take minutes."""
 Output = Annotated[Path, typer.Option("-o", "--output", help="folder of results; finished cells are not repeated")]
 
 
@@ -239,7 +239,7 @@ def _sets(
     params: EvalParams,
     problems: list[str],
 ) -> "list[EvalSet]":
-    """Return what is asked; before the base model loads, raise for all `problems` and for what cannot be read."""
+    """Load the sets of an evaluation; raise for all `problems` before the base model loads."""
     from treadle.experiments.arms import read_routers
     from treadle.experiments.sets import load_sets
     from treadle.lora.compatibility import check_combine

@@ -75,7 +75,7 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
 
     `base`, each adapter, `oracle`, `uniform`, `routed` (the default), `nearest`, `prompt`, `every-K`, `window-N`,
     `linear`, `paper-combine`, `cosine`, `centred`, `lda`, `causal`, `recompute`, `unit-scale`, `boost-B`, and `paper`.
-    An adapter that is called like one of these is `adapter:NAME`, which every adapter may be called.
+    Every adapter is `adapter:NAME` too; one whose name is in this list has only that name.
     """
     routed = replace(default, rule="softmax", score="lda", fixed=None) if default.rule == "fixed" else default
     cosine = replace(routed, score="cosine", rule="softmax", temperature=None, floor=None)  # both are the score's own
@@ -143,7 +143,7 @@ def distinct_arms(arms: Sequence[Arm], problems: list[str]) -> list[Arm]:
 
 
 def read_arms(file: Path, default: RoutingParams) -> list[Arm]:
-    """Return the arms of a TOML file, over the params `default`; an arm that is not possible is an OptionError."""
+    """Return the arms of a TOML file, over the params `default`; raise an OptionError for impossible arms."""
     document = read_toml(file)
     unknown = [unknown_name("table", key, ("arms", "grid")) for key in document if key not in {"arms", "grid"}]
     return read_tables(document, file, default, unknown)
@@ -247,7 +247,7 @@ def _tables(document: Mapping[str, Any], key: str, problems: list[str]) -> dict[
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file asks for."""
+    """Tasks, arms and options of a sweep file."""
 
     tasks: tuple[str, ...]
     only: tuple[str, ...]

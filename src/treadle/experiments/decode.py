@@ -48,7 +48,7 @@ def calls(lab: Lab) -> Table:
 
 
 def call_title(lab: Lab) -> str:
-    """Return what a unit of a table of calls is."""
+    """Return the title of a table of calls, which says what a unit is."""
     return f"A call that reads {lab.params.prompt} tokens and makes {lab.params.tokens} a row, per made token"
 
 
@@ -148,7 +148,7 @@ def _wide(lab: Lab) -> Engine | str:
 
 
 def prefill(lab: Lab) -> list[Table]:
-    """Read a prompt, blended and not."""
+    """Time the reading of a prompt, with routing off and blended."""
     length = lab.params.long_prompt
     made: list[TableLine] = []
     for batch in lab.params.batch:

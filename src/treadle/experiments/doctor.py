@@ -22,7 +22,7 @@ TIMED_STEPS = 12
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What was found out about one adapter.
+    """Findings about one adapter.
 
     Attributes:
         name: of the adapter.
@@ -47,7 +47,7 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class BundleReport:
-    """What was found out about a bundle; it is healthy if `problems` is empty."""
+    """Findings about a bundle; it is healthy if `problems` is empty."""
 
     base_model: str
     device: str

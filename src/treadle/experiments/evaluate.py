@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from treadle.engine.engine import Engine
 
 SHARED_VERSIONS = ("base", "embedder", "fingerprint", "dtype", "device")
-"""Of the versions, what all results of a folder have in common."""
+"""Versions that all results of a folder share."""
 
 
 @dataclass
 class Cell:
-    """What an arm did on a task, while it is measured: one entry an example everywhere."""
+    """Measurements of an arm on a task: every list has one entry for each example."""
 
     values: dict[str, list[Fraction]] = field(default_factory=dict)
     texts: list[dict[str, Any]] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Cell:
 
 
 Progress = Callable[[str, int, bool], None]
-"""Called for each cell that is done with its name, its number of examples, and whether it was done before."""
+"""Takes the name of a finished cell, its number of examples, and whether an earlier run measured it."""
 
 
 def evaluate(
@@ -120,7 +120,7 @@ def _check_sets(engine: "Engine", sets: Sequence[EvalSet], params: EvalParams) -
 
 
 def _scored(engine: "Engine", example: Example) -> list[Pair]:
-    """Return the ids of the prompt with those of each completion that is scored of an example."""
+    """Return (prompt ids, completion ids) for each completion of an example that is scored."""
     prompt = prompt_ids(engine.tokenizer, example.prompt)
     return [(prompt, completion_ids(engine.tokenizer, choice)) for choice in example.options or (example.completion,)]
 
@@ -145,7 +145,7 @@ def _params_of(arm: Arm, each: EvalSet) -> list[RoutingParams]:
 
 
 def measure(engine: "Engine", arm: Arm, each: EvalSet, params: EvalParams) -> Cell:
-    """Return what an arm does on the examples of one task."""
+    """Measure an arm on the examples of one task."""
     if each.task is None:
         return _measure_streams(engine, arm, each)
     cell, routing = Cell(), arm.params_for(each.adapter)
@@ -240,7 +240,7 @@ def _results(engine: "Engine", arm: Arm, each: EvalSet, cell: Cell, seconds: flo
 
 
 def _rows(each: EvalSet, cell: Cell) -> list[dict[str, Any]]:
-    """Return what is kept of each example of a cell."""
+    """Return the lines of a cell's file, one for each example."""
     rows: list[dict[str, Any]] = []
     for index in range(len(each)):
         row: dict[str, Any] = {"index": index, "values": {name: points[index] for name, points in cell.values.items()}}
@@ -269,7 +269,7 @@ def _versions(engine: "Engine") -> dict[str, str]:
 
 
 def fingerprint(engine: "Engine", router: Router) -> str:
-    """Return what tells an engine's adapters and a router's centroids from others."""
+    """Return a digest of an engine's adapters and a router's centroids."""
     digest = hashlib.sha256()
     for adapter in engine.blend.adapters:
         digest.update(f"{adapter.name} {adapter.identity}".encode())

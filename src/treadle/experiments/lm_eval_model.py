@@ -76,11 +76,11 @@ class TreadleLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval's cache of requests calls the tokenizer."""
+        """Name of the tokenizer in lm-eval's cache of requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes beside the results."""
+        """Return facts that lm-eval writes beside the results."""
         return {"base_model": self.engine.model.name_or_path, "routing": asdict(self._routing)}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -110,7 +110,7 @@ class TreadleLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what follows each context; samples follow torch's seed, which lm-eval sets."""
+        """Generate a text after each context; sampling uses torch's seed, which lm-eval sets."""
         arguments = [cast(tuple[str, dict[str, Any]], request.args) for request in requests]
         samplings = [_sampling(given) for _, given in arguments]
         prompts = [

@@ -28,7 +28,7 @@ model.generation_config.eos_token_id = None
 ids = tokenizer(prompt, return_tensors="pt").to(device)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=int(tokens), do_sample=False)[0]))
 """
-"""What a user of transformers would write to see the base model's answer, but that no token ends it."""
+"""Generates as a user of transformers would; no token ends the text early."""
 ENDLESS_CODE = """
 import sys
 from treadle.experiments.memory_use import answer
@@ -44,11 +44,11 @@ process.returncode = os.waitstatus_to_exitcode(status)
 print(time.perf_counter() - started, usage.ru_maxrss)
 sys.exit(process.returncode)
 """
-"""A process counts the memory of the one that started it: a small one has to."""
+"""A small process starts the measured one, because a process also counts its parent's memory."""
 
 
 class ProcessCost(NamedTuple):
-    """What a process took."""
+    """Seconds and peak memory of a process."""
 
     seconds: float
     peak: int  # bytes of resident memory

@@ -1,4 +1,4 @@
-"""What a generated text is worth against its references: pure functions of texts.
+"""Metrics compare a generated text with its references: pure functions of texts.
 
 Each metric takes a text and the Reference of its example. It returns a number from 0 to 1, or None where it does not
 apply to the example (an answer that is not Python need not parse). Libraries score where they are the standard:
@@ -26,7 +26,7 @@ CODE_NODES = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Ass
 
 
 class Reference(Protocol):
-    """What an example says of the right answer."""
+    """The right answer of an example."""
 
     @property
     def completion(self) -> str:

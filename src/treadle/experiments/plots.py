@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 LINE_COLORS = ("#4269d0", "#3ca951", "#a463f2", "#efb118", "#6cc5b0", "#ff725c", "#97bbf5", "#9c6b4e", "#ff8ab7")
 BAR_COLORS = ("#4269d0", "#ff725c")
-"""Of arms, and of the arm that the others are compared with."""
+"""Colour of arms, and of the arm that they are compared with."""
 PANEL_INCHES = 7.0
 """Width of a panel of ratios."""
 QUALITY_FILE = "routing.json"
-"""What `treadle route --eval --json` printed, kept in a folder of results."""
+"""File in a folder of results that keeps the output of `treadle route --eval --json`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Study:
 
 
 def _read_qualities(file: Path) -> list[dict[str, Any]]:
-    """Return what a file of `treadle route --eval` holds, one a score; nothing where it is not there."""
+    """Return the entries of a `treadle route --eval` file, one for each score; none if there is no file."""
     if not os.path.lexists(file):
         return []
     found = read_json(file, DataError, strict=False)

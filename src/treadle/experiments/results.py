@@ -118,7 +118,7 @@ def difference(ours: Sequence[Fraction], theirs: Sequence[Fraction], seed: int) 
 
 
 def read_settings(output: Path) -> dict[str, Any]:
-    """Return what a folder of results says of itself; a DataError where it does not."""
+    """Return the settings of a folder of results; raise a DataError if they cannot be read."""
     return read_object(output / SETTINGS_FILE, DataError, strict=False)
 
 
@@ -170,7 +170,7 @@ def _result_of(document: Any) -> EvalResult:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON document is a number; a truth value is none."""
+    """Return whether a JSON value is a number; true and false are not."""
     return type(value) in (int, float)
 
 
@@ -184,7 +184,7 @@ def _lines(results: Sequence[EvalResult]) -> str:
 
 
 def write_cell(output: Path, arm: str, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write all examples of a cell at once: a file that is there is whole."""
+    """Write all examples of a cell at once, so that a file is always complete."""
     write_text(_cell_file(output, arm, task), "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -204,7 +204,7 @@ def read_cell(output: Path, arm: str, task: str) -> list[dict[str, Any]]:
 
 
 def _is_example(row: Any) -> bool:
-    """Whether a line of a cell has values that are fractions."""
+    """Return whether a line of a cell holds fractions."""
     values = cast(dict[str, Any], row).get("values") if isinstance(row, dict) else None
     if not isinstance(values, dict):
         return False
@@ -249,8 +249,8 @@ def write_bench(folder: Path, suites: Sequence[str], facts: Mapping[str, Any], t
     """Write the tables of one run; a file is named by suites, dtype and batches, and a later run of these replaces it.
 
     Args:
-        folder: that is there.
-        suites: that were asked for.
+        folder: an existing folder.
+        suites: names of the measured suites.
         facts: where and how it was measured, with `dtype` and `batch`.
         tables: so far.
     """
@@ -279,7 +279,7 @@ def _has_lines(table: Mapping[str, Any]) -> bool:
 
 
 def _is_line(line: Mapping[str, Any]) -> bool:
-    """Whether a line has what is drawn of it: names, and numbers or nothing."""
+    """Return whether a line has its names, and a number or null for each value that is drawn."""
     texts, numbers = ("arm", "setting"), ("seconds", "low", "high", "ratio")
     return (
         line.keys() >= LINE_KEYS

@@ -23,7 +23,7 @@ TEXT_KINDS = ("template", "bare", "half", "answer")
 
 @dataclass(frozen=True)
 class Quality:
-    """What a router did with held-out examples of each adapter's domain.
+    """Decisions of a router on held-out examples of each adapter's domain.
 
     Attributes:
         names: (N) adapters.

@@ -14,7 +14,7 @@ TEXT_TOKENS = (64, 1024, 16384)
 STREAM_COUNTS = (1, 64)
 """Texts that are decided at once."""
 MAX_SLOW_TOKENS = 16384
-"""Of all texts of an arm together, that an embedder which reads them anew is given."""
+"""Limit on the tokens of an arm's texts together, for an embedder that reads every text anew."""
 STEP_ARM = "a step of the base"
 
 
@@ -71,7 +71,7 @@ class Decisions:
         return [text.pieces for text in self._texts]
 
     def __call__(self) -> None:
-        """Read a token more of each text, and weigh."""
+        """Read one more token of each text, and decide its weights."""
         views: list[Views] = []
         for text, coming in zip(self._texts, self._coming, strict=True):
             text.add([next(coming)])

@@ -1,4 +1,4 @@
-"""What is asked in an evaluation: the examples of tasks, and mixed streams of them.
+"""The texts of an evaluation: examples of tasks, and mixed streams of them.
 
 A mixed stream joins examples of different tasks into one text, whose domain changes midway. This is where re-weighing
 while the text runs can matter. Two ways to read the same text:
@@ -67,14 +67,14 @@ class EvalSet:
 
     @cached_property
     def rows(self) -> str:
-        """What tells these rows, as they are asked, from others: a digest of all their texts."""
+        """Digest of all texts, shots included: other rows have another digest."""
         joined = [[(part.adapter, asdict(part.example)) for part in stream] for stream in self.streams]
         asked = [asdict(example) for example in self.examples]
         return digest([asked, joined])
 
     @property
     def adapter(self) -> str:
-        """The adapter that the task has for its own."""
+        """The task's own adapter."""
         return "" if self.task is None else self.task.adapter or self.task.name
 
     def __len__(self) -> int:

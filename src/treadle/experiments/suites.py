@@ -20,7 +20,7 @@ SUITES: dict[str, Callable[[Lab], Iterable[Table]]] = {
     "router": router,
     "memory": memory,
 }
-"""By the name that the command line takes."""
+"""Suites by their name on the command line."""
 
 
 def check_suites(names: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Example(Sample):
-    """One prompt and the completion that a model should give, of which the NLL is taken.
+    """One prompt and the completion that a model should give; the NLL is that of the completion.
 
     Attributes:
         answers: all accepted answers, where there are several.
@@ -49,7 +49,7 @@ class ChatExample(Example):
 
     @property
     def routed(self) -> str:
-        """What a router reads of the prompt."""
+        """The part of the prompt that a router reads."""
         return self.said
 
 
@@ -143,11 +143,11 @@ TASKS: dict[str, Task] = {  # CodeAlpaca has a training split alone: its rows ar
     )
 }
 WIDE_FORMAT_PATTERN = re.compile(r"\d{4}")
-"""In a format, a width or precision that nobody means."""
+"""A width or precision of a format that is surely a mistake."""
 MAX_TASK_BYTES = 1 << 20
 """Bytes of a task's file."""
 SEPARATOR = "\n\n"
-"""Between the examples of a joined text: of a training sequence, a mixed stream, or shots before a prompt."""
+"""Separates the examples of a joined text: training sequences, mixed streams, shots before a prompt."""
 PAPER_TASKS = ("math", "science", "code", "reading")
 """The tasks of the paper."""
 FILE_KEYS = ("name", "source", "prompt", "completion", "bare", "answers", "metrics", "max_tokens", "adapter", "stop")

@@ -26,11 +26,11 @@ Unit = Callable[[], object]
 MATRIX_PRODUCTS = frozenset(
     {"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear", "bmm", "matmul", "_linear_pointwise"}
 )
-"""What PyTorch calls its matrix products."""
+"""PyTorch's names of matrix products."""
 COPY_BYTES = 1 << 28
-"""Of the copy that measures bandwidth: far more than any cache holds."""
+"""Size of the copy that measures bandwidth: far more than any cache holds."""
 GPU_COPIES = 8
-"""On a GPU between two waits for it, so that these do not count."""
+"""Copies between two synchronisations of a GPU, so that the waiting does not count."""
 
 
 class Elsewhere(float):
@@ -39,7 +39,7 @@ class Elsewhere(float):
 
 @dataclass(frozen=True)
 class TableLine:
-    """What one arm took.
+    """One row of a table: the time or memory of one arm.
 
     Attributes:
         arm: what was measured.
@@ -80,7 +80,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where something is measured.
+    """The machine and the versions of a measurement.
 
     Attributes:
         device: name of the GPU, or of the CPU's model where the system tells it.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 """The label that PyTorch's cross entropy skips."""
 CHECKPOINTS_FOLDER, RECIPE_FILE = "checkpoints", "recipe.json"
-"""Where a run that is not finished lies, and with which params it was started."""
+"""Folder of an unfinished run, and the file of the params that it was started with."""
 ALL_LINEAR_TARGET = "all-linear"
 """PEFT's name for every linear layer but the last."""
 
@@ -143,7 +143,7 @@ def _save_losses(history: Sequence[dict[str, Any]], output: Path) -> None:
 
 
 def _clean(output: Path) -> None:
-    """Take away what only an unfinished run needs; the recipe last, as it says whose the rest is."""
+    """Remove the files that only an unfinished run needs; the recipe last, because it marks the folder as ours."""
     shutil.rmtree(output / CHECKPOINTS_FOLDER, ignore_errors=True)
     (output / RECIPE_FILE).unlink(missing_ok=True)
 

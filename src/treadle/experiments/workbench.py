@@ -1,4 +1,4 @@
-"""What the suites of `treadle bench` measure with: an engine, prompts, steps of a batch, and the bytes they read."""
+"""Tools of the suites of `treadle bench`: an engine, prompts, steps of a batch, and the bytes that steps read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TEXT = "The answer to the question is as follows."
-"""Read where a bundle keeps no samples of an adapter."""
+"""Text to read if a bundle keeps no samples of an adapter."""
 WARM_UP_STEPS = 2
 """Steps of each arm before a clock runs."""
 SPARE_TOKENS = WARM_UP_STEPS + 2
@@ -33,7 +33,7 @@ COPY_ARM = "a large copy"
 
 @dataclass(frozen=True)
 class Lab:
-    """What a suite measures with: a bundle, its engine, and what the machine can copy.
+    """A bundle, its engine, and the bandwidth of the machine, for the suites.
 
     Attributes:
         bundle: as read.
@@ -51,7 +51,7 @@ class Lab:
 
     @property
     def machine(self) -> Machine:
-        """What it is measured on."""
+        """The machine that the engine runs on."""
         return Machine.of(self.engine.model)
 
     @property
@@ -66,14 +66,14 @@ class Lab:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The same and what was asked, for a file."""
+        """Machine, versions and options, for a file."""
         own = {"dtype": self.dtype, "packed": self.has_packs, "copied_bytes_per_second": self.peak}
         asked = {"base_model": self.bundle.base_model, "adapters": self.engine.adapter_names, **asdict(self.params)}
         return {"about": self.about, **asdict(self.machine), **own, **asked}
 
     @property
     def routing(self) -> RoutingParams:
-        """The bundle's own."""
+        """The bundle's own routing."""
         return self.engine.router.params
 
     @property
@@ -120,7 +120,7 @@ class Lab:
         return Engine(model, load_tokenizer(self.bundle.base_model), adapters, router, pack=self.has_packs)
 
     def context_problem(self, tokens: int, flags: str) -> str:
-        """Return what to say where texts of so many tokens are longer than the model reads; "" where they are not."""
+        """Return a message if texts of so many tokens exceed the model's context, else an empty text."""
         limit = self.engine.context
         is_long = limit is not None and tokens > limit
         return f"{flags}: texts of {tokens} tokens; the model reads at most {limit}" if is_long else ""
