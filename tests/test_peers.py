@@ -1,6 +1,7 @@
 """Peers of benchmarks/peers: other libraries run with the same adapters, and many adapters in one engine."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from benching import endless, open_lab, shrink
 
 from benchmarks.peers import suite_adapters, vllm_worker
+from benchmarks.peers.__main__ import main
 from benchmarks.peers.peers import (
     MERGE_ARM,
     PAPER_ARM,
@@ -25,7 +27,7 @@ from benchmarks.peers.peers import (
 from benchmarks.peers.suite_adapters import adapters, dictated_rows, drifting, load_apart, save_adapter
 from benchmarks.peers.suite_peers import peers
 from benchmarks.peers.vllm_peer import VllmWorker
-from treadle.common.errors import TreadleError
+from treadle.common.errors import OptionError, TreadleError
 from treadle.engine.engine import Engine
 from treadle.experiments.pools import random_adapters
 from treadle.experiments.suites import measure
@@ -202,3 +204,17 @@ def test_vllm_counts_its_own_seconds_and_what_it_says_becomes_a_line(lab: Lab, t
 def test_the_worker_imports_nothing_of_treadle() -> None:
     code = Path(vllm_worker.__file__).read_text()
     assert not re.search(r"^\s*(from|import) treadle", code, re.MULTILINE)
+
+
+def test_the_command_prints_the_tables_and_keeps_them(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = "--batch 1 --prompt 12 --tokens 8 --rounds 1 --paper-text 16 --sentence /nowhere --vllm /nowhere/python"
+    main([str(bundle), *short.split(), "-o", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "| float32, batch 1 | PEFT, one adapter |" in out
+    assert "not run: TreadleError: no /nowhere/python" in out
+    [file] = (tmp_path / "out").iterdir()
+    assert len(json.loads(file.read_text())["tables"]) == 2
+    with pytest.raises(OptionError, match="--paper-text"):
+        main([str(bundle), *short.split(), "--paper-text", "600"])

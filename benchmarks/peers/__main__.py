@@ -7,7 +7,7 @@ The tables have the form of `treadle bench`, and `treadle plot DIR` draws the ra
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from treadle.bundle.base_model import quiet_libraries
@@ -30,8 +30,8 @@ SUITES: dict[str, Callable[[Lab, PeerOptions], Iterable[Table]]] = {
 }
 
 
-def main() -> None:
-    options = read_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = read_arguments(arguments)
     quiet_libraries()
     params = BenchParams(
         batch=tuple(options.batch), prompt=options.prompt, tokens=options.tokens, rounds=options.rounds
@@ -63,7 +63,7 @@ def check(lab: Lab, own: PeerOptions, suites: Iterable[str]) -> None:
     check_texts(lab, {flags: tokens for name in suites for flags, tokens in texts[name].items()})
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers",
         description=__doc__,
@@ -85,7 +85,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype")
     parser.add_argument("--pack", action=argparse.BooleanOptionalAction)
     parser.add_argument("-o", "--output", type=Path, help="folder for `treadle plot`")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
