@@ -196,9 +196,10 @@ def test_eval_and_sweep_print_and_keep_the_same_results(tmp_path: Path, bundle: 
 
 
 def test_another_bundle_and_the_folder_are_looked_at_before_the_model_loads(
-    tmp_path: Path, bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bundle: Path, run: Run
 ) -> None:
-    monkeypatch.setattr("treadle.cli.experiments.open_engine", lambda *_: pytest.fail("the model was loaded"))
+    for file in Path(read_bundle(bundle).base_model).glob("*.safetensors"):
+        file.write_bytes(b"")  # it would not load
     rows = tmp_path / "math.jsonl"
     rows.write_text('{"question": "add", "answer": "#### 1"}\n')
     code, _, err = run(
