@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from model2vec import StaticModel
 
-import treadle.experiments.evaluate
 from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.common.errors import DataError, OptionError
 from treadle.common.params import RoutingParams, SamplingParams
@@ -20,7 +19,7 @@ from treadle.experiments.evaluate import evaluate
 from treadle.experiments.metrics import LIBRARIES
 from treadle.experiments.params import EvalParams
 from treadle.experiments.results import fractions_of, read_cell, read_results
-from treadle.experiments.sets import EvalSet, StreamPart, join_streams, load_sets, score_streams
+from treadle.experiments.sets import StreamPart, join_streams, load_sets, score_streams
 from treadle.experiments.tasks import Example
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import fit
@@ -178,31 +177,23 @@ def test_identical_rows_of_options_score_as_each_alone(engine: Engine) -> None:
 # Files
 
 
-def count_measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    measured: list[str] = []
-    real = treadle.experiments.evaluate.measure
-
-    def measure(engine: Engine, arm: Arm, each: EvalSet, params: EvalParams) -> object:
-        measured.append(f"{arm.name} on {each.name}")
-        return real(engine, arm, each, params)
-
-    monkeypatch.setattr(treadle.experiments.evaluate, "measure", measure)
-    return measured
-
-
 def test_finished_cells_are_not_measured_again_and_cut_ones_are(
-    engine: Engine, specs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, specs: list[str], tmp_path: Path
 ) -> None:
-    measured = count_measured(monkeypatch)
+    measured: list[str] = []
+
+    def note(name: str, count: int, was_done: bool) -> None:
+        measured.extend([] if was_done else [name])
+
     params, output = replace(QUICK, generate=False), tmp_path / "out"
     sets, chosen = load_sets([*specs, "stream"], params), arms(engine, "base", "routed")
-    first = evaluate(engine, sets, chosen, output, params)
+    first = evaluate(engine, sets, chosen, output, params, note)
     assert len(measured) == 6
-    assert evaluate(engine, sets, chosen, output, params) == first
+    assert evaluate(engine, sets, chosen, output, params, note) == first
     assert len(measured) == 6
     lines = (output / "results.jsonl").read_text()
     (output / "results.jsonl").write_text(lines[:-40])  # killed while it wrote the last line
-    again = evaluate(engine, sets, chosen, output, params)
+    again = evaluate(engine, sets, chosen, output, params, note)
     assert measured[6:] == ["routed on stream"]
     assert [(r.arm, r.task, r.metric, r.value) for r in again] == [(r.arm, r.task, r.metric, r.value) for r in first]
     assert fractions_of(output, "base", "stream", "nll-1")[0][1] > 0
