@@ -75,10 +75,11 @@ class PieceEffects:
             the sum (D,) of the words that are complete now, and the effect that tells the new open word.
         """
         effect = self._cache.get(piece) or self._find(piece)
-        if before and (effect.glues or not piece):
-            text = before + piece
-            effect, before = self._cache.get(text) or self._find(text), ""
         if not before:
+            return effect.closed, effect
+        if effect.glues or not piece:
+            text = before + piece
+            effect = self._cache.get(text) or self._find(text)
             return effect.closed, effect
         if effect.words:
             return self._vectors.sum_words([before, *effect.words]), effect

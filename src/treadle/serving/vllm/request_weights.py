@@ -114,11 +114,12 @@ class RequestWeights:
         """Return the texts of the tokens up to `length` that have not been read."""
         if len(token_ids) < length:
             raise RuntimeError(f"weights need the text of {length} tokens, but only {len(token_ids)} tokens are known")
-        known, push = self._pushed, self._push
-        self._pushed = max(known, length)
+        known = self._pushed
         if length == known + 1:  # almost always
-            return [push(token_ids[known])]
-        return [push(each) for each in token_ids[known:length]]
+            self._pushed = length
+            return [self._push(token_ids[known])]
+        self._pushed = max(known, length)
+        return [self._push(each) for each in token_ids[known:length]]
 
     def join(self, pool: TextPool) -> None:
         """Be followed together with others from now on."""
