@@ -141,7 +141,7 @@ def test_lda_is_the_log_posterior_of_gaussians_with_one_shrunk_covariance(clouds
 @pytest.fixture
 def small_groups(monkeypatch):
     """One group for each four samples."""
-    monkeypatch.setattr("treadle.routing.centroids.GROUP", 4)
+    monkeypatch.setattr("treadle.routing.centroids.GROUP_SAMPLES", 4)
 
 
 @given(clouds_of, st.integers(1, 9))

@@ -18,7 +18,7 @@ from treadle.bundle.bundle import save_bundle
 from treadle.common.errors import OptionError
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
-from treadle.engine.scoring import BATCH, score_greedy, score_ids
+from treadle.engine.scoring import CPU_BATCH_ROWS, score_greedy, score_ids
 
 from conftest import tiny_llama
 
@@ -324,7 +324,7 @@ def test_lm_eval_builds_it_by_name_from_a_bundle(engine: Engine, bundle: Path, t
         model_args=f"bundle={bundle},dtype=float32,every=4,rule=top_k",
         device="cpu",
         batch_size=2,
-        max_batch_size=BATCH,
+        max_batch_size=CPU_BATCH_ROWS,
         tasks=["choices"],
         task_manager=manager,
         bootstrap_iters=0,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from treadle.common.errors import OptionError, TreadleError, listed, problem_list, shown, unknown_name
 from treadle.common.options import allowed_values, check_fields, meanings, option, parse, raise_problems, read_options
-from treadle.common.params import RoutingParams, SamplingParams
+from treadle.common.params import RoutingParams, SamplingParams, read_routing
 from treadle.experiments.params import BenchParams, EvalParams, TrainParams
 from treadle.serving.openai.params import ServeParams
 from treadle.serving.vllm.params import PluginParams
@@ -311,3 +311,14 @@ def test_values_are_listed_with_an_or():
 def test_an_option_error_is_a_value_error_too():
     assert issubclass(OptionError, TreadleError)
     assert issubclass(OptionError, ValueError)
+
+
+def test_fixed_weights_and_their_rule_imply_each_other():
+    """The same in flags, files, lm-eval and requests: all of them read routing here."""
+    one = RoutingParams.one("math")
+    assert read_routing({"fixed": {"math": 1.0}}, RoutingParams()).rule == "fixed"
+    assert read_routing({"fixed": "math=1.0", "every": "none"}, RoutingParams()) == one
+    assert read_routing({"rule": "top_k", "every": 2}, one) == RoutingParams(rule="top_k", every=2)
+    assert read_routing({"every": 4}, one).fixed == one.fixed
+    with pytest.raises(OptionError, match="go together"):
+        read_routing({"rule": "softmax", "fixed": {"math": 1.0}}, RoutingParams())

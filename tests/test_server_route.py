@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.explain import MOST_WORDS, explain
+from treadle.routing.explain import MAX_COUNTED_WORDS, explain
 from treadle.routing.router import Router
 from treadle.serving.openai import route, state
 from treadle.serving.openai.requests import MAX_TOKEN_CHARACTERS
@@ -68,9 +68,9 @@ def test_only_the_most_frequent_words_are_looked_at_one_by_one(router: Router, m
     looked_at: list[int] = []
     finish = StaticEmbedder.finish
     monkeypatch.setattr(StaticEmbedder, "finish", lambda e, sums: (looked_at.append(len(sums)), finish(e, sums))[1])
-    text = " ".join(f"x{number}" for number in range(MOST_WORDS + 500)) + " loop" * 9
+    text = " ".join(f"x{number}" for number in range(MAX_COUNTED_WORDS + 500)) + " loop" * 9
     assert explain(router, text).words
-    assert max(looked_at) == MOST_WORDS + 1
+    assert max(looked_at) == MAX_COUNTED_WORDS + 1
 
 
 class InterruptedModel:

@@ -17,7 +17,7 @@ from treadle.cli import experiments, serve
 from treadle.cli.flags import BundlePath, Chat, Device, Dtype, Json, Pack, chat_messages, takes
 from treadle.common.errors import OptionError, TreadleError, collect, problem_list, raise_all, unknown_name
 from treadle.common.options import read_options
-from treadle.common.params import RoutingParams, SamplingParams
+from treadle.common.params import RoutingParams, SamplingParams, read_routing
 from treadle.experiments.params import TrainParams
 
 if TYPE_CHECKING:
@@ -293,14 +293,7 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 def _routing(router: "Router | None", given: dict[str, Any]) -> RoutingParams:
     """Return a bundle's params, or the defaults, with what was given on the command line over them."""
     onto = router.params if router is not None else RoutingParams()
-    if "rule" in given and given["rule"] != "fixed" and onto.fixed is not None:
-        given = {"fixed": None, **given}
-    return read_options(RoutingParams, _implied(given), onto=onto)
-
-
-def _implied(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags with the rule `fixed` where --fixed is among them, as nobody would give both."""
-    return {"rule": "fixed", **given} if given.get("fixed") is not None else given
+    return read_routing(given, onto)
 
 
 def _pairs(entries: Sequence[str], flag: str) -> dict[str, str]:

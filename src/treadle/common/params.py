@@ -5,10 +5,10 @@ Pure Python, so that `treadle --help` need not wait for numpy or torch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from treadle.common.errors import OptionProblem
-from treadle.common.options import check_fields, option, problem_of, raise_problems
+from treadle.common.options import check_fields, option, problem_of, raise_problems, read_options
 
 Score = Literal["cosine", "centred", "lda"]
 Rule = Literal["boosted", "softmax", "top_k", "fixed"]
@@ -123,6 +123,20 @@ class RoutingParams:
     def uniform(cls, names: Sequence[str]) -> "RoutingParams":
         """Return params under which every adapter of `names` has the same weight; the weights sum to 1."""
         return cls(rule="fixed", fixed={name: 1.0 / len(names) for name in names}, every=None)
+
+
+def read_routing(given: Mapping[str, Any], onto: RoutingParams) -> RoutingParams:
+    """Read routing options over others: `fixed` implies its rule, and another rule drops the others' `fixed`.
+
+    Raises:
+        OptionError: an option does not exist, cannot be read, or does not fit the others.
+    """
+    implied: dict[str, Any] = {}
+    if given.get("fixed") is not None:
+        implied = {"rule": "fixed"}
+    elif onto.fixed is not None and given.get("rule", "fixed") != "fixed":
+        implied = {"fixed": None}
+    return read_options(RoutingParams, {**implied, **given}, onto=onto)
 
 
 @dataclass(frozen=True)

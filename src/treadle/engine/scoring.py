@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from treadle.lora.blend import Blend
     from treadle.routing.router import Router
 
-BATCH, GPU_BATCH = 8, 32
+CPU_BATCH_ROWS, GPU_BATCH_ROWS = 8, 32
 """Rows of one forward pass, on a CPU and on a GPU."""
-MAX_AXES = 3
+TOKEN_WEIGHT_AXES = 3
 """Axes of weights that differ by token."""
-LISTED = 10
+MAX_LISTED_ROWS = 10
 """Rows that a message names at most."""
 
 
@@ -97,7 +97,7 @@ def score_ids(engine: Scorer, pairs: Sequence[Pair], params: RoutingParams, chat
     check_context(engine, pairs)
     by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
     results: dict[int, Floats] = {}
-    size = BATCH if engine.model.device.type == "cpu" else GPU_BATCH
+    size = CPU_BATCH_ROWS if engine.model.device.type == "cpu" else GPU_BATCH_ROWS
     for start in range(0, len(pairs), size):
         chosen = by_length[start : start + size]
         some, own = [pairs[index] for index in chosen], [chats[index] for index in chosen]
@@ -112,13 +112,13 @@ def check_context(engine: Scorer, pairs: Sequence[Pair]) -> None:
     known = partial(check_known, engine.tokenizer, vocabulary=engine.vocabulary)
     collect(unknown, [partial(known, prompt + answer) for prompt, answer in pairs])
     if unknown:
-        raise OptionError(problem_list("tokens:", unknown[:LISTED]))
+        raise OptionError(problem_list("tokens:", unknown[:MAX_LISTED_ROWS]))
     context = engine.context or max(lengths, default=0)
     problems = [f"row {index} has {length + 1} tokens" for index, length in enumerate(lengths) if length > context]
     if problems:
-        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        more = [f"and {len(problems) - MAX_LISTED_ROWS} more"] if len(problems) > MAX_LISTED_ROWS else []
         title = f"the model reads at most {context} tokens, of prompt and completion all but the last:"
-        raise OptionError(problem_list(title, [*problems[:LISTED], *more]))
+        raise OptionError(problem_list(title, [*problems[:MAX_LISTED_ROWS], *more]))
 
 
 @torch.inference_mode()
@@ -172,7 +172,9 @@ def score_under(engine: Scorer, pairs: Sequence[Pair], traces: Sequence[Floats],
 def _checked(scores: list[Floats]) -> list[Floats]:
     """Return the scores (T, ...) of rows; a RowError names those where the model overflows."""
     if bad := [str(index) for index, each in enumerate(scores) if np.isnan(each).any()]:
-        named = ", ".join(bad[:LISTED]) + (f" and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
+        named = ", ".join(bad[:MAX_LISTED_ROWS]) + (
+            f" and {len(bad) - MAX_LISTED_ROWS} more" if len(bad) > MAX_LISTED_ROWS else ""
+        )
         raise RowError(f"the model overflows under these weights: no log-probabilities of row {named}.")
     return scores
 
@@ -224,7 +226,7 @@ def _logits(
 ) -> torch.Tensor:  # (B, T) -> (B, T - first, V)
     rope, length = LengthRope.of(engine.model), ids.shape[1]
     if rope and first < rope.limit < length:  # the text grew in between, and was read again with other factors
-        short = weights[:, : rope.limit] if weights.ndim == MAX_AXES else weights
+        short = weights[:, : rope.limit] if weights.ndim == TOKEN_WEIGHT_AXES else weights
         before = _logits(engine, ids[:, : rope.limit], short, params, first)
         return torch.cat([before, _logits(engine, ids, weights, params, rope.limit)], 1)
     device = engine.model.device

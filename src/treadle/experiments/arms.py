@@ -33,7 +33,7 @@ from treadle.bundle.bundle import read_bundle
 from treadle.common.documents import check_depth, read_text
 from treadle.common.errors import OptionError, TreadleError, collect, problem_list, unknown_name
 from treadle.common.options import parse, read_options
-from treadle.common.params import RoutingParams
+from treadle.common.params import RoutingParams, read_routing
 from treadle.experiments.params import EvalParams
 from treadle.lora.adapter import Adapter
 from treadle.routing.router import Router
@@ -204,12 +204,11 @@ def _read_router(folder: str, adapters: Sequence[Adapter], router: Router) -> Ro
 
 
 def _read_arm(name: str, table: Mapping[str, Any], default: RoutingParams) -> Arm:
-    implied = {"rule": "fixed"} if table.get("fixed") is not None else {}
-    given = {key: value for key, value in {**implied, **table}.items() if key != "bundle"}
+    given = {key: value for key, value in table.items() if key != "bundle"}
     bundle = parse(str, table["bundle"], "bundle") if "bundle" in table else ""
     if "bundle" in table and not bundle:
         raise OptionError("bundle names no folder; without it the evaluated bundle routes.")
-    return Arm(name, read_options(RoutingParams, given, onto=default), bundle)
+    return Arm(name, read_routing(given, default), bundle)
 
 
 def expand(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

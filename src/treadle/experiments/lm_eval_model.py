@@ -23,11 +23,11 @@ from tqdm import tqdm
 from treadle.bundle.bundle import read_bundle
 from treadle.common.errors import OptionError, TreadleError
 from treadle.common.options import parse, read_options
-from treadle.common.params import RoutingParams, SamplingParams
+from treadle.common.params import RoutingParams, SamplingParams, read_routing
 from treadle.engine.chat import TokenPrompt
 from treadle.engine.engine import MAX_BATCH, Engine, load
 from treadle.engine.rendered_chats import RenderedChats
-from treadle.engine.scoring import BATCH, score_greedy
+from treadle.engine.scoring import CPU_BATCH_ROWS, score_greedy
 
 
 @register_model("treadle")  # pyright: ignore[reportUntypedClassDecorator] lm-eval leaves it untyped
@@ -141,7 +141,7 @@ class TreadleLM(TemplateLM):
         order = sorted(range(len(pairs)), key=lambda index: (-len(rows[index]), rows[index]))
         shared = [list(group) for _, group in groupby(order, key=lambda index: rows[index])]
         answers = [(0.0, False)] * len(pairs)
-        size = self._rows or BATCH
+        size = self._rows or CPU_BATCH_ROWS
         for start in tqdm(range(0, len(shared), size), desc="treadle: score", disable=disable_tqdm):
             chosen = [index for group in shared[start : start + size] for index in group]
             some = [pairs[index] for index in chosen]
@@ -165,11 +165,7 @@ class TreadleLM(TemplateLM):
 def _routing(onto: RoutingParams, given: Mapping[str, Any]) -> RoutingParams:
     """Read options as text, which lm-eval has turned into numbers; a rule and fixed weights imply each other."""
     texts = {name: str(value) if isinstance(value, int | float) else value for name, value in given.items()}
-    if texts.get("rule", "fixed") != "fixed":
-        texts = {"fixed": None, **texts}
-    return read_options(
-        RoutingParams, {"rule": "fixed", **texts} if texts.get("fixed") is not None else texts, onto=onto
-    )
+    return read_routing(texts, onto)
 
 
 def _sampling(given: dict[str, Any]) -> SamplingParams:

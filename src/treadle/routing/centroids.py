@@ -1,4 +1,4 @@
-"""What the router knows of each adapter, and how near a text is to it.
+"""The centroids of adapters, and how near a text is to each.
 
 A score takes embeddings (..., D) to (..., N): in closed form, without a gradient.
 """
@@ -16,23 +16,23 @@ from treadle.common.params import Score
 
 Floats = NDArray[np.float32]
 
-LISTED = 10
-"""Texts that a message names at most."""
+MAX_LISTED_TEXTS = 10
+"""The most texts that a message names."""
 SHRINKAGE = 0.2
-"""How far `lda` moves the pooled covariance towards a multiple of the identity; chosen on validation prompts."""
-GROUP, MOST_GROUPS = 500, 16
-"""An adapter's samples are one group for each so many, up to a number of groups; chosen on validation prompts."""
-ROUNDS = 20
-"""Of k-means."""
-TINY = 1e-30
-"""Beside which a group's likelihood is nothing."""
-LEAST = np.float32(-87)
-"""Whose exponential is a normal number still: with subnormal ones a processor takes seven times as long."""
+"""The share of a multiple of the identity in the covariance of `lda`; chosen on validation prompts."""
+GROUP_SAMPLES, MAX_GROUPS = 500, 16
+"""The samples of one group, and the most groups of an adapter; chosen on validation prompts."""
+KMEANS_ROUNDS = 20
+"""The most rounds of k-means."""
+MIN_LIKELIHOOD = 1e-30
+"""Added to likelihoods before their logarithm, so that 0 has one."""
+MIN_EXPONENT = np.float32(-87)
+"""The least exponent whose exponential is a normal number; subnormal ones take a processor seven times as long."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Samples of an adapter that lie together, P groups in the order of the adapters: `lda` compares with each.
+    """P groups of samples that lie together, in the order of the adapters; `lda` compares a text with each.
 
     A domain is seldom one cloud: passages on physics are not near to those on music, yet both are reading.
 
@@ -55,7 +55,7 @@ class Groups:
         )
 
     def keep(self, adapters: list[int]) -> "Groups":
-        """Return the groups of some adapters, who move up."""
+        """Return the groups of some adapters, by index; their new indices have no gaps."""
         kept = np.isin(self.owners, adapters)
         return Groups(self.means[kept], np.searchsorted(adapters, self.owners[kept]), self.sizes[kept])
 
@@ -73,7 +73,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Centroids:
-    """What the router knows of each adapter: the mean of its samples' embeddings, their number and their scatter.
+    """The mean of each adapter's sample embeddings, their number and their scatter.
 
     Attributes:
         names: (N), the order of every N axis.
@@ -132,7 +132,7 @@ class Centroids:
         if len(embeddings) == 0:
             raise OptionError(f"adapter {name!r} has no sample texts.")
         check_words(name, embeddings)
-        groups, owners = group(embeddings, min(len(embeddings) // GROUP, MOST_GROUPS))
+        groups, owners = group(embeddings, min(len(embeddings) // GROUP_SAMPLES, MAX_GROUPS))
         mean = embeddings.mean(0, dtype=np.float64)
         weights = np.ones(len(embeddings)) if num_words is None else num_words / num_words.mean()
         within = embeddings - groups.means[owners].astype(np.float64)  # (samples, D)
@@ -220,8 +220,8 @@ class Centroids:
         slopes, offsets = self._discriminant
         each = embeddings @ slopes + offsets  # (..., P)
         if len(self.groups.owners) > len(self.names):
-            beside = np.exp(np.maximum(each - each.max(-1, keepdims=True), LEAST))
-            each = np.log(np.add.reduceat(beside, self._starts, -1) + TINY)
+            beside = np.exp(np.maximum(each - each.max(-1, keepdims=True), MIN_EXPONENT))
+            each = np.log(np.add.reduceat(beside, self._starts, -1) + MIN_LIKELIHOOD)
         return each * embeddings.any(-1, keepdims=True)
 
     @cached_property
@@ -274,7 +274,7 @@ def group(embeddings: Floats, number: int) -> tuple[Groups, NDArray[np.int64]]:
         centres = np.concatenate([centres, x[random.choice(len(x), p=far / far.sum())][None]])
         far = np.minimum(far, ((x - centres[-1]) ** 2).sum(1))
     owners, sizes = np.zeros(len(x), np.int64), np.array([len(x)])
-    for _ in range(ROUNDS):
+    for _ in range(KMEANS_ROUNDS):
         nearest = (x @ centres.T - 0.5 * (centres**2).sum(1)).argmax(1)
         places, owners, sizes = np.unique(nearest, return_inverse=True, return_counts=True)
         centres = np.stack([x[owners == place].mean(0) for place in range(len(places))])
@@ -288,7 +288,7 @@ def check_words(name: str, embeddings: Floats) -> None:
     """
     empty = np.flatnonzero(~embeddings.any(-1)).tolist()
     if empty:
-        shown = ", ".join(map(str, empty[:LISTED])) + (" ..." if len(empty) > LISTED else "")
+        shown = ", ".join(map(str, empty[:MAX_LISTED_TEXTS])) + (" ..." if len(empty) > MAX_LISTED_TEXTS else "")
         raise OptionError(
             f"samples of {name!r}: {len(empty)} of {len(embeddings)} hold no word that the embedder knows (index "
             f"{shown}); leave them out, or give other texts."

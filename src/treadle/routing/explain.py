@@ -1,4 +1,4 @@
-"""Why the router weighs a text as it does: scores, cosines, weights, and the words that spoke for the nearest."""
+"""Explains the weights of a text: scores, cosines, and the words that count most for the nearest adapter."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -9,21 +9,21 @@ from treadle.common.params import RoutingParams
 from treadle.routing.embedder import WORD, StaticEmbedder
 from treadle.routing.router import Router
 
-NUM_WORDS = 6
-MOST_WORDS = 2000
-"""Different words that are looked at, the most frequent of a text: each costs a score."""
+MAX_LISTED_WORDS = 6
+MAX_COUNTED_WORDS = 2000
+"""The most different words that are looked at, the most frequent first: each costs a score."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the router makes of one text.
+    """The weights of one text, and what they are made from.
 
     Attributes:
         names: (N) of the adapters.
         cosines: (N) of the text with each centroid.
         scores: (N) by the params' score; empty under fixed weights.
         weights: (N).
-        begin: where what counts of the text begins, as an index of characters (`RoutingParams.change`).
+        begin: where the last topic of the text begins, as an index of characters (`RoutingParams.change`).
         words: the words that raised the nearest adapter's score most over the second's, with how much: in the score's
             units for `lda`, relative to each other for cosines. Static embedder only.
     """
@@ -60,7 +60,7 @@ def _words(router: Router, text: str, params: RoutingParams) -> tuple[tuple[str,
     if not isinstance(embedder, StaticEmbedder):
         return ()
     counts = Counter(WORD.findall(text))
-    words = sorted(word for word, _ in counts.most_common(MOST_WORDS))
+    words = sorted(word for word, _ in counts.most_common(MAX_COUNTED_WORDS))
     if not words:
         return ()
     everything = embedder.sum_words([*counts.elements()])  # (D,)
@@ -68,5 +68,5 @@ def _words(router: Router, text: str, params: RoutingParams) -> tuple[tuple[str,
     scores = router.centroids.score(embedder.finish([everything, *without]), params.score)  # (1 + words, N)
     second, first = np.argsort(scores[0])[-2:]
     lead = scores[:, first] - scores[:, second]
-    order = np.argsort(lead[1:] - lead[0])[:NUM_WORDS]
+    order = np.argsort(lead[1:] - lead[0])[:MAX_LISTED_WORDS]
     return tuple((words[index], float(lead[0] - lead[1 + index])) for index in order if lead[0] > lead[1 + index])

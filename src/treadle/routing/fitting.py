@@ -9,8 +9,8 @@ from treadle.routing.centroids import Centroids, Floats
 from treadle.routing.embedder import Embedder, num_words
 from treadle.routing.samples import Sample, SampleTexts, sample_texts
 
-LISTED_SAMPLES = 10
-"""Samples that a message names at most."""
+MAX_LISTED_SAMPLES = 10
+"""The most samples that a message names."""
 
 
 def centroid_of(name: str, samples: Sequence[str | Sample], embedder: Embedder) -> Centroids:
@@ -34,8 +34,8 @@ def centroid_from(name: str, made: SampleTexts, vectors: Floats, embedder: Embed
     is_known = np.asarray(vectors.any(-1))  # (texts,)
     heard = {owner for owner, known in zip(made.owners, is_known, strict=True) if known}
     if silent := [index for index in range(made.num_samples) if index not in heard]:
-        numbers = ", ".join(str(index + 1) for index in silent[:LISTED_SAMPLES])
-        more = " ..." if len(silent) > LISTED_SAMPLES else ""
+        numbers = ", ".join(str(index + 1) for index in silent[:MAX_LISTED_SAMPLES])
+        more = " ..." if len(silent) > MAX_LISTED_SAMPLES else ""
         raise OptionError(
             f"samples of {name!r}: {len(silent)} of {made.num_samples} hold no word that the embedder knows (number "
             f"{numbers}{more}); leave them out, or give other texts."

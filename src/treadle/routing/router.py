@@ -102,7 +102,7 @@ class Router:
         return weights
 
     def compare(self, embeddings: Floats, params: RoutingParams) -> Comparison:
-        """Return what `weigh` makes weights from, each (..., N), of embeddings (..., K, D)."""
+        """Compare embeddings (..., K, D) with the centroids, each result (..., N): `weigh` makes weights from these."""
         return Comparison(self._scores_of(embeddings, "cosine"), self._scores_of(embeddings, params.score))
 
     def _scores_of(self, embeddings: Floats, score: Score, *, is_relative: bool = False) -> Floats:
@@ -151,7 +151,7 @@ class Router:
     def trace_comparison(
         self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams, *, ends: Sequence[int] | None = None
     ) -> Comparison | None:
-        """Return what `trace` makes the weights from, each (T, N); None where they are fixed."""
+        """Compare the text of each of T tokens with the centroids, (T, N); None under fixed weights."""
         if params.rule == "fixed":
             return None
         embeddings, decisions = self.decisions(pieces, prompt_tokens, params, ends=ends)

@@ -1,8 +1,8 @@
-"""Where a text's domain changes for the last time: a conversation moves on, and what was said before must not decide.
+"""Finds where the topic of a text changes for the last time, so that what was said before does not decide.
 
-Binary segmentation (Scott and Knott 1974) with the router's log-posteriors in place of means: a text is cut where its
-two sides, each read by itself, are best explained by different adapters; then what follows the cut is looked at again.
-Cuts are at the beginnings of lines: turns and examples begin there, sentences of one passage seldom do.
+Binary segmentation (Scott and Knott 1974) with the router's log-posteriors in place of means: a text is cut where
+different adapters explain its two sides best. Then the text after the cut is looked at again. Cuts are at the
+beginnings of lines: turns and examples begin there, sentences of one passage seldom do.
 """
 
 import re
@@ -13,41 +13,40 @@ import numpy as np
 from treadle.routing.centroids import Floats
 
 WORD = re.compile(r"\S+")
-SHORTEST, LONGEST = 18, 400
-"""Words that there must be behind a cut, and that are looked at most."""
-APART, SHARE = 8, 6
-"""Words between lines that are tried, at least; and the share (a sixth) of those behind, where that is more."""
-BEFORE = 384
-"""Words before a cut that are looked at."""
-LEAST = 12
-"""Words that there must be before a cut."""
-SURE = 40
-"""Words of a text whose log-posteriors count by half; those of fewer words count less."""
-MOST_CUTS = 4
-"""Of one text. The numbers here were chosen on validation rows (`9fff023:benchmarks/changes.py`)."""
+# The numbers here were chosen on validation rows (`9fff023:benchmarks/changes.py`).
+MIN_TOPIC_WORDS, MAX_TOPIC_WORDS = 18, 400
+"""The fewest and the most words after a cut."""
+MIN_LINE_WORDS, LINE_SHARE = 8, 6
+"""The fewest words between two lines to try, or one in so many of the words after, if that is more."""
+MAX_WORDS_BEFORE, MIN_WORDS_BEFORE = 384, 12
+"""The most words before a cut that are read, and the fewest that must be there."""
+HALF_WEIGHT_WORDS = 40
+"""The words of a text whose log-posteriors count by half; those of fewer words count less."""
+MAX_CUTS = 4
+"""The most cuts of one text."""
 
 
 def last_topic_start(text: str, log_posteriors: Callable[[Sequence[str]], Floats], nats: float) -> int:
-    """Return where the last domain of a text begins, as an index of characters; 0 where it is of one domain.
+    """Return where the last topic of a text begins, as an index of characters; 0 = the text has one topic.
 
     Args:
-        text: any text; only the beginning of a line can be the beginning of a domain.
+        text: any text; a topic begins with a line.
         log_posteriors: texts -> (B, N) log-probabilities of each adapter.
-        nats: how much better two adapters must explain the two sides of a cut than any one adapter explains both.
+        nats: two adapters must explain the two sides of a cut this much better than any one adapter explains both.
     """
     starts = [found.start() for found in WORD.finditer(text)]
     lines = _lines(text, starts)
     first = 0  # the word that the last segment begins with
-    for _ in range(MOST_CUTS):
-        cuts = [line for line in lines if line - first >= LEAST]
+    for _ in range(MAX_CUTS):
+        cuts = [line for line in lines if line - first >= MIN_WORDS_BEFORE]
         if not cuts:
             break
-        begins = [max(first, cut - BEFORE) for cut in cuts]
+        begins = [max(first, cut - MAX_WORDS_BEFORE) for cut in cuts]
         sides = [text[starts[begin] : starts[cut]] for begin, cut in zip(begins, cuts, strict=True)]
         sides += [text[starts[cut] :] for cut in cuts]
         lengths = np.array([cut - begin for begin, cut in zip(begins, cuts, strict=True)])
         lengths = np.concatenate([lengths, len(starts) - np.array(cuts)])
-        scores = log_posteriors(sides) * (lengths / (lengths + SURE))[:, None]
+        scores = log_posteriors(sides) * (lengths / (lengths + HALF_WEIGHT_WORDS))[:, None]
         before, behind = scores[: len(cuts)], scores[len(cuts) :]
         gains = before.max(-1) + behind.max(-1) - (before + behind).max(-1)
         best = int(gains.argmax())
@@ -58,10 +57,12 @@ def last_topic_start(text: str, log_posteriors: Callable[[Sequence[str]], Floats
 
 
 def _lines(text: str, starts: Sequence[int]) -> list[int]:
-    """Return the words that begin the lines to try, the last first; `starts` are where words begin."""
+    """Return the first words of the lines to try, the last line first; `starts` are where words begin."""
     chosen: list[int] = []
-    for word in range(len(starts) - SHORTEST, max(0, len(starts) - LONGEST - 1), -1):
+    for word in range(len(starts) - MIN_TOPIC_WORDS, max(0, len(starts) - MAX_TOPIC_WORDS - 1), -1):
         is_first = "\n" in text[starts[word - 1] : starts[word]]
-        if is_first and (not chosen or chosen[-1] - word >= max(APART, (len(starts) - chosen[-1]) // SHARE)):
+        if is_first and (
+            not chosen or chosen[-1] - word >= max(MIN_LINE_WORDS, (len(starts) - chosen[-1]) // LINE_SHARE)
+        ):
             chosen.append(word)
     return chosen

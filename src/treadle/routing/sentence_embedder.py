@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """The paper's embedder."""
-TAIL = 16
-"""Characters for each piece that the model reads, of which a long text's last pieces are looked for first."""
+PIECE_CHARS = 16
+"""The characters of a word piece, at most as a rule: the last pieces of a long text are looked for in so many each."""
 SPACE = re.compile(r"\s")
 
 
@@ -97,7 +97,7 @@ class SentenceEmbedder:
     def _last_pieces(self, text: str) -> tuple[str, int]:
         """Return as much of the end of a text as the model reads, and how many pieces that is."""
         limit = int(self.model.max_seq_length or 256) - 2  # two pieces are the tokenizer's own
-        tail = _from_a_word_on(text, len(text) - TAIL * limit)
+        tail = _from_a_word_on(text, len(text) - PIECE_CHARS * limit)
         offsets = self._offsets(tail)
         if len(offsets) < limit and len(tail) < len(text):
             tail, offsets = text, self._offsets(text)

@@ -89,7 +89,7 @@ ENDPOINTS = (
     Endpoint(
         "POST", "/v1/completions", generating.complete, "Continue texts, whole or as server-sent events", CompletionBody
     ),
-    Endpoint("POST", "/v1/route", route.route, "Explain how a text is weighed", RouteBody),
+    Endpoint("POST", "/v1/route", route.explain_text, "Explain how a text is weighed", RouteBody),
     Endpoint("GET", "/v1/adapters", adapters.adapters, "The adapters that are loaded (admin key)"),
     Endpoint("POST", "/v1/adapters", adapters.add, "Add an adapter (admin key)", AdapterBody),
     Endpoint("DELETE", "/v1/adapters/{name:path}", adapters.remove, "Remove an adapter (admin key)"),

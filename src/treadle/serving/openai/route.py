@@ -20,7 +20,7 @@ from treadle.serving.openai.state import ServerState
 from treadle.serving.openai.targets import AUTO
 
 
-async def route(request: Request) -> Response:
+async def explain_text(request: Request) -> Response:
     """POST /v1/route: explain how a text, or the contents of a chat's messages, are weighed."""
     return await while_connected(request, _route(request))
 

@@ -9,14 +9,14 @@ from typing import Any, cast
 from treadle.bundle.bundle import Bundle
 from treadle.common.errors import OptionError, OptionProblem, shown, unknown_name
 from treadle.common.options import meanings
-from treadle.common.params import RoutingParams
+from treadle.common.params import RoutingParams, read_routing
 from treadle.engine.engine import Engine
 from treadle.routing.router import Router
 from treadle.serving.openai.bodies import Json
 from treadle.serving.openai.failures import MAX_LISTED_PROBLEMS, Problem, Problems, cut
 from treadle.serving.openai.keys import Caller
 from treadle.serving.openai.params import BASE, ServeParams
-from treadle.serving.request import requested_routing, size_problems
+from treadle.serving.request import size_problems
 
 AUTO = "auto"
 TREADLE_FIELDS = ("adapters", "trace")
@@ -146,7 +146,7 @@ class Targets:
             Problem("treadle", f"{cut(f'treadle.{name}')}: {unknown_name('option', name, allowed)}") for name in unknown
         ]
         try:
-            params = requested_routing(default, {name: value for name, value in options.items() if name in known})
+            params = read_routing({name: value for name, value in options.items() if name in known}, default)
         except OptionError as error:
             problems += [_worded(problem, options) for problem in error.problems]
             return default

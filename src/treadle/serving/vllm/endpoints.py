@@ -46,7 +46,7 @@ class Endpoints:
     def attach_router(self, app: Any) -> None:
         """Add the routes to vLLM's app."""
         app.add_api_route("/metrics", metrics, methods=["GET"], include_in_schema=False)  # in the place of vLLM's own
-        app.add_route("/v1/treadle/route", answering(route), methods=["POST"])
+        app.add_route("/v1/treadle/route", answering(route_prompt), methods=["POST"])
         app.add_route("/v1/treadle/adapters", answering(adapters), methods=["GET", "POST"])
         app.add_route("/v1/treadle/adapters/{name}", answering(remove), methods=["DELETE"])
 
@@ -141,7 +141,7 @@ async def metrics(request: Request) -> Response:
     return await figures.response(None if state is None else state.engine.ask)
 
 
-async def route(request: Request, state: EndpointState) -> dict[str, Any]:
+async def route_prompt(request: Request, state: EndpointState) -> dict[str, Any]:
     """Return the weights (T, N) of every token of a prompt and of the generated tokens after it, if given."""
     body = await _body(request, state)
     if unknown := [unknown_name("field", name, ROUTE_KEYS) for name in body if name not in ROUTE_KEYS]:

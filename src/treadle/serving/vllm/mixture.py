@@ -25,13 +25,13 @@ from treadle.common.errors import (
     shown,
     unknown_name,
 )
-from treadle.common.params import RoutingParams
+from treadle.common.params import RoutingParams, read_routing
 from treadle.lora.adapter import Adapter, read_adapter
 from treadle.routing.centroids import Centroids, Floats
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import centroid_of
 from treadle.routing.router import Router
-from treadle.serving.request import requested_routing, size_problems
+from treadle.serving.request import size_problems
 from treadle.serving.vllm.params import KEY, SUM_ONLY_REASON, PluginParams
 
 AUTO, BASE = "auto", "base"
@@ -117,7 +117,7 @@ class Mixture:
         if given and all(name in self.names and name not in FIELDS for name in given):
             given = {"fixed": given, "every": None}  # weights by name
         try:
-            params = requested_routing(self.router.params, given)
+            params = read_routing(given, self.router.params)
         except OptionError as error:
             raise OptionError(f"{KEY}: {error}; got {json.dumps(dict(given), default=str)[:200]}") from error
         if problems := size_problems(params):
