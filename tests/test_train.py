@@ -124,7 +124,7 @@ def test_all_linear_layers_are_trained_and_a_start_that_failed_leaves_no_recipe(
     TOKENIZER.save_pretrained(base)
     params = TrainParams(steps=2, batch_size=4, rank=2, alpha=4, dtype="float32", targets=("all-linear",))
     with monkeypatch.context() as broken:
-        broken.setattr("treadle.experiments.train._trainer_config", lambda *_: 1 / 0)
+        broken.setattr(SFTTrainer, "__init__", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_adapter(str(base), OWN, tmp_path / "own", params=TrainParams(steps=3))
     pairs = read_adapter(train_adapter(str(base), OWN, tmp_path / "own", params=params)).pairs
