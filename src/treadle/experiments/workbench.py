@@ -174,7 +174,7 @@ def not_run(arms: Mapping[str, str], setting: str) -> list[TableLine]:
 
 
 def routings(own: RoutingParams) -> dict[str, RoutingParams]:
-    """Return the arms of the engine that every suite of speed has: routing off, then the bundle's own at two paces."""
+    """Return the arms of every suite of speed: routing off, then the bundle's own every 2 tokens and every token."""
     if own.rule == "fixed":
         return {OFF_ARM: RoutingParams.base(), "treadle, fixed weights": own}
     return {OFF_ARM: RoutingParams.base(), "treadle, every 2": replace(own, every=2), EVERY_ARM: replace(own, every=1)}
