@@ -17,6 +17,6 @@ def small(tmp_path_factory: pytest.TempPathFactory, embedder: StaticEmbedder) ->
 
 
 @pytest.fixture(scope="session")
-def embedded(small: Path) -> treadle.engine.engine.Engine:
+def embedded(small: Path) -> treadle.Engine:
     """The engine that vLLM must agree with, on the bundle of unequal adapters."""
     return treadle.load(small, device="cpu", dtype="float32")
