@@ -1,6 +1,9 @@
 """The documents name what there is."""
 
+import ast
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,30 @@ def test_the_house_rules_name_every_package() -> None:
     house = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     packages = {file.parent.name for file in (ROOT / "src" / "treadle").glob("*/__init__.py")}
     assert {name for name in packages if f"| `{name}` |" not in house} == set()
+
+
+def docstrings(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the first sentence of each docstring in a file, those of constants too."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if text := ast.get_docstring(node):
+                yield getattr(node, "lineno", 1), first_sentence(text)
+            for before, after in pairwise(node.body):
+                value = after.value if isinstance(after, ast.Expr) else None
+                is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+                if isinstance(before, ast.Assign | ast.AnnAssign) and is_text:
+                    yield after.lineno, first_sentence(value.value)
+
+
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.])\s", text.split("\n\n", maxsplit=1)[0].replace("\n", " "))[0]
+
+
+def test_a_docstring_says_first_who_does_what_in_twenty_words() -> None:
+    riddles = [
+        f"{file.relative_to(ROOT)}:{line}: {sentence}"
+        for file in (ROOT / "src" / "treadle").rglob("*.py")
+        for line, sentence in docstrings(file)
+        if re.match(r"(Of|What|Return what)\b", sentence) or len(sentence.split()) > 20
+    ]
+    assert riddles == []

@@ -1,4 +1,4 @@
-"""Writes files and folders whole: after a kill or on a full disk the old one or the new one is there.
+"""Writes files and folders whole: after a kill the old one or the new one is there.
 
 Everything is written in a hidden workplace inside its folder, forced to the disk and renamed from there. A workplace is
 locked as long as its writer lives; the next writer in the folder removes those of dead writers.

@@ -1,4 +1,4 @@
-"""What a chat says: the contents of its messages. It is routed on these, and on no word of its chat template.
+"""Reads chats by the contents of their messages. It is routed on these, and on no word of its chat template.
 
 A template adds roles, special tokens, a default system text or a date, and may trim, repeat or drop contents. So the
 text that is routed is made of the messages themselves: their contents, joined by blank lines, as samples of chats are.
@@ -38,7 +38,7 @@ def contents_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _text_of(part: Any) -> str | None:
-    """Return the text of a part of a content, "" where it has none, such as an image's; None = it is no part."""
+    """Return the text of a content's part, "" for an image's; None = it is no part."""
     if part is None or isinstance(part, str):
         return part or ""
     if not isinstance(part, Mapping):
@@ -48,13 +48,13 @@ def _text_of(part: Any) -> str | None:
 
 
 def joined(contents: Sequence[str]) -> str:
-    """Return what a chat of these contents says: those that are not blank, with blank lines between."""
+    """Join the contents of a chat that are not blank, with blank lines between."""
     return BLANK_LINE.join(content for content in contents if content.strip())
 
 
 @dataclass(frozen=True)
 class ChatText:
-    """What a chat says, as routing reads it.
+    """The text of a chat, as routing reads it.
 
     Attributes:
         contents: of the messages, in their order.
@@ -156,7 +156,7 @@ def pieces_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[
 
 
 def only(own: Sequence[str], contents: Sequence[str]) -> list[str]:
-    """Return what each token of a chat says, (T,): contents, with blank lines before, and not the template's words.
+    """Return the text that each token of a chat adds, (T,), without the template's words.
 
     Args:
         own: (T,) the text that each token adds.

@@ -49,7 +49,7 @@ CROSSED = (
 
 
 Source = tuple[Router, RoutingParams, "PreTrainedTokenizerBase", RenderedChats]
-"""What rows are weighed by: a router, its params, the model's tokenizer, and what finds chats in its tokens."""
+"""A router, its params, the model's tokenizer, and the reader of rendered chats."""
 
 
 class CachedRow:
@@ -112,7 +112,7 @@ class CachedRow:
 
 
 class Routed:
-    """What `routed` yields: the weights of the newest forward pass, to look at."""
+    """The weights of the newest forward pass; `routed` yields it."""
 
     def __init__(self, model: nn.Module, blend: Blend, source: Source) -> None:
         self._blend = blend
@@ -221,7 +221,7 @@ class Routed:
         return moved
 
     def _weigh(self, rows: list[CachedRow], starts: list[int], is_real: list[list[bool]]) -> Floats:
-        """Return the weights (B, 1, N), or (B, T, N) where they differ inside a row; one call of the embedder."""
+        """Return the weights (B, 1, N), or (B, T, N) if they differ inside a row."""
         due = [row.decide() for row in rows]
         views = [views for found in due for _, views in found]
         decided = np.zeros((0, len(self.names)), np.float32)
@@ -309,7 +309,7 @@ def _check_followed(model: "PreTrainedModel", params: RoutingParams) -> None:
 
 
 def _jumps(positions: Any, is_real: list[list[bool]]) -> bool:
-    """Return whether the positions (B|1, T) that a call gives do not count the tokens of a row one by one."""
+    """Return whether positions (B|1, T) do not count a row's tokens one by one."""
     if not torch.is_tensor(positions) or positions.dim() != 2 or positions.shape[1] < 2:
         return False
     steps = positions.diff().expand(len(is_real), -1)  # (B, T - 1)
@@ -318,7 +318,7 @@ def _jumps(positions: Any, is_real: list[list[bool]]) -> bool:
 
 
 def _marks(cache: Cache) -> Tensor | None:
-    """Return what the last layer holds of the newest column, (B, F): equal only for rows of equal text."""
+    """Return the last layer's states of the newest column, (B, F); rows are equal if their texts are."""
     for layer in reversed(cache.layers):
         states = getattr(layer, "keys", None), getattr(layer, "values", None)
         if all(torch.is_tensor(each) and each.dim() == 4 and each.shape[2] for each in states):
@@ -327,7 +327,7 @@ def _marks(cache: Cache) -> Tensor | None:
 
 
 def _places(old: Tensor, new: Tensor) -> list[int]:
-    """Return for each row of `new` (C, F) the row of `old` (B, F) that it equals, its own place where it can."""
+    """Return the row of `old` (B, F) that each row of `new` (C, F) equals, its own place first."""
     equal = (new[:, None] == old).all(-1).tolist()  # (C, B)
     if not all(any(row) for row in equal):
         raise OptionError(LOST_ROWS)

@@ -1,4 +1,4 @@
-"""The key-value cache of a batch whose rows join and leave: one buffer a layer, rows aligned at their right end.
+"""The key-value cache of a batch: one buffer a layer, rows aligned at their right end.
 
 A buffer has room for more rows and more tokens, so only a row that joins or leaves is copied. Copying all rows would
 cost running rows more than a step. On a CPU, memory that is not written to costs nothing.
@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from treadle.common.memory import new_pages
 
 GROWTH_TOKENS = 256
-"""A full buffer grows by this many tokens, or by a quarter if that is more; on a CPU it doubles."""
+"""Tokens that a full buffer grows by, or a quarter if that is more; on a CPU it doubles."""
 GROWTH_ROWS = 8
-"""A full buffer grows by this many rows when a row joins, and by four times as many on a CPU."""
+"""Rows that a full buffer grows by when a row joins; four times as many on a CPU."""
 
 
 @dataclass

@@ -152,7 +152,7 @@ class PrefixCache:
 
 
 class PrefixCopy:
-    """Keys and values of one row's first `length` tokens, copied a few columns at a time while the row is read.
+    """Keys and values of a row's first `length` tokens, copied in parts while the row is read.
 
     Copying a long text at once would delay running rows, because the system maps the new memory on first write. All
     layers are one allocation, which is returned to the system as a whole.

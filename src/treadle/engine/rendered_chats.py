@@ -22,7 +22,7 @@ SYSTEM, FIRST, ANSWER, LAST = "treadlesystem", "treadlefirst", "treadleanswer", 
 
 @dataclass(frozen=True)
 class Template:
-    """What a chat template puts around the contents of messages.
+    """The text that a chat template puts around the contents of messages.
 
     Attributes:
         user: before the first message of a user; a default system text is in it.
@@ -39,7 +39,7 @@ class Template:
     system: tuple[str, str] | None
 
     def messages(self, text: str) -> Messages:
-        """Return the messages that a text is made of if it is a chat, user and assistant in turns; else none."""
+        """Return the messages of a rendered chat, user and assistant in turns; none if it is no chat."""
         starts = [self.user, *(self.system[:1] if self.system else ())]
         begins = max((start for start in starts if text.startswith(start)), key=len, default=None)
         if begins is None:
@@ -69,7 +69,7 @@ class RenderedChats:
         self._template = self._learn()
 
     def read(self, ids: Sequence[int]) -> ChatText | None:
-        """Return what tokens (T,) say if they are a rendered chat, with or without a beginning of its answer."""
+        """Return the contents in tokens (T,) of a rendered chat, with or without the start of its answer."""
         contents = self.contents(ids)
         return None if contents is None else ChatText.of(self._tokenizer, contents)
 
@@ -86,7 +86,7 @@ class RenderedChats:
         return [message["content"] for message in messages]
 
     def _learn(self) -> Template | None:
-        """Return what the template puts around contents; None = there is none, or it repeats or alters them."""
+        """Return the template's text around contents; None = there is none, or it repeats or alters them."""
         asked = [{"role": "user", "content": FIRST}]
         one = self._around(asked)
         told = self._around([{"role": "system", "content": SYSTEM}, *asked])
@@ -97,7 +97,7 @@ class RenderedChats:
         return Template(one[0], turns[1], turns[2], one[1], None if told is None else (told[0], told[1]))
 
     def _around(self, messages: Messages) -> list[str] | None:
-        """Return what is rendered around the contents of messages; None = the template refuses or changes them."""
+        """Return the text rendered around contents; None = the template refuses or changes them."""
         rest, around = self._render(messages), list[str]()
         for message in messages:
             if rest is None or rest.count(message["content"]) != 1:

@@ -68,9 +68,9 @@ class Scorer(Protocol):
 Pair = tuple[list[int], list[int]]
 """Ids of a prompt and of the completion after it."""
 Chats = Sequence[ChatText | None]
-"""What each of some prompts says, where it is a chat."""
+"""The text of each prompt that is a chat; None for others."""
 Reader = Callable[[torch.Tensor, Sequence[int]], Floats]
-"""What is kept (T, ...) of the logits (T, V) that gave tokens (T)."""
+"""Takes logits (T, V) and the tokens (T) that follow, and returns (T, ...)."""
 
 
 def score(engine: Scorer, prompts: Sequence[Prompt], completions: Sequence[str], params: RoutingParams) -> list[Floats]:

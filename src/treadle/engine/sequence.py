@@ -35,7 +35,7 @@ Likeliest = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Report:
-    """What a row tells beyond its tokens; each costs a little, so nothing is on unless asked for.
+    """Output beyond a row's tokens. Each part costs a little and is off unless asked for.
 
     Attributes:
         likeliest: how many of the most probable tokens come with each token.
@@ -82,7 +82,7 @@ class TokenEvent:
 
 
 class RowError(TreadleError):
-    """A row that cannot be computed, and ends alone; `__cause__` is what its pass or its routing raised, if any did."""
+    """Ends a row that cannot be computed; `__cause__` is the error of its pass or routing."""
 
     @classmethod
     def of(cls, what: str, error: Exception) -> "RowError":
@@ -150,7 +150,7 @@ class Row:
         return self.routing.prefill == "causal" or all((event.weights == same).all() for event in self.events)
 
     def newest_views(self) -> Views | None:
-        """Return what the embedder needs for the newest decision, in force at once or late; None = it is made."""
+        """Return the views of the newest decision, for the embedder; None = it is made."""
         return self.cursor.decide_last(len(self.ids))
 
     @property
@@ -159,7 +159,7 @@ class Row:
         return self.routing.lag > 0 and len(self.ids) > self.prompt_tokens
 
     def prompt_weights(self) -> Floats:
-        """Return the weights (T, N), or (1, N) for all T alike, of the pass that reads all tokens so far."""
+        """Return the weights (T, N), or (1, N) for all T, of a pass over all tokens so far."""
         if self.routing.prefill == "causal":
             text = self.cursor
             return self.router.trace(text.pieces, self.prompt_tokens, self.routing, ends=text.ends)
@@ -173,7 +173,7 @@ class Row:
         return np.concatenate([prompt, *(event.weights[None] for event in self.events[1:]), self.weights[None]])
 
     def prompt_comparison(self) -> Comparison | None:
-        """Return what `prompt_weights` are made from, each (T, N) or (1, N); None where they are fixed."""
+        """Return the comparison behind `prompt_weights`, each (T, N) or (1, N); None where they are fixed."""
         if self.routing.prefill == "causal":
             text = self.cursor
             return self.router.trace_comparison(text.pieces, self.prompt_tokens, self.routing, ends=text.ends)
@@ -203,7 +203,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ahead:
-    """The embeddings (sum of K, D) of texts whose decisions are not in force yet, and which of them are a row's."""
+    """The embeddings (sum of K, D) of late decisions, and the part that is a row's."""
 
     embeddings: "Future[Floats]"
     rows: slice

@@ -1,4 +1,4 @@
-"""Checks that the engine can run a model: a decoder whose only state is keys and values, and that masks its padding.
+"""Checks that the engine can run a model: its only state is keys and values, and padding is masked.
 
 The checks ask transformers and the model itself, because no list of model names would stay complete.
 """

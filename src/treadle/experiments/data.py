@@ -32,7 +32,7 @@ MAX_LINE_CHARACTERS = 1 << 26
 def load_examples(
     source: str | Path, task: str | Task | None = None, *, limit: int | None = None, seed: int = 0
 ) -> list[Example]:
-    """Return the examples of a file or hub data set, a seeded random choice of `limit` of them where it is given.
+    """Return the examples of a file or hub data set, or a seeded random choice of `limit`.
 
     Args:
         source: a `.jsonl` or `.jsonl.gz` file, or `name[:config]:split` of a hub data set.

@@ -1,4 +1,4 @@
-"""Examines a bundle: does it load, does each adapter act, can the router tell them apart, what does a step cost."""
+"""Examines a bundle: loading, each adapter's effect, the router's centroids, and the cost of a step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

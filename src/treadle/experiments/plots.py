@@ -253,7 +253,7 @@ def cosines_figure(study: Study) -> "Figure | None":
 
 
 def ratios_figure(tables: Sequence[Mapping[str, Any]]) -> "Figure | None":
-    """Draw the ratio of each arm to the first of its setting, with quartiles; a panel for each table and setting."""
+    """Draw each arm's ratio to the first of its setting, with quartiles, in a panel a setting."""
     panels = [
         (table, setting, lines)
         for table in tables

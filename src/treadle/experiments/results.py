@@ -123,7 +123,7 @@ def read_settings(output: Path) -> dict[str, Any]:
 
 
 def read_results(output: Path) -> list[EvalResult]:
-    """Return the results of a folder; cells that a kill cut short are left out, and so are lines cut short.
+    """Return the results of a folder, without cells and lines that a kill cut short.
 
     Raises:
         DataError: the file holds something else.
@@ -233,7 +233,7 @@ def _cell_file(output: Path, arm: str, task: str) -> Path:
 
 
 def _file_name(name: str, safe: str) -> str:
-    """Return a name that file systems take and that leaves no folder: a long one keeps its beginning and a digest."""
+    """Return a safe file name: a long one keeps its beginning and a digest."""
     quoted = quote(name, safe=safe, errors="surrogatepass")
     if not quoted.strip("."):  # "." and ".." are other folders
         quoted = quoted.replace(".", "%2E") or "%"
@@ -246,7 +246,7 @@ def _file_name(name: str, safe: str) -> str:
 
 
 def write_bench(folder: Path, suites: Sequence[str], facts: Mapping[str, Any], tables: Sequence["Table"]) -> Path:
-    """Write the tables of one run; a file is named by suites, dtype and batches, and a later run of these replaces it.
+    """Write the tables of one run to a file named by suites, dtype and batches.
 
     Args:
         folder: an existing folder.

@@ -1,4 +1,4 @@
-"""Decisions of the router for `treadle bench`: one, and 64 at once, by the length of the text, beside a step."""
+"""Times the router's decisions for `treadle bench`: one and 64 at once, by text length."""
 
 from dataclasses import replace
 from itertools import cycle, islice

@@ -1,4 +1,4 @@
-"""Side-by-side timings: arms are measured in turn in one process (A B C A B C ...) and compared with the first."""
+"""Side-by-side timings: arms run in turn in one process and are compared with the first."""
 
 import gc
 import os

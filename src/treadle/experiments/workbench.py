@@ -95,7 +95,7 @@ class Lab:
         return f"{self.dtype}, batch {batch}"
 
     def base(self) -> "PreTrainedModel":
-        """Return a base model of its own, on the same device and in the same dtype; no token ends what it makes."""
+        """Return another base model, on the same device and in the same dtype, without end tokens."""
         model = load_model(self.bundle.base_model, device=str(self.engine.model.device), dtype=self.dtype)
         model.generation_config.eos_token_id = None  # transformers fills in what a call's own config leaves out
         return model
@@ -154,7 +154,7 @@ class Steps:
 
 
 def time_steps(lab: Lab, arms: Mapping[str, Steps], rounds: int, setting: str) -> list[TableLine]:
-    """Return the lines of steps in turn with a large copy, whose bandwidth theirs is a share of; its own comes last."""
+    """Return the lines of steps, each with its share of a large copy's bandwidth; the copy comes last."""
     copy, copied = copies(lab.engine.model.device)
     before = {arm: steps.read for arm, steps in arms.items()}
     units: dict[str, Unit] = {**arms, COPY_ARM: copy}

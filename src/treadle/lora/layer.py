@@ -31,7 +31,7 @@ def lora_update(a_x: Tensor, gates: Gates, b: Tensor) -> Tensor:
 
 
 class StackedA(nn.Module):
-    """The stacked A of all layers that read the same input, such as q, k and v; it computes A x once a pass.
+    """The stacked A of layers that read the same input, such as q, k and v.
 
     Attributes:
         a_all: (sum of R, in) of all adapters, as stored on disk.
@@ -185,7 +185,7 @@ class BlendedLinear(nn.Module):
         return y
 
     def gated(self, x: Tensor) -> Tensor | None:
-        """Return the gated A x (B, T, R) of x (B, T, in), the input of B; None if no adapter is active."""
+        """Return the gated A x (B, T, R) of x (B, T, in); None if no adapter is active."""
         gates = self.gates.get(self.slot)
         if gates is None:
             return None

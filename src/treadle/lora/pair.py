@@ -35,7 +35,7 @@ class LoraPair:
         return self.a.shape[0]
 
     def bound(self) -> float:
-        """Return an upper bound of scale, B, A x (entries of x at most 1), and scale B A; inf if beyond float32."""
+        """Return an upper bound of scale, B, A x and scale B A for |x| <= 1; inf beyond float32."""
         rows_a, columns_a = _largest_norm(self.a, 1), _largest_norm(self.a, 0)
         rows_b = _largest_norm(self.b, 1)
         return max(self.scale, rows_b, rows_a * sqrt(self.a.shape[1]), self.scale * rows_b * columns_a)

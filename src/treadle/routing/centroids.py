@@ -60,7 +60,7 @@ class Groups:
         return Groups(self.means[kept], np.searchsorted(adapters, self.owners[kept]), self.sizes[kept])
 
     def problems(self, counts: NDArray[np.int64], dim: int) -> list[str]:
-        """Return what is wrong with groups of adapters that have `counts` (N,) samples in `dim` dimensions."""
+        """Return the problems of groups of adapters with `counts` (N,) samples in `dim` dimensions."""
         if self.means.ndim != 2 or self.means.shape[1] != dim or not np.isfinite(self.means).all():
             return [f"group_means has shape {self.means.shape}, expected (groups, {dim}) of finite numbers"]
         if self.owners.shape != self.sizes.shape or self.owners.shape != self.means.shape[:1]:
@@ -282,7 +282,7 @@ def group(embeddings: Floats, number: int) -> tuple[Groups, NDArray[np.int64]]:
 
 
 def check_words(name: str, embeddings: Floats) -> None:
-    """Raise an OptionError if texts of an adapter have the vector 0 in (samples, D): they would look near to anything.
+    """Raise an OptionError if texts of an adapter have the vector 0 in (samples, D).
 
     Of such a text the embedder knows no word, or it has none.
     """
@@ -296,7 +296,7 @@ def check_words(name: str, embeddings: Floats) -> None:
 
 
 def _cosine(x: Floats, y: Floats) -> Floats:
-    """Return the cosines (..., N) of x (..., D) and y (N, D); a zero vector has cosine 0 with everything."""
+    """Return the cosines (..., N) of x (..., D) and y (N, D); 0 for a zero vector."""
     return _unit(x) @ _unit(y).T
 
 

@@ -52,7 +52,7 @@ class Embedder(Protocol):
         ...
 
     def finish(self, views: Sequence[Any]) -> Floats:
-        """Return the vectors (B, D) of views of running sums, or of texts if there are no sums, all at once."""
+        """Return the vectors (B, D) of views: running sums, or texts if there are no sums."""
         ...
 
     def save(self, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Whether an embedder's folder may be handed to the library that loads it: nothing in it is run, unpickled or fetched.
+"""Checks an embedder's folder before a library loads it: nothing in it is run, unpickled or fetched.
 
 sentence-transformers makes objects of the classes that a folder names, loads pickles where safetensors are missing, and
 transformers loads another model where the folder holds an adapter.
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 MODULES_FILE, CONFIG_FILE = "modules.json", "config.json"
 CLASSES = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "StaticEmbedding")
-"""Of sentence-transformers' modules, those that hold weights or arithmetic and nothing else."""
+"""Modules of sentence-transformers that hold weights or arithmetic and nothing else."""
 WITH_WEIGHTS = ("Transformer", "Dense", "LayerNorm", "StaticEmbedding")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 """Values of `attn_implementation`; others are code on the hub."""
 PROBES = ("a" * 40, "1" * 40, "_" * 40, "Tr3adle", "\u00e9\u4e2d", "!")
 """Words on which a tokenizer is tried when it is loaded: as long as words get."""
 LARGEST = 1e15
-"""Of a vector's numbers: squares and sums of these are finite."""
+"""Largest number of a vector: squares and sums of these are finite."""
 MOST_FILES = 1000
 MOST_BYTES = 64 << 20
-"""Of a JSON file, the tokenizer's too."""
+"""Size limit of a JSON file, the tokenizer's too."""
 
 
 def check_folder(folder: Path) -> None:
@@ -101,7 +101,7 @@ def _weight_problems(folder: Path, place: Path, kind: str) -> Iterator[str]:
 
 
 def table_problems(model: "StaticModel") -> list[str]:
-    """Return what is wrong with a static model's arrays: an index beyond them would fail in a request only."""
+    """Return the problems of a static model's arrays, such as an index beyond them."""
     vectors, mapping, weights = model.embedding, model.token_mapping, model.weights
     tokens = 1 + max(model.tokenizer.get_vocab().values(), default=0)
     problems: list[str] = []
@@ -128,13 +128,13 @@ def _largest(array: NDArray[Any]) -> float:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what a library says of files that it cannot load, or the name of its error."""
+    """Return the first line of a library's error about files, or the error's name."""
     said = str(error).strip().splitlines()
     return said[0][:300] if said else type(error).__name__
 
 
 def is_foreign_fault(error: BaseException) -> bool:
-    """Return whether an error is a fault of files that a library read: any but ours and those that end a process.
+    """Return whether an error comes from files that a library read: not ours, and no exit.
 
     The libraries document none: a damaged tokenizer or config ends in whatever their code meets first, and tokenizers
     (written in Rust) panics with an error that is not even an Exception.

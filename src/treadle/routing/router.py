@@ -21,9 +21,9 @@ from treadle.routing.schedule import DecisionCursor, finish_views
 from treadle.routing.segmentation import last_topic_start
 
 RECENT_SHARE = 0.75
-"""Of the score of running text, what its recent tokens give; chosen on mixed streams of validation rows."""
+"""Share of a running text's score from its recent tokens; chosen on mixed validation streams."""
 SHARES = {1: np.ones(1, np.float32), 2: np.array([1 - RECENT_SHARE, RECENT_SHARE], np.float32)}
-"""Of the score, what each view of a text gives, by their number K."""
+"""Share of the score from each view of a text, by the number of views K."""
 
 
 @dataclass(frozen=True)

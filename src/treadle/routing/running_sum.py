@@ -1,4 +1,4 @@
-"""The running sum of a text's word vectors: one more piece of text costs O(D), whatever the length of the text."""
+"""The running sum of a text's word vectors: one more piece of text costs O(D)."""
 
 import re
 from collections import deque
@@ -144,7 +144,7 @@ class RunningSum:
         return tuple(self.sum if span is None else self._newest(span) for span in self._spans)
 
     def _newest(self, span: int) -> Sums:
-        """Return what the last `span` tokens added to the sum, (D,)."""
+        """Return the part of the sum from the last `span` tokens, (D,)."""
         if not self.before:
             return self.sum
         return self.sum - self.before[max(len(self.before) - span, 0)]

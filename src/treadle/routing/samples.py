@@ -1,4 +1,4 @@
-"""Samples of an adapter, and the texts that a router is fitted on; pure Python, so that tasks load no numpy."""
+"""Samples of an adapter, and the texts that a router is fitted on. Nothing here loads numpy."""
 
 import random
 import re
@@ -26,7 +26,7 @@ class Sample:
 
     @property
     def routed(self) -> str:
-        """What a router reads of the prompt."""
+        """The part of the prompt that a router reads."""
         return self.prompt
 
     @property
@@ -51,7 +51,7 @@ class SampleTexts:
 
 
 def sample_texts(samples: Sequence[str | Sample], seed: int = 0) -> SampleTexts:
-    """Make the texts that a router is fitted on: of each sample the whole, its prompt, a beginning and a part.
+    """Make a router's texts: each sample whole, its prompt, a beginning and a part.
 
     A router meets prompts, running texts and windows of them; fitted on whole texts alone it takes the traits of the
     answers for those of the domain (0.740 against 0.966 of held-out bare prompts: `9fff023:benchmarks/embedders.py`).

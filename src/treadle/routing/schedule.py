@@ -19,7 +19,7 @@ BLANK_LINE = "\n\n"
 """Between the contents of a chat, and between its last message and the answer."""
 
 Views = tuple[Any, ...]
-"""What the embedder needs for one decision, one entry for each of the K views; () under fixed weights."""
+"""The embedder's input for one decision, one entry for each of the K views; () under fixed weights."""
 Decision = tuple[int, Views]
 """The first position that a decision holds for, and the views that it is made from."""
 
@@ -173,7 +173,7 @@ class DecisionCursor:
         return found
 
     def decide_last(self, end: int) -> Views | None:
-        """Return the views of the decision for position `end` - 1 and skip those before; None = it is made already."""
+        """Return the views of the decision for position `end` - 1; None = it is made already."""
         if end <= self.decided:
             return None
         if end - 1 > self.decided:

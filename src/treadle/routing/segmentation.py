@@ -1,4 +1,4 @@
-"""Finds where the topic of a text changes for the last time, so that what was said before does not decide.
+"""Finds the last change of a text's topic, so that older topics do not decide.
 
 Binary segmentation (Scott and Knott 1974) with the router's log-posteriors in place of means: a text is cut where
 different adapters explain its two sides best. Then the text after the cut is looked at again. Cuts are at the
@@ -17,7 +17,7 @@ WORD = re.compile(r"\S+")
 MIN_TOPIC_WORDS, MAX_TOPIC_WORDS = 18, 400
 """The fewest and the most words after a cut."""
 MIN_LINE_WORDS, LINE_SHARE = 8, 6
-"""The fewest words between two lines to try, or one in so many of the words after, if that is more."""
+"""The fewest words between two lines to try, or a share of the words after, if that is more."""
 MAX_WORDS_BEFORE, MIN_WORDS_BEFORE = 384, 12
 """The most words before a cut that are read, and the fewest that must be there."""
 HALF_WEIGHT_WORDS = 40
@@ -27,7 +27,7 @@ MAX_CUTS = 4
 
 
 def last_topic_start(text: str, log_posteriors: Callable[[Sequence[str]], Floats], nats: float) -> int:
-    """Return where the last topic of a text begins, as an index of characters; 0 = the text has one topic.
+    """Return where the last topic of a text begins, in characters; 0 = the text has one topic.
 
     Args:
         text: any text; a topic begins with a line.

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """The paper's embedder."""
 PIECE_CHARS = 16
-"""The characters of a word piece, at most as a rule: the last pieces of a long text are looked for in so many each."""
+"""Characters that a word piece rarely exceeds; the last pieces of a long text are looked for by it."""
 SPACE = re.compile(r"\s")
 
 
@@ -123,7 +123,7 @@ def _from_a_word_on(text: str, place: int) -> str:
 
 
 def _alike(sizes: Sequence[int]) -> list[list[int]]:
-    """Group texts by their sizes, none less than half of the longest of its group: what is padded costs as much."""
+    """Group texts by size, each at least half of the longest in its group, to limit padding."""
     groups: list[list[int]] = []
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
         if groups and 2 * sizes[place] >= sizes[groups[-1][0]]:

@@ -180,7 +180,7 @@ def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
 
 
 def stack_weights(weights: Sequence[Tensor]) -> Tensor:
-    """Stack weights in one tensor (sum of out, in) and turn each into a view of it; values stay the same."""
+    """Stack weights in one tensor (sum of out, in) and turn each into a view of it."""
     first = weights[0].data
     sizes = [len(weight) for weight in weights]
     if _is_stacked(weights):

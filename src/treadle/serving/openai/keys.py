@@ -73,7 +73,7 @@ class Keyring:
 
 
 def read_keys(file: Path, taken: Mapping[str, str] | None = None) -> list[tuple[str, frozenset[str] | None]]:
-    """Return the keys of a file, one a line, each with the adapters that follow it (a,b) or None for all.
+    """Return the keys of a file, one a line, each with its adapters or None for all.
 
     A `#` at the beginning of a line or after a space begins a comment.
 

@@ -79,7 +79,7 @@ class KvMemory:
         prefix_mebibytes: int,
         free_memory: Callable[[torch.device], int] = free_memory,
     ) -> None:
-        """Take at most so many MiB; None = a share of the memory that is free when the first sequence comes."""
+        """Take at most so many MiB; None = a share of the memory that is free at the first sequence."""
         self._engine = engine
         self._free_memory = free_memory
         self._mebibytes = mebibytes

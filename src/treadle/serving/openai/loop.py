@@ -205,7 +205,7 @@ class Loop:
         self._share_memory()
 
     def _batch_for(self, length: int) -> Batch:
-        """Return the batch that a row of `length` tokens pads least, or a new batch if all would pad too much."""
+        """Return the batch that a row of `length` tokens pads least, or a new one."""
         best = min(self._batches, key=lambda batch: batch.padding_with(length)[1], default=None)
         if best is not None:
             tokens, padding = best.padding_with(length)

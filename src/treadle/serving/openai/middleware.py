@@ -109,7 +109,7 @@ class Uploads:
         self._held += Counter[str]()  # without those that hold nothing
 
     async def receive(self, upload: Upload, headers: Headers, receive: Receive) -> None:
-        """Receive a whole body; a Failure says that it is too long or too slow, or that there is no room."""
+        """Receive a whole body; a Failure says that it is too long, too slow or without room."""
         length = headers.get("content-length", "0")
         if length.isdigit():
             self._check(int(length))

@@ -74,7 +74,7 @@ def _worded(host: str, port: int) -> Generator[None]:
 
 
 def _bind(host: str, port: int) -> Generator[socket.socket]:
-    """Yield a socket for each address of a host that this machine has; for port 0 the first one chooses the port."""
+    """Yield a socket for each address of a host here; for port 0 the first chooses the port."""
     missing: OSError | None = None
     is_bound = False
     for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from treadle.engine.runners.cpu.packing import is_amd
 
 MAX_SMALL_OUTPUTS, MAX_SMALL_OUTPUTS_AMD = 1 << 14, 1 << 17
-"""Tokens times outputs up to which vLLM's kernel for small weights is the faster one on a CPU without AMX tiles."""
+"""Tokens times outputs up to which vLLM's kernel for small weights is faster, without AMX tiles."""
 ANY_TOKENS = 1 << 30
 """The limit where that kernel is the faster one for any number of tokens."""
 OUTPUT_MULTIPLE, INPUT_MULTIPLE = 16, 32
@@ -28,7 +28,7 @@ WriteKernel = Callable[[Tensor, Tensor], object]
 
 @dataclass(frozen=True)
 class Product:
-    """Multiplies x (T, in) with a packed W: x W^T (T, out), by the kernel that is fastest for T tokens.
+    """Multiplies x (T, in) with a packed W by the kernel that is fastest for T tokens.
 
     Attributes:
         many: makes it for any number of tokens.

@@ -1,4 +1,4 @@
-"""The blended adapters as one process knows them: their slots, how texts are routed, and what a request may ask for.
+"""One process's view of the adapters: their slots, how texts are routed, and the options of requests.
 
 The API server, the scheduler and `/treadle/route` each hold a mixture of the same bundle. It holds no factors: those
 are in the workers (`treadle.serving.vllm.stacks`). Adapters join a mixture and leave it. Nothing here imports vLLM.

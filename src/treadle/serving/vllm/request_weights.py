@@ -24,7 +24,7 @@ from treadle.serving.vllm.text_pool import MAX_WINDOW_TOKENS, TextPool
 
 
 def keys_of(weights: Floats) -> list[bytes]:
-    """Return what tells each of the weights (P, N) apart; b"" = no adapter acts."""
+    """Return a key of each of the weights (P, N); b"" = no adapter acts."""
     whole, size = weights.tobytes(), weights.itemsize * weights.shape[1]
     acting = cast(list[bool], weights.any(1).tolist())
     return [whole[index * size : (index + 1) * size] if acting[index] else b"" for index in range(len(weights))]
@@ -169,11 +169,11 @@ class RequestWeights:
 
     @property
     def newest_key(self) -> bytes:
-        """Return what tells the newest weights apart; b"" = no adapter acts."""
+        """Return the key of the newest weights; b"" = no adapter acts."""
         return self._keys[-1]
 
     def key(self, start: int, end: int) -> bytes | None:
-        """Return what a block's hash must contain besides its tokens; None where no adapter acts on any of them."""
+        """Return a block's part of the hash besides its tokens; None where no adapter acts."""
         runs = [(self._keys[index], count) for index, count in self._runs(start, end)]
         if not any(key for key, _ in runs):
             return None

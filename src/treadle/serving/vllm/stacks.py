@@ -91,7 +91,7 @@ class StepBuffers(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputBlock:
-    """One product with B: the rows of the stack that it reads, and the columns of the output that it adds to."""
+    """One product with B: the stack's rows it reads, and the output's columns it adds to."""
 
     rows: slice
     columns: slice

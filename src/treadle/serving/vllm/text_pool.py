@@ -85,7 +85,7 @@ class TextPool:
         self._add(np.array(rows), self._stacked(closing), self._stacked(opened))
 
     def _add(self, rows: NDArray[np.int64], closing: Sums, opened: Sums) -> None:
-        """Add to rows (S,) the sums of words that are complete now, and of those that are open, each (S, D)."""
+        """Add to rows (S,) the sums of complete words and of open words, each (S, D)."""
         if self._room:
             self._before[rows, self._tokens[rows] % self._room] = self._sum[rows]
         closing += self._closed[rows]

@@ -1,4 +1,4 @@
-"""The CPU pass for a chunk of a long prompt: a few tokens of one row, for decoders built like Llama's.
+"""The CPU pass for a chunk of a long prompt, for decoders built like Llama's.
 
 A prompt that arrives while other rows run is read in chunks. For each chunk transformers copies the keys and values of
 the whole text once for every query head, and converts its mask once a layer. On a small model and a long text this
@@ -48,7 +48,7 @@ class ChunkPass:
 
 
 def _read(decoder: Decoder, ids: Tensor, cache: RowCache, asked: int | None) -> PassOutput:
-    """Return the logits (1, 1, V) after the tokens `ids` (1, T), and the hidden states of the layer `asked` for."""
+    """Return the logits (1, 1, V) after the tokens `ids` (1, T), and the hidden states of layer `asked`."""
     start, new, layers = cache.length, ids.shape[1], decoder.layers
     x = decoder.embed(ids)[0]  # (T, H)
     cos, sin = decoder.rotate(x, torch.arange(start, start + new)[None])  # (1, T, head)

@@ -89,7 +89,7 @@ def _version(layers: Sequence[nn.Linear]) -> int:
 
 
 class BaseWeight:
-    """A matrix W (out, in) of the base, or W with adapters' A below it: plain, and packed on first use."""
+    """A base matrix W (out, in), or W with adapters' A below it: plain, packed on first use."""
 
     def __init__(self, plain: Tensor, packs: PackedWeights, layers: Sequence[nn.Linear], *, has_factors: bool) -> None:
         """Take the stacked weights of some layers; `has_factors` says that A rows, which come and go, lie below."""

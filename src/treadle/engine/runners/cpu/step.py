@@ -170,7 +170,7 @@ class FastStep:
         allowed: Tensor | None,
         kept: RowLayer,
     ) -> Tensor:
-        """Return the attention result (B, heads * head) for q, k and v side by side (B, (q + k + v) * head)."""
+        """Return the attention result (B, heads * head) for q, k, v side by side."""
         cos, sin = rotation
         num_q, num_kv, size = self._decoder.num_heads, self._decoder.num_kv_heads, self._decoder.head_size
         heads = heads.contiguous().view(len(heads), -1, size)  # (B, q + k + v, head)

@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # Triton has no types, is absent on a CPU, and what `jit` decorates is not Python.
-"""Matrix products of few rows on a GPU: Triton kernels that read W faster than cuBLAS, and the choice among them."""
+"""Products of few rows on a GPU: Triton kernels that read W faster than cuBLAS."""
 
 import torch
 import triton

@@ -37,7 +37,7 @@ class CudaGraphs:
 
 
 class StepInputs:
-    """The data that changes between steps of a number of rows: on the device, and its staging memory on the host.
+    """The data that changes between steps, on the device, and its staging memory on the host.
 
     Attributes:
         ids: (B,) tokens.

@@ -32,7 +32,7 @@ class PendingUpdate(NamedTuple):
 
 
 class PendingNorm(NamedTuple):
-    """A norm whose scale is still to be applied: sums of squares (B, parts) of rows of `size`, and its epsilon."""
+    """A norm whose scale is pending: sums of squares (B, parts) of rows of `size`, and epsilon."""
 
     squares: Tensor
     size: int
@@ -114,7 +114,7 @@ class Kernels(Protocol):
         head_norms: HeadNorms | None,
         window: CacheWindow,
     ) -> Tensor:
-        """Finish q, k, v side by side (B, (q + kv + kv) * head), rotate q and k, and write k and v to the cache.
+        """Finish q, k, v side by side, rotate q and k, and write k and v to the cache.
 
         Args:
             product: has q, k and v.

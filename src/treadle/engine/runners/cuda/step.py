@@ -238,7 +238,7 @@ class GraphStep:
     def _products(
         self, linear: FusedLinear, x: Tensor, gates: Tensor | None, norm: PendingNorm | None = None
     ) -> PendingProduct:
-        """Return W x (B, sum of out and more), with the update, bias and norm of x that later stages apply."""
+        """Return W x (B, sum of out and more), with the update, bias and norm that are pending."""
         if gates is None or not linear.slots:
             return PendingProduct(self._kernels.product(x, linear.weight), None, linear.bias, norm)
         y = self._kernels.product(x, linear.whole)

@@ -236,7 +236,7 @@ def _read(
     q, keys, values, start, end, scaling, dims, is_dim,
     HEAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Attend with q (G, D) to some columns: return the largest score (G,), sum of weights (G,), sum of values (G, D).
+    """Attend with q (G, D): return the largest score (G,), sum of weights (G,), sum of values (G, D).
 
     For one head a group (G = 1) products are plain sums, because tensor cores need more rows.
     """
@@ -298,7 +298,7 @@ def attend_kernel(
     KV: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one split of a row's columns for one group of heads; the last program of a group joins the splits."""
+    """Attend to one split of a row's columns; the last program of a head group joins the splits."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, dims = tl.arange(0, G), tl.arange(0, D)
     is_head, is_dim = heads < GROUP, dims < HEAD

@@ -40,7 +40,7 @@ class TritonKernels:
         self._tickets: dict[torch.device, Tensor] = {}
 
     def bucket(self, num_rows: int) -> int:
-        """Return a power of two up to 8, then a multiple of 8 up to 64, then a multiple of 32."""
+        """Round up to a power of two up to 8, a multiple of 8 up to 64, then of 32."""
         if num_rows <= 8:
             return triton.next_power_of_2(num_rows)
         step = 8 if num_rows <= 64 else 32
