@@ -18,7 +18,7 @@ import treadle
 from treadle.bundle.base_model import load_tokenizer
 from treadle.common.params import SamplingParams
 from treadle.engine.chat import contents_of, joined, read_prompt
-from treadle.engine.sequence import Row, update_weights
+from treadle.engine.sequence import TokenSequence, update_weights
 from treadle.engine.tokenization import chat_text
 from treadle.experiments.data import load_examples, read_rows
 from treadle.routing.router import Router
@@ -74,7 +74,7 @@ def measure(router: Router, tokenizer: Any, task: str, asked: list[str]) -> list
 def weigh(router: Router, tokenizer: Any, prompts: list[Any]) -> np.ndarray:
     """Return the weights (B, N) under which the engine would read prompts."""
     sampling = SamplingParams()
-    rows = [Row(read_prompt(tokenizer, each), router, router.params, sampling, tokenizer) for each in prompts]
+    rows = [TokenSequence(read_prompt(tokenizer, each), router, router.params, sampling, tokenizer) for each in prompts]
     update_weights(rows)
     return np.stack([row.weights for row in rows])
 

@@ -16,7 +16,7 @@ from treadle.common.transformers_names import cache_argument
 from treadle.engine.engine import Engine
 from treadle.engine.kv_cache import RowCache
 from treadle.engine.runners.cuda.step import GraphStep
-from treadle.engine.sequence import Row
+from treadle.engine.sequence import TokenSequence
 
 from reference_kernels import PlainKernels
 
@@ -69,10 +69,14 @@ def prompts(lengths: Sequence[int]) -> list[list[int]]:
     return [draw.integers(0, SMALL["vocab_size"], length).tolist() for length in lengths]
 
 
-def generated(engine: Engine, lengths: Sequence[int], routings: Sequence[RoutingParams], tokens: int = 12) -> list[Row]:
+def generated(
+    engine: Engine, lengths: Sequence[int], routings: Sequence[RoutingParams], tokens: int = 12
+) -> list[TokenSequence]:
     """Generate in one batch whose rows join one step after the other, and leave at different times."""
     rows = [
-        Row(ids, engine.router, routing, SamplingParams(max_tokens=tokens + 3 * (index % 3)), engine.tokenizer)
+        TokenSequence(
+            ids, engine.router, routing, SamplingParams(max_tokens=tokens + 3 * (index % 3)), engine.tokenizer
+        )
         for index, (ids, routing) in enumerate(zip(prompts(lengths), routings, strict=True))
     ]
     batch, waiting = engine.new_batch(end_ids=frozenset()), list(rows)
@@ -84,7 +88,7 @@ def generated(engine: Engine, lengths: Sequence[int], routings: Sequence[Routing
     return rows
 
 
-def difference(some: Sequence[Row], others: Sequence[Row]) -> float:
+def difference(some: Sequence[TokenSequence], others: Sequence[TokenSequence]) -> float:
     """Return the largest difference of log-probabilities; fail if tokens differ or it is too large."""
     worst = 0.0
     for index, (one, other) in enumerate(zip(some, others, strict=True)):
@@ -147,7 +151,7 @@ def batch_is_singles() -> str:
     rows = generated(engine, [5, 70, 1, 33, 200, 12], routings)
     worst = 0.0
     for row in rows:
-        single = Row(row.ids[: row.prompt_tokens], engine.router, row.routing, row.sampling, engine.tokenizer)
+        single = TokenSequence(row.ids[: row.prompt_tokens], engine.router, row.routing, row.sampling, engine.tokenizer)
         batch = engine.new_batch(end_ids=frozenset())
         batch.join([single])
         while batch.rows:

@@ -14,7 +14,7 @@ from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
 from treadle.engine.prefix_cache import PrefixCache, PrefixCopy
-from treadle.engine.sequence import Report, Row
+from treadle.engine.sequence import OutputOptions, TokenSequence
 from treadle.engine.tokenization import prompt_ids
 
 from conftest import SAMPLES, save_adapter
@@ -33,7 +33,7 @@ SAMPLING = SamplingParams(max_tokens=12)
 every_routing = pytest.mark.parametrize("name", ROUTINGS)
 
 
-def make_row(engine: Engine, text: str, routing: RoutingParams, report: Report | None = None) -> Row:
+def make_row(engine: Engine, text: str, routing: RoutingParams, report: OutputOptions | None = None) -> TokenSequence:
     ids = prompt_ids(engine.tokenizer, text)
     (row,) = engine.new_rows([ids], sampling=SAMPLING, routing=routing, report=report)
     return row
@@ -44,13 +44,13 @@ def finish(batch: Batch) -> None:
         batch.step()
 
 
-def read(batch: Batch, rows: Sequence[Row], num_columns: int | None = None) -> None:
+def read(batch: Batch, rows: Sequence[TokenSequence], num_columns: int | None = None) -> None:
     reading = batch.begin(rows)
     while not reading.is_finished:
         batch.read(reading, num_columns)
 
 
-def assert_same(row: Row, other: Row) -> None:
+def assert_same(row: TokenSequence, other: TokenSequence) -> None:
     assert row.ids == other.ids
     logprobs = [[event.logprob for event in each.events] for each in (row, other)]
     np.testing.assert_allclose(*logprobs, atol=1e-4)
@@ -90,7 +90,7 @@ def test_running_rows_do_not_notice_a_prompt_that_is_read_between_their_steps(en
     assert late.is_finished
 
 
-def uncached_logprobs(engine: Engine, row: Row) -> torch.Tensor:
+def uncached_logprobs(engine: Engine, row: TokenSequence) -> torch.Tensor:
     """(T - 1, V) under the weights of a row that never change."""
     weights = np.zeros(len(engine.blend.names), np.float32)
     weights[:] = row.weights
@@ -101,7 +101,7 @@ def uncached_logprobs(engine: Engine, row: Row) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["fixed", "one", "base"])
 @pytest.mark.parametrize("num_columns", [5, None])
 def test_a_report_is_what_an_uncached_forward_says(engine: Engine, name: str, num_columns: int | None) -> None:
-    rows = [make_row(engine, prompt, ROUTINGS[name], Report(likeliest=3, prompt=True)) for prompt in PROMPTS[:2]]
+    rows = [make_row(engine, prompt, ROUTINGS[name], OutputOptions(likeliest=3, prompt=True)) for prompt in PROMPTS[:2]]
     batch = engine.new_batch()
     read(batch, rows, num_columns)
     finish(batch)
@@ -117,7 +117,9 @@ def test_a_report_is_what_an_uncached_forward_says(engine: Engine, name: str, nu
 
 
 def test_nothing_is_reported_unasked(engine: Engine) -> None:
-    asked, unasked = (make_row(engine, PROMPTS[0], ROUTINGS["base"], report) for report in (Report(likeliest=2), None))
+    asked, unasked = (
+        make_row(engine, PROMPTS[0], ROUTINGS["base"], report) for report in (OutputOptions(likeliest=2), None)
+    )
     batch = engine.new_batch()
     batch.join([asked, unasked])
     finish(batch)
@@ -126,7 +128,9 @@ def test_nothing_is_reported_unasked(engine: Engine) -> None:
     assert unasked.prompt_scores == []
 
 
-def run(engine: Engine, text: str, routing: RoutingParams, prefixes: PrefixCache | None, owner: str = "") -> Row:
+def run(
+    engine: Engine, text: str, routing: RoutingParams, prefixes: PrefixCache | None, owner: str = ""
+) -> TokenSequence:
     row = make_row(engine, text, routing)
     row.owner = owner
     batch = engine.new_batch(prefixes=prefixes)

@@ -12,7 +12,7 @@ from treadle.engine.chat import contents_of, joined, only, pieces_of, prompt_cur
 from treadle.engine.engine import Engine
 from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.rendered_chats import RenderedChats
-from treadle.engine.sequence import Row, update_weights
+from treadle.engine.sequence import TokenSequence, update_weights
 from treadle.routing.router import Router
 
 from conftest import byte_tokenizer
@@ -55,9 +55,9 @@ def chat(*contents: str, system: str = "") -> list[dict[str, str]]:
     return [*([{"role": "system", "content": system}] if system else []), *turns]
 
 
-def row_of(router: Router, tokenizer: Any, prompt: Any, routing: RoutingParams, answer: str = "") -> Row:
+def row_of(router: Router, tokenizer: Any, prompt: Any, routing: RoutingParams, answer: str = "") -> TokenSequence:
     """A row after its prompt and an answer, with the weights that are due then."""
-    row = Row(read_prompt(tokenizer, prompt), router, routing, SamplingParams(max_tokens=99), tokenizer)
+    row = TokenSequence(read_prompt(tokenizer, prompt), router, routing, SamplingParams(max_tokens=99), tokenizer)
     update_weights([row])
     for token_id in tokenizer(answer).input_ids:
         row.accept(token_id, 0.0, False)

@@ -19,7 +19,7 @@ from treadle.engine.runners.cpu.step import FastStep
 from treadle.engine.runners.decoder import ARCHITECTURES
 from treadle.engine.runners.passes import PassInput, PassOutput
 from treadle.engine.runners.runner import Runner
-from treadle.engine.sequence import Report, Row
+from treadle.engine.sequence import OutputOptions, TokenSequence
 from treadle.lora.blend import Blend, attach
 
 from test_fast_step import MakeEngine, build, build_known, folders, make_engine, step_of  # noqa: F401 - fixtures
@@ -34,7 +34,9 @@ ROUTINGS = {
 }
 
 
-def read(engine: Engine, routing: RoutingParams, columns: int, report: Report | None = None) -> tuple[Row, Batch]:
+def read(
+    engine: Engine, routing: RoutingParams, columns: int, report: OutputOptions | None = None
+) -> tuple[TokenSequence, Batch]:
     (row,) = engine.new_rows([IDS], sampling=SamplingParams(max_tokens=6), routing=routing, report=report)
     batch = engine.new_batch()
     reading = batch.begin([row])
@@ -69,11 +71,11 @@ def fast_engine(make_engine: MakeEngine, name: str) -> tuple[Engine, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain_rows(make_engine: MakeEngine) -> Callable[[str], list[Row]]:  # noqa: F811
+def plain_rows(make_engine: MakeEngine) -> Callable[[str], list[TokenSequence]]:  # noqa: F811
     """The rows of each routing as a model's own forward reads and continues them; made once a module."""
 
     @cache
-    def rows(name: str) -> list[Row]:
+    def rows(name: str) -> list[TokenSequence]:
         engine = make_engine(build_known(name), is_fast=False)
         return [read(engine, routing, MAX_CHUNK_TOKENS)[0] for routing in ROUTINGS.values()]
 
@@ -84,7 +86,7 @@ def plain_rows(make_engine: MakeEngine) -> Callable[[str], list[Row]]:  # noqa: 
 @pytest.mark.parametrize("columns", [7, 32, MAX_CHUNK_TOKENS])
 def test_a_chunk_is_forward(
     make_engine: MakeEngine,  # noqa: F811
-    plain_rows: Callable[[str], list[Row]],
+    plain_rows: Callable[[str], list[TokenSequence]],
     name: str,
     columns: int,
 ) -> None:
@@ -120,7 +122,7 @@ def test_in_bfloat16_a_chunk_is_as_close_as_forward(columns: int) -> None:
 
 def test_a_prompt_that_is_scored_is_read_by_the_model(make_engine: MakeEngine) -> None:  # noqa: F811
     engine, chunks = fast_engine(make_engine, "LlamaForCausalLM")
-    row, _ = read(engine, ROUTINGS["sum"], 16, Report(prompt=True))
+    row, _ = read(engine, ROUTINGS["sum"], 16, OutputOptions(prompt=True))
     assert chunks == []
     assert len(row.prompt_scores) == len(IDS) - 1
 

@@ -22,7 +22,7 @@ from treadle.engine.runners.cuda.interface import Kernels
 from treadle.engine.runners.cuda.step import Gpu, GraphStep, can_build_launchers, fits
 from treadle.engine.runners.decoder import ARCHITECTURES
 from treadle.engine.runners.runner import Runner
-from treadle.engine.sequence import Row
+from treadle.engine.sequence import TokenSequence
 from treadle.lora.adapter import read_adapter
 from treadle.routing.router import Router
 
@@ -152,7 +152,7 @@ def test_rows_join_and_leave_and_a_batch_is_its_singles(make_engine: MakeEngine,
     prompts = [[5, 9, 7], list(range(40, 60)), [3], list(range(100, 109))]
     routings = [SUMS[0], SUMS[2], RoutingParams.base(), SUMS[0]]
     rows = [
-        Row(ids, engine.router, routing, SamplingParams(max_tokens=tokens), engine.tokenizer)
+        TokenSequence(ids, engine.router, routing, SamplingParams(max_tokens=tokens), engine.tokenizer)
         for ids, routing, tokens in zip(prompts, routings, (9, 3, 6, 5), strict=True)
     ]
     batch = engine.new_batch(end_ids=frozenset())
@@ -163,7 +163,7 @@ def test_rows_join_and_leave_and_a_batch_is_its_singles(make_engine: MakeEngine,
         if waiting:
             batch.join([waiting.pop(0)])
     for row in rows:
-        single = Row(row.ids[: row.prompt_tokens], alone.router, row.routing, row.sampling, alone.tokenizer)
+        single = TokenSequence(row.ids[: row.prompt_tokens], alone.router, row.routing, row.sampling, alone.tokenizer)
         batch = alone.new_batch(end_ids=frozenset())
         batch.join([single])
         while batch.rows:

@@ -15,7 +15,7 @@ import pytest
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.completion import Completion
 from treadle.engine.engine import Engine
-from treadle.engine.sequence import Report, Row
+from treadle.engine.sequence import OutputOptions, TokenSequence
 from treadle.serving.openai.jobs import Job, News, Started, Work
 from treadle.serving.openai.loop import Loop
 from treadle.serving.openai.metrics import Metrics
@@ -34,7 +34,13 @@ ROUTINGS = (
     RoutingParams.one("code"),
     RoutingParams.base(),
 )
-REPORTS = (Report(), Report(), Report(likeliest=3), Report(likeliest=2, prompt=True), Report(comparison=True))
+REPORTS = (
+    OutputOptions(),
+    OutputOptions(),
+    OutputOptions(likeliest=3),
+    OutputOptions(likeliest=2, prompt=True),
+    OutputOptions(comparison=True),
+)
 
 
 @dataclass
@@ -87,7 +93,7 @@ def run(loop: Loop, random: Random, coming: Iterator[Request]) -> list[Request]:
     return taken
 
 
-def assert_alone(row: Row, alone: Completion) -> None:
+def assert_alone(row: TokenSequence, alone: Completion) -> None:
     assert tuple(event.token_id for event in row.events) == alone.token_ids
     assert "".join(event.text for event in row.events) == alone.text
     assert row.events[-1].finish_reason == alone.finish_reason

@@ -18,7 +18,7 @@ from treadle.engine.engine import Engine
 from treadle.engine.kv_cache import RowLayer
 from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.scoring import score_greedy, score_ids
-from treadle.engine.sequence import Report, Row, RowError
+from treadle.engine.sequence import OutputOptions, SequenceError, TokenSequence
 from treadle.lora.adapter import read_adapter
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import Router
@@ -56,7 +56,7 @@ def poisoned(
     return engine, [engine.generate_ids([p], sampling=s, routing=r)[0] for p, s, r in each]
 
 
-def rows_of(engine: Engine) -> list[Row]:
+def rows_of(engine: Engine) -> list[TokenSequence]:
     return engine.new_rows(PROMPTS, sampling=SAMPLINGS, routing=[ROUTINGS[place % 4] for place in range(32)])
 
 
@@ -92,7 +92,7 @@ def test_one_bad_row_of_32_costs_no_other(
         rows[BAD].ids[-1] = POISON
     while batch.rows:
         told += batch.step()
-    failures = [(row, event) for row, event in told if isinstance(event, RowError)]
+    failures = [(row, event) for row, event in told if isinstance(event, SequenceError)]
     assert failures == [(rows[BAD], rows[BAD].failure)]
     assert ("no room" if is_raising else "overflows") in str(rows[BAD].failure)
     for place, (row, expected) in enumerate(zip(rows, alone, strict=True)):
@@ -172,7 +172,7 @@ def test_one_text_of_32_that_cannot_be_routed_costs_no_other(
         break_it()
     while batch.rows:
         told += batch.step()
-    failures = [(row, event) for row, event in told if isinstance(event, RowError)]
+    failures = [(row, event) for row, event in told if isinstance(event, SequenceError)]
     assert failures == [(rows[bad], rows[bad].failure)]
     assert "cannot be routed: " in str(rows[bad].failure)
     assert message in str(rows[bad].failure)
@@ -189,7 +189,7 @@ def test_a_text_that_cannot_be_routed_alone_ends_in_its_error(engine: Engine, mo
     batch = engine.new_batch()
     reading = batch.begin([row])
     assert reading.members == [row]
-    assert [type(event) for _, event in batch.read(reading, 1)] == [RowError]
+    assert [type(event) for _, event in batch.read(reading, 1)] == [SequenceError]
     assert reading.is_finished
     assert not batch.rows
 
@@ -214,7 +214,7 @@ def test_scores_that_are_no_numbers_are_an_error_that_names_their_rows(
     good, bad = (PROMPTS[3], PROMPTS[4]), (PROMPTS[3], [97, POISON, 98])
     for run in (score_ids, score_greedy):
         assert len(run(engine, [good, good], params)) == 2
-        with pytest.raises(RowError, match=r"overflows under these weights: no log-probabilities of row 1, 3\."):
+        with pytest.raises(SequenceError, match=r"overflows under these weights: no log-probabilities of row 1, 3\."):
             run(engine, [good, bad, good, bad], params)
 
 
@@ -229,7 +229,7 @@ def test_a_prompt_whose_scores_are_no_numbers_ends_alone(engine: Engine, columns
             logits[-1, -2] = torch.inf
         return logits
 
-    rows = engine.new_rows([[97, 98, 99, 100]] * 2, routing=RoutingParams.base(), report=Report(prompt=True))
+    rows = engine.new_rows([[97, 98, 99, 100]] * 2, routing=RoutingParams.base(), report=OutputOptions(prompt=True))
     engine.model.lm_head.forward = overflowing
     batch = engine.new_batch()
     for row in rows if columns else ():
@@ -251,7 +251,7 @@ def test_a_stream_that_cannot_go_on_ends_with_its_error(
     next(events)
     with pytest.raises(GenerationError, match="ZeroDivisionError") as caught:
         next(events)
-    assert isinstance(caught.value.__cause__, RowError)
+    assert isinstance(caught.value.__cause__, SequenceError)
 
 
 def test_a_bad_prompt_is_not_kept_for_others(poisoned: tuple[Engine, list[Completion]]) -> None:

@@ -22,7 +22,7 @@ from treadle.common.errors import OptionError, TreadleError, reason_of
 from treadle.common.memory import trim
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
-from treadle.engine.sequence import Row, TokenEvent
+from treadle.engine.sequence import TokenEvent, TokenSequence
 from treadle.experiments.pools import random_adapters, random_router
 from treadle.experiments.timing import Table, TableLine, lines
 from treadle.experiments.workbench import SPARE_TOKENS, WARM_UP_STEPS, Lab, Steps, not_run, pooled, time_steps
@@ -74,7 +74,7 @@ def _steps(lab: Lab, engines: dict[str, Engine], batch: int, num_steps: int) -> 
     return [replace(line, note=layings.get(line.arm, line.note)) for line in spent]
 
 
-class DictatedRow(Row):
+class DictatedRow(TokenSequence):
     """A row that is given its tokens: the model computes what it always does, the text goes its own way."""
 
     def dictate(self, text: Sequence[int]) -> "DictatedRow":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from treadle.common.errors import AdapterError, OptionError, OptionProblem, TreadleError, problem_list, unknown_name
 from treadle.common.params import RoutingParams
-from treadle.engine.sequence import Row
+from treadle.engine.sequence import TokenSequence
 from treadle.lora.adapter import Adapter
 from treadle.lora.blend import attach
 from treadle.lora.compatibility import check_combine, check_tokens
@@ -47,11 +47,11 @@ class AdapterSet:
         self._rereading = rereading
         self.router = router
         self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
-        self._running: list[Row] = []
+        self._running: list[TokenSequence] = []
         self._retired: set[str] = set()  # adapters out of the router whose factors are still attached
 
     @property
-    def running(self) -> tuple[Row, ...]:
+    def running(self) -> tuple[TokenSequence, ...]:
         """The rows that count as running."""
         return tuple(self._running)
 
@@ -107,11 +107,11 @@ class AdapterSet:
         if stacks is not None:
             self._take(stacks)
 
-    def hold(self, rows: Sequence[Row]) -> None:
+    def hold(self, rows: Sequence[TokenSequence]) -> None:
         """Count rows as running, so that the adapters they started with stay; `release` them when they have ended."""
         self._running += rows
 
-    def release(self, rows: Sequence[Row]) -> bool:
+    def release(self, rows: Sequence[TokenSequence]) -> bool:
         """Stop counting rows as running; return whether a retired adapter lost its last row, for `drop_retired`."""
         unused = self._unused()
         self._running = [row for row in self._running if row not in rows]

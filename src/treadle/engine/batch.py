@@ -20,11 +20,11 @@ from treadle.engine.readings import Reading, score_prompts
 from treadle.engine.runners.passes import PassInput
 from treadle.engine.runners.runner import Runner
 from treadle.engine.sampling import new_generator
-from treadle.engine.sequence import Row, RowError, TokenEvent, update_weights
+from treadle.engine.sequence import SequenceError, TokenEvent, TokenSequence, update_weights
 from treadle.lora.blend import Blend
 from treadle.routing.centroids import Floats
 
-Events = list[tuple[Row, TokenEvent | RowError]]
+Events = list[tuple[TokenSequence, TokenEvent | SequenceError]]
 """Results of a step: each row has one more token, or an error that ended it."""
 
 
@@ -38,7 +38,7 @@ class Batch:
         end_ids: frozenset[int],
         prefixes: PrefixCache | None = None,
     ) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[TokenSequence] = []
         self._runner = runner
         self._blend = blend
         self._end_ids = end_ids
@@ -47,12 +47,12 @@ class Batch:
         self.route_seconds = 0.0  # spent on weights so far
 
     @torch.inference_mode()
-    def join(self, rows: Sequence[Row]) -> Events:
+    def join(self, rows: Sequence[TokenSequence]) -> Events:
         """Read the prompts of new rows and give each its first token."""
         return self.read(self.begin(rows))
 
     @torch.inference_mode()
-    def begin(self, rows: Sequence[Row]) -> Reading:
+    def begin(self, rows: Sequence[TokenSequence]) -> Reading:
         """Start to read the prompts of new rows; `read` goes on. What is known of a single row's prompt is not read."""
         for row in rows:
             row.generator = new_generator(row.sampling, self._runner.device)
@@ -96,7 +96,7 @@ class Batch:
         return self._advance(found)
 
     @torch.inference_mode()
-    def leave(self, rows: Sequence[Row]) -> None:
+    def leave(self, rows: Sequence[TokenSequence]) -> None:
         """Drop rows, finished or not; the others do not notice."""
         self._keep([row for row in self.rows if row not in rows])
 
@@ -112,17 +112,17 @@ class Batch:
         lengths = [*(len(row.ids) for row in self.rows), length]
         return sum(lengths), len(lengths) * max(lengths) - sum(lengths)
 
-    def is_reread(self, row: Row) -> bool:
+    def is_reread(self, row: TokenSequence) -> bool:
         """Whether the row's text will be read anew while it is generated."""
         if row.routing.past == "recompute":
             return row.routing.every is not None
         return self._runner.rope is not None and row.prompt_tokens <= self._runner.rope.limit < row.most_tokens
 
-    def _has_grown(self, row: Row) -> bool:
+    def _has_grown(self, row: TokenSequence) -> bool:
         """Whether the newest token makes the text so long that all of it is rotated otherwise, and read again."""
         return self._runner.rope is not None and len(row.ids) == self._runner.rope.limit + 1
 
-    def _route(self, rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]:
+    def _route(self, rows: Sequence[TokenSequence]) -> tuple[list[TokenSequence], dict[TokenSequence, SequenceError]]:
         started = time.perf_counter()
         routed = update_weights(rows)
         self.route_seconds += time.perf_counter() - started
@@ -132,7 +132,7 @@ class Batch:
         """Give each row the token that was found for it; rows that have ended leave."""
         events: Events = []
         for row, draw in found.items():
-            if isinstance(draw, RowError):
+            if isinstance(draw, SequenceError):
                 row.failure = draw
                 events.append((row, draw))
             else:
@@ -159,7 +159,7 @@ class Batch:
         """Let rows of a reading without a token leave; read them again where others may be to blame."""
         reading.done = reading.length
         found |= reading.lost
-        bad = [row for row in reading.rows if isinstance(found[row], RowError)]
+        bad = [row for row in reading.rows if isinstance(found[row], SequenceError)]
         for index, row in enumerate(reading.rows):
             if row not in bad and not row.events:
                 self._remember(row, reading.cache, index, reading.copy)
@@ -172,7 +172,7 @@ class Batch:
                 found |= self._read_whole(half, is_again=reading.is_again)
         return found
 
-    def _read_whole(self, rows: Sequence[Row], *, is_again: bool = False) -> Draws:
+    def _read_whole(self, rows: Sequence[TokenSequence], *, is_again: bool = False) -> Draws:
         """Read the texts of rows from their beginning, and let the rows join; `is_again` as `Reading` takes it."""
         for row in rows:
             if not row.events:
@@ -257,7 +257,7 @@ class Batch:
         for row in reading.rows:
             row.num_read = len(row.ids)
 
-    def _read_newest_of(self, rows: Sequence[Row], cache: RowCache) -> Tensor:
+    def _read_newest_of(self, rows: Sequence[TokenSequence], cache: RowCache) -> Tensor:
         """Read the newest token of rows into their cache; return the logits (B, V)."""
         ids = torch.tensor([row.ids[-1:] for row in rows])
         pads = [cache.length - row.num_read for row in rows]
@@ -265,7 +265,7 @@ class Batch:
 
     def _forward(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[TokenSequence],
         ids: Tensor,
         pads: Sequence[int],
         cache: RowCache,
@@ -289,7 +289,7 @@ class Batch:
         )
         return self._runner.run(given).logits
 
-    def _stacked(self, rows: Sequence[Row], weights: Sequence[Floats], num_tokens: int) -> Floats | None:
+    def _stacked(self, rows: Sequence[TokenSequence], weights: Sequence[Floats], num_tokens: int) -> Floats | None:
         """Return the rows' weights (B, 1 or T, N of the blend); None where no adapter acts."""
         if not any(each.any() for each in weights):
             return None
@@ -301,7 +301,7 @@ class Batch:
             stacked[index, start:, _columns(names, row.router.names)] = each.T
         return stacked
 
-    def _keep(self, rows: Sequence[Row]) -> None:
+    def _keep(self, rows: Sequence[TokenSequence]) -> None:
         """Drop the other rows; of those that stay, the last ones move to where others were."""
         kept = [place for place, row in enumerate(self.rows) if row in rows]
         if not kept:
@@ -313,12 +313,12 @@ class Batch:
             longest = max(row.num_read for row in self.rows)
             self.cache.keep(order, self.cache.length - longest)
 
-    def _text(self, row: Row) -> PrefixText:
+    def _text(self, row: TokenSequence) -> PrefixText:
         """Return the tokens of a row that have been read, or are about to be, with their weights."""
         read = len(row.ids) - bool(row.events)
         return PrefixText.of(row, self._blend, "long" if self._runner.rope and self._runner.rope.is_long(read) else "")
 
-    def _remember(self, row: Row, cache: RowCache, index: int, copy: PrefixCopy | None = None) -> None:
+    def _remember(self, row: TokenSequence, cache: RowCache, index: int, copy: PrefixCopy | None = None) -> None:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""
         if self._prefixes and (not row.events or row.is_like_prompt):
             self._prefixes.store(self._text(row), cache, index, copy)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from treadle.common.errors import TreadleError, problem_list
-from treadle.engine.sequence import FinishReason, Row, RowError
+from treadle.engine.sequence import FinishReason, SequenceError, TokenSequence
 from treadle.routing.centroids import Floats
 
 
@@ -35,7 +35,7 @@ class Completion:
     seconds: float
 
     @classmethod
-    def of(cls, row: Row, reason: FinishReason, seconds: float) -> "Completion":
+    def of(cls, row: TokenSequence, reason: FinishReason, seconds: float) -> "Completion":
         """Return the completion of a finished row."""
         return cls(
             text="".join(event.text for event in row.events),
@@ -57,7 +57,7 @@ class GenerationError(TreadleError):
         failures: the error of each prompt that has no completion, by its place.
     """
 
-    def __init__(self, completions: Sequence[Completion | None], failures: dict[int, RowError]) -> None:
+    def __init__(self, completions: Sequence[Completion | None], failures: dict[int, SequenceError]) -> None:
         super().__init__(problem_list("generation:", [f"prompt {place}: {why}" for place, why in failures.items()]))
         self.completions = tuple(completions)
         self.failures = failures

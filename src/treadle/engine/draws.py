@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from treadle.engine.sampling import likeliest, sample
-from treadle.engine.sequence import Likeliest, Row, RowError
+from treadle.engine.sequence import Likeliest, SequenceError, TokenSequence
 
 OVERFLOW = "the model overflows under these weights: there is no next token."
 
@@ -20,10 +20,14 @@ class Draw(NamedTuple):
     likeliest: Likeliest
 
 
-Draws = dict[Row, Draw | RowError]
+Draws = dict[TokenSequence, Draw | SequenceError]
 
 
-def drawn(rows: Sequence[Row], run: Callable[[], Tensor], found: Mapping[Row, Draw | RowError] | None = None) -> Draws:
+def drawn(
+    rows: Sequence[TokenSequence],
+    run: Callable[[], Tensor],
+    found: Mapping[TokenSequence, Draw | SequenceError] | None = None,
+) -> Draws:
     """Run a pass and draw each row's next token from its logits (B, V), or give the row an error.
 
     Rows whose token was `found` already keep it: to draw again would move their random stream on.
@@ -39,26 +43,26 @@ def drawn(rows: Sequence[Row], run: Callable[[], Tensor], found: Mapping[Row, Dr
     if failure := failure_of(draw):
         return {rows[index]: failure for index in wanted}
     each = zip(wanted, draws, strict=True)
-    return {rows[index]: made if isfinite(made.logprob) else RowError(OVERFLOW) for index, made in each}
+    return {rows[index]: made if isfinite(made.logprob) else SequenceError(OVERFLOW) for index, made in each}
 
 
-def failure_of(run: Callable[[], object], what: str = "the forward pass failed") -> RowError | None:
+def failure_of(run: Callable[[], object], what: str = "the forward pass failed") -> SequenceError | None:
     """Run a part of what rows need; return their error where it fails, whatever it raises."""
     try:
         run()
-    except RowError as failure:  # it says itself what is wrong
+    except SequenceError as failure:  # it says itself what is wrong
         return failure.with_traceback(None)  # whose frames hold the logits
     except Exception as error:  # such as for want of memory: it must cost no row that is not to blame
-        return RowError.of(what, error)
+        return SequenceError.of(what, error)
     return None
 
 
 def are_whole(draws: Draws) -> bool:
     """Return whether every row has a token."""
-    return not any(isinstance(draw, RowError) for draw in draws.values())
+    return not any(isinstance(draw, SequenceError) for draw in draws.values())
 
 
-def _draw(rows: Sequence[Row], logits: Tensor) -> list[Draw]:
+def _draw(rows: Sequence[TokenSequence], logits: Tensor) -> list[Draw]:
     """Draw the next token of each row from logits (B, V)."""
     tokens, logprobs = sample(logits, [row.sampling for row in rows], [row.generator for row in rows])
     counts = [row.report.likeliest for row in rows]

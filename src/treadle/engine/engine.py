@@ -16,7 +16,7 @@ from treadle.engine.chat import TokenPrompt, read_prompt, token_prompt
 from treadle.engine.completion import Completion, GenerationError
 from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.runners.runner import check_pack, is_plain_decoder, new_runner
-from treadle.engine.sequence import Report, Row, RowError, TokenEvent
+from treadle.engine.sequence import OutputOptions, SequenceError, TokenEvent, TokenSequence
 from treadle.engine.supported import check_supported, rereading_layers
 from treadle.engine.tokenization import Prompt, check_known, is_one_prompt
 from treadle.lora.adapter import Adapter, read_adapter
@@ -96,7 +96,7 @@ class Engine:
         return bool(self.runner.own)
 
     @property
-    def running(self) -> tuple[Row, ...]:
+    def running(self) -> tuple[TokenSequence, ...]:
         """The rows that run, or wait for a batch."""
         return self.adapters.running
 
@@ -217,9 +217,9 @@ class Engine:
         *,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         routing: RoutingParams | Sequence[RoutingParams] | None = None,
-        report: Report | None = None,
+        report: OutputOptions | None = None,
         router: Router | None = None,
-    ) -> list[Row]:
+    ) -> list[TokenSequence]:
         """Return rows of prompts that are tokens, each (T), to `adapters.hold` and then run in a batch of `new_batch`.
 
         Args:
@@ -238,14 +238,14 @@ class Engine:
         """Give the base model back as it was; the engine is of no use afterwards."""
         self.blend.detach()
 
-    def _stream(self, rows: Sequence[Row]) -> Generator[TokenEvent]:
+    def _stream(self, rows: Sequence[TokenSequence]) -> Generator[TokenEvent]:
         for _, event in self._run(rows):
-            if isinstance(event, RowError):
+            if isinstance(event, SequenceError):
                 raise GenerationError([None], {0: event}) from event
             yield event
 
-    def _complete(self, rows: Sequence[Row], started: float) -> list[Completion]:
-        done: dict[Row, Completion] = {}
+    def _complete(self, rows: Sequence[TokenSequence], started: float) -> list[Completion]:
+        done: dict[TokenSequence, Completion] = {}
         for row, event in self._run(rows):
             if isinstance(event, TokenEvent) and event.finish_reason:
                 done[row] = Completion.of(row, event.finish_reason, time.perf_counter() - started)
@@ -261,14 +261,14 @@ class Engine:
         *,
         read: Callable[[Any], TokenPrompt] | None = None,
         router: Router | None = None,
-    ) -> list[Row]:
+    ) -> list[TokenSequence]:
         """Make rows, or raise one error that lists what is wrong with any of them."""
         router = router or self.router
         samplings = _each(sampling or SamplingParams(), len(prompts), SamplingParams, "sampling")
         routings = _each(routing or router.params, len(prompts), RoutingParams, "routing")
         self.check_routing(routings, router)
         context, vocabulary = self.context, self.vocabulary
-        rows: list[Row] = []
+        rows: list[TokenSequence] = []
         problems: list[str] = []
         for index, (prompt, each, params) in enumerate(zip(prompts, samplings, routings, strict=True)):
             try:
@@ -283,12 +283,12 @@ class Engine:
                 problems.append(f"prompt {index} has {length} tokens; the model reads at most {context}")
                 continue
             limited = replace(each, max_tokens=min(each.max_tokens, room))
-            rows.append(Row(given, router, params, limited, self.tokenizer))
+            rows.append(TokenSequence(given, router, params, limited, self.tokenizer))
         if problems:
             raise OptionError(problem_list("prompts:", problems))
         return rows
 
-    def _run(self, rows: Sequence[Row]) -> Generator[tuple[Row, TokenEvent | RowError]]:
+    def _run(self, rows: Sequence[TokenSequence]) -> Generator[tuple[TokenSequence, TokenEvent | SequenceError]]:
         """Run rows to their end, a limited number at a time, the longest-waiting first."""
         batch = self.new_batch()
         most = MAX_BATCH if self.model.device.type == "cpu" else GPU_BATCH

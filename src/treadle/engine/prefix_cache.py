@@ -18,7 +18,7 @@ from torch import Tensor
 
 from treadle.common.memory import new_pages
 from treadle.engine.kv_cache import RowCache
-from treadle.engine.sequence import Row
+from treadle.engine.sequence import TokenSequence
 from treadle.lora.adapter import Adapter
 from treadle.lora.blend import Blend
 from treadle.routing.centroids import Floats
@@ -60,7 +60,7 @@ class PrefixText:
         return self.ids[:MIN_PREFIX_TOKENS].tobytes()
 
     @classmethod
-    def of(cls, row: Row, blend: Blend, rope: str = "") -> "PrefixText":
+    def of(cls, row: TokenSequence, blend: Blend, rope: str = "") -> "PrefixText":
         """Return a row's tokens without the newest generated one, which no pass has read yet."""
         ids = np.array(row.ids[: len(row.ids) - bool(row.events)])
         later = [event.weights for event in row.events[1:]]

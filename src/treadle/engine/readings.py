@@ -11,7 +11,7 @@ from treadle.engine.draws import failure_of
 from treadle.engine.kv_cache import RowCache
 from treadle.engine.prefix_cache import PrefixCopy
 from treadle.engine.sampling import likeliest, score_tokens
-from treadle.engine.sequence import NOT_ROUTED, Row, RowError, TokenScore
+from treadle.engine.sequence import NOT_ROUTED, SequenceError, TokenScore, TokenSequence
 from treadle.routing.centroids import Floats
 
 
@@ -19,7 +19,11 @@ class Reading:
     """Rows whose texts are being read into a cache of their own, padded on the left to the longest."""
 
     def __init__(
-        self, rows: Sequence[Row], *, is_again: bool = False, lost: Mapping[Row, RowError] | None = None
+        self,
+        rows: Sequence[TokenSequence],
+        *,
+        is_again: bool = False,
+        lost: Mapping[TokenSequence, SequenceError] | None = None,
     ) -> None:
         """Start at the first column; the rows' weights must have been decided.
 
@@ -29,7 +33,7 @@ class Reading:
             lost: rows that came with the others and cannot be weighed.
         """
         self.is_again = is_again
-        self.rows: list[Row] = []  # those that are read
+        self.rows: list[TokenSequence] = []  # those that are read
         self.lost = dict(lost or {})  # those that cannot be, as the end of the reading will tell
         self.weights: list[Floats] = []  # of each row (T, N), or (1, N) for all T alike
         for row in rows:
@@ -42,7 +46,7 @@ class Reading:
         self.cache.expect(max((row.most_tokens for row in self.rows), default=1))
         self.copy: PrefixCopy | None = None  # for the prefixes, of a single row
 
-    def _take(self, row: Row) -> None:
+    def _take(self, row: TokenSequence) -> None:
         """Read a row with the others, under weights that `prefill="causal"` makes here."""
         if self.is_again:
             weights = row.weights_again()
@@ -53,7 +57,7 @@ class Reading:
         self.rows.append(row)
 
     @property
-    def members(self) -> list[Row]:
+    def members(self) -> list[TokenSequence]:
         """All rows of the reading, read or lost: each is told what has become of it."""
         return [*self.rows, *self.lost]
 
@@ -77,7 +81,7 @@ class Reading:
 def score_prompts(reading: Reading, first: int, logits: Tensor) -> None:
     """Score the tokens behind the columns from `first` on, given logits (B, T, V), for rows that ask.
 
-    A RowError says that the model overflows.
+    A SequenceError says that the model overflows.
     """
     for row, pad, each in zip(reading.rows, reading.pads, logits, strict=True):
         if row.report.prompt:
@@ -87,5 +91,5 @@ def score_prompts(reading: Reading, first: int, logits: Tensor) -> None:
             tops = likeliest(followed, [row.report.likeliest] * len(nexts))
             logprobs = score_tokens(followed, nexts)
             if not all(map(isfinite, logprobs)):
-                raise RowError("the model overflows under these weights: its prompt has no log-probabilities.")
+                raise SequenceError("the model overflows under these weights: its prompt has no log-probabilities.")
             row.prompt_scores += map(TokenScore, logprobs, tops)

@@ -12,7 +12,7 @@ from treadle.common.errors import OptionError, collect, problem_list
 from treadle.common.params import RoutingParams
 from treadle.engine.chat import ChatText, pieces_of, prompt_cursor, read_prompt
 from treadle.engine.runners.rope import LengthRope
-from treadle.engine.sequence import RowError
+from treadle.engine.sequence import SequenceError
 from treadle.engine.tokenization import Prompt, check_known, completion_ids
 from treadle.routing.centroids import Floats
 from treadle.routing.schedule import decisions_from
@@ -170,12 +170,12 @@ def score_under(engine: Scorer, pairs: Sequence[Pair], traces: Sequence[Floats],
 
 
 def _checked(scores: list[Floats]) -> list[Floats]:
-    """Return the scores (T, ...) of rows; a RowError names those where the model overflows."""
+    """Return the scores (T, ...) of rows; a SequenceError names those where the model overflows."""
     if bad := [str(index) for index, each in enumerate(scores) if np.isnan(each).any()]:
         named = ", ".join(bad[:MAX_LISTED_ROWS]) + (
             f" and {len(bad) - MAX_LISTED_ROWS} more" if len(bad) > MAX_LISTED_ROWS else ""
         )
-        raise RowError(f"the model overflows under these weights: no log-probabilities of row {named}.")
+        raise SequenceError(f"the model overflows under these weights: no log-probabilities of row {named}.")
     return scores
 
 

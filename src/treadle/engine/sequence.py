@@ -34,7 +34,7 @@ Likeliest = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class Report:
+class OutputOptions:
     """Output beyond a row's tokens. Each part costs a little and is off unless asked for.
 
     Attributes:
@@ -81,11 +81,11 @@ class TokenEvent:
     comparison: Comparison | None = None
 
 
-class RowError(TreadleError):
+class SequenceError(TreadleError):
     """Ends a row that cannot be computed; `__cause__` is the error of its pass or routing."""
 
     @classmethod
-    def of(cls, what: str, error: Exception) -> "RowError":
+    def of(cls, what: str, error: Exception) -> "SequenceError":
         """Return the error of a row for which `what` happened: what was raised becomes its cause."""
         traceback.clear_frames(error.__traceback__)  # they hold what has been computed so far
         failure = cls(f"{what}: {reason_of(error)}")
@@ -93,7 +93,7 @@ class RowError(TreadleError):
         return failure
 
 
-class Row:
+class TokenSequence:
     """One sequence: its tokens so far, its options, and the weights that its next forward pass uses."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Row:
         routing: RoutingParams,
         sampling: SamplingParams,
         tokenizer: "PreTrainedTokenizerBase",
-        report: Report | None = None,
+        report: OutputOptions | None = None,
     ) -> None:
         prompt = token_prompt(prompt)
         self.ids = list(prompt.ids)  # prompt and generated tokens
@@ -111,13 +111,13 @@ class Row:
         self.router = router  # as it was when the row started: adapters that come and go later do not matter
         self.routing = routing
         self.sampling = sampling
-        self.report = report or Report()
+        self.report = report or OutputOptions()
         self.owner = ""  # rows of one owner alone share what they have read (`treadle.engine.prefix_cache`)
         self.num_read = 0  # tokens whose keys and values are in a batch's cache
         self.reused = 0  # tokens of the prompt whose keys and values were there already
         self.generator: torch.Generator | None = None
         self.events: list[TokenEvent] = []
-        self.failure: RowError | None = None
+        self.failure: SequenceError | None = None
         self.prompt_scores: list[TokenScore] = []  # of the prompt's second token and those behind it
         self.weights: Floats = np.zeros(len(router.names), np.float32)  # (N,)
         self.read_under: Floats = self.weights[None]  # (T, N) or (1, N) for all T alike, of the pass over the prompt
@@ -218,13 +218,13 @@ class Ahead:
             return self.embedder.finish(list(self.views))
 
 
-RowViews = list[tuple[Row, Views]]
+RowViews = list[tuple[TokenSequence, Views]]
 """The views of each row's text, before they are embedded."""
-Seen = list[tuple[Row, Floats]]
+Seen = list[tuple[TokenSequence, Floats]]
 """The views (K, D) of each row's text."""
 
 
-def update_weights(rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]:
+def update_weights(rows: Sequence[TokenSequence]) -> tuple[list[TokenSequence], dict[TokenSequence, SequenceError]]:
     """Give new weights to the rows that are due; return these, and the errors of those that cannot be weighed.
 
     Each embedder is called once for all its rows, and rows with the same router and options are weighed together. What
@@ -233,8 +233,8 @@ def update_weights(rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]
     due: RowViews = []
     late: RowViews = []
     seen: Seen = []
-    fixed: list[Row] = []
-    lost: dict[Row, RowError] = {}
+    fixed: list[TokenSequence] = []
+    lost: dict[TokenSequence, SequenceError] = {}
     for row in rows:
         try:
             views = row.newest_views()
@@ -249,7 +249,7 @@ def update_weights(rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]
             else:
                 due.append((row, views))
         except Exception as error:  # whatever an embedder or a tokenizer raises: it must cost no other row
-            lost[row] = RowError.of(NOT_ROUTED, error)
+            lost[row] = SequenceError.of(NOT_ROUTED, error)
     for pairs in _grouped(late, lambda row: id(row.router.embedder)):
         _embed_beside(pairs)
     for pairs in _grouped(due, lambda row: id(row.router.embedder)):
@@ -260,23 +260,27 @@ def update_weights(rows: Sequence[Row]) -> tuple[list[Row], dict[Row, RowError]]
     return [*fixed, *(row for row, _ in weighed)], lost
 
 
-def _grouped(pairs: list[tuple[Row, Found]], key: Callable[[Row], Hashable]) -> list[list[tuple[Row, Found]]]:
+def _grouped(
+    pairs: list[tuple[TokenSequence, Found]], key: Callable[[TokenSequence], Hashable]
+) -> list[list[tuple[TokenSequence, Found]]]:
     """Return pairs in groups whose rows have the same key."""
-    groups: dict[Hashable, list[tuple[Row, Found]]] = {}
+    groups: dict[Hashable, list[tuple[TokenSequence, Found]]] = {}
     for pair in pairs:
         groups.setdefault(key(pair[0]), []).append(pair)
     return list(groups.values())
 
 
 def _together(
-    pairs: list[tuple[Row, Found]], run: Callable[[list[tuple[Row, Found]]], Seen], lost: dict[Row, RowError]
+    pairs: list[tuple[TokenSequence, Found]],
+    run: Callable[[list[tuple[TokenSequence, Found]]], Seen],
+    lost: dict[TokenSequence, SequenceError],
 ) -> Seen:
     """Run on rows together, and where that fails on each alone; rows that fail alone are `lost`."""
     try:
         return run(pairs)
     except Exception as error:  # as in `update_weights`
         if len(pairs) == 1:
-            lost[pairs[0][0]] = RowError.of(NOT_ROUTED, error)
+            lost[pairs[0][0]] = SequenceError.of(NOT_ROUTED, error)
             return []
     return [made for pair in pairs for made in _together([pair], run, lost)]
 

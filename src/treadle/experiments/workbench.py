@@ -10,7 +10,7 @@ from treadle.bundle.bundle import Bundle
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine, load
-from treadle.engine.sequence import Row
+from treadle.engine.sequence import TokenSequence
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.params import BenchParams
 from treadle.experiments.pools import random_adapters, random_router
@@ -214,7 +214,8 @@ def start_batch(
     batch = engine.new_batch(end_ids=frozenset())
     sampling = SamplingParams(max_tokens=tokens)
     rows = [
-        Row(ids, engine.router, params, sampling, engine.tokenizer) for ids, params in zip(prompts, each, strict=True)
+        TokenSequence(ids, engine.router, params, sampling, engine.tokenizer)
+        for ids, params in zip(prompts, each, strict=True)
     ]
     batch.join(rows)
     return batch

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from pydantic_core import to_json
 
-from treadle.engine.sequence import Likeliest, Row, TokenEvent
+from treadle.engine.sequence import Likeliest, TokenEvent, TokenSequence
 from treadle.routing.centroids import Floats
 from treadle.serving.openai.bodies import Json
 from treadle.serving.openai.requests import ParsedRequest
@@ -32,7 +32,7 @@ class Answer:
         self._kinds = kind, kind + ".chunk" * parsed.is_chat  # of a whole answer, and of a chunk
         self._offsets = [len(self._echo(index)) for index in range(len(parsed.work.prompts))]  # characters so far
 
-    def whole(self, rows: Sequence[Row]) -> Json:
+    def whole(self, rows: Sequence[TokenSequence]) -> Json:
         """Return the answer of finished rows."""
         choices = [self._choice(index, row) for index, row in enumerate(rows)]
         return {**self._head(self._kinds[0]), "choices": choices, "usage": self.usage(rows)}
@@ -44,7 +44,7 @@ class Answer:
         delta = {"delta": {"role": "assistant", "content": ""}}
         return [self._chunk(index, delta, None) for index in range(len(self.parsed.work.prompts))]
 
-    def chunk(self, index: int, row: Row, event: TokenEvent) -> Json | None:
+    def chunk(self, index: int, row: TokenSequence, event: TokenEvent) -> Json | None:
         """Return the chunk of one token, None if there is nothing to show; the first one has the echoed prompt."""
         parsed = self.parsed
         echo = self._echo(index) if event.index == 0 else ""
@@ -60,7 +60,7 @@ class Answer:
             delta["treadle"] = self._trace(row, [event], has_prompt=bool(echo))
         return self._chunk(index, delta, event.finish_reason)
 
-    def usage(self, rows: Sequence[Row]) -> Json:
+    def usage(self, rows: Sequence[TokenSequence]) -> Json:
         """Return how many tokens were read and generated; a prompt counts once for all its choices."""
         prompts = rows[:: self.parsed.n]
         read = sum(row.prompt_tokens for row in prompts)
@@ -73,7 +73,7 @@ class Answer:
             "prompt_tokens_details": cached,
         }
 
-    def closing(self, rows: Sequence[Row]) -> Json:
+    def closing(self, rows: Sequence[TokenSequence]) -> Json:
         """Return the last chunk of a stream, which has no choices."""
         return {**self._head(self._kinds[1]), "choices": [], "usage": self.usage(rows)}
 
@@ -85,7 +85,7 @@ class Answer:
         document = {**self._head(self._kinds[1]), "choices": [choice]}
         return {**document, "usage": None} if self.parsed.has_usage else document
 
-    def _choice(self, index: int, row: Row) -> Json:
+    def _choice(self, index: int, row: TokenSequence) -> Json:
         parsed = self.parsed
         text = "" if parsed.is_silent else "".join(event.text for event in row.events)
         choice: Json = {"index": index, "finish_reason": row.events[-1].finish_reason}
@@ -102,7 +102,7 @@ class Answer:
     def _echo(self, index: int) -> str:
         return self.parsed.echo[index // self.parsed.n] if self.parsed.echo else ""
 
-    def _trace(self, row: Row, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json:
+    def _trace(self, row: TokenSequence, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json:
         """Return the text of each token, the weights (T, N) of its pass, and the cosines and scores behind them.
 
         The prompt's tokens come first where it is echoed, each with the weights of the pass that read it.
@@ -144,7 +144,9 @@ class Answer:
         ]
         return {"content": content, "refusal": None}
 
-    def _text_logprobs(self, index: int, row: Row, events: Sequence[TokenEvent], *, has_prompt: bool) -> Json | None:
+    def _text_logprobs(
+        self, index: int, row: TokenSequence, events: Sequence[TokenEvent], *, has_prompt: bool
+    ) -> Json | None:
         """Return four lists with one entry a token; the first token of a prompt has no log-probability."""
         if self.parsed.likeliest is None:
             return None

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.chat import TokenPrompt
-from treadle.engine.sequence import Report, Row, TokenEvent
+from treadle.engine.sequence import OutputOptions, TokenEvent, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Work:
     prompts: Sequence[Sequence[int] | TokenPrompt]
     sampling: Sequence[SamplingParams]
     routing: RoutingParams
-    report: Report = Report()
+    report: OutputOptions = OutputOptions()
     adapters: frozenset[str] | None = None
     owner: str = ""
 
@@ -55,7 +55,7 @@ class Job:
     def __init__(self, work: Work, tell: Callable[[News], None]) -> None:
         self.work = work
         self.tell = tell
-        self.rows: list[Row] = []
+        self.rows: list[TokenSequence] = []
         self.is_cancelled = False
 
     @property

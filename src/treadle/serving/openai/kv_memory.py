@@ -15,7 +15,7 @@ import torch
 from treadle.common.errors import OptionError
 from treadle.engine.batch import Batch, Reading
 from treadle.engine.engine import Engine
-from treadle.engine.sequence import Row
+from treadle.engine.sequence import TokenSequence
 
 if sys.platform != "win32":
     import resource
@@ -116,7 +116,7 @@ class KvMemory:
     def _measured(self) -> tuple[int, int]:
         return self._probe.measure()
 
-    def check(self, rows: Sequence[Row]) -> None:
+    def check(self, rows: Sequence[TokenSequence]) -> None:
         """Raise an OptionError for a row that never fits, even alone."""
         most = self.usable // self.token_bytes
         too_long = [row for row in rows if self._columns([row]) > most]
@@ -128,7 +128,7 @@ class KvMemory:
                 "a shorter prompt."
             )
 
-    def has_room(self, batches: Sequence[Batch], batch: Batch, group: Sequence[Row]) -> bool:
+    def has_room(self, batches: Sequence[Batch], batch: Batch, group: Sequence[TokenSequence]) -> bool:
         """Return whether rows fit into a batch beside the future needs of all batches."""
         others = sum(self._held(each, each.rows) for each in batches if each is not batch)
         wanted = self._held(batch, [*batch.rows, *group])
@@ -156,11 +156,11 @@ class KvMemory:
         """Return the bytes of all buffers now."""
         return sum(batch.cache.num_bytes for batch in batches) + (reading[1].cache.num_bytes if reading else 0)
 
-    def _held(self, batch: Batch, rows: Sequence[Row]) -> int:
+    def _held(self, batch: Batch, rows: Sequence[TokenSequence]) -> int:
         """Return the bytes of a batch with these rows, now or when all have grown, whichever is more."""
         return max(batch.cache.num_bytes, self._columns(rows) * self.token_bytes)
 
-    def _columns(self, rows: Sequence[Row]) -> int:
+    def _columns(self, rows: Sequence[TokenSequence]) -> int:
         """Return the columns of fully grown rows, padded to the longest; rows that are read again count twice."""
         again = sum(map(self._probe.is_reread, rows))
         return (len(rows) + again) * max((row.most_tokens for row in rows), default=0)

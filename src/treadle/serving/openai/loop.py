@@ -16,7 +16,7 @@ from treadle.common.errors import TreadleError
 from treadle.engine.batch import Batch, Events, Reading
 from treadle.engine.engine import Engine
 from treadle.engine.prefix_cache import PrefixCache
-from treadle.engine.sequence import Row, RowError
+from treadle.engine.sequence import SequenceError, TokenSequence
 from treadle.routing.router import Router
 from treadle.serving.openai.jobs import Job, Mail, News, NewTokens, Started
 from treadle.serving.openai.kv_memory import KvMemory
@@ -72,7 +72,7 @@ class Loop:
         self._memory = KvMemory(engine, params.kv_memory, params.prefix_cache)
         self._has_moved = False  # whether rows came or went since memory was shared out
         self._owners: dict[int, SequenceOwner] = {}  # by identity of a row
-        self._waiting: deque[Row] = deque()
+        self._waiting: deque[TokenSequence] = deque()
         self._reading: tuple[Batch, Reading] | None = None
         self._batches: list[Batch] = []
         self._mail: Mail = []
@@ -233,7 +233,7 @@ class Loop:
             self._metrics.count_prompts(reading.rows)
         return events
 
-    def _release(self, rows: Sequence[Row]) -> None:
+    def _release(self, rows: Sequence[TokenSequence]) -> None:
         if self._engine.adapters.release(rows):
             self.on_unused()
 
@@ -247,7 +247,9 @@ class Loop:
         batch.leave(given_up)
         self._release(given_up)
 
-    def _attempt(self, batch: Batch, rows: Sequence[Row], run: Callable[[], Result], *, spoils: bool) -> Result | None:
+    def _attempt(
+        self, batch: Batch, rows: Sequence[TokenSequence], run: Callable[[], Result], *, spoils: bool
+    ) -> Result | None:
         """Run a part of a step. If it fails, its rows are lost, and the whole batch if it `spoils` that."""
         lost = [*rows, *(batch.rows if spoils else ())]
         try:
@@ -271,12 +273,12 @@ class Loop:
     def _deliver(self, events: Events) -> None:
         """Tell each job its new tokens, and release finished rows."""
         news: dict[int, tuple[Job, NewTokens]] = {}
-        finished: list[Row] = []
+        finished: list[TokenSequence] = []
         for row, event in events:
             owner = self._owners.get(id(row))
             if owner is None:
                 continue  # given up
-            if isinstance(event, RowError):
+            if isinstance(event, SequenceError):
                 self._end(owner, event)
                 continue
             news.setdefault(id(owner.job), (owner.job, []))[1].append((owner.index, event))
@@ -293,7 +295,7 @@ class Loop:
         for job, tokens in news.values():
             self._tell(job, tokens)
 
-    def _end(self, owner: SequenceOwner, failure: RowError) -> None:
+    def _end(self, owner: SequenceOwner, failure: SequenceError) -> None:
         """Tell a job which of its rows failed and why; the log has the whole error."""
         why = str(failure)
         if failure.__cause__ is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from treadle.engine.sequence import Row
+from treadle.engine.sequence import TokenSequence
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -107,12 +107,12 @@ class Metrics:
         self.kv_bytes.set(used)
         self.kv_limit.set(limit)
 
-    def count_prompts(self, rows: Sequence[Row]) -> None:
+    def count_prompts(self, rows: Sequence[TokenSequence]) -> None:
         """Count prompts that have been read."""
         self.prompt_tokens.inc(sum(row.prompt_tokens for row in rows))
         self.reused_tokens.inc(sum(row.reused for row in rows))
 
-    def count_row(self, row: Row) -> None:
+    def count_row(self, row: TokenSequence) -> None:
         """Count a finished sequence: its tokens, and the weight of each adapter in them."""
         self.tokens.inc(len(row.events))
         self.base_tokens.inc(sum(not event.weights.any() for event in row.events))

@@ -9,7 +9,7 @@ from treadle.common.errors import OptionError, TreadleError
 from treadle.common.params import SamplingParams
 from treadle.engine.chat import TokenPrompt, read_prompt
 from treadle.engine.engine import Engine
-from treadle.engine.sequence import Report
+from treadle.engine.sequence import OutputOptions
 from treadle.engine.tokenization import chat_text, check_known, stop_ids
 from treadle.serving.openai.bodies import ChatBody, CompletionBody, GenerationBody, Message, with_limits
 from treadle.serving.openai.failures import Problem, Problems, refusal
@@ -88,7 +88,7 @@ class RequestReader:
         self._check_values(wide, n * self._num_tokens(read, sampling[0].max_tokens, is_echo), width, problems)
         if problems:
             raise refusal(problems)
-        report = Report(likeliest or 0, is_echo and likeliest is not None, target.has_trace)
+        report = OutputOptions(likeliest or 0, is_echo and likeliest is not None, target.has_trace)
         echo = tuple(self._text(prompt) for prompt in prompts) if is_echo else ()
         each = [prompt for prompt in read for _ in range(n)]
         return ParsedRequest(
