@@ -100,8 +100,10 @@ def test_of_too_many_connections_the_oldest_idle_one_is_closed(
     with concurrent.futures.ThreadPoolExecutor(1) as pool, served.paused():  # the pool waits for what runs
         busy = pool.submit(served.post, TEXTS, BODY, headers={"Authorization": "Bearer key"})
         served.wait_until(lambda: served.scheduler.num_unfinished == 1)
-        clients = [connect(served) for _ in range(4)]
+        clients = [connect(served)]
         clients[0].sendall(request(TEXTS, b"{", length=1000))  # half of a body is nothing that is worked on
+        assert served.request("GET", "/live").status_code == 200  # by now the half has come
+        clients += [connect(served) for _ in range(3)]
         assert is_closed(clients[0])
         assert served.request("GET", "/live").status_code == 200
         for client in clients:

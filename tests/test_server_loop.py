@@ -246,7 +246,7 @@ def test_a_job_that_is_given_up_leaves_nothing_behind(engine: Engine, rounds: in
     while case.loop.is_busy:
         case.loop.advance()
     assert len(news) == told
-    engine.drop_retired()
+    engine.adapters.drop_retired()
     assert "math" not in engine.blend.names
     assert engine.running == ()
     assert case.loop.num_ended == 4
