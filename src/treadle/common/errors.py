@@ -73,6 +73,11 @@ def problem_list(head: str, problems: Iterable[str]) -> str:
     return "\n".join([head, *("  - " + problem.replace("\n", "\n    ") for problem in problems)])
 
 
+def one_or_list(head: str, problems: Sequence[str]) -> str:
+    """Return the message of a single problem as it is, and `problem_list` of several."""
+    return problems[0] if len(problems) == 1 else problem_list(head, problems)
+
+
 def raise_all(problems: Sequence[str]) -> None:
     """Raise one OptionError that says all problems, each once, if there are any."""
     if problems:

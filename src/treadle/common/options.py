@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from treadle.common.errors import OptionError, OptionProblem, listed, problem_list, told, unknown_name
+from treadle.common.errors import OptionError, OptionProblem, listed, one_or_list, problem_list, told, unknown_name
 
 Value = TypeVar("Value")
 
@@ -215,7 +215,7 @@ def _all_problems(options: type, values: Mapping[str, Any], problems: list[Optio
     except OptionError as error:
         problems += [each for each in error.problems if not unread & each.fields]
     texts = [problem.text for problem in problems]
-    return OptionError(texts[0] if len(texts) == 1 else problem_list("options:", texts), problems)
+    return OptionError(one_or_list("options:", texts), problems)
 
 
 def _refuse(name: str, names: list[str]) -> NoReturn:

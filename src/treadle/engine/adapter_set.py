@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from treadle.common.errors import AdapterError, OptionError, OptionProblem, TreadleError, problem_list, unknown_name
+from treadle.common.errors import AdapterError, OptionError, OptionProblem, TreadleError, one_or_list, unknown_name
 from treadle.common.params import RoutingParams
 from treadle.engine.sequence import TokenSequence
 from treadle.lora.adapter import Adapter
@@ -131,7 +131,7 @@ class AdapterSet:
                 problems[str(error)] = OptionProblem((), str(error))
         if problems:
             texts = list(problems)
-            message = texts[0] if len(texts) == 1 else problem_list("routing options:", texts)
+            message = one_or_list("routing options:", texts)
             raise OptionError(message, list(problems.values()))
 
     def _able(self, router: Router, adapters: Sequence[Adapter]) -> Router:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
-from treadle.common.errors import OptionError, problem_list
+from treadle.common.errors import OptionError, one_or_list
 from treadle.common.params import RoutingParams
 from treadle.engine.tokenization import Detokenizer, Prompt, prompt_ids, token_ids
 from treadle.routing.router import Router
@@ -33,7 +33,7 @@ def contents_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
             problems.append(f"message {index}: content is {content!r:.60}; allowed: a text, or a list of parts")
         contents.append("".join(filter(None, texts)))
     if problems:
-        raise OptionError(problems[0] if len(problems) == 1 else problem_list("messages:", problems))
+        raise OptionError(one_or_list("messages:", problems))
     return contents
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tokenizers.decoders import DecodeStream
 
 from treadle.common.documents import check_text
-from treadle.common.errors import ModelError, OptionError, problem_list, shown
+from treadle.common.errors import ModelError, OptionError, one_or_list, shown
 from treadle.common.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase", sampling: SamplingParams) -> 
         for stop, token in mixed
     ]
     if problems:
-        raise OptionError(problems[0] if len(problems) == 1 else problem_list("sampling options:", problems))
+        raise OptionError(one_or_list("sampling options:", problems))
     return frozenset(sampling.stop_token_ids) | {special[stop] for stop in sampling.stop if stop in special}
 
 

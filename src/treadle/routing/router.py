@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.common.errors import AdapterError, OptionError, TreadleError, collect, problem_list, unknown_name
+from treadle.common.errors import AdapterError, OptionError, TreadleError, collect, one_or_list, unknown_name
 from treadle.common.params import RoutingParams, Score
 from treadle.routing.centroids import Centroids, Floats, log_softmax
 from treadle.routing.embedder import Embedder, load_embedder
@@ -118,7 +118,7 @@ class Router:
         fixed = params.fixed or {}
         unknown = [unknown_name("adapter", name, self.names) for name in fixed if name not in self.names]
         if unknown:
-            raise AdapterError(unknown[0] if len(unknown) == 1 else problem_list("fixed weights:", unknown))
+            raise AdapterError(one_or_list("fixed weights:", unknown))
         return np.array([fixed.get(name, 0.0) for name in self.names], np.float32)
 
     def check(self, params: RoutingParams) -> None:
@@ -192,7 +192,7 @@ def fit(
     problems: list[str] = []
     own = collect(problems, [partial(centroid_of, name, texts, loaded) for name, texts in samples.items()])
     if problems:
-        raise OptionError(problems[0] if len(problems) == 1 else problem_list("the samples:", problems))
+        raise OptionError(one_or_list("the samples:", problems))
     for each in (*own, *fitted):
         centroids = centroids.join(each)
     return Router(centroids, loaded, params or RoutingParams())

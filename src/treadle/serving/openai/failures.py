@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from treadle.common.errors import SHOWN, AdapterError, TreadleError, problem_list, shown
+from treadle.common.errors import SHOWN, AdapterError, TreadleError, one_or_list, shown
 from treadle.serving.openai.loop import EngineFailed
 from treadle.serving.openai.scheduler import QueueFull, ShuttingDown
 
@@ -92,7 +92,7 @@ def refusal(problems: Problems) -> Failure:
     messages = [problem.message for problem in problems if problem.message][:MAX_LISTED_PROBLEMS]
     if more := sum(problem.count for problem in problems) - len(messages):
         messages.append(f"... and {more} more")
-    text = messages[0] if len(messages) == 1 else problem_list("the request has several problems:", messages)
+    text = one_or_list("the request has several problems:", messages)
     worst = max(problems, key=lambda problem: (problem.status, problem.code is not None))
     return Failure(worst.status, text, param=worst.field, code=worst.code)
 

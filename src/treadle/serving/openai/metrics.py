@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,64 +18,41 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        registry = self.registry
-        self.requests = Counter(
-            "treadle_requests", "requests, by route and HTTP status", ["route", "outcome"], registry=registry
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter("treadle_requests", "requests, by route and HTTP status", ["route", "outcome"])
+        self.request_seconds = histogram(
+            "treadle_request_seconds", "seconds from the request to its last byte", ["route"], buckets=LATENCY_BUCKETS
         )
-        self.request_seconds = Histogram(
-            "treadle_request_seconds",
-            "seconds from the request to its last byte",
-            ["route"],
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
-        self.running = Gauge("treadle_sequences_running", "sequences that are being generated", registry=registry)
-        self.waiting = Gauge("treadle_sequences_waiting", "sequences that wait in the queue", registry=registry)
-        self.batch = Histogram(
-            "treadle_batch_sequences", "sequences in one step", buckets=SEQUENCE_BUCKETS, registry=registry
-        )
-        self.step = Histogram(
-            "treadle_step_seconds", "seconds of one step of all batches", buckets=LATENCY_BUCKETS, registry=registry
-        )
-        self.first_token = Histogram(
+        self.running = gauge("treadle_sequences_running", "sequences that are being generated")
+        self.waiting = gauge("treadle_sequences_waiting", "sequences that wait in the queue")
+        self.batch = histogram("treadle_batch_sequences", "sequences in one step", buckets=SEQUENCE_BUCKETS)
+        self.step = histogram("treadle_step_seconds", "seconds of one step of all batches", buckets=LATENCY_BUCKETS)
+        self.first_token = histogram(
             "treadle_time_to_first_token_seconds",
             "seconds from the request to its first token",
             buckets=LATENCY_BUCKETS,
-            registry=registry,
         )
-        self.token = Histogram(
-            "treadle_time_per_token_seconds",
-            "seconds between two tokens of a sequence",
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
+        self.token = histogram(
+            "treadle_time_per_token_seconds", "seconds between two tokens of a sequence", buckets=LATENCY_BUCKETS
         )
-        self.prompt_tokens = Counter(
-            "treadle_prompt_tokens", "tokens of prompts that have been read", registry=registry
+        self.prompt_tokens = counter("treadle_prompt_tokens", "tokens of prompts that have been read")
+        self.reused_tokens = counter(
+            "treadle_prompt_tokens_reused", "tokens of prompts that the prefix cache already held"
         )
-        self.reused_tokens = Counter(
-            "treadle_prompt_tokens_reused", "tokens of prompts that the prefix cache already held", registry=registry
+        self.tokens = counter("treadle_generated_tokens", "generated tokens of finished sequences")
+        self.weight = counter(
+            "treadle_adapter_weight", "sum of the adapter's weights over generated tokens", ["adapter"]
         )
-        self.tokens = Counter("treadle_generated_tokens", "generated tokens of finished sequences", registry=registry)
-        self.weight = Counter(
-            "treadle_adapter_weight",
-            "sum of the adapter's weights over generated tokens",
-            ["adapter"],
-            registry=registry,
+        self.base_tokens = counter("treadle_base_tokens", "generated tokens to which no adapter contributed")
+        self.router = counter("treadle_router_seconds", "seconds spent on computing weights")
+        self.prefixes = gauge("treadle_prefix_cache_bytes", "bytes of keys and values that are kept for later prompts")
+        self.kv_bytes = gauge("treadle_kv_bytes", "bytes of keys and values of running sequences")
+        self.kv_limit = gauge(
+            "treadle_kv_limit_bytes", "most bytes that the keys and values of running sequences may take"
         )
-        self.base_tokens = Counter(
-            "treadle_base_tokens", "generated tokens to which no adapter contributed", registry=registry
-        )
-        self.router = Counter("treadle_router_seconds", "seconds spent on computing weights", registry=registry)
-        self.prefixes = Gauge(
-            "treadle_prefix_cache_bytes", "bytes of keys and values that are kept for later prompts", registry=registry
-        )
-        self.kv_bytes = Gauge("treadle_kv_bytes", "bytes of keys and values of running sequences", registry=registry)
-        self.kv_limit = Gauge(
-            "treadle_kv_limit_bytes",
-            "most bytes that the keys and values of running sequences may take",
-            registry=registry,
-        )
-        self.loaded = Gauge("treadle_adapter_loaded", "1 for each loaded adapter", ["adapter"], registry=registry)
+        self.loaded = gauge("treadle_adapter_loaded", "1 for each loaded adapter", ["adapter"])
         self._adapters: set[str] = set()
 
     def text(self) -> bytes:

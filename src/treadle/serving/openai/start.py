@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from treadle.bundle.bundle import Bundle
-from treadle.common.errors import OptionError, collect, problem_list, unknown_name
+from treadle.common.errors import OptionError, collect, one_or_list, unknown_name
 from treadle.serving.openai.hosts import is_loopback
 from treadle.serving.openai.keys import Keyring
 from treadle.serving.openai.params import ServeParams
@@ -34,7 +34,7 @@ def check_start(bundle: Bundle, params: ServeParams) -> Keyring:
     found = collect(problems, [lambda: Keyring(params)])
     collect(problems, [lambda: _check_tls(params), lambda: _check_folder(params), lambda: model_name(bundle, params)])
     if problems:
-        raise OptionError(problems[0] if len(problems) == 1 else problem_list("the server cannot start:", problems))
+        raise OptionError(one_or_list("the server cannot start:", problems))
     (keys,) = found
     for warning in _warnings(bundle, params, keys):
         logger.warning(warning)
