@@ -11,7 +11,7 @@ from treadle.experiments.arms import Arm, choose_arms, expand, read_arms, read_s
 from treadle.experiments.params import EvalParams
 
 NAMES = ("math", "code")
-DEFAULT = RoutingParams(temperature=1.5, top_k=3, floor=-3.0, every=5, window=48)
+DEFAULT = RoutingParams(temperature=1.5, top_k=3, every=5, window=48)
 FIXED = [RoutingParams.base(), RoutingParams(rule="fixed", fixed={"math": 2}, every=4, past="recompute")]
 ONCE_OR_NOT = [RoutingParams(past=past, every=every) for past in ("keep", "recompute") for every in (2, None)]
 OTHERS = [
@@ -22,9 +22,7 @@ OTHERS = [
 ]
 RANKED = RoutingParams(score="cosine", rule="top_k")
 DEFAULTS = [DEFAULT, RoutingParams.paper(), *FIXED, *ONCE_OR_NOT, *OTHERS, RANKED]
-BOOSTED = {"score": "cosine", "rule": "boosted", "temperature": None} | dict.fromkeys(
-    ("window", "recent", "change", "floor")
-)
+BOOSTED = {"score": "cosine", "rule": "boosted", "temperature": None} | dict.fromkeys(("window", "recent", "change"))
 CHANGES = {  # what each arm varies of DEFAULT
     "routed": {},
     "nearest": {"rule": "top_k", "top_k": 1},
@@ -33,10 +31,9 @@ CHANGES = {  # what each arm varies of DEFAULT
     **{f"window-{window}": {"window": window} for window in (16, 32, 64, 128)},
     "linear": {"combine": "linear"},
     "paper-combine": {"combine": "paper"},
-    **{score: {"score": score, "temperature": None, "floor": None} for score in ("cosine", "centred", "lda")},
+    **{score: {"score": score, "temperature": None} for score in ("cosine", "centred", "lda")},
     "causal": {"prefill": "causal"},
     "recompute": {"past": "recompute"},
-    "unit-scale": {"unit_scale": True},
     **{f"boost-{boost}": {**BOOSTED, "boost": boost} for boost in (1, 2, 3, 4, 5, 6, 8)},
 }
 ALONE = {  # arms that do not depend on the default

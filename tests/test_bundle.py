@@ -112,8 +112,6 @@ positive = st.floats(1e-3, 1e3)
 common: dict[str, st.SearchStrategy] = {
     "temperature": st.none() | positive,
     "top_k": st.integers(1, 9),
-    "unit_scale": st.booleans(),
-    "floor": st.none() | st.floats(-1e3, 1e3),
     "every": st.integers(1, 99),
     "window": st.none() | st.integers(1, 999),
 }
@@ -143,6 +141,12 @@ def test_the_papers_params_survive_the_bundle(tmp_path, equal_folders, embedder)
     router = fit(SAMPLES, embedder, RoutingParams.paper())
     save_bundle(tmp_path / "b", base=f"somewhere/{BASE}", adapters=equal_folders, router=router)
     assert read_bundle(tmp_path / "b").router.params == RoutingParams.paper()
+
+
+def test_removed_options_that_did_nothing_are_passed_over(bundle):
+    before = read_bundle(bundle).router.params
+    top(routing=asdict(before) | {"unit_scale": False, "floor": None})(bundle)
+    assert read_bundle(bundle).router.params == before
 
 
 def test_a_bundle_may_lie_anywhere_and_be_read_from_anywhere(bundle, tmp_path, monkeypatch):
@@ -435,6 +439,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "embedder tokenizer damaged": (write("embedder/tokenizer.json", "{"), "static embedder"),
     # routing
     "unknown routing option": (top(routing={"evry": 2}), "unknown option 'evry'. Did you mean 'every'?"),
+    "removed routing options": (
+        top(routing={"unit_scale": True, "floor": -1.5}),
+        "treadle no longer has unit_scale = true, floor = -1.5; delete it from bundle.json to route without it",
+    ),
     "routing value of another type": (top(routing={"every": "often"}), "every: expected int, got 'often'"),
     "bad routing value": (top(routing={"every": 0}), "every must be a whole number of at least 1"),
     "clashing routing": (top(routing={"rule": "boosted"}), "rule boosted multiplies a cosine; with score lda"),

@@ -35,7 +35,7 @@ ROUTINGS = {
     "late, every token": RoutingParams(every=1, lag=1, recent=4, temperature=5.0),
     "recompute": RoutingParams(every=3, past="recompute", window=8, temperature=5.0),
     "boosted": RoutingParams(score="cosine", rule="boosted", every=1),
-    "top_k": RoutingParams(rule="top_k", top_k=2, every=2, unit_scale=True),
+    "top_k": RoutingParams(rule="top_k", top_k=2, every=2),
     "one": RoutingParams.one("science"),
     "fixed": RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 0.5}),
     "base": RoutingParams.base(),

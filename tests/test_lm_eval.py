@@ -299,7 +299,7 @@ def test_options_lie_over_the_default_routing(engine: Engine) -> None:
 
     assert routing() == {}
     assert routing(every=4, rule="top_k", top_k=1) == {"every": 4, "rule": "top_k", "top_k": 1}
-    assert routing(unit_scale=1, every="none", temperature=2) == {"unit_scale": True, "every": None, "temperature": 2.0}
+    assert routing(lag=1, every="none", temperature=2) == {"lag": 1, "every": None, "temperature": 2.0}
     assert routing(fixed="math=0.7") == {"rule": "fixed", "fixed": {"math": 0.7}}
     assert routing(fixed="") == {"rule": "fixed", "fixed": {}}
     assert routing(fixed=None) == {}

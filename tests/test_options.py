@@ -139,7 +139,7 @@ def as_text(value: Any) -> Any:
         RoutingParams(),
         RoutingParams.paper(),
         RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 0.3}, every=None),
-        RoutingParams(score="centred", rule="top_k", top_k=3, temperature=0.1, unit_scale=True, floor=-0.5, window=64),
+        RoutingParams(score="centred", rule="top_k", top_k=3, temperature=0.1, window=64),
         RoutingParams(prefill="causal", every=8),
         SamplingParams(),
         SamplingParams(temperature=0.7, top_p=0.9, top_k=40, max_tokens=5, stop=("a", "b c"), seed=3),

@@ -27,7 +27,7 @@ from treadle.experiments.results import (
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 counts = st.integers(1, 50).map(float)
 examples = st.lists(st.tuples(st.floats(0, 100, width=32), counts), min_size=1, max_size=12)
-ROUTING = {"every": 2, "fixed": None, "floor": -1.5}
+ROUTING = {"every": 2, "fixed": None, "temperature": 1.5}
 RESULT = EvalResult(
     "base", "math", "nll", 2.5, 2.0, 3.0, 2, ROUTING, "rows.jsonl", 1.5, 9, 6.0, 0, {"treadle": "0.1.0"}
 )

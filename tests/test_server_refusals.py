@@ -228,7 +228,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (TEXTS, {"treadle": {"boost": 1e300}}, "treadle", ["treadle.boost: got 1e+300", "from 1e-06 to 1000"]),
     (TEXTS, {"treadle": {"trace": "yes"}}, "treadle", ["treadle.trace: got 'yes'", "true or false"]),
     (TEXTS, {"treadle": {"score": None}}, "treadle", ["score: got null; allowed: 'cosine', 'centred' or 'lda'"]),
-    (TEXTS, {"treadle": {"unit_scale": None}}, "treadle", ["treadle.unit_scale: got null; allowed: true or false"]),
+    (TEXTS, {"treadle": {"floor": -1}}, "treadle", ["treadle.floor: unknown option 'floor'"]),
     (TEXTS, {"treadle": {"adapters": "math"}}, "treadle", ["treadle.adapters: got 'math'", "math, science, code"]),
     (TEXTS, {"treadle": {"adapters": ["cod"]}}, "treadle", ["unknown adapter 'cod'. Did you mean 'code'?"]),
     (TEXTS, {"treadle": {"past": "recompute"}, "max_tokens": 50, "prompt": "x" * 20}, "treadle", ["at most 60 tokens"]),

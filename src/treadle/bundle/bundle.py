@@ -43,6 +43,8 @@ from treadle.routing.router import Router
 
 KEYS = {"treadle": str, "base_model": str, "embedder": str, "adapters": list, "routing": dict}
 ADAPTER_KEYS = {"name": str, "path": str, "samples": int}
+REMOVED_OPTIONS = {"unit_scale": False, "floor": None}
+"""Routing options that bundles of 0.1 may hold, and the value of each that changed no weight."""
 RESERVED = ("base", "auto")
 """Names that requests use for the model without an adapter and for the routed one."""
 
@@ -86,7 +88,7 @@ def _read_version(folder: Path) -> Bundle:
     problems += [foreign_base(adapter, document["base_model"]) for adapter in adapters]
     centroids = collect(problems, [lambda: read_centroids(folder / CENTROIDS_FILE)])
     embedder = collect(problems, [lambda: load_embedder(_embedder_name(folder, document["embedder"]))])
-    routing = collect(problems, [lambda: read_options(RoutingParams, document["routing"])])
+    routing = collect(problems, [lambda: _routing_of(document["routing"])])
     samples = collect(problems, [lambda: _read_samples(folder, [entry["name"] for entry in entries])])
     if centroids:
         problems += _centroid_problems(centroids[0], entries)
@@ -272,6 +274,18 @@ def _read_samples(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
 
 def _write_json(file: Path, document: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _routing_of(given: Mapping[str, Any]) -> RoutingParams:
+    """Return a bundle's default routing; removed options may be there with the value that did nothing."""
+    changed = [name for name, value in REMOVED_OPTIONS.items() if given.get(name, value) != value]
+    if changed:
+        options = ", ".join(f"{name} = {shown(given[name])}" for name in changed)
+        raise BundleError(
+            f"routing: treadle no longer has {options}; delete it from {BUNDLE_FILE} to route without it, or use the "
+            f"treadle that wrote the bundle"
+        )
+    return read_options(RoutingParams, {name: value for name, value in given.items() if name not in REMOVED_OPTIONS})
 
 
 def _stop(folder: Path, problems: Sequence[str]) -> None:

@@ -39,8 +39,6 @@ class RoutingParams:
     )
     top_k: int = option(2, "top_k: how many adapters keep a weight", at_least=1)
     fixed: Mapping[str, float] | None = option(None, "fixed: name=weight pairs; adapters not named get 0", at_least=0)
-    unit_scale: bool = option(False, "divide by the largest weight: the nearest acts at its trained strength")
-    floor: float | None = option(None, "adapters whose score is below get 0; where all are, the base answers")
     every: int | None = option(2, "re-weigh every so many generated tokens; none = once, from the prompt", at_least=1)
     lag: int = option(
         0, "1 = weights come one decision late: a slow embedder then runs beside the model", at_least=0, at_most=1

@@ -74,11 +74,11 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
     """Return the arms that have names of their own, for adapters `names` and a bundle's default params.
 
     `base`, each adapter, `oracle`, `uniform`, `routed` (the default), `nearest`, `prompt`, `every-K`, `window-N`,
-    `linear`, `paper-combine`, `cosine`, `centred`, `lda`, `causal`, `recompute`, `unit-scale`, `boost-B`, and `paper`.
+    `linear`, `paper-combine`, `cosine`, `centred`, `lda`, `causal`, `recompute`, `boost-B`, and `paper`.
     Every adapter is `adapter:NAME` too; one whose name is in this list has only that name.
     """
     routed = replace(default, rule="softmax", score="lda", fixed=None) if default.rule == "fixed" else default
-    cosine = replace(routed, score="cosine", rule="softmax", temperature=None, floor=None)  # both are the score's own
+    cosine = replace(routed, score="cosine", rule="softmax", temperature=None)  # which is the score's own
     boosted = replace(
         cosine, rule="boosted", window=None, recent=None, change=None
     )  # the paper looks at all of the text
@@ -100,7 +100,6 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
         "lda": replace(cosine, score="lda"),
         "causal": replace(routed, every=routed.every or 2, prefill="causal", past="keep", lag=0),
         "recompute": replace(routed, every=routed.every or 2, prefill="prompt", past="recompute"),
-        "unit-scale": replace(routed, unit_scale=True),
         **{f"boost-{boost}": replace(boosted, boost=float(boost)) for boost in BOOST_FACTORS},
         "paper": RoutingParams.paper(),
     }

@@ -186,9 +186,9 @@ def blended(own: RoutingParams) -> RoutingParams:
 
 
 def pooled(own: RoutingParams) -> RoutingParams:
-    """Return the bundle's own routing for random adapters: a decision a token, no fixed weights and no floor."""
+    """Return the bundle's own routing for random adapters: a decision a token, no fixed weights."""
     rule = "softmax" if own.rule == "fixed" else own.rule
-    return replace(own, every=1, rule=rule, fixed=None, floor=None)
+    return replace(own, every=1, rule=rule, fixed=None)
 
 
 def is_acting(routing: RoutingParams) -> bool:

@@ -90,8 +90,8 @@ class Router:
             embeddings: (..., K, D) of the K views of each text (`DecisionCursor`), the recent tokens last.
             params: score and rule.
         """
-        # no rule but `floor` asks how large scores are: what all adapters have in common may stay away
-        scores = self._scores_of(embeddings, params.score, is_relative=params.floor is None)
+        # rules look at differences of log-posteriors only: what all adapters have in common may stay away
+        scores = self._scores_of(embeddings, params.score, is_relative=True)
         if not np.isfinite(scores).all():
             raise TreadleError(
                 "the scores of a text are not finite: its embedding holds NaN, infinity or huge numbers."

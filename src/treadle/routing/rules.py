@@ -5,15 +5,11 @@ import numpy as np
 from treadle.common.params import DEFAULT_TEMPERATURE, RoutingParams
 from treadle.routing.centroids import Floats
 
-MIN_WEIGHT_SUM = 1e-30
-"""The least divisor of weights, so that a row of zeros stays a row of zeros."""
-
 
 def softmax(scores: Floats, temperature: float = 1.0) -> Floats:
-    """Return the softmax of scores / temperature; -inf gets 0, and a row that is -inf throughout is 0 throughout."""
-    top = scores.max(-1, keepdims=True)
-    raised = np.exp((scores - np.where(np.isfinite(top), top, 0.0)) / temperature)
-    return (raised / np.maximum(raised.sum(-1, keepdims=True), MIN_WEIGHT_SUM)).astype(np.float32)
+    """Return the softmax of scores / temperature; a score of -inf gets 0, beside a finite one."""
+    raised = np.exp((scores - scores.max(-1, keepdims=True)) / temperature)
+    return (raised / raised.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def boosted(cosines: Floats, boost: float = 4.0) -> Floats:
@@ -25,7 +21,7 @@ def boosted(cosines: Floats, boost: float = 4.0) -> Floats:
     top = cosines.max(-1, keepdims=True)
     lifted = np.where(top < 0, top / boost, top * boost)
     first = np.arange(cosines.shape[-1]) == cosines.argmax(-1)[..., None]
-    return softmax(np.where(first & np.isfinite(top), lifted, cosines))
+    return softmax(np.where(first, lifted, cosines))
 
 
 def top_k(scores: Floats, k: int, temperature: float = 1.0) -> Floats:
@@ -37,18 +33,12 @@ def top_k(scores: Floats, k: int, temperature: float = 1.0) -> Floats:
 
 
 def apply_rule(scores: Floats, params: RoutingParams) -> Floats:
-    """Return the weights (..., N) of scores (..., N) under a rule other than `fixed`, floor and unit scale included."""
+    """Return the weights (..., N) of scores (..., N) under a rule other than `fixed`."""
     if scores.shape[-1] == 0:
         return scores
-    if params.floor is not None:
-        scores = np.where(scores < params.floor, -np.inf, scores).astype(np.float32)
     temperature = params.temperature or DEFAULT_TEMPERATURE[params.score]
     if params.rule == "boosted":
-        weights = boosted(scores, params.boost)
-    elif params.rule == "top_k":
-        weights = top_k(scores, params.top_k, temperature)
-    else:
-        weights = softmax(scores, temperature)
-    if params.unit_scale:
-        weights = weights / np.maximum(weights.max(-1, keepdims=True), MIN_WEIGHT_SUM)
-    return weights
+        return boosted(scores, params.boost)
+    if params.rule == "top_k":
+        return top_k(scores, params.top_k, temperature)
+    return softmax(scores, temperature)
