@@ -51,7 +51,7 @@ from treadle.experiments.workbench import start_batch, step_bytes
 BATCHES, CONTEXTS = (1, 8, 32, 128), (512, 4096)
 SMALL_BATCHES, SMALL_CONTEXTS = (1, 3), (40,)
 BLOCK_STEPS = 6
-"""StepBlock between two events: the host prepares a step while the device computes the one before."""
+"""Steps between two events: the host prepares a step while the device computes the one before."""
 SPARE_BYTES = 3 << 30
 """Bytes of the device's memory that a cache must leave."""
 MAX_COMPARED_ROWS = 8
@@ -63,10 +63,10 @@ class ResultLog:
     """Prints results and writes them down as they come."""
 
     output: Path | None
-    start_batch: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.perf_counter)
 
     def __call__(self, kind: str, **facts: Any) -> None:
-        """ResultLog one result."""
+        """Print one result, and write it down."""
         print(f"[{self.seconds:5.0f} s] {kind}: {', '.join(f'{k} {_shown(v)}' for k, v in facts.items())}", flush=True)
         if self.output:
             with self.output.open("a") as file:
@@ -79,7 +79,7 @@ class ResultLog:
 
     @contextmanager
     def noting_out_of_memory(self, **facts: Any) -> Iterator[None]:
-        """ResultLog a lack of memory as a result."""
+        """Report a lack of memory as a result."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -255,6 +255,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=540, help="seconds after which nothing more is begun")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if DEVICE != "cuda" and not options.check and options.only != ["small"]:
+        parser.error("there is no GPU here: give --only small, which shows that the script runs, or --check")
     if options.check:
         exact_attention()
         raise SystemExit(check())

@@ -144,6 +144,8 @@ def build_engine(model: Any, adapters: Sequence[Adapter], *, is_fast: bool = Tru
     is_gpu = model.device.type == "cuda"
     engine = Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast and is_gpu)
     if is_fast and not is_gpu:  # only to see that the scripts run
+        engine.blend.always_active_rows = sys.maxsize  # as on a GPU: the step reads the factors of all adapters
+        engine.blend.take(engine.blend.plan(engine.blend.adapters))
         step = GraphStep(model, engine.blend, PlainKernels(), capture=lambda run: run)
         engine.runner = Runner(model, engine.blend, [step])
     return engine
