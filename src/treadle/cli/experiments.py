@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.flags import BundlePath, Device, Dtype, Json, Pack, takes
-from treadle.common.errors import OptionError, TreadleError, collect, raise_all
+from treadle.common.errors import OptionError, collect, raise_all
 from treadle.common.files import make_folder
 from treadle.common.options import read_options
 from treadle.common.version import __version__
@@ -197,24 +197,6 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
         return
     for table in quality_tables(qualities):
         new_console().print(table)
-
-
-def doctor_vllm(as_json: bool) -> None:
-    """Examine the vLLM that is installed and print what was found; raise if something is wrong."""
-    from treadle.serving.vllm.selftest import examine_vllm
-
-    report = examine_vllm()
-    if as_json:
-        print(json.dumps(asdict(report)))
-    else:
-        print(f"vLLM {report.version}")
-        for version, tested in report.known.items():
-            print(f"  knows {version}.x: {tested}")
-        if report.difference is not None and report.change is not None:
-            print(f"  one forward against the plain formula: off by {report.difference:.1e} nats; "
-                  f"the adapters move it by {report.change:.1e}")  # fmt: skip
-    if report.problems:
-        raise TreadleError("; ".join(report.problems))
 
 
 def open_engine(bundle: "Bundle", device: str | None, dtype: str | None, pack: bool | None = None) -> "Engine":

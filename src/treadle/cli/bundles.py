@@ -1,0 +1,225 @@
+"""The commands that make and examine bundles and their parts: `treadle fit`, `doctor`, `base` and `train`."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from treadle.cli.flags import Device, Dtype, Json, takes
+from treadle.common.errors import OptionError, TreadleError, collect, problem_list, unknown_name
+from treadle.common.options import read_options
+from treadle.common.params import RoutingParams, read_routing
+from treadle.experiments.params import TrainParams
+
+if TYPE_CHECKING:
+    from treadle.routing.centroids import Centroids
+    from treadle.routing.samples import Sample
+
+OTHERS = 2000
+"""Examples of each other task, from which joined sequences choose."""
+app = typer.Typer()
+
+
+@app.command(name="fit")
+@takes(routing=RoutingParams)
+def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    base: Annotated[str, typer.Option(help="folder or hub id of the base model")],
+    adapter: Annotated[list[str], typer.Option(help="name=PATH of a PEFT folder; once for each adapter")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write")],
+    samples: Annotated[
+        list[str] | None,
+        typer.Option(help="name=FILE of its sample texts (.txt, .jsonl, .jsonl.gz); not for adapters whose training "
+                          "left a centroid beside them"),
+    ] = None,
+    embedder: Annotated[
+        str, typer.Option(help="model2vec folder, static:NAME, or sentence-transformers name")
+    ] = "sentence-transformers/all-MiniLM-L6-v2",
+    keep_samples: Annotated[int, typer.Option(help="texts of each adapter that the bundle keeps, for doctor")] = 3,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a bundle that is there")] = False,
+    as_json: Json = False,
+    *,
+    routing: dict[str, Any],
+) -> None:  # fmt: skip
+    """Make a bundle from adapters and sample texts of each; nothing is trained."""
+    from treadle.bundle.bundle import save_bundle
+    from treadle.bundle.bundle_files import finish_replacing
+    from treadle.common.writing import check_writable
+    from treadle.routing.router import fit
+
+    check_writable(output / "bundle.json")  # now, not after the samples are embedded
+    finish_replacing(output)  # its own adapters may be among those that are given
+    folders, files = _pairs(adapter, "--adapter"), _pairs(samples or [], "--samples")
+    problems: list[str] = []
+    if not set(files) <= set(folders):
+        problems.append(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
+    params = collect(problems, [partial(read_routing, routing, RoutingParams())])
+    texts, fitted = _fitting(folders, files, problems)
+    router = fit(texts, embedder, params[0], fitted=fitted)
+    wholes = {name: [each.whole for each in given[:keep_samples]] for name, given in texts.items()}
+    kept = wholes if keep_samples else None
+    save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
+    counts = dict(zip(router.names, router.centroids.counts.tolist(), strict=True))
+    rows = {name: len(given) for name, given in texts.items()}
+    if as_json:
+        print(json.dumps({"bundle": str(output), "samples": rows, "texts": counts}))
+    else:
+        print(f"wrote {output}: samples {rows}, texts made of them {counts}")
+
+
+def _fitting(
+    folders: dict[str, str], files: dict[str, str], problems: list[str]
+) -> "tuple[dict[str, list[Sample]], list[Centroids]]":
+    """Return the samples of the adapters that have some and the centroids of the others.
+
+    Every adapter is read, too, before anything is embedded; one error lists all `problems`, those found here included.
+    """
+    from treadle.bundle.centroid_files import read_centroid
+    from treadle.experiments.data import load_samples
+    from treadle.lora.adapter import read_adapter
+
+    adapters = collect(problems, [partial(read_adapter, path, name) for name, path in folders.items()])
+    good = {adapter.name for adapter in adapters}
+    sampled = [name for name in folders if name in files]
+    trained = [name for name in folders if name not in files and name in good]
+    texts = collect(problems, [partial(load_samples, files[name]) for name in sampled])
+    fitted = collect(problems, [partial(read_centroid, Path(folders[name]), name) for name in trained])
+    if problems:
+        raise OptionError(problem_list("no bundle can be made:", problems))
+    return dict(zip(sampled, texts, strict=True)), fitted
+
+
+@app.command()
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle", metavar="BUNDLE")] = None,
+    samples: Annotated[list[str] | None, typer.Option(help="name=FILE of texts to read instead of the kept")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="examine the vLLM that is installed instead")] = False,
+    as_json: Json = False,
+) -> None:
+    """Examine a bundle: load it strictly, check that each adapter acts, time a step. Exit 1 if something is wrong."""
+    if vllm == (bundle is not None):
+        raise typer.BadParameter("give a BUNDLE, or --vllm")
+    if bundle is None:
+        _doctor_vllm(as_json)
+        return
+    from treadle.bundle.base_model import quiet_libraries
+    from treadle.experiments.data import load_texts
+    from treadle.experiments.doctor import examine
+
+    quiet_libraries()
+    texts = {name: load_texts(file)[:8] for name, file in _pairs(samples or [], "--samples").items()}
+    report = examine(bundle, samples=texts, device=device, dtype=dtype)
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        from treadle.cli.console import new_console, report_tables
+
+        console = new_console()
+        console.print(f"base {report.base_model} on {report.device} in {report.dtype}")
+        console.print(*report_tables(report), sep="\n")
+        base, blended = report.base_step * 1000, report.blended_step * 1000
+        console.print(f"a step: base {base:.1f} ms, blended {blended:.1f} ms, ratio {blended / base:.3f} (medians)")
+    if report.problems:
+        raise TreadleError("; ".join(report.problems))
+
+
+@app.command()
+def base(
+    name: Annotated[str, typer.Argument(help="hub id under which the model is kept, such as org/model")],
+    gguf: Annotated[Path | None, typer.Option(help="a GGUF file")] = None,
+    package: Annotated[str | None, typer.Option(help="an installed pip package that carries one GGUF file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a GGUF file into a plain Hugging Face folder in treadle's cache, once."""
+    from treadle.bundle.base_model import convert_gguf, gguf_in_package, quiet_libraries
+
+    quiet_libraries()
+    if (gguf is None) == (package is None):
+        raise typer.BadParameter("give one of --gguf and --package")
+    folder = convert_gguf(name, gguf if gguf is not None else gguf_in_package(package or ""))
+    print(json.dumps({"name": name, "folder": str(folder)}) if as_json else f"{name}: {folder}")
+
+
+@app.command()
+@takes(training=TrainParams)
+def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    base: Annotated[str, typer.Option(help="folder or hub id of the base model")],
+    data: Annotated[str, typer.Option(help="JSON lines with prompt and completion, or a hub data set")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the PEFT folder to write")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="read the rows as this task's: math, science, code, reading, mbpp; chat (rows hold "
+            "messages); or a .json file with a prompt template"
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="[TASK=]FILE of another task, for joined sequences; repeatable")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="examples to use, a seeded choice")] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="leave the centroid of the examples beside the adapter, made by this embedder")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="demo, or paper (rank 64, alpha 16, dropout 0.1)")] = "demo",
+    as_json: Json = False,
+    *,
+    training: dict[str, Any],
+) -> None:
+    """Train one LoRA adapter and write a plain PEFT folder."""
+    from treadle.bundle.base_model import load_tokenizer
+    from treadle.experiments.data import CHAT_TASK, chat_task, load_examples
+    from treadle.experiments.tasks import find_task
+    from treadle.experiments.train import train_adapter
+
+    presets = {"demo": TrainParams(), "paper": TrainParams.paper()}
+    if preset not in presets:
+        raise OptionError(unknown_name("preset", preset, presets))
+    params = read_options(TrainParams, training, onto=presets[preset])
+    tokenizer = load_tokenizer(base)
+
+    def load(name: str | None, source: str, most: int | None) -> list[Any]:
+        found = chat_task(tokenizer) if name == CHAT_TASK else find_task(name, also=[CHAT_TASK]) if name else None
+        return load_examples(source, found, limit=most, seed=params.seed)
+
+    examples = load(task, data, limit)
+    others: list[Any] = []
+    for entry in also or []:
+        other_task, _, file = entry.partition("=") if not Path(entry).exists() else ("", "", entry)
+        others += load(other_task if file else None, file or entry, OTHERS)
+    train_adapter(base, examples, output, others=others, params=params, embedder=embedder)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the one that wrote it
+        print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
+
+
+def _doctor_vllm(as_json: bool) -> None:
+    """Examine the vLLM that is installed and print what was found; raise if something is wrong."""
+    from treadle.serving.vllm.selftest import examine_vllm
+
+    report = examine_vllm()
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        print(f"vLLM {report.version}")
+        for version, tested in report.known.items():
+            print(f"  knows {version}.x: {tested}")
+        if report.difference is not None and report.change is not None:
+            print(f"  one forward against the plain formula: off by {report.difference:.1e} nats; "
+                  f"the adapters move it by {report.change:.1e}")  # fmt: skip
+    if report.problems:
+        raise TreadleError("; ".join(report.problems))
+
+
+def _pairs(entries: Sequence[str], flag: str) -> dict[str, str]:
+    split = [entry.partition("=") for entry in entries]
+    if bad := [entry for entry, (name, _, value) in zip(entries, split, strict=True) if not name or not value]:
+        raise OptionError(f"{flag} takes name=PATH, not {', '.join(map(repr, bad))}.")
+    names = [name for name, _, _ in split]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise OptionError(f"{flag} names {', '.join(repeated)} twice.")
+    return {name: value for name, _, value in split}

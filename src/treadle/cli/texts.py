@@ -1,0 +1,117 @@
+"""The commands that take a text: `treadle generate`, `treadle route`."""
+
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from treadle.cli.experiments import open_engine, route_eval
+from treadle.cli.flags import BundlePath, Chat, Device, Dtype, Json, Pack, chat_messages, takes
+from treadle.common.errors import OptionError, collect, raise_all
+from treadle.common.options import read_options
+from treadle.common.params import RoutingParams, SamplingParams, read_routing
+
+if TYPE_CHECKING:
+    from treadle.engine.engine import Engine
+
+app = typer.Typer()
+
+
+@app.command()
+@takes(sampling=SamplingParams, routing=RoutingParams)
+def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option(help="text to continue; - reads standard input")],
+    chat: Chat = False,
+    trace: Annotated[Path | None, typer.Option(help="write tokens, log-probabilities and weights to this file")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    pack: Pack = None,
+    as_json: Json = False,
+    *,
+    sampling: dict[str, Any],
+    routing: dict[str, Any],
+) -> None:
+    """Generate from a prompt; the text streams in the colours of its leading adapters."""
+    from treadle.bundle.base_model import check_dtype
+    from treadle.bundle.bundle import read_bundle
+    from treadle.common.writing import check_writable, write_text
+
+    problems: list[str] = []
+    options = collect(problems, [partial(read_options, SamplingParams, sampling)])
+    found = collect(problems, [partial(read_bundle, bundle)])
+    default = found[0].router.params if found else RoutingParams()
+    params = collect(problems, [partial(read_routing, routing, default)])
+    collect(problems, [partial(check_dtype, dtype)])
+    collect(problems, [partial(check_writable, trace)] if trace else [])  # now, not after the text is generated
+    raise_all(problems)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    engine = open_engine(found[0], device, dtype, pack)
+    given = chat_messages(text) if chat else text
+    if as_json or trace:
+        document = _document(engine, given, options[0], params[0])
+        if trace:
+            write_text(trace, json.dumps(document, indent=2) + "\n")
+        print(json.dumps(document) if as_json else document["text"])
+        return
+    _stream(engine, given, options[0], params[0])
+
+
+@app.command(name="route")
+@takes(routing=RoutingParams)
+def route_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    bundle: BundlePath,
+    text: Annotated[str | None, typer.Option(help="the text to route; - reads standard input")] = None,
+    chat: Chat = False,
+    evaluate: Annotated[bool, typer.Option("--eval", help="accuracy and confusion on held-out examples")] = False,
+    tasks: Annotated[list[str] | None, typer.Option(help="with --eval: TASK=FILE, as treadle eval; repeatable")] = None,
+    limit: Annotated[int, typer.Option(help="with --eval: examples a task")] = 300,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="with --eval: folder for treadle plot")] = None,
+    as_json: Json = False,
+    *,
+    routing: dict[str, Any],
+) -> None:
+    """Show how the router weighs a text and why, or how often it is right. The base model is not loaded."""
+    from treadle.bundle.bundle import read_bundle
+    from treadle.engine.chat import contents_of, joined
+    from treadle.routing.explain import explain
+
+    if evaluate != bool(tasks) or evaluate != (text is None) or (evaluate and chat):
+        raise typer.BadParameter("give --text (and --chat), or --eval with --tasks")
+    router = read_bundle(bundle).router
+    params = read_routing(routing, router.params)
+    if evaluate:
+        if routing:
+            raise OptionError(f"--eval measures every score by itself; leave out {', '.join(sorted(routing))}")
+        route_eval(router, tasks or [], limit, output, as_json)
+        return
+    given = sys.stdin.read() if text == "-" else text or ""
+    said = joined(contents_of(chat_messages(given))) if chat else given
+    explanation = explain(router, said, params)
+    if as_json:
+        print(json.dumps(asdict(explanation)))
+        return
+    from treadle.cli.console import explanation_table, new_console
+
+    new_console().print(explanation_table(explanation))
+
+
+def _document(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> dict[str, Any]:
+    done = engine.generate(prompt, sampling=sampling, routing=routing)
+    document = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in asdict(done).items()}
+    return {**document, "routing": asdict(routing), "sampling": asdict(sampling)}
+
+
+def _stream(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> None:
+    from treadle.cli.console import legend, mean_weights, new_console, stream_coloured
+
+    console = new_console()
+    events = stream_coloured(console, engine.stream(prompt, sampling=sampling, routing=routing))
+    means = zip(engine.adapter_names, mean_weights(events), strict=True)
+    notes = new_console(stderr=True)
+    notes.print(legend(engine.adapter_names))
+    notes.print("mean weights: " + "  ".join(f"{name} {weight:.2f}" for name, weight in means))
