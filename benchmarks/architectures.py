@@ -5,7 +5,7 @@
 Each model is random and tiny. Its adapters are made by PEFT on every linear layer that PEFT adapts. Laws: greedy text
 and log-probabilities are those of transformers' own `generate` with the PEFT adapter active; rows of unequal length
 share a pass; a prompt in chunks reads as a prompt at once; scores are those of generation. Each model runs in a
-process of its own, which has so many seconds.
+process of its own for at most --seconds.
 """
 
 import argparse
@@ -220,7 +220,7 @@ def problems(engine: Engine, expected: list[tuple[list[int], torch.Tensor]]) -> 
 
 
 def far(ours: Any, theirs: Any) -> bool:
-    """Whether log-probabilities (T) differ by more than rounding, in nats."""
+    """Return whether log-probabilities (T) differ by more than rounding, in nats."""
     return len(ours) != len(theirs) or bool(abs(ours - theirs).max() > 2e-3)
 
 

@@ -6,7 +6,7 @@ Four ways to make one token a row, run in turn on the demo's bundle: transformer
 model's own forward, as treadle did at first and still does for models that it does not know; and treadle's own step
 with routing off and blended. Milliseconds are medians without a profiler. Operations are what PyTorch dispatches in one
 step, views included. The columns by kind come from torch.profiler, which slows small operations: they say what is
-large. `rest` is the step's time less these, as far as it is more: Python.
+large. `rest` is what remains of the step's time without these: Python.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Damages every file that treadle reads, in a seeded way, and counts what ends in anything but a refusal of its own.
+"""Damages every kind of file that treadle reads, and counts the readings that end in another error than a TreadleError.
 
     python benchmarks/fuzz.py [--mutations 2000] [--seed 0] [--formats bundle arms ...]
 
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def fuzz(root: Path, name: str, mutations: int, seed: int, report: Callable[[str, str], None]) -> int:
-    """Damage one format so many times, print a line of what happened, and return the number of faults."""
+    """Damage one format `mutations` times, print a line of what happened, and return the number of faults."""
     given, chooser = FORMATS[name], random.Random(f"{seed} {name}")
     file = root / given.file
     whole = file.read_bytes()

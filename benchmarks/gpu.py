@@ -1,14 +1,15 @@
-"""Decoding on a GPU, random-weight models of known shapes: routing off against weights that change every token.
+"""Times decoding on a GPU with random models of known shapes: routing off, and weights that change every token.
 
     python benchmarks/gpu.py --check                        # the laws, on small models
     python benchmarks/gpu.py --output gpu.jsonl             # all steps, some minutes on an H100
     python benchmarks/gpu.py --only Llama-3-8B              # a part of them
 
-For each shape, set of four adapters, batch and context: milliseconds of a step with routing off and blended, in turn
-(blocks of steps between two CUDA events; median and quartiles), their ratio, and the share of the bandwidth of a large
-copy that reading weights, factors and cache once in this time takes. Then whole engine steps by the clock, router and
-sampling included. Before anything is timed, logits are compared with those of the model's own forward. Each result is
-printed, and written to --output as a line of JSON. `python -m benchmarks.peers` times other libraries.
+It runs each shape with two sets of four adapters, over batches and contexts. Before anything is timed, logits are
+compared with those of the model's own forward. Then steps with routing off and blended run in turn, in blocks between
+two CUDA events. A line has the median and quartiles in milliseconds, the ratio to routing off, and the bandwidth:
+reading weights, factors and cache once in this time, as a share of a large copy's. Last come whole engine steps by the
+clock, router and sampling included. Each result is printed, and written to --output as a line of JSON. Without a GPU,
+--only small shows that the script runs. `python -m benchmarks.peers` times other libraries.
 """
 
 import argparse
@@ -74,7 +75,7 @@ class ResultLog:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.perf_counter() - self.started
 
     @contextmanager

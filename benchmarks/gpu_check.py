@@ -1,4 +1,4 @@
-"""The laws of the step that a GPU replays, on small random models on the device: `benchmarks/gpu.py --check`.
+"""Checks the laws of the step that a GPU replays, on small random models: `benchmarks/gpu.py --check`.
 
 Each law compares `treadle.engine.runners.cuda.step` with the model's own forward in float32, and prints the largest
 difference.

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures with: random models of known shapes, random adapters, a router of random words.
+"""Makes what benchmarks/gpu.py measures: random models of known shapes, random adapters, a router of random words.
 
 Nothing is fetched. Weights are drawn where they stay, on the device.
 """
@@ -61,7 +61,7 @@ ADAPTERS = {"r 64, q v": (64, ("q_proj", "v_proj")), "r 16, all linear": (16, AL
 """Rank and targets of the four adapters."""
 NUM_ADAPTERS = 4
 DIM = 256
-"""Of the router's embeddings."""
+"""Dimensions of the router's embeddings."""
 
 
 def build_model(shape: dict[str, Any], device: str, dtype: torch.dtype | None = None) -> Any:
@@ -114,7 +114,7 @@ class WordEmbedder:
         self._table = np.random.default_rng(0).standard_normal((4096, DIM)).astype(np.float32)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the vectors (B, D) of whole texts, of which each word weighs half of the next."""
+        """Return the vectors (B, D) of whole texts; each word weighs half of the next one."""
         summed = np.zeros((len(texts), DIM), np.float32)
         for index, text in enumerate(texts):
             for word in text.split()[-24:]:

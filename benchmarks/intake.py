@@ -1,4 +1,4 @@
-"""Prints how soon /live and a small request are answered while others send the worst that they may.
+"""Prints how soon /live and a small request are answered while others send the largest requests allowed.
 
     python benchmarks/intake.py [--bundle demo/bundle] [--seconds 20] [--parts alone prompts route values bodies unread]
 

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def prepare(root: Path) -> dict[str, tuple[list[str], Callable[[], None], Callable[[], None]]]:
-    """Return of each command its arguments, what looks at a state that a kill left, and what looks at the end."""
+    """Return for each command its arguments, the check of a state that a kill left, and the check of the end."""
     conftest.tiny_llama().save_pretrained(root / BASE)
     conftest.byte_tokenizer().save_pretrained(root / BASE)
     embedder: StaticEmbedder = conftest.embedder.__wrapped__()

@@ -1,4 +1,4 @@
-"""Long requests under a budget of keys and values: all answers are right, and the process stays within it.
+"""Runs long requests under a budget of keys and values, and checks the answers and the process's memory.
 
 `python benchmarks/kv_memory.py` prints a table: the budget, what the buffers took at most, how much the process grew.
 """

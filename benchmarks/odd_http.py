@@ -4,7 +4,8 @@
 
 Each request is a good one with a few changes: lines doubled, cut, swapped, filled with random bytes, other lengths and
 encodings, upgrade offers. Some connections end in the middle, and some are silent. Meanwhile a good client asks for the
-same answer again and again. Exits with 1 where a request got a 5xx or no end, or the good client another answer.
+same answer again and again. Exits with 1 if a request got a 5xx or never ended, or if the good client got another
+answer.
 """
 
 import argparse

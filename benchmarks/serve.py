@@ -2,12 +2,11 @@
 
     python benchmarks/serve.py [--bundle demo/bundle] [--parts throughput gap memory]
 
-throughput: tokens per second of 32 concurrent streams, and of `Engine.generate` on one batch of the same 32 prompts, in
-turns; what the server adds to a token, with 32 streams and with one; and the same with clients that take whole answers,
-so that nothing is sent or read between two steps. Beside each arm stands what it could not help: the share of the cores
-that the host took (steal) and that other processes had. gap: the longest time between two tokens of a
-running stream while a prompt of 2,000 tokens arrives, in step times. memory: the server's resident set over 2,000
-requests.
+throughput: tokens per second of 32 concurrent streams, in turn with `Engine.generate` on one batch of the same prompts.
+It prints what the server adds to a token, with 32 streams and with one. The same follows for clients that take whole
+answers, so that nothing is sent or read between two steps. Beside each arm stand the shares of the cores that the host
+took (steal) and that other processes had. gap: the longest time between two tokens of a running stream while a prompt
+of 2,000 tokens arrives, in step times. memory: the server's resident set over 2,000 requests.
 """
 
 import argparse

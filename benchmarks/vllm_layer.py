@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/vllm_layer.py [--tokens 1 8 32]
 
-Layers as large as SmolLM2-135M's, four adapters, bfloat16; beside it, the same with the product that vLLM's own layers
-make. Medians of the thread's own time (one thread), which other
-work on the machine disturbs less than the clock on the wall. Run in the environment of `make test-vllm`.
+The layers are as large as SmolLM2-135M's, with four adapters in bfloat16. A second column has the product that vLLM's
+own layers make. Figures are medians of the thread's own time, which other work on the machine disturbs less than the
+clock on the wall. Run in the environment of `make test-vllm`.
 """
 
 import argparse

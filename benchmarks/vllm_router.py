@@ -5,7 +5,7 @@
 The texts are this repository's documentation, cut into as many streams, one token a step and stream; a decision falls
 due at different steps of different streams. Medians of all steps: by the clock on the wall, and of the thread's own
 time, which other work on the machine disturbs less. `benchmarks/vllm_speed.py` times the same inside the engine, where
-the model has emptied the caches in between; `--cold` writes so many MiB before each step, which empties them too.
+the model has emptied the caches in between; `--cold MIB` writes this much before each step, which empties them too.
 """
 
 import argparse

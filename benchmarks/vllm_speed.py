@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_speed.py [--batch 1 8 32] [--steps 40] [--dtype bfloat16] [--arms base qv ...]
 
-All arms are engines in one process; a step of each is timed in turn (A B C A B C ...). The share of the base's tokens
-a second is the median over rounds of the first arm's time by this arm's, with quartiles: what slows a whole round does
-not show in it. A row is marked where the first arm's own quartiles lie more than a fifth of its median apart.
+All arms are engines in one process; a step of each is timed in turn (A B C A B C ...). In each round the first arm's
+time is divided by this arm's, because a slow round slows both alike. The median over rounds, with quartiles, is the
+share of the base's tokens a second. A row is marked if the first arm's quartiles lie more than a fifth of its median
+apart.
 
 `qv` is the demo's bundle (four adapters of rank 16 on q and v); `all` has four random adapters of rank 8 on all seven
 linear layers; `lora-...` is vLLM's own serving of one of these adapters. Run in the environment of `make test-vllm`;

@@ -316,8 +316,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         write("bundle.json", "[" * 200_000),
         "bundle.json cannot be read as JSON: it is nested deeper",
     ),
-    "a number beyond floating point": (entry(samples=10**400), "a number of 401 digits is beyond floating point"),
-    "NaN": (top(routing={"every": float("nan")}), "bundle.json cannot be read as JSON: NaN is no number of JSON"),
+    "a number beyond floating point": (entry(samples=10**400), "a number of 401 digits is too large"),
+    "NaN": (top(routing={"every": float("nan")}), "bundle.json cannot be read as JSON: NaN is not a JSON number"),
     "a key twice": (write("bundle.json", '{"routing": {}, "routing": {}}'), "the key 'routing' is there twice"),
     "a folder instead of bundle.json": (folder_at("bundle.json"), "is not a bundle: it has no bundle.json"),
     # names and paths
@@ -373,7 +373,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "means of no vectors": (
         centroids(lambda a: a | {"means": a["means"] * 1000}),
-        "means has a row longer than 1, which no mean of an embedder's vectors is",
+        "means has a row longer than 1, but means of unit vectors are at most 1 long",
     ),
     "scatter of no samples": (
         centroids(lambda a: a | {"scatter": a["scatter"] * np.float32(1e30)}),

@@ -335,7 +335,7 @@ def test_files_of_somebody_else_are_neither_replaced_nor_removed(tmp_path, save)
     (tmp_path / "bundle/samples.json").write_text("mine")
     (tmp_path / "bundle.part").mkdir()
     before = names(tmp_path)
-    with pytest.raises(BundleError, match=r"holds samples.json, adapters/math, which no bundle has put there"):
+    with pytest.raises(BundleError, match=r"holds samples.json, adapters/math, which belongs to no bundle"):
         save(2)
     assert names(tmp_path) == before
     shutil.rmtree(tmp_path / "bundle")

@@ -1,1 +1,1 @@
-"""Other programs that run the same adapters, and large pools of them: `python -m benchmarks.peers --help`."""
+"""Measures other programs that run the same adapters, and large pools: `python -m benchmarks.peers --help`."""

@@ -1,4 +1,4 @@
-"""Other ways to run the same adapters on the same model, beside treadle: transformers, PEFT, the paper's loop.
+"""Runs the same adapters on the same model in other ways: transformers, PEFT, the paper's loop.
 
 Each peer is the library's own code, called as its documentation says. One that cannot run says why.
 """
@@ -139,7 +139,7 @@ def xlora(model: Any, folders: Mapping[str, Path]) -> Any:
 
 
 class Merging:
-    """PEFT's model with all adapters, of which a weighted one is made anew for each decision."""
+    """PEFT's model with all adapters; each decision makes a new weighted adapter from them."""
 
     def __init__(self, lab: "Lab", model: Any, folders: Mapping[str, Path]) -> None:
         from peft import PeftModel

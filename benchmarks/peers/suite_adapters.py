@@ -1,4 +1,4 @@
-"""Pools of adapters beside each other: steps with 4 to 256 of them, and loading 256 from PEFT folders."""
+"""Measures pools of adapters: steps with 4 to 256 of them, and loading 256 from PEFT folders."""
 
 import gc
 import json
@@ -75,7 +75,7 @@ def _steps(lab: Lab, engines: dict[str, Engine], batch: int, num_steps: int) -> 
 
 
 class DictatedRow(TokenSequence):
-    """A row that is given its tokens: the model computes what it always does, the text goes its own way."""
+    """A row whose tokens are given: the model computes every step, and its own choice of token is ignored."""
 
     def dictate(self, text: Sequence[int]) -> "DictatedRow":
         """Set the tokens that come."""

@@ -1,4 +1,4 @@
-"""Other libraries with the same adapters beside treadle: calls, or single tokens where they keep no cache."""
+"""Measures other libraries with the same adapters: calls, or single tokens where they keep no cache."""
 
 from dataclasses import replace
 from functools import partial
@@ -60,7 +60,7 @@ def _tokens(lab: Lab, options: PeerOptions) -> Table:
 
 
 def _lines(arms: Peers, lab: Lab, batch: int, tokens: int, notes: dict[str, str]) -> list[TableLine]:
-    """Time the arms that run, of which each call makes `tokens` tokens a row; say of the others why they do not."""
+    """Time the arms that run, each call making `tokens` tokens a row; say why the others do not run."""
     arms = tried(arms)
     able: dict[str, Unit] = {name: unit for name, unit in arms.items() if not isinstance(unit, Missing)}
     seconds = interleave(able, lab.params.rounds, warm_up=0)  # each has had its trial

@@ -1,4 +1,4 @@
-"""vLLM's own decoding beside treadle's: a process of vLLM's environment that makes the same calls, one at a time."""
+"""Runs vLLM's own decoding beside treadle's: a process in vLLM's environment makes the same calls, one at a time."""
 
 import json
 import os
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 900
 """Seconds that one answer may take: the first includes the start, and where vLLM compiles, minutes of that."""
 BLOCK_TOKENS = 128
-"""Tokens: vLLM's cache comes in blocks, of at most so many tokens on a CPU."""
+"""The most tokens of a block of vLLM's cache on a CPU."""
 VLLM_ARMS = {"vLLM, base": "base", "vLLM, one adapter": "lora"}
 
 

@@ -117,7 +117,7 @@ def save_bundle(
         base: folder or hub id of the base model.
         adapters: name -> PEFT folder, for each adapter that the router knows.
         router: its params become the bundle's default routing.
-        samples: name -> a few texts to keep for `treadle doctor`; whoever gets the bundle can read them.
+        samples: name -> a few texts to keep for `treadle doctor`; everybody who gets the bundle can read them.
         overwrite: replace a bundle that is there.
 
     Raises:

@@ -118,12 +118,12 @@ def _link_file(source: str, target: str) -> None:
 
 
 def _check_owned(folder: Path, units: list[str]) -> None:
-    """Refuse to replace what no bundle has put into the folder."""
+    """Refuse to replace files in the folder that belong to no bundle."""
     file = folder / BUNDLE_FILE
     owned = _units(folder) if file.exists() else []
     foreign = [unit for unit in units if os.path.lexists(folder / unit) and unit not in owned]
     if foreign and not (file.exists() and _names(folder) is None):  # a damaged bundle's own files cannot be told
-        raise BundleError(f"{folder} holds {', '.join(foreign)}, which no bundle has put there; name another folder.")
+        raise BundleError(f"{folder} holds {', '.join(foreign)}, which belongs to no bundle; name another folder.")
 
 
 def _units(folder: Path) -> list[str]:

@@ -98,7 +98,7 @@ def _dtype_problems(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 def _size_problems(centroids: Centroids) -> list[str]:
     """Return values that unit vectors cannot give: all adapters' scores would overflow."""
     problems = [
-        f"{key} has a row longer than 1, which no mean of an embedder's vectors is"
+        f"{key} has a row longer than 1, but means of unit vectors are at most 1 long"
         for key, means in (("means", centroids.means), ("group_means", centroids.groups.means))
         if not (np.linalg.norm(means, axis=-1) <= 1 + SLACK).all()
     ]

@@ -39,7 +39,7 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     embedder: Annotated[
         str, typer.Option(help="model2vec folder, static:NAME, or sentence-transformers name")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
-    keep_samples: Annotated[int, typer.Option(help="texts of each adapter that the bundle keeps, for doctor")] = 3,
+    keep_samples: Annotated[int, typer.Option(help="samples of each adapter that the bundle keeps for doctor")] = 3,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a bundle that is there")] = False,
     as_json: Json = False,
     *,
@@ -96,10 +96,12 @@ def _fitting(
 @app.command()
 def doctor(
     bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle", metavar="BUNDLE")] = None,
-    samples: Annotated[list[str] | None, typer.Option(help="name=FILE of texts to read instead of the kept")] = None,
+    samples: Annotated[
+        list[str] | None, typer.Option(help="name=FILE of texts to use instead of those that the bundle keeps")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
-    vllm: Annotated[bool, typer.Option("--vllm", help="examine the vLLM that is installed instead")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="examine the installed vLLM instead of a bundle")] = False,
     as_json: Json = False,
 ) -> None:
     """Examine a bundle: load it strictly, check that each adapter acts, time a step. Exit 1 if something is wrong."""
@@ -162,9 +164,9 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     also: Annotated[
         list[str] | None, typer.Option(help="[TASK=]FILE of another task, for joined sequences; repeatable")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="examples to use, a seeded choice")] = None,
+    limit: Annotated[int | None, typer.Option(help="examples to use, chosen by the seed")] = None,
     embedder: Annotated[
-        str | None, typer.Option(help="leave the centroid of the examples beside the adapter, made by this embedder")
+        str | None, typer.Option(help="write the examples' centroid by this embedder beside the adapter")
     ] = None,
     preset: Annotated[str, typer.Option(help="demo, or paper (rank 64, alpha 16, dropout 0.1)")] = "demo",
     as_json: Json = False,
@@ -210,7 +212,7 @@ def _doctor_vllm(as_json: bool) -> None:
             print(f"  knows {version}.x: {tested}")
         if report.difference is not None and report.change is not None:
             print(f"  one forward against the plain formula: off by {report.difference:.1e} nats; "
-                  f"the adapters move it by {report.change:.1e}")  # fmt: skip
+                  f"the adapters change it by {report.change:.1e}")  # fmt: skip
     if report.problems:
         raise TreadleError("; ".join(report.problems))
 

@@ -84,9 +84,11 @@ def explanation_table(explanation: "Explanation") -> Table:
         cosine, weight = explanation.cosines[index], explanation.weights[index]
         style = "bold" if weight == max(explanation.weights) > 0 else ""
         table.add_row(Text(name, colour(index)), f"{cosine:.3f}", f"{scores[index]:.2f}", f"{weight:.3f}", style=style)
-    notes = [f"its domain changes: what counts begins at character {explanation.begin}"] if explanation.begin else []
+    notes = (
+        [f"its topic changes: only the text from character {explanation.begin} on decides"] if explanation.begin else []
+    )
     if explanation.words:
-        notes.append("for the nearest spoke: " + ", ".join(f"{word} +{lead:.2f}" for word, lead in explanation.words))
+        notes.append("words for the nearest: " + ", ".join(f"{word} +{lead:.2f}" for word, lead in explanation.words))
     table.caption = "\n".join(notes) or None
     return table
 

@@ -178,7 +178,7 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
     sets = load_sets(tasks, asked)
     for each in sets:
         if each.task is None:
-            raise OptionError(f"{each.name} joins domains; a router is asked for the domain of single examples")
+            raise OptionError(f"{each.name} joins several domains; --eval needs tasks of one domain each")
         examples[each.adapter] = examples.get(each.adapter, ()) + each.examples
     params = [replace(RoutingParams(), score=score) for score in get_args(Score)]
     problems: list[str] = []

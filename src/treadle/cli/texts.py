@@ -69,7 +69,7 @@ def route_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flag
     chat: Chat = False,
     evaluate: Annotated[bool, typer.Option("--eval", help="accuracy and confusion on held-out examples")] = False,
     tasks: Annotated[list[str] | None, typer.Option(help="with --eval: TASK=FILE, as treadle eval; repeatable")] = None,
-    limit: Annotated[int, typer.Option(help="with --eval: examples a task")] = 300,
+    limit: Annotated[int, typer.Option(help="with --eval: examples per task")] = 300,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="with --eval: folder for treadle plot")] = None,
     as_json: Json = False,
     *,

@@ -1,7 +1,7 @@
 """Reads JSON documents and texts that somebody else wrote, in bounded time and memory; every fault is one short error.
 
 Only regular files are read: a pipe or a device has no end. A document holds no numbers beyond floating point, no key
-twice, no half of a surrogate pair, and is not nested deeply, so that whoever looks at its values need not fear them.
+twice, no half of a surrogate pair, and is not nested deeply. So its values are safe to use.
 """
 
 import json
@@ -145,19 +145,19 @@ def check_surrogates(text: str, document: Any) -> None:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"{text[:20]} is beyond floating point")
+        raise ValueError(f"{text[:20]} is too large")
     return number
 
 
 def _integer(text: str) -> int:
     if len(text) > LONGEST_NUMBER or (len(text) > 300 and math.isinf(float(text))):
-        raise ValueError(f"a number of {len(text)} digits is beyond floating point")
+        raise ValueError(f"a number of {len(text)} digits is too large")
     return int(text)
 
 

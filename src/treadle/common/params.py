@@ -28,8 +28,8 @@ COLDEST = 1e-3
 class RoutingParams:
     """How weights are made from the text, and when. The same fields are flags, request fields and result keys."""
 
-    score: Score = option("lda", "text against centroids: cosine (the paper), centred, or lda")
-    rule: Rule = option("softmax", "scores to weights: boosted (the paper), softmax, top_k or fixed")
+    score: Score = option("lda", "how a text is compared with centroids: cosine (the paper), centred or lda")
+    rule: Rule = option("softmax", "how scores become weights: boosted (the paper), softmax, top_k or fixed")
     boost: float = option(4.0, "boosted: factor on the largest cosine", at_least=SMALLEST, at_most=1000)
     temperature: float | None = option(
         None,
@@ -39,27 +39,34 @@ class RoutingParams:
     )
     top_k: int = option(2, "top_k: how many adapters keep a weight", at_least=1)
     fixed: Mapping[str, float] | None = option(None, "fixed: name=weight pairs; adapters not named get 0", at_least=0)
-    every: int | None = option(2, "re-weigh every so many generated tokens; none = once, from the prompt", at_least=1)
-    lag: int = option(
-        0, "1 = weights come one decision late: a slow embedder then runs beside the model", at_least=0, at_most=1
+    every: int | None = option(
+        2, "generated tokens between two decisions on the weights; none = decide once, from the prompt", at_least=1
     )
-    window: int | None = option(None, "the embedder sees the last so many tokens; none = all", at_least=1)
+    lag: int = option(
+        0,
+        "1 = weights take effect one decision late, so that a slow embedder runs beside the model",
+        at_least=0,
+        at_most=1,
+    )
+    window: int | None = option(None, "tokens that the embedder sees, the last ones; none = all", at_least=1)
     recent: int | None = option(
         32,
-        "running text: three quarters of the score are that of its last so many tokens; none = off",
+        "running text: take 75 % of the score from this many last tokens; none = off",
         at_least=1,
     )
     change: float | None = option(
         4.0,
-        "lda: a prompt whose domain changes counts from the last change on, where that explains it by so many nats "
-        "better; none = all of it",
+        "lda: ignore text of the prompt before the last topic change if splitting there fits this many nats better; "
+        "none = use all of it",
         at_least=SMALLEST,
         at_most=LARGEST,
     )
     prefill: Literal["prompt", "causal"] = option(
         "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
     )
-    past: Literal["keep", "recompute"] = option("keep", "on new weights: keep cached keys and values, or read again")
+    past: Literal["keep", "recompute"] = option(
+        "keep", "when weights change: keep cached keys and values, or recompute them"
+    )
     combine: Combine = option("sum", "sum (the true mixture), linear (PEFT >= 0.9) or paper (PEFT 0.4.0)")
 
     def __post_init__(self) -> None:
@@ -80,7 +87,7 @@ class RoutingParams:
             text = "prefill causal decides in blocks of `every` tokens; every none decides once, from the prompt"
             clashes["every", "prefill"] = (
                 text,
-                "a whole number of at least 1 with prefill 'causal', which decides in blocks of so many",
+                "a whole number of at least 1 with prefill 'causal', which decides in blocks of this many tokens",
             )
         if self.prefill == "causal" and self.lag:
             text = "prefill causal decides while it reads the prompt; weights that come late (lag) cannot"
@@ -143,11 +150,11 @@ class SamplingParams:
 
     temperature: float = option(0.0, "0 = greedy; else logits are divided by it", at_least=0)
     top_p: float = option(1.0, "sample from the smallest set of tokens with this probability mass", above=0, at_most=1)
-    top_k: int = option(0, "sample from so many most probable tokens; 0 = all", at_least=0)
+    top_k: int = option(0, "sample from this many most probable tokens; 0 = all", at_least=0)
     max_tokens: int = option(128, "tokens to generate at most", at_least=1)
     stop: tuple[str, ...] = option((), "strings that end the text; they are not part of it")
     seed: int | None = option(
-        None, "of this row's random stream; none = a fresh one each time", at_least=0, at_most=2**63 - 1
+        None, "seed of this row's random stream; none = a fresh one each time", at_least=0, at_most=2**63 - 1
     )
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the text; they are not part of it", at_least=0)
 

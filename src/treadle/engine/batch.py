@@ -2,7 +2,7 @@
 
 Rows join and leave between steps. A prompt is read at once or in chunks: until it is read to its end it has a cache of
 its own, and the rows that run do not notice. A pass that fails, or that gives a row no finite logits, is run again in
-halves until it is clear whose fault that is: this row ends with its own error, and the others get their tokens.
+halves until the row to blame is found: this row ends with its own error, and the others get their tokens.
 """
 
 import time

@@ -117,7 +117,7 @@ def check_context(engine: Scorer, pairs: Sequence[Pair]) -> None:
     problems = [f"row {index} has {length + 1} tokens" for index, length in enumerate(lengths) if length > context]
     if problems:
         more = [f"and {len(problems) - MAX_LISTED_ROWS} more"] if len(problems) > MAX_LISTED_ROWS else []
-        title = f"the model reads at most {context} tokens, of prompt and completion all but the last:"
+        title = f"the model reads at most {context} tokens of prompt and completion, the last token not counted:"
         raise OptionError(problem_list(title, [*problems[:MAX_LISTED_ROWS], *more]))
 
 

@@ -51,7 +51,7 @@ def _whole_number(value: Any) -> int:
 
 
 def check_known(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], vocabulary: int) -> None:
-    """Raise an OptionError that lists the ids which a model with so many does not know, such as added tokens."""
+    """Raise an OptionError that lists the ids beyond the model's vocabulary, such as added tokens."""
     unknown = [each for each in dict.fromkeys(ids) if not 0 <= each < vocabulary]
     if unknown:
         named = [f"{shown(each)}{_name(tokenizer, each)}" for each in unknown[:LISTED]]

@@ -41,7 +41,7 @@ from treadle.routing.router import Router
 EVERY_TOKENS = (1, 2, 3, 4, 6, 8, 16)
 WINDOW_TOKENS = (16, 32, 64, 128)
 MAX_ARMS = 10_000
-"""Combinations of a grid: to measure so many takes months."""
+"""The most combinations of a grid, because measuring more takes months."""
 MAX_FILE_BYTES = 1 << 20
 """Bytes of a file of arms."""
 BOOST_FACTORS = (1, 2, 3, 4, 5, 6, 8)

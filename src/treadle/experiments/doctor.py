@@ -93,7 +93,7 @@ def examine(
         base_step=base_step,
         blended_step=blended_step,
         problems=tuple(
-            f"adapter {report.name!r} moves nothing: its largest divergence from the base is {report.change:.1e} nats"
+            f"adapter {report.name!r} changes nothing: its largest divergence from the base is {report.change:.1e} nats"
             for report in reports
             if not report.change > MIN_CHANGE_NATS
         ),

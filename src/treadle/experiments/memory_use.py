@@ -153,7 +153,7 @@ def treadle_command(bundle: str, device: str, dtype: str, tokens: int, prompt: s
 
 
 def endless_command(bundle: str, device: str, dtype: str, tokens: int, prompt: str, *, pack: bool) -> list[str]:
-    """Return the command that generates with treadle's engine and a bundle, so many tokens whatever they are."""
+    """Return the command that generates with treadle's engine and a bundle; no token ends the text."""
     return [sys.executable, "-c", ENDLESS_CODE, bundle, device, dtype, str(int(pack)), str(tokens), prompt]
 
 

@@ -12,10 +12,10 @@ from treadle.common.options import check_fields, option, problem_of, raise_probl
 class EvalParams:
     """Options of an evaluation: which rows, and how."""
 
-    limit: int = option(300, "examples a task, a seeded choice", at_least=1)
-    seed: int = option(0, "of the choice of examples and shots, of streams and of bootstrap samples", at_least=0)
+    limit: int = option(300, "examples per task, chosen by the seed", at_least=1)
+    seed: int = option(0, "seed of the examples, shots, streams and bootstrap samples", at_least=0)
     shots: int = option(0, "solved examples of the same task before each prompt", at_least=0)
-    generate: bool = option(True, "generate texts and judge them; without, only likelihoods are measured")
+    generate: bool = option(True, "generate texts and judge them; otherwise only likelihoods are measured")
     max_tokens: int | None = option(None, "tokens to generate at most; none = the task's own number", at_least=1)
 
     def __post_init__(self) -> None:
@@ -29,8 +29,8 @@ class BenchParams:
 
     batch: tuple[int, ...] = option((1, 8), "rows of a batch", at_least=1)
     prompt: int = option(32, "tokens of each prompt", at_least=1)
-    tokens: int = option(128, "tokens made a row", at_least=8)
-    rounds: int = option(5, "times that each call is measured, in turn with the others", at_least=1)
+    tokens: int = option(128, "tokens to generate per row", at_least=8)
+    rounds: int = option(5, "measurements of each call, in turn with the other calls", at_least=1)
     long_prompt: int = option(512, "prefill: tokens of a prompt", at_least=1)
 
     def __post_init__(self) -> None:
@@ -49,15 +49,15 @@ class TrainParams:
     rank: int = option(16, "rank of each pair of factors", at_least=1)
     alpha: int = option(32, "the update is scaled by alpha / rank", at_least=1)
     targets: tuple[str, ...] = option(("q_proj", "v_proj"), "modules that get factors")
-    learning_rate: float = option(1e-3, "of the first step; falls to 0 linearly", above=0)
+    learning_rate: float = option(1e-3, "learning rate of the first step; it falls to 0 linearly", above=0)
     steps: int = option(120, "optimiser steps", at_least=1)
     batch_size: int = option(8, "sequences a step", at_least=1)
-    max_tokens: int = option(384, "longer sequences are left out, and counted", at_least=1)
+    max_tokens: int = option(384, "tokens of a sequence; longer ones are left out, and counted", at_least=1)
     dropout: float = option(0.0, "share of an adapter's inputs that a step leaves out", at_least=0, below=1)
     join: float = option(0.25, "share of the sequences that join two or three examples", at_least=0, at_most=1)
-    packing: bool = option(False, "put several sequences into one of max_tokens; each still sees itself alone")
-    dtype: str = option("bfloat16", "of the base model; the adapter itself trains in float32")
-    seed: int = option(0, "of the order, the joining and the first factors", at_least=0, at_most=2**32 - 1)
+    packing: bool = option(False, "put several sequences into one of max_tokens; none of them sees another")
+    dtype: str = option("bfloat16", "dtype of the base model; the adapter itself trains in float32")
+    seed: int = option(0, "seed of the order, the joining and the first factors", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
         """Check every field; a target may name several modules, separated by commas."""

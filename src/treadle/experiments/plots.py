@@ -306,10 +306,10 @@ def _panels(count: int, height: float = 2.8) -> "tuple[Figure, list[Axes]]":
 
 FIGURES: dict[str, "Callable[[Study], Figure | None]"] = {
     "arms": arms_figure,
-    "every": _over("every", "re-weighed every so many tokens (none = once)"),
+    "every": _over("every", "generated tokens between two decisions (none = one decision)"),
     "window": _over("window", "tokens that the embedder sees (none = all)"),
     "boost": _over("boost", "boost of the largest cosine"),
-    "every-accuracy": _over("every", "re-weighed every so many tokens (none = once)", is_nll=False),
+    "every-accuracy": _over("every", "generated tokens between two decisions (none = one decision)", is_nll=False),
     "window-accuracy": _over("window", "tokens that the embedder sees (none = all)", is_nll=False),
     "boost-accuracy": _over("boost", "boost of the largest cosine", is_nll=False),
     "speed": speed_figure,

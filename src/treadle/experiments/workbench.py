@@ -120,7 +120,7 @@ class Lab:
         return Engine(model, load_tokenizer(self.bundle.base_model), adapters, router, pack=self.has_packs)
 
     def context_problem(self, tokens: int, flags: str) -> str:
-        """Return a message if texts of so many tokens exceed the model's context, else an empty text."""
+        """Return a message if texts of `tokens` tokens exceed the model's context, else an empty text."""
         limit = self.engine.context
         is_long = limit is not None and tokens > limit
         return f"{flags}: texts of {tokens} tokens; the model reads at most {limit}" if is_long else ""
@@ -207,7 +207,7 @@ def start_batch(
     Args:
         engine: that runs them.
         prompts: ids of each row.
-        tokens: that a row makes, of which reading the prompts makes the first.
+        tokens: that a row makes; reading the prompts makes the first.
         routing: of all rows, or one a row.
     """
     each = [routing] * len(prompts) if isinstance(routing, RoutingParams) else list(routing)

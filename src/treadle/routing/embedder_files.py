@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _file_problems(folder: Path) -> Iterator[str]:
-    """Yield which files are no files: whoever opens a pipe waits for ever."""
+    """Yield which files are no regular files: opening a pipe would wait for ever."""
     count = 0
     for parent, _, names in os.walk(folder):
         count += len(names)
@@ -55,7 +55,7 @@ def _file_problems(folder: Path) -> Iterator[str]:
             if not is_file(path):
                 yield f"{place} is not a file, or a link to nowhere"
             elif path.name == "adapter_config.json":
-                yield f"{place} would load another model; save the embedder as one of its own"
+                yield f"{place} would load another model; save the embedder as a whole model"
             elif path.suffix == ".json" and os.path.getsize(path) > MOST_BYTES:
                 yield f"{place} has more than {MOST_BYTES} bytes"
 

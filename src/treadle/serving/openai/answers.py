@@ -17,7 +17,7 @@ from treadle.serving.openai.tokens import TokenTexts
 DONE = b"data: [DONE]\n\n"
 """The event that ends a stream."""
 LIST_DEPTH, PIECE_ENTRIES = 4, 256
-"""The long lists of an answer lie at this depth, and are written in pieces of so many entries."""
+"""The depth of an answer's long lists, and the entries of each piece in which they are written."""
 
 
 class Answer:

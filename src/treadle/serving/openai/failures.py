@@ -11,7 +11,7 @@ from treadle.serving.openai.loop import EngineFailed
 from treadle.serving.openai.scheduler import QueueFull, ShuttingDown
 
 MAX_LISTED_PROBLEMS = 20
-"""One message lists so many problems and counts the others."""
+"""The problems that one message lists; it counts the others."""
 CLIENT_GONE_STATUS = 499
 """Status in the log if the client went away, as nginx has it."""
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

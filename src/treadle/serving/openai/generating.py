@@ -26,7 +26,7 @@ from treadle.serving.openai.state import ServerState
 Result = TypeVar("Result")
 
 MAX_INLINE_ENTRIES = 2048
-"""The event loop writes answers of at most so many tokens, times the values of each."""
+"""The entries of the longest answer that the event loop writes itself: tokens times the values of each."""
 PING_SECONDS = 15.0
 """An idle stream sends a comment this often, so that its connection stays open."""
 
@@ -133,7 +133,7 @@ class RunningRequest:
         return Response(await self._aside(write, size), media_type="application/json")
 
     async def _aside(self, function: Callable[[], Result], num_entries: int) -> Result:
-        """Run a function that writes so many entries; many entries are written in a thread."""
+        """Run a function that writes `num_entries` entries, in a thread where they are many."""
         if num_entries <= MAX_INLINE_ENTRIES:
             return function()
         return await self._state.writing.run(lambda _: function(), self._context.client, num_entries)

@@ -12,9 +12,9 @@ from treadle.common.errors import OptionError, problem_list
 from treadle.serving.openai.params import ServeParams
 
 KEY_ID_LENGTH = 8
-"""The log names a key by so many characters of its hash."""
+"""The characters of a key's hash by which the log names the key."""
 MAX_KEY_FILE_BYTES = 16 << 20
-"""A key file may have so many bytes."""
+"""The most bytes of a key file."""
 COMMENT = re.compile(r"(^|\s)#.*")
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 CPU_MEMORY_SHARE, GPU_MEMORY_SHARE = 0.5, 0.8
 """Keys and values may take this share of the free memory by default; passes and prefixes need the rest."""
 MIN_KV_BYTES = 256 << 20
-"""Keys and values get at least so many bytes by default."""
+"""The bytes that keys and values get by default at least."""
 DEFAULT_FREE_BYTES = 4 << 30
 """Free memory that is assumed if the system reports none."""
 CGROUP = Path("/sys/fs/cgroup")
@@ -79,7 +79,7 @@ class KvMemory:
         prefix_mebibytes: int,
         free_memory: Callable[[torch.device], int] = free_memory,
     ) -> None:
-        """Take at most so many MiB; None = a share of the memory that is free at the first sequence."""
+        """Take at most this many MiB; None = a share of the memory that is free at the first sequence."""
         self._engine = engine
         self._free_memory = free_memory
         self._mebibytes = mebibytes

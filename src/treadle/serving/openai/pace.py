@@ -7,7 +7,7 @@ BURST_FACTOR = 8
 GROUP_CHUNKS = 2
 """Prompts that are read together may have the tokens of this many chunks."""
 MIN_CHUNK_TOKENS = 16
-"""A chunk has at least so many tokens, whatever they cost. Shorter passes do not tell what a token costs."""
+"""The fewest tokens of a chunk, whatever they cost. Shorter passes do not tell what a token costs."""
 SMOOTHING_WEIGHT = 0.3
 """Weight of the newest measurement in a running mean."""
 

@@ -59,7 +59,7 @@ class ServeParams:
     max_prompts: int = option(64, "most prompts of one request", at_least=1)
     max_n: int = option(16, "most choices per prompt", at_least=1)
     max_messages: int = option(512, "most messages of a chat", at_least=1)
-    max_logprobs: int = option(20, "most likeliest tokens that a request may ask for", at_least=0)
+    max_logprobs: int = option(20, "most log-probabilities per token that a request may ask for", at_least=0)
     max_values: int = option(
         500_000, "most log-probabilities and weights of one answer, over all its choices and tokens", at_least=1
     )

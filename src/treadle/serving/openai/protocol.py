@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from treadle.serving.openai.failures import Failure
 
 HEADER_BYTES = 32 << 10
-"""A request's line and all its headers may have so many bytes."""
+"""The most bytes of a request's line with all its headers."""
 HEAD_SECONDS = 30.0
 """A head must arrive in this time after the connection or its own first byte."""
 WRITE_SECONDS = 30.0

@@ -21,7 +21,7 @@ Check: TypeAlias = Callable[[], None]
 """Long work calls it now and then; it raises `WorkAbandoned` when nobody waits for the result any more."""
 
 SMALL_WORK_BYTES = 32 << 10
-"""Work on at most so many bytes is small: it has its own thread."""
+"""The most bytes of small work, which has its own thread."""
 MAX_QUEUED_WORK = 256
 """So many pieces of work may wait in one queue."""
 RETRY_SECONDS = 5
@@ -153,7 +153,7 @@ class WorkQueue:
         return ticket
 
     def close(self) -> None:
-        """End the threads, abandon their work, and tell whoever waits that the server ends."""
+        """End the threads, abandon their work, and tell all callers that wait that the server ends."""
         with self._changed:
             self._is_closed = True
             waiting = [ticket for turns in (self._small, self._large) for ticket in iter(turns.take, None)]
@@ -208,7 +208,7 @@ class WorkQueue:
             if ticket.future.set_running_or_notify_cancel():
                 try:
                     ticket.future.set_result(ticket.function(ticket.check))
-                except BaseException as error:  # whoever waits gets the error, without the work's own variables
+                except BaseException as error:  # the caller that waits gets the error, without the work's own variables
                     traceback.clear_frames(error.__traceback__)
                     ticket.future.set_exception(error)
             with self._changed:
@@ -228,6 +228,6 @@ class WorkQueue:
 
 
 def _fail(ticket: QueuedWork[Any], error: Failure) -> None:
-    """Raise an error for whoever waits for the work."""
+    """Raise an error for the caller that waits for the work."""
     if ticket.future.set_running_or_notify_cancel():
         ticket.future.set_exception(error)

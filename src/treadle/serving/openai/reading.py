@@ -25,11 +25,11 @@ from treadle.serving.openai.state import ServerState
 Result = TypeVar("Result")
 
 MAX_OBJECT_FIELDS = 256
-"""A JSON object in a body may have so many fields."""
+"""The most fields of a JSON object in a body."""
 MAX_BODY_CONTAINERS = 20_000
-"""A body may have so many lists and objects; Python's garbage collector visits each of them many times."""
+"""The most lists and objects of a body; Python's garbage collector visits each of them many times."""
 MAX_BODY_VALUES = 500_000
-"""A body may have so many values; reading them takes 50 ms, in which no other thread runs."""
+"""The most values of a body; reading them takes 50 ms, in which no other thread runs."""
 GZIP = b"\x1f\x8b"
 
 
@@ -63,7 +63,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
 @asynccontextmanager
 async def within(seconds: float) -> AsyncGenerator[None]:
-    """Cancel the block after so many seconds and raise a Failure."""
+    """Cancel the block after this many seconds and raise a Failure."""
     try:
         async with asyncio.timeout(seconds):
             yield

@@ -19,7 +19,7 @@ Call: TypeAlias = "tuple[Callable[[], Any], Future[Any]]"
 """A function to run between two steps, and the future of its result."""
 
 MAX_RETRY_SECONDS = 60
-"""Retry-After says at most so many seconds."""
+"""The most seconds that Retry-After says."""
 
 
 class QueueFull(TreadleError):
@@ -176,8 +176,8 @@ def _answer(calls: deque[Call]) -> None:
         return
     try:
         result = function()
-    except Exception as error:  # whoever waits for the future gets it
+    except Exception as error:  # the caller that waits for the future gets it
         future.set_exception(error)
     else:
-        del function  # so that whoever waits frees its data: freeing a large adapter takes a while
+        del function  # so that the caller that waits frees its data: freeing a large adapter takes a while
         future.set_result(result)

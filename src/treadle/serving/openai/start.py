@@ -20,7 +20,7 @@ logger = logging.getLogger("treadle.serving.openai")
 MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Errors of an address that this machine does not have, such as localhost's second."""
 BACKLOG = 2048
-"""The system holds so many connections until they are accepted; uvicorn's default."""
+"""Connections that the system holds until they are accepted; uvicorn's default."""
 
 
 def check_start(bundle: Bundle, params: ServeParams) -> Keyring:
@@ -124,7 +124,9 @@ def _check_folder(params: ServeParams) -> None:
 def _warnings(bundle: Bundle, params: ServeParams, keys: Keyring) -> list[str]:
     names = bundle.router.names
     unknown = sorted(keys.adapters - set(names))
-    warnings = [f"api_key_file: {unknown_name('adapter', name, names)} It counts once it is added." for name in unknown]
+    warnings = [
+        f"api_key_file: {unknown_name('adapter', name, names)} The key gets it once it is added." for name in unknown
+    ]
     if keys.is_open and not is_loopback(params.host):
         warnings.append(f"listening on {params.host} without an API key: everybody who can reach it may use it")
     return warnings

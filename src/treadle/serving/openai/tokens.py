@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 """How sentencepiece writes a token of one byte."""
 MAX_COMPOSED_BYTES = 4
-"""NFC joins at most so many bytes into one: three letters of Hangul, nine bytes, become three bytes."""
+"""The most bytes that NFC joins into one: three letters of Hangul, nine bytes, become three bytes."""
 
 
 class TokenTexts:

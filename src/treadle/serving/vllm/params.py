@@ -24,14 +24,14 @@ class PluginParams:
     """The options of the plugin: the bundle, and the room for adapters that come later."""
 
     bundle: str = option("", "folder of the bundle")
-    base_model: str | None = option(None, "the bundle's base, where this server's --model has another name for it")
+    base_model: str | None = option(None, "what this server's --model calls the bundle's base, if the names differ")
     max_adapters: int | None = option(
         None, "slots for adapters that come later; none = the bundle's adapters, fixed", at_least=1
     )
     max_rank: int | None = option(
-        None, "ranks that a slot has room for; none = the largest of the bundle's", at_least=1
+        None, "largest rank that a slot has room for; none = the largest in the bundle", at_least=1
     )
-    adapter_dir: str | None = option(None, "folder below which adapters that are added must lie; none = none can be")
+    adapter_dir: str | None = option(None, "folder below which added adapters must lie; none = none can be added")
 
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""

@@ -58,7 +58,7 @@ def examine_vllm() -> VllmReport:
         return VllmReport(version, VERSIONS, (f"the self-test did not run: {found['error']}",))
     difference, change = float(found["difference"]), float(found["change"])
     if not difference < TOLERANCE_NATS < change:
-        problems = [f"a forward is off by {difference:.3g} nats; the adapters move it by {change:.3g}"]
+        problems = [f"a forward is off by {difference:.3g} nats; the adapters change it by {change:.3g}"]
     return VllmReport(version, VERSIONS, tuple(problems), difference, change)
 
 

@@ -225,10 +225,10 @@ class LayerStack(nn.Module):
         return y
 
     def _keep_buffers(self, num_tokens: int) -> StepBuffers:
-        """Return the views for steps of so many tokens: a small step takes as long as its calls of torch."""
+        """Return the views for steps of `num_tokens`, because a small step takes as long as its calls of torch."""
         into_hidden, into_made = cast(Product, self._product_a).into, self._products_b[0].into
         if into_hidden is None or into_made is None:
-            raise RuntimeError("products that only return what they make have nothing to keep")
+            raise RuntimeError("these products write into no buffer, so there is none to keep")
         hidden, made = (self._memory(num_tokens, size) for size in (self.a.shape[0], self.shard.size_out))
         buffers = StepBuffers(into_hidden, hidden, self.gates[:num_tokens], into_made, made)
         self._buffers_of[num_tokens] = buffers

@@ -7,7 +7,7 @@ const SAMPLING = {
   max_tokens: "tokens of the answer at most",
   temperature: "0 = the likeliest token each time",
   top_p: "sample from the smallest set of tokens with this probability mass",
-  top_k: "sample from so many most probable tokens; 0 = all",
+  top_k: "sample from this many most probable tokens; 0 = all",
   seed: "repeats an answer",
 };
 
