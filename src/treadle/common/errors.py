@@ -12,6 +12,8 @@ from typing import Any
 
 SHOWN = 60
 """Characters of a given value that a message repeats."""
+REASON_CHARACTERS = 300
+"""Characters of another library's error that a message repeats."""
 LONGEST_NAME = 100
 """Characters; nothing is named longer, and to a longer name none is near."""
 ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
@@ -112,10 +114,16 @@ def told(value: Any) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."
 
 
-def reason_of(error: Exception) -> str:
-    """Return an error as one line: its type, and the first line of what it says."""
+def reason_of(error: BaseException) -> str:
+    """Return an error as one line: its type, and the first line of what it says, cut where it is long."""
     said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    return f"{type(error).__name__}: {said[0][:REASON_CHARACTERS]}" if said else type(error).__name__
+
+
+def first_of(entries: Sequence[Any], most: int, say: Callable[[Any], str] = str) -> list[str]:
+    """Return what `say` makes of the first `most` entries, and behind them how many more there are."""
+    more = [f"and {len(entries) - most} more"] if len(entries) > most else []
+    return [*map(say, entries[:most]), *more]
 
 
 def listed(values: Iterable[Any]) -> str:

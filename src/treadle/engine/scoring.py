@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from treadle.common.errors import OptionError, collect, problem_list
+from treadle.common.errors import OptionError, collect, first_of, problem_list
 from treadle.common.params import RoutingParams
 from treadle.engine.chat import ChatText, pieces_of, prompt_cursor, read_prompt
 from treadle.engine.runners.rope import LengthRope
@@ -112,13 +112,12 @@ def check_context(engine: Scorer, pairs: Sequence[Pair]) -> None:
     known = partial(check_known, engine.tokenizer, vocabulary=engine.vocabulary)
     collect(unknown, [partial(known, prompt + answer) for prompt, answer in pairs])
     if unknown:
-        raise OptionError(problem_list("tokens:", unknown[:MAX_LISTED_ROWS]))
+        raise OptionError(problem_list("tokens:", first_of(unknown, MAX_LISTED_ROWS)))
     context = engine.context or max(lengths, default=0)
     problems = [f"row {index} has {length + 1} tokens" for index, length in enumerate(lengths) if length > context]
     if problems:
-        more = [f"and {len(problems) - MAX_LISTED_ROWS} more"] if len(problems) > MAX_LISTED_ROWS else []
         title = f"the model reads at most {context} tokens of prompt and completion, the last token not counted:"
-        raise OptionError(problem_list(title, [*problems[:MAX_LISTED_ROWS], *more]))
+        raise OptionError(problem_list(title, first_of(problems, MAX_LISTED_ROWS)))
 
 
 @torch.inference_mode()
@@ -172,9 +171,7 @@ def score_under(engine: Scorer, pairs: Sequence[Pair], traces: Sequence[Floats],
 def _checked(scores: list[Floats]) -> list[Floats]:
     """Return the scores (T, ...) of rows; a SequenceError names those where the model overflows."""
     if bad := [str(index) for index, each in enumerate(scores) if np.isnan(each).any()]:
-        named = ", ".join(bad[:MAX_LISTED_ROWS]) + (
-            f" and {len(bad) - MAX_LISTED_ROWS} more" if len(bad) > MAX_LISTED_ROWS else ""
-        )
+        named = ", ".join(first_of(bad, MAX_LISTED_ROWS))
         raise SequenceError(f"the model overflows under these weights: no log-probabilities of row {named}.")
     return scores
 

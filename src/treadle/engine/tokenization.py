@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tokenizers.decoders import DecodeStream
 
 from treadle.common.documents import check_text
-from treadle.common.errors import ModelError, OptionError, one_or_list, shown
+from treadle.common.errors import ModelError, OptionError, first_of, one_or_list, shown
 from treadle.common.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or chat messages {"role": ..., "content": a text or parts {"type": "text", "text": ...}}."""
-LISTED = 5
+MAX_LISTED_IDS = 5
 """Token ids that a message names at most."""
 
 
@@ -54,9 +54,8 @@ def check_known(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], vocabu
     """Raise an OptionError that lists the ids beyond the model's vocabulary, such as added tokens."""
     unknown = [each for each in dict.fromkeys(ids) if not 0 <= each < vocabulary]
     if unknown:
-        named = [f"{shown(each)}{_name(tokenizer, each)}" for each in unknown[:LISTED]]
-        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
-        raise OptionError(f"got token id {', '.join(named)}{more}; allowed: 0 to {vocabulary - 1}")
+        named = first_of(unknown, MAX_LISTED_IDS, lambda each: f"{shown(each)}{_name(tokenizer, each)}")
+        raise OptionError(f"got token id {', '.join(named)}; allowed: 0 to {vocabulary - 1}")
 
 
 def _name(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from treadle.common.documents import read_object
-from treadle.common.errors import DataError, OptionError
+from treadle.common.errors import DataError, OptionError, reason_of
 from treadle.common.writing import refusal_of, sync, write_text
 
 MARK_FILE = "treadle-whole.json"
@@ -49,7 +49,7 @@ class CheckpointKeeper(TrainerCallback):
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self._is_saving:
                 raise
-            reason = refusal_of(error) or str(error).strip().splitlines()[0]
+            reason = refusal_of(error) or reason_of(error)
             message = f"a checkpoint in {folder} cannot be written: {reason}; make room, then start the same run again."
             raise OptionError(message) from error
 

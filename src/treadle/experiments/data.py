@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from treadle.common.documents import is_file, open_file, parse_json
-from treadle.common.errors import DataError, OptionError, problem_list
+from treadle.common.errors import DataError, OptionError, first_of, problem_list
 from treadle.experiments.tasks import ChatExample, Example, Row, Task, as_text, find_task
 from treadle.routing.samples import Sample
 
@@ -218,5 +218,4 @@ def _sample_of(row: dict[str, Any]) -> Sample:
 def _refuse(problems: Sequence[str], title: str) -> None:
     """Raise a DataError that lists the first problems, if there are any."""
     if problems:
-        more = [f"and {len(problems) - MAX_REPORTED_ROWS} more"] if len(problems) > MAX_REPORTED_ROWS else []
-        raise DataError(problem_list(title, [*problems[:MAX_REPORTED_ROWS], *more]))
+        raise DataError(problem_list(title, first_of(problems, MAX_REPORTED_ROWS)))

@@ -156,7 +156,7 @@ class TreadleLM(TemplateLM):
     def _cut(self, ids: list[int], room: int) -> list[int]:
         """Return the last `room` ids of a context, the prefix token for an empty one."""
         if room < 1:
-            raise OptionError(f"a continuation leaves no room for its context in the model's {self.max_length} tokens.")
+            raise OptionError(f"a continuation leaves its context no room in the model's {self.max_length} tokens.")
         if len(ids) > room:
             warning_once(logging.getLogger("treadle"), f"contexts are cut from the left: {self.max_length} tokens fit.")
         return ids[-room:] or [self.prefix_token_id]

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.common.documents import check_text, read_object
-from treadle.common.errors import BundleError, ModelError, OptionError, problem_list
-from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault, reason, table_problems
+from treadle.common.errors import BundleError, ModelError, OptionError, problem_list, reason_of
+from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault, table_problems
 from treadle.routing.running_sum import WORD, PieceEffects, RunningSum, Spans, Sums
 from treadle.routing.sentence_embedder import SentenceEmbedder
 
@@ -100,7 +100,7 @@ class StaticEmbedder:
         except BaseException as error:
             if not is_foreign_fault(error):
                 raise
-            raise ModelError(f"static embedder {str(name)!r} cannot be loaded: {reason(error)}") from error
+            raise ModelError(f"static embedder {str(name)!r} cannot be loaded: {reason_of(error)}") from error
         if problems := table_problems(model):
             raise ModelError(problem_list(f"static embedder {str(name)!r} cannot be used:", problems))
         return cls(model)

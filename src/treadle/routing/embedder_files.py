@@ -127,12 +127,6 @@ def _largest(array: NDArray[Any]) -> float:
     return float(np.maximum(high, -low))
 
 
-def reason(error: BaseException) -> str:
-    """Return the first line of a library's error about files, or the error's name."""
-    said = str(error).strip().splitlines()
-    return said[0][:300] if said else type(error).__name__
-
-
 def is_foreign_fault(error: BaseException) -> bool:
     """Return whether an error comes from files that a library read: not ours, and no exit.
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.common.documents import check_text
-from treadle.common.errors import ModelError
+from treadle.common.errors import ModelError, reason_of
 from treadle.common.files import cached_folder
-from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault, reason
+from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault
 from treadle.routing.running_sum import Spans
 
 Floats = NDArray[np.float32]
@@ -57,7 +57,7 @@ class SentenceEmbedder:
             if not is_foreign_fault(error):
                 raise
             raise ModelError(
-                f"sentence embedder {name!r} cannot be loaded: {reason(error)}\n"
+                f"sentence embedder {name!r} cannot be loaded: {reason_of(error)}\n"
                 f"  What to do: name a folder that holds it, put it into {cached_folder(name)}, or go online."
             ) from error
         self.name = name
