@@ -436,7 +436,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "embedder config not an object": (write("embedder/config.json", "[]"), "config.json does not hold an object"),
     "no embedder vectors": (
         remove("embedder/model.safetensors"),
-        "cannot be loaded: FileNotFoundError: Could not find expected model",
+        "Error: Could not find expected model",
     ),
     "truncated embedder": (truncate("embedder/model.safetensors"), "static embedder"),
     "embedder tokenizer damaged": (write("embedder/tokenizer.json", "{"), "static embedder"),
