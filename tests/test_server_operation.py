@@ -64,6 +64,24 @@ def test_a_request_with_many_sequences_does_not_overfill_the_queue(served: Servi
         assert [each.result().status_code for each in accepted] == [200, 200]
 
 
+def test_unfinished_answers_share_a_budget_of_values(bundle_folder: Path) -> None:
+    many = {**SHORT, "max_tokens": 50, "logprobs": 1}  # 100 values
+    with (
+        serving(bundle_folder, max_batch=9, max_values=100) as served,
+        concurrent.futures.ThreadPoolExecutor(5) as pool,
+    ):
+        with served.paused():
+            accepted = [pool.submit(served.post, TEXTS, many) for _ in range(4)]
+            served.wait_until(lambda: served.scheduler.num_unfinished == 4)
+            refused = served.post(TEXTS, many)  # a client may have half of eight largest answers
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "values_full")
+            assert int(refused.headers["retry-after"]) == 5
+            accepted.append(pool.submit(served.post, TEXTS, SHORT))
+            served.wait_until(lambda: served.scheduler.num_unfinished == 5)
+        assert [each.result().status_code for each in accepted] == [200] * 5
+        assert [served.post(TEXTS, many | {"stream": each}).status_code for each in (True, False) * 4] == [200] * 8
+
+
 def test_a_request_that_can_never_fit_is_refused_for_good(served: Serving) -> None:
     assert served.post(TEXTS, {**SHORT, "prompt": ["a", "b"], "n": 2}).status_code == 200
     refused = served.post(TEXTS, {**SHORT, "prompt": ["a", "b", "c"], "n": 2})

@@ -115,13 +115,13 @@ def told(value: Any) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error as one line: its type, and the first line of what it says, cut where it is long."""
+    """Return an error as one line: its type, and the first line of what it says."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0][:REASON_CHARACTERS]}" if said else type(error).__name__
 
 
 def first_of(entries: Sequence[Any], most: int, say: Callable[[Any], str] = str) -> list[str]:
-    """Return what `say` makes of the first `most` entries, and behind them how many more there are."""
+    """Return the first `most` entries as texts, and behind them how many more there are."""
     more = [f"and {len(entries) - most} more"] if len(entries) > most else []
     return [*map(say, entries[:most]), *more]
 

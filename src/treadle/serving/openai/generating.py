@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 
 MAX_INLINE_ENTRIES = 2048
 """The entries of the longest answer that the event loop writes itself: tokens times the values of each."""
+VALUES_RETRY_SECONDS = 5
 PING_SECONDS = 15.0
 """An idle stream sends a comment this often, so that its connection stays open."""
 
@@ -95,6 +96,7 @@ class RunningRequest:
         loop = asyncio.get_running_loop()
         self._job = Job(parsed.work, self._news.put)
         self._left = self._job.num_sequences
+        self._held = 0  # values of the server's budget
         self.deadline = loop.time() + state.params.request_timeout
         # timers rather than asyncio.timeout around each wait, which would cost more than a token's JSON
         self._timer = loop.call_at(self.deadline, self._news.put, DeadlinePassed())
@@ -103,6 +105,13 @@ class RunningRequest:
 
     async def start(self) -> None:
         """Queue the job and wait until the engine accepts it; raise a Failure if it does not."""
+        wanted = self._answer.parsed.num_values
+        if not self._state.values.take(self._context.client, wanted):
+            message = (
+                "the log-probabilities and weights of unfinished answers are too many; send this request again later"
+            )
+            raise Failure(429, message, code="values_full", retry=VALUES_RETRY_SECONDS)
+        self._held = wanted
         try:
             self._state.scheduler.submit(self._job)
         except TooManySequences as error:
@@ -113,7 +122,9 @@ class RunningRequest:
             pass
 
     def end(self) -> None:
-        """Stop the timers, and cancel the job if it is not done."""
+        """Stop the timers, give the budget back, and cancel the job if it is not done."""
+        self._state.values.give_back(self._context.client, self._held)
+        self._held = 0
         self._timer.cancel()
         self._ping.cancel()
         if self._left:

@@ -6,7 +6,6 @@ import logging
 import re
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from treadle.serving.openai.origins import PagePolicy
 from treadle.serving.openai.page import is_page
 from treadle.serving.openai.params import ServeParams
 from treadle.serving.openai.protocol import HEADER_BYTES
-from treadle.serving.openai.queues import Client
+from treadle.serving.openai.queues import Budget, Client
 
 logger = logging.getLogger("treadle.serving.openai")
 
@@ -38,7 +37,7 @@ PIECE_BYTES = 64 << 10
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TOO_LONG = "body_too_long"
 FREE_BODY_BYTES = 64 << 10
-"""So many bytes of each body do not count: small requests are taken whatever others send."""
+"""Bytes of each body that do not count: small requests are taken whatever others send."""
 BODY_BUDGET_BYTES = 128 << 20
 """All bodies together may hold this much beyond the free bytes; at least four bodies of the longest kind."""
 BODY_RETRY_SECONDS = 5
@@ -58,9 +57,9 @@ ATTRIBUTES = {
 class Upload:
     """One body; a `with` block hands out its bytes, then frees them."""
 
-    def __init__(self, uploads: "Uploads", group: str) -> None:
-        self._uploads = uploads
-        self._group = group
+    def __init__(self, budget: Budget, client: Client) -> None:
+        self._budget = budget
+        self._client = client
         self._held = 0  # bytes of the budget
         self.data = bytearray()
 
@@ -76,37 +75,25 @@ class Upload:
     def drop(self) -> None:
         """Free the bytes and give the budget back; a second call does nothing."""
         self.data = bytearray()
-        self._uploads.give_back(self._group, self._held)
+        self._budget.give_back(self._client, self._held)
         self._held = 0
 
     def hold(self, num_bytes: int) -> None:
         """Take the budget of a body of `num_bytes`; a Failure says that there is no room."""
         more = max(0, num_bytes - FREE_BODY_BYTES) - self._held
         if more > 0:
-            self._uploads.take(self._group, more)
+            if not self._budget.take(self._client, more):
+                message = "too many long bodies are being received; send this one again later"
+                raise Failure(429, message, code="bodies_full", retry=BODY_RETRY_SECONDS)
             self._held += more
 
 
 class Uploads:
-    """The budget of one server's bodies; one client gets at most half of it."""
+    """Receives the bodies of one server, which share a budget of bytes."""
 
     def __init__(self, params: ServeParams) -> None:
         self._params = params
-        self._most = max(BODY_BUDGET_BYTES, 4 * params.max_body)
-        self._held: Counter[str] = Counter()  # bytes, by key or, without one, by host
-
-    def take(self, group: str, num_bytes: int) -> None:
-        """Count bytes of a client, or raise a Failure if there is no room."""
-        is_full = self._held.total() + num_bytes > self._most
-        if is_full or self._held[group] + num_bytes > self._most // 2:
-            message = "too many long bodies are being received; send this one again later"
-            raise Failure(429, message, code="bodies_full", retry=BODY_RETRY_SECONDS)
-        self._held[group] += num_bytes
-
-    def give_back(self, group: str, num_bytes: int) -> None:
-        """Stop counting bytes of a client."""
-        self._held[group] -= num_bytes
-        self._held += Counter[str]()  # without those that hold nothing
+        self._budget = Budget(max(BODY_BUDGET_BYTES, 4 * params.max_body))
 
     async def receive(self, upload: Upload, headers: Headers, receive: Receive) -> None:
         """Receive a whole body; a Failure says that it is too long, too slow or without room."""
@@ -131,7 +118,7 @@ class Uploads:
 
     def start(self, client: Client) -> Upload:
         """Return a client's body, still empty."""
-        return Upload(self, client.key or client.host)
+        return Upload(self._budget, client)
 
     def _check(self, num_bytes: int) -> None:
         limit = self._params.max_body

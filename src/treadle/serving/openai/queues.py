@@ -7,7 +7,7 @@ import asyncio
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Check: TypeAlias = Callable[[], None]
 SMALL_WORK_BYTES = 32 << 10
 """The most bytes of small work, which has its own thread."""
 MAX_QUEUED_WORK = 256
-"""So many pieces of work may wait in one queue."""
+"""The most pieces of work that may wait in one queue."""
 RETRY_SECONDS = 5
 
 
@@ -37,6 +37,27 @@ class Client:
 
     key: str = ""
     host: str = ""
+
+
+class Budget:
+    """An amount that clients share; one client gets at most half of it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held: Counter[str] = Counter()  # by key or, without one, by host
+
+    def take(self, client: Client, amount: int) -> bool:
+        """Count an amount of a client; return False if there is no room."""
+        group = client.key or client.host
+        if self._held.total() + amount > self._most or self._held[group] + amount > self._most // 2:
+            return False
+        self._held[group] += amount
+        return True
+
+    def give_back(self, client: Client, amount: int) -> None:
+        """Stop counting an amount of a client."""
+        self._held[client.key or client.host] -= amount
+        self._held += Counter[str]()  # without those that hold nothing
 
 
 class QueuedWork(Generic[Result]):

@@ -37,6 +37,7 @@ class ParsedRequest:
         n: choices a prompt.
         likeliest: how many likeliest tokens come with each; None = no log-probabilities at all.
         width: entries of the answer for each token: itself, its likeliest ones, its weights and what made them.
+        num_values: the log-probabilities and weights of the answer at most.
         echo: the text of each prompt, where it comes before its answer; else empty.
         is_silent: whether no token is wanted, only the prompt's own.
         is_streamed: whether the answer is streamed.
@@ -50,6 +51,7 @@ class ParsedRequest:
     n: int
     likeliest: int | None
     width: int
+    num_values: int
     echo: tuple[str, ...]
     is_silent: bool
     is_streamed: bool
@@ -85,7 +87,8 @@ class RequestReader:
         num_adapters = len(self.engine.adapter_names if target.adapters is None else target.adapters)
         width = 1 + (likeliest or 0) + 3 * num_adapters * target.has_trace
         wide = {"logprobs": likeliest is not None, "treadle": target.has_trace}
-        self._check_values(wide, n * self._num_tokens(read, sampling[0].max_tokens, is_echo), width, problems)
+        num_tokens = n * self._num_tokens(read, sampling[0].max_tokens, is_echo)
+        self._check_values(wide, num_tokens, width, problems)
         if problems:
             raise refusal(problems)
         report = OutputOptions(likeliest or 0, is_echo and likeliest is not None, target.has_trace)
@@ -98,6 +101,7 @@ class RequestReader:
             n=n,
             likeliest=likeliest,
             width=width,
+            num_values=num_tokens * width if any(wide.values()) else 0,
             echo=echo,
             is_silent=body.max_tokens == 0,
             is_streamed=bool(body.stream),

@@ -20,7 +20,7 @@ from treadle.serving.openai.jobs import Mail
 from treadle.serving.openai.loop import Loop, deliver
 from treadle.serving.openai.metrics import Metrics
 from treadle.serving.openai.params import ServeParams
-from treadle.serving.openai.queues import Check, Client, WorkQueue
+from treadle.serving.openai.queues import Budget, Check, Client, WorkQueue
 from treadle.serving.openai.requests import RequestReader
 from treadle.serving.openai.scheduler import Scheduler, ShuttingDown
 from treadle.serving.openai.targets import AUTO, Routers, Targets, model_name
@@ -30,8 +30,10 @@ logger = logging.getLogger("treadle.serving.openai")
 Result = TypeVar("Result")
 
 END_SECONDS = 5.0
-"""The threads of the engine and the queues get so long to end."""
+"""The time that the threads of the engine and the queues get to end."""
 POLL_SECONDS = 0.02
+MAX_LARGEST_ANSWERS = 8
+"""The log-probabilities and weights of all unfinished answers are at most those of this many largest answers."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class ServerState:
     targets: Targets
     reader: RequestReader
     tokens: TokenTexts
+    values: Budget
     preparing: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-prepare"))
     weighing: WorkQueue = field(
         default_factory=lambda: WorkQueue("treadle-weigh")
@@ -70,6 +73,7 @@ class ServerState:
             targets=targets,
             reader=RequestReader(engine, targets, params),
             tokens=TokenTexts(engine.tokenizer),
+            values=Budget(MAX_LARGEST_ANSWERS * params.max_values),
         )
 
     @classmethod
