@@ -20,15 +20,14 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: test test-vllm test-oldest test-newest test-pythons demo lint types unit bundle dist lock clean
 
+# pyright has one thread: beside the tests it takes the time in which a core would wait
 test:
-	@echo "1/4 environment ($(VENV); the first time this takes minutes)"
+	@echo "1/3 environment ($(VENV); the first time this takes minutes)"
 	$(STAGE) $(VENV)/.dev
-	@echo "2/4 lint"
+	@echo "2/3 lint"
 	$(STAGE) lint
-	@echo "3/4 types"
-	$(STAGE) types
-	@echo "4/4 tests"
-	$(STAGE) unit
+	@echo "3/3 types (pyright) and tests (pytest), side by side"
+	$(STAGE) --jobs=2 types unit
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
