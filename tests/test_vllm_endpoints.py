@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -70,11 +71,16 @@ class App(Starlette):
         """The figures need vLLM."""
 
 
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that comes while the server runs."""
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "late", seed=9, r=2)
+
+
 @pytest.fixture
-def params(bundle_folder: Path, tmp_path: Path) -> PluginParams:
-    save_adapter(tmp_path / "late", seed=9, r=2)
-    for name in ("math", "code"):
-        save_adapter(tmp_path / name, seed=9, r=2)
+def params(bundle_folder: Path, late: Path, tmp_path: Path) -> PluginParams:
+    for name in ("late", "math", "code"):
+        shutil.copytree(late, tmp_path / name)
     return PluginParams(bundle=str(bundle_folder), max_adapters=4, max_rank=8, adapter_dir=str(tmp_path))
 
 
