@@ -22,10 +22,10 @@ def samples(seed: int, counts: tuple[int, ...] = (5, 8, 3), dim: int = 6) -> dic
     }
 
 
-def fitted(clouds: dict[str, np.ndarray]) -> Centroids:
+def fitted(clouds: dict[str, np.ndarray], **options: int) -> Centroids:
     centroids = Centroids.empty("test", next(iter(clouds.values())).shape[1])
     for name, cloud in clouds.items():
-        centroids = centroids.add(name, cloud)
+        centroids = centroids.add(name, cloud, **options)
     return centroids
 
 
@@ -138,12 +138,6 @@ def test_lda_is_the_log_posterior_of_gaussians_with_one_shrunk_covariance(clouds
     np.testing.assert_allclose(np.exp(scores).sum(-1), 1, atol=1e-5)
 
 
-@pytest.fixture
-def small_groups(monkeypatch):
-    """One group for each four samples."""
-    monkeypatch.setattr("treadle.routing.centroids.GROUP_SAMPLES", 4)
-
-
 @given(clouds_of, st.integers(1, 9))
 @quick
 def test_groups_part_the_samples(clouds, number):
@@ -168,10 +162,9 @@ def test_groups_are_clusters():
     np.testing.assert_allclose(found, corners[np.lexsort(corners.T)], atol=1.5)
 
 
-@pytest.mark.usefixtures("small_groups")
 def test_lda_of_groups_is_the_log_posterior_of_their_mixtures():
     clouds = samples(5, (13, 4, 8))
-    centroids = fitted(clouds)
+    centroids = fitted(clouds, group_samples=4)
     assert np.bincount(centroids.groups.owners).tolist() == [3, 1, 2]
     x = np.random.default_rng(6).normal(size=(4, 6)).astype(np.float32)
     parts = [group(cloud, len(cloud) // 4)[0] for cloud in clouds.values()]
@@ -198,10 +191,10 @@ def test_lda_of_groups_is_the_log_posterior_of_their_mixtures():
     np.testing.assert_allclose(centroids.score(x, "lda"), expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.usefixtures("small_groups")
 def test_groups_come_and_go_with_their_adapter():
     clouds = samples(7, (13, 4, 8))
-    whole, without = fitted(clouds), fitted({name: clouds[name] for name in "ac"})
+    some = {name: clouds[name] for name in "ac"}
+    whole, without = (fitted(each, group_samples=4) for each in (clouds, some))
     for field in ("means", "owners", "sizes"):
         np.testing.assert_array_equal(
             getattr(whole.remove("b").groups, field), getattr(without.groups, field), err_msg=field

@@ -115,7 +115,14 @@ class Centroids:
             raise OptionError(problem_list("centroids:", problems))
         object.__setattr__(self, "groups", given_groups or Groups(self.means, np.arange(n), self.counts))
 
-    def add(self, name: str, embeddings: Floats, num_words: NDArray[np.int64] | None = None) -> "Centroids":
+    def add(
+        self,
+        name: str,
+        embeddings: Floats,
+        num_words: NDArray[np.int64] | None = None,
+        *,
+        group_samples: int = GROUP_SAMPLES,
+    ) -> "Centroids":
         """Return centroids with one more adapter, from its samples.
 
         A text's vector is the mean of its words' vectors, so its noise falls with their number. The covariance that
@@ -126,13 +133,14 @@ class Centroids:
             name: of the adapter.
             embeddings: (samples, D).
             num_words: (samples,) at least 1 (`treadle.routing.embedder.num_words`); None counts every sample alike.
+            group_samples: samples of one group, on average.
         """
         if name in self.names:
             raise AdapterError(f"adapter {name!r} has a centroid already.")
         if len(embeddings) == 0:
             raise OptionError(f"adapter {name!r} has no sample texts.")
         check_words(name, embeddings)
-        groups, owners = group(embeddings, min(len(embeddings) // GROUP_SAMPLES, MAX_GROUPS))
+        groups, owners = group(embeddings, min(len(embeddings) // group_samples, MAX_GROUPS))
         mean = embeddings.mean(0, dtype=np.float64)
         weights = np.ones(len(embeddings)) if num_words is None else num_words / num_words.mean()
         within = embeddings - groups.means[owners].astype(np.float64)  # (samples, D)
