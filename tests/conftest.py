@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 collect_ignore = [] if find_spec("vllm") else ["vllm_plugin"]
 """The plugin's tests need vLLM, in an environment of its own: `make test-vllm`."""
-if not find_spec("vllm"):
-    # pytest's workers share the cores: tiny products on two threads each take five times as long as on one
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when PyTorch is imported, here and in processes that tests start
+# pytest's workers share the cores: tiny products on two threads each take five times as long as on one, and a vLLM on
+# two threads beside other programs many times as long. Read when PyTorch is imported, here and in processes of tests
+os.environ["OMP_NUM_THREADS"] = "1"
 # workers and the processes that tests start would otherwise compile the tests and the package each time
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
