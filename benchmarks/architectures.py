@@ -35,7 +35,7 @@ from treadle.engine.scoring import score_ids
 from treadle.lora.adapter import read_adapter
 from treadle.lora.compatibility import linear_shapes
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.router import fit
+from treadle.routing.fitting import fit
 
 END, PAD = 257, 258
 SIZES: dict[str, Any] = {

@@ -18,7 +18,8 @@ import treadle
 from treadle.bundle.base_model import load_tokenizer
 from treadle.common.params import SamplingParams
 from treadle.engine.chat import contents_of, joined, read_prompt
-from treadle.engine.sequence import TokenSequence, update_weights
+from treadle.engine.decisions import update_weights
+from treadle.engine.sequence import TokenSequence
 from treadle.engine.tokenization import chat_text
 from treadle.experiments.data import load_examples, read_rows
 from treadle.routing.router import Router

@@ -42,7 +42,9 @@ VALID: dict[str, dict[str, Any]] = {
 }
 FIELDS = """model prompt messages max_tokens temperature top_p top_k n seed stop stream logprobs top_logprobs echo
 treadle stream_options text user tools best_of""".split()
-OPTIONS = """every rule score boost temperature fixed window recent prefill past combine top_k trace adapters""".split()
+OPTIONS = (
+    """every rule score boost temperature fixed window fallback prefill past combine top_k trace adapters""".split()
+)
 FLAGS = ["--max-tokens", 16, "--max-queue", 4096, "--admin-key", "root", "--adapter-dir", "/tmp", "--read-timeout", 5]
 
 

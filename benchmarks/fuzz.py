@@ -31,6 +31,7 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from treadle.bundle.bundle import read_bundle, save_bundle
+from treadle.bundle.centroid_files import read_centroids
 from treadle.common.errors import TreadleError
 from treadle.common.params import RoutingParams
 from treadle.experiments.arms import choose_arms, read_sweep
@@ -38,13 +39,14 @@ from treadle.experiments.data import load_examples, load_texts
 from treadle.experiments.results import EvalResult, fractions_of, read_cell, read_results, write_cell, write_results
 from treadle.experiments.tasks import read_task
 from treadle.routing.embedder import StaticEmbedder, load_embedder
-from treadle.routing.router import fit
+from treadle.routing.fitting import fit
 from treadle.serving.openai.keys import read_keys
 from treadle.serving.openai.params import read_settings
 
 SECONDS = 10.0
 """After which a mutation counts as a hang."""
-WORDS = "[UNK] add sum three four plus cell atom planet heat def return list loop the".split()
+WORDS = "[UNK] add sum three four plus cell atom planet heat def return list loop the a of to and in is for".split()
+"""Half of the texts of general text hold one of these: the centroids file has all of its arrays."""
 SAMPLES = {"math": ["add three plus four", "the sum plus three"], "code": ["def loop return list", "list return loop"]}
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 10**400, 1e308, -1e308, 1e-320, 0.5, float("nan"),
@@ -259,6 +261,7 @@ def make_all(root: Path) -> None:
     embedder = StaticEmbedder(StaticModel(vectors, core, max_length=None))
     folders = {name: make_adapter(root / name) for name in SAMPLES}
     save_bundle(root / "bundle", base="tiny", adapters=folders, router=fit(SAMPLES, embedder), samples=SAMPLES)
+    make_old_centroids(root / "old.safetensors")
     rows = [{"prompt": f"add {index}", "completion": "three", "n": index, "more": {"x": ["y"]}} for index in range(4)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "rows.jsonl.gz").write_bytes(gzip.compress((root / "rows.jsonl").read_bytes(), mtime=0))
@@ -275,6 +278,19 @@ def make_all(root: Path) -> None:
     (root / "server.yaml").write_text("port: 8000\nmax_tokens: 64\napi_key: [a, b]\nhost: 127.0.0.1\nmax_queue: 8\n")
     (root / "keys.txt").write_text("key-one\nkey-two math,code\n# a comment\nkey-three code\n")
     make_results(root / "results")
+
+
+def make_old_centroids(file: Path) -> None:
+    """Write centroids as treadle 0.1 did: adapters of two groups of two samples."""
+    x = np.random.default_rng(0).normal(size=(2, 2, 2, 8))
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    means = x.mean((1, 2))  # (N, D)
+    apart = x - means[:, None, None]
+    arrays = {"means": means, "scatter": np.einsum("ngsd,ngse->nde", apart, apart), "counts": np.full(2, 4),
+              "group_means": x.mean(2).reshape(4, 8), "group_owners": np.repeat([0, 1], 2),
+              "group_sizes": np.full(4, 2)}  # fmt: skip
+    typed = {key: each.astype(np.float32) if each.dtype == np.float64 else each for key, each in arrays.items()}
+    save_file(typed, file, {"names": '["math", "code"]', "embedder_id": "test"})
 
 
 def make_adapter(folder: Path) -> Path:
@@ -319,6 +335,12 @@ def route(root: Path) -> None:
     read_bundle(root / "bundle").router.weights(["add three", ""])
 
 
+def weigh_old(root: Path) -> None:
+    centroids = read_centroids(root / "old.safetensors")
+    views = np.full((2, 1 + len(centroids.tails), centroids.means.shape[1]), 0.1, np.float32)
+    centroids.evidence(views, np.array([False, True]))
+
+
 def read_arms(root: Path) -> None:
     choose_arms([str(root / "arms.toml")], ["math", "code"], RoutingParams())
 
@@ -339,6 +361,7 @@ def by_task(root: Path) -> None:
 FORMATS: Mapping[str, Format] = {
     "bundle": Format("bundle/bundle.json", route),
     "centroids": Format("bundle/centroids.safetensors", route),
+    "old centroids": Format("old.safetensors", weigh_old),
     "samples": Format("bundle/samples.json", route),
     "adapter config": Format("bundle/adapters/math/adapter_config.json", route),
     "adapter factors": Format("bundle/adapters/math/adapter_model.safetensors", route),

@@ -22,7 +22,7 @@ OTHERS = [
 ]
 RANKED = RoutingParams(score="cosine", rule="top_k")
 DEFAULTS = [DEFAULT, RoutingParams.paper(), *FIXED, *ONCE_OR_NOT, *OTHERS, RANKED]
-BOOSTED = {"score": "cosine", "rule": "boosted", "temperature": None} | dict.fromkeys(("window", "recent", "change"))
+BOOSTED = {"score": "cosine", "rule": "boosted", "temperature": None, "window": None}
 CHANGES = {  # what each arm varies of DEFAULT
     "routed": {},
     "nearest": {"rule": "top_k", "top_k": 1},

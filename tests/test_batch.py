@@ -23,7 +23,7 @@ PROMPTS = ["add three plus four and the sum of the atom heat", "def loop", "the 
 ROUTINGS = {
     "routed": RoutingParams(every=2, temperature=5.0),
     "causal": RoutingParams(every=2, prefill="causal", temperature=5.0),
-    "recent": RoutingParams(every=3, prefill="causal", recent=8, temperature=5.0),
+    "adapters alone": RoutingParams(every=3, prefill="causal", temperature=5.0, fallback=False),
     "fixed": RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 0.4}),
     "one": RoutingParams.one("science"),
     "base": RoutingParams.base(),
@@ -152,7 +152,7 @@ def test_output_with_reuse_is_output_without(engine: Engine) -> None:
             assert_same(cached, plain)
             reused[name] += cached.reused
             texts[name] += "".join(event.text for event in cached.events if "\ufffd" not in event.text) + "\n"
-    assert all(reused[name] > 2 * len(system) for name in ("causal", "recent", "fixed", "one", "base"))
+    assert all(reused[name] > 2 * len(system) for name in ("causal", "adapters alone", "fixed", "one", "base"))
     assert reused["recompute"] == reused["routed"] == 0  # the weights of the whole prompt change with the prompt
 
 

@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerFast
 from treadle.common.errors import OptionError
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.chat import contents_of, joined, only, pieces_of, prompt_cursor, read_prompt
+from treadle.engine.decisions import update_weights
 from treadle.engine.engine import Engine
 from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.rendered_chats import RenderedChats
-from treadle.engine.sequence import TokenSequence, update_weights
+from treadle.engine.sequence import TokenSequence
 from treadle.routing.router import Router
 
-from conftest import byte_tokenizer
+from conftest import SAMPLES, byte_tokenizer
 
 TURNS = "{% for m in messages %}<unused>{{ m.role }} loop\n{{ CONTENT }}<end>\n{% endfor %}<unused>assistant\n"
 DEFAULT = "{% if messages[0].role != 'system' %}<unused>system\nreturn the list of the loop<end>\n{% endif %}"
@@ -33,11 +34,11 @@ TEMPLATES = {
 KEPT = ("roles", "default system text", "a date", "stripped")
 ROUTINGS = {
     "default": RoutingParams(),
-    "window": RoutingParams(window=7, recent=3),
-    "recent": RoutingParams(every=1, recent=4),
+    "window": RoutingParams(window=7),
+    "without the base": RoutingParams(every=1, fallback=False),
     "once": RoutingParams(every=None),
     "boosted": RoutingParams(score="cosine", rule="boosted"),
-    "late": RoutingParams(lag=1, change=4.0),
+    "late": RoutingParams(lag=1),
 }
 TEXT = "add three plus four, the sum "
 every_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
@@ -91,16 +92,16 @@ def test_several_messages_are_routed_as_their_texts_with_blank_lines_between(rou
 
 
 def test_a_chat_that_changes_its_subject_is_decided_by_the_last(router: Router) -> None:
-    tokenizer, routing = templated(TEMPLATES["default system text"]), RoutingParams(change=0.5)
+    tokenizer, routing = templated(TEMPLATES["default system text"]), RoutingParams(fallback=False)
     turns = ["the atom heat planet heat cell " * 4, "def loop return list return the list " * 4]
     row = row_of(router, tokenizer, chat(turns[0], "cell", turns[1]), routing)
-    assert row.cursor.begin == len(f"{turns[0]}\n\ncell\n\n")  # every byte is a piece
-    expected = row_of(router, tokenizer, turns[1], RoutingParams(change=None)).weights
-    np.testing.assert_allclose(row.weights, expected, atol=1e-6)
+    assert row.weights.argmax() == list(SAMPLES).index("code")
+    back = row_of(router, tokenizer, chat(turns[1], "cell", turns[0]), routing)  # the same words but for their order
+    assert back.weights.argmax() == list(SAMPLES).index("science")
 
 
 def test_an_answer_does_not_continue_the_last_word_of_its_chat(router: Router) -> None:
-    tokenizer, routing = templated(TEMPLATES["default system text"]), RoutingParams(every=1, recent=None)
+    tokenizer, routing = templated(TEMPLATES["default system text"]), RoutingParams(every=1)
     row = row_of(router, tokenizer, chat("the plan"), routing, "et")
     expected = row_of(router, tokenizer, "the plan\n\n", routing, "et")
     np.testing.assert_allclose(row.weights, expected.weights, atol=1e-6)
@@ -110,9 +111,9 @@ def test_an_answer_does_not_continue_the_last_word_of_its_chat(router: Router) -
 
 
 def test_tokens_that_end_a_turn_say_nothing(router: Router) -> None:
-    tokenizer, routing = templated(TEMPLATES["roles"]), RoutingParams(every=1, recent=None)
+    tokenizer, routing = templated(TEMPLATES["roles"]), RoutingParams(every=1)
     row = row_of(router, tokenizer, chat("heat"), routing, "<unused>cell<end>")
-    np.testing.assert_allclose(row.weights, row_of(router, tokenizer, "heat\n\ncell", routing).weights, atol=1e-6)
+    np.testing.assert_allclose(row.weights, row_of(router, tokenizer, "heat\n\n", routing, "cell").weights, atol=1e-6)
 
 
 def test_contents_are_texts_or_parts() -> None:
@@ -136,7 +137,7 @@ def test_a_chat_that_says_nothing_is_no_error(router: Router) -> None:
 
 @every_template
 def test_each_token_is_read_under_what_was_said_up_to_it(router: Router, template: str) -> None:
-    tokenizer, routing = templated(template), RoutingParams(every=1, prefill="causal", recent=None)
+    tokenizer, routing = templated(template), RoutingParams(every=1, prefill="causal")
     contents = ["heat the planet", "assistant", "add three"]
     prompt = read_prompt(tokenizer, chat(*contents))
     assert prompt.chat is not None

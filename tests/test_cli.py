@@ -1,12 +1,15 @@
 import json
 import shutil
 import sys
+from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 from rich.table import Table
 
-from treadle.cli.console import new_console
+from treadle.cli.console import new_console, print_coloured
 from treadle.cli.main import main
 
 from conftest import SAMPLES, Run, edit_config
@@ -24,7 +27,10 @@ def test_generate_prints_what_the_engine_gives(run: Run, bundle: Path) -> None:
     assert document["routing"]["every"] == 2
     code, _, err = run("generate", bundle, "--prompt", "add three", "--max-tokens", 8)
     assert code == 0
-    assert "mean weights: math" in err
+    line = next(each for each in err.splitlines() if each.startswith("mean weights: "))
+    shares = dict(zip(line.split()[2::2], map(float, line.split()[3::2]), strict=True))
+    assert list(shares) == ["math", "science", "code", "base"]
+    assert sum(shares.values()) == pytest.approx(1, abs=0.021)
 
 
 def test_generate_takes_routing_flags_and_writes_a_trace(run: Run, bundle: Path, tmp_path: Path) -> None:
@@ -85,6 +91,9 @@ def test_route_shows_weights_and_the_words_that_decided(
     assert document["words"]
     _, out, _ = run("route", bundle, "--text", "add the sum")
     assert "words for the nearest" in out
+    assert f"the base {document['base']:.3f}" in " ".join(out.replace("│", " ").split())
+    assert document["base"] == pytest.approx(1 - sum(document["weights"]), abs=1e-6)
+    assert "the base" not in run("route", bundle, "--text", "add the sum", "--fallback", "false")[1]
 
 
 def test_fit_makes_a_bundle_that_generates(
@@ -98,13 +107,31 @@ def test_fit_makes_a_bundle_that_generates(
         arguments += ["--adapter", f"{name}={folder}", "--samples", f"{name}={file}"]
     code, out, _ = run("fit", *arguments, "--every", 4, "--json")
     assert code == 0
-    assert set(json.loads(out)["texts"]) == set(SAMPLES)
+    told = json.loads(out)
+    assert told["samples"] == {name: len(texts) for name, texts in SAMPLES.items()}
+    assert told["names"] == list(SAMPLES)
+    assert 0 <= told["accuracy"] <= 1
+    assert np.shape(told["confusion"]) == (3, 4)
+    np.testing.assert_allclose(np.sum(told["confusion"], -1), 1, atol=1e-6)
     assert json.loads((tmp_path / "new" / "bundle.json").read_text())["routing"]["every"] == 4
     assert run("generate", tmp_path / "new", "--prompt", "add", "--max-tokens", 2)[0] == 0
     code, _, err = run("fit", *arguments)
     assert code == 1
     assert "holds a bundle already" in err
-    assert run("fit", *arguments, "--overwrite")[0] == 0
+    code, out, _ = run("fit", *arguments, "--overwrite")
+    assert code == 0
+    out = " ".join(out.split())
+    assert f"cross-validation: {told['accuracy']:.1%} of the samples' prompts are nearest to their own adapter" in out
+    share = f"{told['confusion'][0][0]:.2f}"
+    for part in ("adapter", "samples", "the base", *SAMPLES, share, "note: the router knows"):
+        assert part in out
+    (tmp_path / "math.txt").write_text("add three")
+    code, out, _ = run("fit", *arguments, "--overwrite")
+    assert code == 0
+    assert "cross-validation:" not in out
+    assert "note: each adapter needs 2 samples at least for a cross-validation" in out
+    code, out, _ = run("fit", *arguments, "--overwrite", "--json")
+    assert (json.loads(out)["accuracy"], json.loads(out)["confusion"]) == (None, [])
 
 
 def test_doctor_reports_and_finds_the_adapter_that_moves_nothing(
@@ -247,6 +274,15 @@ def test_eval_lists_every_bad_task_arm_and_option(run: Run, bundle: Path, tmp_pa
     assert code == 1
     for part in ("limit must be", "none.jsonl: no such file", "combine='paper' needs", "combine='linear' needs", "f99"):
         assert part in err, part
+
+
+def test_a_token_is_plain_where_the_base_has_the_largest_share() -> None:
+    console = Console(force_terminal=True, color_system="standard", file=StringIO())
+    weights = np.array([[0.5, 0.1], [0.1, 0.5], [0.3, 0.2], [0.0, 0.0], [0.7, 0.9]], np.float32)
+    with console.capture() as shown:
+        print_coloured(console, "abcde", weights)
+    styles = dict.fromkeys("abcde", "39") | {"a": "94", "b": "92", "e": "92"}
+    assert shown.get() == "".join(f"\x1b[{style}m{letter}\x1b[0m" for letter, style in styles.items())
 
 
 def test_a_table_in_a_file_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:

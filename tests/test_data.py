@@ -302,22 +302,26 @@ def words(count: int) -> str:
     return " ".join(f"w{index}" for index in range(count))
 
 
+def texts_of(samples) -> list[str]:
+    return [each.text for each in sample_texts(samples)]
+
+
 def test_samples_hold_each_whole_and_each_prompt_with_and_without_the_template():
     examples = [Example("Question: a b", " c", "a b"), Example("just text", "")]
-    texts = sample_texts(examples).texts
+    texts = texts_of(examples)
     for text in ("Question: a b c", "Question: a b", "a b c", "a b", "just text"):
         assert text in texts
 
 
-def test_samples_hold_a_beginning_of_the_prompt_and_any_part_of_the_whole():
+def test_samples_hold_beginnings_of_the_prompt_and_of_the_answer():
     prompt, completion = words(100), " and then " + words(100)
-    whole = prompt + completion
-    rest = [text for text in sample_texts([Example(prompt, completion)] * 20).texts if text not in (prompt, whole)]
-    assert len(rest) == 40
-    assert {len(text.split()) for text in rest} == {8, 16, 32, 64}
-    assert all(text in whole for text in rest)
-    assert sum(prompt.startswith(text.strip()) for text in rest) >= 20
-    assert any("then" in text for text in rest)
+    made = sample_texts([Example(prompt, completion)] * 20)
+    begun, grown = ([each.text for each in made if each.kind == kind] for kind in ("begin", "grow"))
+    assert len(begun) == 20
+    assert {len(text.split()) for text in begun} == {8, 16, 32, 64}
+    assert all(prompt.startswith(text) for text in begun)
+    assert all((prompt + completion).startswith(text) and len(text) > len(prompt) for text in grown)
+    assert len({len(text.split()) for text in grown}) > 10
 
 
 def test_samples_are_the_same_every_time():
@@ -338,7 +342,7 @@ def test_samples_are_the_same_every_time():
 )
 def test_sample_files_hold_texts_or_pairs(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
-    texts = sample_texts(load_samples(tmp_path / name)).texts
+    texts = texts_of(load_samples(tmp_path / name))
     assert set(expected) <= set(texts)
     assert all(any(text in whole for whole in expected) for text in texts)
 
@@ -385,10 +389,9 @@ def test_a_chat_is_trained_on_as_it_is_generated(tmp_path: Path, begins: bool) -
     (row,) = training_rows(tokenizer, [example], (), TrainParams(join=0.0))
     asked = read_prompt(tokenizer, rows[0]["messages"][:-1]).ids
     assert row["input_ids"] == [*asked, *tokenizer("4", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    assert sample_texts(load_samples(tmp_path / "chats.jsonl")).texts[:2] == [
-        "Hi\n\nHello\n\nWhat is 2 + 2?\n\n4",
-        "Hi\n\nHello\n\nWhat is 2 + 2?\n\n",
-    ]
+    made = {each.kind: each.text for each in sample_texts(load_samples(tmp_path / "chats.jsonl"))}
+    assert made["prompt"] == "Hi\n\nHello\n\nWhat is 2 + 2?\n\n"
+    assert made["whole"] == "Hi\n\nHello\n\nWhat is 2 + 2?\n\n4"
 
 
 def test_a_router_is_fitted_on_what_chats_say(tmp_path: Path) -> None:
@@ -402,12 +405,16 @@ def test_a_router_is_fitted_on_what_chats_say(tmp_path: Path) -> None:
         ]
     }
     file = write(tmp_path / "chats.jsonl", [row])
-    trained = sample_texts(load_examples(file, chat_task(tokenizer))).texts
-    assert trained[:2] == sample_texts(load_samples(file)).texts[:2] == ["What is 2 + 2?\n\n4", "What is 2 + 2?\n\n"]
-    assert not any("user" in text or "assistant" in text for text in trained)
+    trained, sampled = (
+        {each.kind: each.text for each in sample_texts(rows)}
+        for rows in (load_examples(file, chat_task(tokenizer)), load_samples(file))
+    )
+    for made in (trained, sampled):
+        assert (made["prompt"], made["whole"]) == ("What is 2 + 2?\n\n", "What is 2 + 2?\n\n4")
+    assert not any("user" in text or "assistant" in text for text in trained.values())
     prompt = read_prompt(tokenizer, row["messages"][:-1])
     assert prompt.chat is not None
-    assert "".join(prompt.chat.pieces) + "\n\n" == trained[1]
+    assert "".join(prompt.chat.pieces) + "\n\n" == trained["prompt"]
     with pytest.raises(DataError, match=r"row 1: .*message 0: content is \[7\]"):
         load_texts(write(tmp_path / "bad.jsonl", [{"messages": [{"role": "user", "content": [7]}]}]))
 

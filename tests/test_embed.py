@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,11 @@ from model2vec import StaticModel
 from treadle.common.errors import BundleError, ModelError, OptionError
 from treadle.common.params import RoutingParams
 from treadle.routing.centroids import Centroids
-from treadle.routing.embedder import SentenceEmbedder, StaticEmbedder, load_embedder
+from treadle.routing.embedder import SentenceEmbedder, StaticEmbedder, encode_views, load_embedder
 from treadle.routing.router import Router
-from treadle.routing.running_sum import WORD
+from treadle.routing.running_sum import MAX_TAIL_WORDS, WORD
 from treadle.routing.schedule import DecisionCursor
+from treadle.routing.sentence_embedder import MAX_WORD_CHARS, last_words
 
 from conftest import byte_tokenizer
 
@@ -51,49 +53,73 @@ def total(embedder: StaticEmbedder, text: str) -> np.ndarray:
 # The static embedder
 
 
-@given(texts, st.lists(st.integers(0, 150), max_size=12))
-@example("a" * 100 + "é" * 50, [40, 41, 80, 120])  # words are at most 40 characters long
-@example("", [0])
+every_tails = st.lists(st.integers(1, 12) | st.sampled_from([24, MAX_TAIL_WORDS]), max_size=3).map(tuple)
+
+
+@given(texts, st.lists(st.integers(0, 150), max_size=12), every_tails)
+@example("a" * 100 + "é" * 50, [40, 41, 80, 120], (1, 2, 3))  # words are at most 40 characters long
+@example("", [0], (1,))
+@example("one two thr", [9, 10], (1, 2))
 @quick
-def test_a_running_text_is_embedded_as_the_whole_however_it_is_cut(bytewise, text, cuts):
+def test_a_running_text_is_embedded_as_the_whole_however_it_is_cut(bytewise, text, cuts, tails):
     bounds = [0, *sorted(cuts), len(text)]
     pieces = [text[start:end] for start, end in pairwise(bounds)]
-    track = bytewise.follow((None,))
+    track, at_once = bytewise.follow(tails), bytewise.follow(tails)
     for piece in pieces:
         track.extend([piece])
-    np.testing.assert_allclose(track.views()[0], total(bytewise, text), atol=1e-4)
-    at_once = bytewise.follow((None,))
     at_once.extend(pieces)
-    vectors = bytewise.finish([track.views()[0], at_once.views()[0]])
-    np.testing.assert_allclose(vectors, bytewise.encode([text] * 2), atol=1e-4)
+    words = WORD.findall(text)
+    expected = [words, *(words[-count:] for count in tails)]
+    for found, other, whole, own in zip(
+        track.views(), at_once.views(), bytewise.views(text, tails), expected, strict=True
+    ):
+        np.testing.assert_allclose(found, bytewise.sum_words(own), atol=1e-4)
+        np.testing.assert_allclose(other, bytewise.sum_words(own), atol=1e-4)
+        np.testing.assert_array_equal(whole, bytewise.sum_words(own))
+    vectors = encode_views(bytewise, [text], tails)[0]
+    np.testing.assert_allclose(bytewise.finish(track.views()), vectors, atol=1e-4)
+    np.testing.assert_allclose(vectors[0], bytewise.encode([text])[0], atol=1e-6)
+
+
+def test_the_longest_tail_of_a_long_text_is_its_last_words(bytewise):
+    words = [f"w{index}" for index in range(500)]
+    for tails in ((MAX_TAIL_WORDS,), (1, MAX_TAIL_WORDS, 3)):
+        for end in ("", " "):
+            track = bytewise.follow(tails)
+            track.extend([" ".join(words[:300]), " " + " ".join(words[300:]) + end])
+            for found, count in zip(track.views()[1:], tails, strict=True):
+                np.testing.assert_allclose(found, bytewise.sum_words(words[-count:]), atol=1e-4)
 
 
 @given(pieces_of, st.integers(1, 5))
 @quick
 def test_a_window_holds_what_its_last_tokens_added(bytewise, pieces, window):
-    track = bytewise.follow((window,))
+    track = bytewise.follow((2,), window)
     for number, piece in enumerate(pieces, 1):
         track.extend([piece])
         before, now = "".join(pieces[: max(0, number - window)]), "".join(pieces[:number])
-        np.testing.assert_allclose(track.views()[0], total(bytewise, now) - total(bytewise, before), atol=1e-4)
+        whole, tail = track.views()
+        np.testing.assert_allclose(whole, total(bytewise, now) - total(bytewise, before), atol=1e-4)
+        np.testing.assert_allclose(tail, bytewise.views(now, (2,))[1], atol=1e-4)  # of the text, whatever the window
 
 
 @given(pieces_of, st.integers(1, 5))
 @quick
 def test_a_window_does_not_depend_on_how_its_tokens_came(bytewise, pieces, window):
-    one_by_one, at_once = bytewise.follow((window,)), bytewise.follow((window,))
+    one_by_one, at_once = bytewise.follow((3, 1), window), bytewise.follow((3, 1), window)
     for piece in pieces:
         one_by_one.extend([piece])
     at_once.extend(pieces)
-    np.testing.assert_array_equal(one_by_one.views()[0], at_once.views()[0])
+    for one, other in zip(one_by_one.views(), at_once.views(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_snapshot_does_not_move_with_the_text(bytewise):
-    track = bytewise.follow((None,))
-    track.extend(["one"])
-    before = track.views()[0]
-    kept = before.copy()
-    track.extend([" two three"])
+    track = bytewise.follow((24, 8))
+    track.extend(["one two ", "three"])
+    before = track.views()
+    kept = [view.copy() for view in before]
+    track.extend([" four five" * 9])
     np.testing.assert_array_equal(before, kept)
 
 
@@ -107,13 +133,13 @@ def test_an_append_costs_the_same_at_any_length(bytewise, monkeypatch, window):
     monkeypatch.setattr(bytewise.model, "tokenize", lambda words: tokenized.append(len(words)) or tokenize(words))
     costs: list[tuple[int, int]] = []
     for length in (10, 3000):
-        track = embedder.follow((window,))
+        track = embedder.follow((24, 8), window)
         track.extend([f"w{index} " for index in range(length)])
         summed.clear()
         tokenized.clear()
         track.extend([f"new{length}"])
         track.extend([", and"])
-        track.views()[0]
+        track.views()
         costs.append((sum(summed), sum(tokenized)))
     assert costs[1][0] <= costs[0][0] <= 5
     assert costs[1][1] <= costs[0][1] <= 4
@@ -134,7 +160,7 @@ def test_a_full_cache_changes_nothing(bytewise, cap):
     embedder = StaticEmbedder(bytewise.model, max_cached_words=cap)
     for _ in range(2):
         np.testing.assert_array_equal(embedder.encode(many), expected)
-    track = embedder.follow((None,))
+    track = embedder.follow((24, 8))
     track.extend(["one two thr", "ee four ", "five", " six"])
     np.testing.assert_allclose(embedder.finish([track.views()[0]])[0], expected[3], atol=1e-6)
 
@@ -273,12 +299,27 @@ def test_of_a_long_text_the_last_pieces_count_and_it_says_so_once(sentence_folde
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_running_sentence_is_encoded_as_its_text(sentences, window):
     pieces = ["the ", "ce", "ll", " add", " heat"]
-    router = Router(Centroids.empty(sentences.id, sentences.dim), sentences)
-    cursor = DecisionCursor(router, RoutingParams(every=1, window=window, recent=None), pieces[:1], 1)
+    router = Router(Centroids.empty(sentences.id, sentences.dim, (2,)), sentences)
+    cursor = DecisionCursor(router, RoutingParams(every=1, window=window), pieces[:1], 1)
     for number, piece in enumerate(pieces, 1):
         cursor.add([piece] if number > 1 else [])
         ((_, views),) = cursor.decide(number)
-        assert views == ("".join(pieces[:number][-(window or number) :]),)
+        text = "".join(pieces[:number])
+        words = re.findall(r"\S+\s*", text)
+        assert views.parts == ("".join(pieces[:number][-(window or number) :]), "".join(words[-2:]))
+        assert views.is_running == (number > 1)
+
+
+def test_the_last_words_of_a_sentence_are_a_view_and_a_long_text_is_not_read_for_them(sentences):
+    assert sentences.views("the cell add  heat\nloop", (3, 1, 9)) == [
+        "the cell add  heat\nloop", "add  heat\nloop", "loop", "the cell add  heat\nloop"
+    ]  # fmt: skip
+    long = "heat " * 10_000 + "cell"
+    assert last_words(long, 3) == "heat heat cell"
+    assert len(last_words("x" * 10_000, 2)) <= 2 * MAX_WORD_CHARS
+    views = encode_views(sentences, [SENTENCE, "loop"], (2,))
+    assert views.shape == (2, 2, 16)
+    np.testing.assert_allclose(views[0, 1], sentences.encode(["heat loop"])[0], atol=1e-6)
 
 
 def test_all_rows_that_are_due_are_one_call(sentences, monkeypatch):

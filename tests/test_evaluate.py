@@ -22,7 +22,7 @@ from treadle.experiments.results import fractions_of, read_cell, read_results
 from treadle.experiments.sets import StreamPart, join_streams, load_sets, score_streams
 from treadle.experiments.tasks import Example
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.router import fit
+from treadle.routing.fitting import fit
 
 from conftest import SAMPLES
 

@@ -30,9 +30,9 @@ ROUTINGS = {
     "prompt only": RoutingParams(every=None),
     "causal": RoutingParams(every=3, prefill="causal", temperature=5.0),
     "causal window": RoutingParams(every=4, prefill="causal", window=5, temperature=5.0),
-    "recent": RoutingParams(every=2, recent=4, temperature=5.0),
+    "without the base": RoutingParams(every=2, temperature=5.0, fallback=False),
     "late": RoutingParams(every=2, lag=1, temperature=5.0),
-    "late, every token": RoutingParams(every=1, lag=1, recent=4, temperature=5.0),
+    "late, every token": RoutingParams(every=1, lag=1, temperature=5.0),
     "recompute": RoutingParams(every=3, past="recompute", window=8, temperature=5.0),
     "boosted": RoutingParams(score="cosine", rule="boosted", every=1),
     "top_k": RoutingParams(rule="top_k", top_k=2, every=2),
@@ -208,7 +208,7 @@ def test_two_streams_of_one_engine_do_not_disturb_each_other(engine: Engine) -> 
 
 def test_two_engines_live_in_one_process(engine: Engine, tokenizer: object, equal_folders: dict[str, Path]) -> None:
     from treadle.lora.adapter import read_adapter
-    from treadle.routing.router import fit
+    from treadle.routing.fitting import fit
 
     before = engine.generate(PROMPTS[0], sampling=GREEDY)
     names = ["math", "code"]
@@ -506,10 +506,3 @@ def test_adapters_with_which_the_default_routing_cannot_decide_neither_come_nor_
     with pytest.raises(AdapterError, match=r"not possible with the adapters math, science, code, late: .*'linear'"):
         other.add_adapter("late", save_adapter(tmp_path / "late", r=7), ["add the loop", "the loop"])
     assert other.blend.names == other.adapter_names == tuple(SAMPLES)
-    few = treadle.fit({"math": ["add"], "science": ["atom"], "code": ["def", "loop"]}, embedder)
-    adapters = [replace(adapter) for adapter in engine.blend.adapters]
-    engine.detach()
-    last = Engine(engine.model, engine.tokenizer, adapters, few)
-    with pytest.raises(AdapterError, match=r"adapters math, science: score lda needs"):
-        last.remove_adapter("code")
-    assert last.adapter_names == tuple(SAMPLES)

@@ -20,7 +20,8 @@ from treadle.engine.engine import Engine
 from treadle.engine.hf import Routed, routed
 from treadle.engine.tokenization import Detokenizer
 from treadle.lora.adapter import read_adapter
-from treadle.routing.router import Router, fit
+from treadle.routing.fitting import fit
+from treadle.routing.router import Router
 
 from conftest import BASE, SAMPLES, byte_tokenizer, tiny_llama
 
@@ -34,7 +35,7 @@ ROUTINGS = {
     "causal": RoutingParams(every=3, prefill="causal", temperature=5.0),
     "window": RoutingParams(every=1, window=6, temperature=5.0),
     "causal window": RoutingParams(every=4, prefill="causal", window=5, temperature=5.0),
-    "recent": RoutingParams(every=2, recent=4, temperature=5.0),
+    "without the base": RoutingParams(every=2, temperature=5.0, fallback=False),
     "boosted": RoutingParams(score="cosine", rule="boosted", every=1),
     "fixed": RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 0.5}),
     "base": RoutingParams.base(),
@@ -226,7 +227,7 @@ def test_a_pipeline_of_messages_is_the_engines_chat(plain, bundle, reference, na
 def test_a_chat_that_goes_on_in_its_cache_says_what_its_messages_do(plain, bundle, reference) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CODED
-    routing = RoutingParams(every=1, recent=None)
+    routing = RoutingParams(every=1)
     turns = [*CHAT, {"role": "assistant", "content": "heat"}, {"role": "user", "content": "the planet"}]
     first, both = (
         tokenizer.apply_chat_template(each, add_generation_prompt=True)["input_ids"] for each in (CHAT, turns)
@@ -234,7 +235,9 @@ def test_a_chat_that_goes_on_in_its_cache_says_what_its_messages_do(plain, bundl
     with torch.inference_mode(), routed(plain, bundle, tokenizer=tokenizer, routing=routing) as handle:
         read = plain(torch.tensor([first]), use_cache=True)
         plain(torch.tensor([both[len(first) :]]), use_cache=True, **{cache_argument(plain): find_cache(read)})
-    expected = bundle.router.weights(["add three plus four\n\nheat\n\nthe planet"], routing)[0]
+    router = bundle.router
+    text = "add three plus four\n\nheat\n\nthe planet"  # the first call's is the prompt
+    expected = router.weigh(router.see([text], is_running=True), routing)[0]
     np.testing.assert_allclose(handle.weights[0], expected, atol=1e-5)
 
 

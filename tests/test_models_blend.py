@@ -19,7 +19,7 @@ from treadle.engine.tokenization import prompt_ids
 from treadle.lora.adapter import Adapter, read_adapter
 from treadle.lora.blend import attach
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.router import fit
+from treadle.routing.fitting import fit
 
 from conftest import SAMPLES, TINY, save_adapter
 

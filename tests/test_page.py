@@ -126,6 +126,7 @@ def test_type_stream_and_hover(visit: Any, served: Serving, trace: dict[str, Any
         tokens.nth(index).hover()
         expect(page.locator("#inspector")).to_contain_text(f"token {index + 1}")
         rows = rows_of_inspector(page)
+        assert rows.pop("base") == pytest.approx([1 - sum(trace["weights"][index])], abs=6e-3)
         assert list(rows) == NAMES
         for place, numbers in enumerate(rows.values()):
             given = [trace[field][index][place] for field in ("weights", "cosines", "scores")]
@@ -138,7 +139,9 @@ def test_tokens_arrive_while_the_answer_is_made(visit: Any, served: Serving) -> 
     page = visit(LONG)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator(".column").first.locator(".token").nth(len(PROMPT) + 3)).to_be_attached()
+    page.locator(".column").first.locator(".token").nth(len(PROMPT) + 3).wait_for(
+        state="attached"
+    )  # sooner than expect
     with served.paused():
         expect(page.get_by_role("status")).to_have_text("Generating …")
         expect(page.locator(".text").first).to_have_attribute("aria-busy", "true")
@@ -168,7 +171,7 @@ def test_the_keyboard_reaches_every_token(visit: Any) -> None:
     focused = page.locator(".token:focus")
     assert focused.get_attribute("aria-describedby") == "inspector"
     assert focused.evaluate("each => getComputedStyle(each).outlineStyle") == "solid"
-    assert list(rows_of_inspector(page)) == NAMES
+    assert list(rows_of_inspector(page)) == [*NAMES, "base"]
     page.keyboard.press("Escape")
     expect(page.locator("#inspector")).to_be_hidden()
     page.keyboard.press("Tab")
@@ -187,6 +190,34 @@ def test_pointing_at_the_chart_finds_the_token(visit: Any) -> None:
     expect(page.locator("#inspector")).to_contain_text(f"token {index + 1}")
 
 
+CHART = """() => Chart.getChart(document.querySelector(".column canvas")).data.datasets.map(
+  ({ label, data, borderColor }) => [label, borderColor, data])"""
+
+
+def test_the_chart_shows_the_bases_share(visit: Any, trace: dict[str, Any]) -> None:
+    page = visit("other=&sampling.max_tokens=16")
+    generate(page)
+    names, colours, shares = zip(*page.evaluate(CHART), strict=True)
+    assert names == (*NAMES, "base")
+    assert len(set(colours)) == len(names)
+    base = [1 - sum(weights) for weights in trace["weights"]]
+    assert max(base) > 0.01
+    assert shares[-1] == pytest.approx(base, abs=1e-4)
+    assert [list(each) for each in zip(*shares[:-1], strict=True)] == trace["weights"]
+
+
+@pytest.mark.parametrize(("weight", "share", "line"), [(0.4, 60, "none"), (0.6, 40, "solid")])
+def test_a_token_has_no_line_where_the_base_leads(visit: Any, weight: float, share: int, line: str) -> None:
+    page = visit(f"arm=fixed&fixed.math={weight}&fixed.science=0&fixed.code=0&other=&sampling.max_tokens=4")
+    generate(page)
+    lines = page.locator(".token").evaluate_all("all => all.map(each => getComputedStyle(each).borderBottomStyle)")
+    assert set(lines) == {line}
+    legend = page.locator(".legend li").all_inner_texts()
+    assert legend == ["Mean over the answer:", f"math {100 - share} %", f"base {share} %"]
+    page.locator(".token").nth(3).hover()
+    assert rows_of_inspector(page)["base"] == [share / 100]
+
+
 def test_an_adapter_switched_off_takes_no_part(visit: Any, served: Serving) -> None:
     page = visit("other=&sampling.max_tokens=8")
     page.get_by_role("checkbox", name="science").uncheck()
@@ -195,7 +226,7 @@ def test_an_adapter_switched_off_takes_no_part(visit: Any, served: Serving) -> N
         generate(page)
     assert bodies[0]["treadle"]["adapters"] == ["math", "code"]
     page.locator(".token").nth(3).hover()
-    assert list(rows_of_inspector(page)) == ["math", "code"]
+    assert list(rows_of_inspector(page)) == ["math", "code", "base"]
     expected = served.post(
         "/v1/completions",
         {"model": "auto", "prompt": PROMPT, "echo": True, "max_tokens": 8, "temperature": 0,

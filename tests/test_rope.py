@@ -18,7 +18,7 @@ from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.scoring import score_ids
 from treadle.lora.adapter import read_adapter
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.router import fit
+from treadle.routing.fitting import fit
 
 from conftest import SAMPLES, TINY, save_adapter
 

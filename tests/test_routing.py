@@ -7,16 +7,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import special
 
-from treadle.common.errors import AdapterError, OptionError
+from treadle.common.errors import AdapterError, OptionError, TreadleError
 from treadle.common.params import RoutingParams
 from treadle.engine.tokenization import Detokenizer
 from treadle.routing.centroids import log_softmax
-from treadle.routing.router import Router, fit
-from treadle.routing.rules import apply_rule, boosted, softmax, top_k
-from treadle.routing.schedule import DecisionCursor, decision_length, decisions_from, finish_views, next_decision
+from treadle.routing.fitting import fit
+from treadle.routing.router import Router
+from treadle.routing.rules import apply_rule, apply_rule_beside_base, boosted, softmax, top_k
+from treadle.routing.schedule import DecisionCursor, Seen, decision_length, decisions_from, next_decision
 
-from conftest import SAMPLES
+from conftest import SAMPLES, WORDS
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NAMES = tuple(SAMPLES)
@@ -121,10 +123,27 @@ def test_boosting_never_lowers_the_nearest(s, boost):
     assert (lifted > plain)[apart].all()
 
 
-@pytest.mark.parametrize(("score", "temperature"), [("lda", 1.6), ("cosine", 0.05), ("centred", 0.05)])
-def test_the_default_temperature_depends_on_the_score(score, temperature):
-    s = np.float32([0.1, 0.3, -0.2])
-    np.testing.assert_array_equal(apply_rule(s, RoutingParams(score=score)), softmax(s, temperature))
+def test_the_temperature_is_the_cosines_the_bundles_or_the_params():
+    s = np.float32([[0.1, 0.3, -0.2], [4, 1, 2]])
+    np.testing.assert_allclose(apply_rule(s, RoutingParams(score="cosine")), softmax(s, 0.05), atol=1e-6)
+    own = np.float32([[2.0], [3.0]])  # of a prompt and a running text
+    np.testing.assert_allclose(apply_rule(s, RoutingParams(), own), softmax(s / own), atol=1e-6)
+    np.testing.assert_allclose(apply_rule(s, RoutingParams(temperature=5.0), own), softmax(s, 5.0), atol=1e-6)
+
+
+@given(scores(), st.integers(1, 6), st.floats(0.5, 20))
+@quick
+def test_the_base_takes_its_part_of_the_posterior(s, k, temperature):
+    divisor = np.full((len(s), 1), temperature, np.float32)
+    posterior = special.softmax(s.astype(np.float64) / temperature, -1)  # of the adapters, and last of the base
+    weights = apply_rule_beside_base(s, RoutingParams(), divisor)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, posterior[:, :-1], atol=1e-5)
+    np.testing.assert_allclose(weights.sum(-1) + posterior[:, -1], 1, atol=1e-5)
+    some = apply_rule_beside_base(s, RoutingParams(rule="top_k", top_k=k), divisor)
+    assert ((some > 0).sum(-1) <= k).all()
+    kept = np.sort(posterior[:, :-1], -1)[:, -k:].sum(-1)
+    np.testing.assert_allclose(some.sum(-1), kept / (kept + posterior[:, -1]), atol=1e-5)
 
 
 # Options
@@ -260,29 +279,78 @@ def test_fit_knows_its_own_samples(routed):
 def test_weights_of_texts_are_the_rule_of_the_scores_of_their_embeddings(routed):
     texts = ["add three", "the planet loop", "heat"]
     for score in ("cosine", "centred", "lda"):
-        params = RoutingParams(score=score, rule="top_k", temperature=0.7)
-        embeddings = routed.embedder.encode(texts)
-        expected = apply_rule(routed.centroids.score(embeddings, score), params)
-        np.testing.assert_allclose(routed.weights(texts, params), expected, rtol=1e-5)
-        np.testing.assert_allclose(routed.weigh(embeddings[:, None], params), expected, rtol=1e-5)
+        params = RoutingParams(score=score, rule="top_k", temperature=0.7, fallback=False)
+        seen = routed.see(texts)
+        is_running = np.zeros(3, bool)
+        compared = routed.compare(seen, params)
+        np.testing.assert_array_equal(compared.cosines, routed.centroids.cosines(seen.views[:, 0]))
+        if score == "lda":
+            evidence = routed.centroids.evidence(seen.views, is_running)[:, :3]
+            np.testing.assert_allclose(compared.scores, log_softmax(evidence), atol=1e-5)
+        else:
+            cosines = routed.centroids.cosines(routed.embedder.encode(texts), score)
+            np.testing.assert_array_equal(compared.scores, cosines)
+        expected = apply_rule(compared.scores, params)
+        np.testing.assert_allclose(routed.weights(texts, params), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(routed.weigh(seen, params), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(routed.scores(texts, params), compared.scores)
 
 
 @pytest.mark.parametrize("score", ["cosine", "centred", "lda"])
 @pytest.mark.parametrize("rule", ["softmax", "top_k", "boosted"])
-def test_a_text_without_a_known_word_is_evidence_for_nobody(routed, score, rule):
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_text_without_a_known_word_is_evidence_for_nobody(routed, score, rule, fallback):
     if (score, rule) == ("lda", "boosted"):
         return
-    params = RoutingParams(score=score, rule=rule, top_k=1)
+    params = RoutingParams(score=score, rule=rule, top_k=1, fallback=fallback)
+    each = 0 if score == "lda" and fallback else 1 / 3  # the base answers, or all adapters alike
     silent = ["", "  \n", "\U0001f389"]
     assert not routed.embedder.encode(silent[:2]).any()
-    vectors = np.zeros((2, 2, routed.embedder.dim), np.float32)
-    vectors[1, 0] = routed.embedder.encode(["add three"])[0]  # the whole text has words, its newest tokens none
-    np.testing.assert_allclose(routed.weights(silent[:2], params), np.full((2, 3), 1 / 3), rtol=1e-6)
-    weights = routed.weigh(vectors, params)
-    np.testing.assert_allclose(weights[0], [1 / 3] * 3, rtol=1e-6)
-    assert weights[1].argmax() == routed.weights(["add three"], params)[0].argmax()
-    assert weights[1].max() > 0.4
-    np.testing.assert_allclose(routed.trace(["", "\n"], 1, params), np.full((2, 3), 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(routed.weights(silent[:2], params), np.full((2, 3), each), rtol=1e-6)
+    views = np.zeros((2, 3, routed.embedder.dim), np.float32)
+    views[1, 0] = routed.embedder.encode(["add three"])[0]  # the whole text has words, its newest tokens none
+    for is_running in (False, True):
+        weights = routed.weigh(Seen(views, np.full(2, is_running)), params)
+        np.testing.assert_allclose(weights[0], [each] * 3, rtol=1e-6)
+        assert np.isfinite(weights[1]).all()
+        assert weights[1].sum() > 0
+    np.testing.assert_allclose(routed.trace(["", "\n"], 1, params), np.full((2, 3), each), rtol=1e-6)
+
+
+@given(st.lists(st.sampled_from([*WORDS, "Paris", "é", "7"]), max_size=40).map(" ".join), st.booleans())
+@quick
+def test_weights_and_the_bases_share_are_the_posterior(routed, text, is_running):
+    assert routed.centroids.general is not None
+    seen = routed.see([text], is_running=is_running)
+    evidence = routed.centroids.evidence(seen.views, seen.is_running)[0].astype(np.float64)
+    temperature = routed.centroids.calibrations["running" if is_running else "prompt"].temperature
+    posterior = special.softmax(evidence / temperature)
+    weights = routed.weigh(seen, RoutingParams())[0]
+    np.testing.assert_allclose(weights, posterior[:3], atol=1e-5)
+    np.testing.assert_allclose(1 - weights.sum(), posterior[3], atol=1e-5)
+    alone = routed.weigh(seen, RoutingParams(fallback=False))[0]
+    np.testing.assert_allclose(alone.sum(), 1, atol=1e-5)
+    np.testing.assert_allclose(alone, special.softmax(evidence[:3] / temperature), atol=1e-5)
+
+
+def test_without_general_text_the_adapters_share_all_weight(terse):
+    routed = fit(SAMPLES, terse)
+    assert routed.centroids.general is None
+    texts = ["add three", "the planet loop", "", "unheard"]
+    np.testing.assert_allclose(routed.weights(texts).sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(routed.weights(texts)[2:], 1 / 3, atol=1e-6)
+    np.testing.assert_array_equal(routed.weights(texts), routed.weights(texts, RoutingParams(fallback=False)))
+
+
+def test_embeddings_that_are_not_finite_are_an_error(routed):
+    views = routed.see(["add three"]).views
+    views[0, 1, 2] = np.nan
+    with pytest.raises(TreadleError, match="scores of a text are not finite"):
+        routed.weigh(Seen(views, np.zeros(1, bool)), RoutingParams())
+    views[0, 0, 2] = np.inf
+    for score in ("cosine", "centred", "lda"):
+        with np.errstate(invalid="ignore"), pytest.raises(TreadleError, match="scores of a text are not finite"):
+            routed.weigh(Seen(views, np.zeros(1, bool)), RoutingParams(score=score))
 
 
 def test_fixed_weights_follow_the_routers_order(routed):
@@ -320,11 +388,23 @@ def test_fit_refuses(embedder, samples, message):
         fit(samples, embedder)
 
 
+class Whole:
+    """An embedder whose routers compare whole texts alone."""
+
+    tails = ()
+
+    def __init__(self, embedder):
+        self._embedder = embedder
+
+    def __getattr__(self, name):
+        return getattr(self._embedder, name)
+
+
 running = st.lists(
     st.sampled_from(["add ", "three", "cell", "atom", " def", "loop ", "é", "😀", "x", " ", ","]), min_size=3
 )
 routing = st.one_of(
-    st.builds(RoutingParams, every=st.none() | every, window=st.none() | st.integers(1, 4), recent=st.none() | every),
+    st.builds(RoutingParams, every=st.none() | every, window=st.none() | st.integers(1, 4)),
     st.builds(RoutingParams, every=every, prefill=st.just("causal"), window=st.none() | st.integers(1, 4)),
     st.builds(RoutingParams, every=every, lag=st.just(1), window=st.none() | st.integers(1, 4)),
     st.just(RoutingParams.paper()),
@@ -347,36 +427,36 @@ def test_a_trace_is_routing_step_by_step(routed, tokenizer, words, params, data)
             seen.add([pieces[position]])  # what follows is not known yet
         for start, views in seen.decide(position + 1):
             assert start == position
-            stepwise = routed.weigh(finish_views(routed.embedder, [views]), params)[0]
+            stepwise = routed.weigh(routed.finish([views]), params)[0]
         assert seen.decide(position + 1) == []
         np.testing.assert_allclose(weights, stepwise, atol=1e-5)
-        is_cut = routed.topic_start("".join(pieces[:prompt_tokens]), params) > 0
-        if params.window is None and params.recent is None and not is_cut:
-            whole = routed.weights(["".join(pieces[:length])], replace(params, change=None))[0]
-            np.testing.assert_allclose(weights, whole, atol=1e-4)
+        if params.window is None:
+            is_running = params.prefill == "causal" or length > prompt_tokens
+            whole = routed.see(["".join(pieces[:length])], is_running=is_running)
+            np.testing.assert_allclose(weights, routed.weigh(whole, params)[0], atol=1e-4)
 
 
-@pytest.mark.parametrize(("score", "rule"), [("lda", "softmax"), ("cosine", "boosted"), ("centred", "softmax")])
-def test_recent_tokens_share_the_score_with_the_text_but_not_in_the_prompt(routed, score, rule):
-    params = RoutingParams(score=score, rule=rule, recent=3, every=1)
+def test_running_text_follows_a_change_sooner_than_whole_texts_alone(embedder):
+    samples = {name: [" ".join([*texts, text]) for text in texts] for name, texts in SAMPLES.items()}
+    math, code = ["add ", "three ", "plus ", "four "] * 6, ["def ", "loop ", "return ", "list "] * 3
+    params = RoutingParams(every=1, fallback=False)
+    views, whole = (
+        fit(samples, each).trace([*math, *code], len(math), params)[:, NAMES.index("code")]
+        for each in (embedder, Whole(embedder))
+    )
+    assert max(views[len(math) - 1], whole[len(math) - 1]) < 0.05
+    assert views[-1] > 0.9
+    assert whole[-1] < 0.5
+
+
+def test_a_causal_prompt_is_running_text(routed):
+    """So its weights do not depend on where it ends."""
     pieces = ["add ", "three ", "plus ", "four ", "def ", "loop ", "return ", "list "]
-    trace = routed.trace(pieces, 4, params)
-    whole, recent = routed.scores(["".join(pieces), "".join(pieces[-3:])], params)
-    mean = 0.25 * whole + 0.75 * recent
-    np.testing.assert_allclose(trace[-1], apply_rule(log_softmax(mean) if score == "lda" else mean, params), atol=1e-5)
-    slow = routed.trace(pieces, 4, replace(params, recent=None))
-    code = NAMES.index("code")
-    assert trace[-1, code] > slow[-1, code] + 0.01, "the change of domain is not followed sooner"
-    np.testing.assert_allclose(trace[:4], slow[:4], atol=1e-6)  # the prompt is decided as a whole
-    causal = replace(params, prefill="causal")
-    assert np.abs(routed.trace(pieces, 4, causal) - routed.trace(pieces, 1, causal)).max() < 1e-6
-
-
-def test_recent_tokens_do_not_count_twice_in_a_window_as_short(routed):
-    pieces = ["add ", "three ", "def ", "loop ", "return ", "list "]
-    for recent in (2, 5):
-        both, alone = RoutingParams(window=2, recent=recent, every=1), RoutingParams(window=2, recent=None, every=1)
-        np.testing.assert_array_equal(routed.trace(pieces, 1, both), routed.trace(pieces, 1, alone))
+    params = RoutingParams(every=1, prefill="causal")
+    one, other = routed.trace(pieces, 4, params), routed.trace(pieces, 1, params)
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    expected = routed.weigh(routed.see(["".join(pieces)], is_running=True), params)[0]
+    np.testing.assert_allclose(one[-1], expected, atol=1e-5)
 
 
 def test_no_adapters_no_weights(routed):
@@ -436,9 +516,8 @@ def test_the_newest_decision_alone_is_that_of_all(routed):
         views = [views for _, views in each.decide(len(pieces))]
         newest = last.decide_last(len(pieces))
         assert newest is not None
-        np.testing.assert_array_equal(
-            finish_views(routed.embedder, [newest]), finish_views(routed.embedder, views[-1:])
-        )
+        for one, other in zip(routed.finish([newest]), routed.finish(views[-1:]), strict=True):
+            np.testing.assert_array_equal(one, other)
         assert last.decide_last(len(pieces)) is None
         assert last.decided == each.decided
 
@@ -448,7 +527,3 @@ def test_check_refuses_what_the_adapters_do_not_allow(routed):
     routed.check(RoutingParams.one("math"))
     with pytest.raises(AdapterError, match="maths"):
         routed.check(RoutingParams.one("maths"))
-    single = fit({"math": ["add"]}, routed.embedder)
-    if int(single.centroids.counts.sum()) == 1:
-        with pytest.raises(OptionError, match="score lda needs"):
-            single.check(RoutingParams())

@@ -22,7 +22,7 @@ from treadle.engine.sequence import OutputOptions, SequenceError, TokenSequence
 from treadle.lora.adapter import read_adapter
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import Router
-from treadle.routing.running_sum import RunningSum, Spans
+from treadle.routing.running_sum import RunningSum, Tails
 
 from conftest import byte_tokenizer, tiny_llama
 
@@ -126,8 +126,8 @@ def break_text(monkeypatch: pytest.MonkeyPatch, place: int, how: str) -> Callabl
     broken: list[object] = []
     follow, views, finish = StaticEmbedder.follow, RunningSum.views, StaticEmbedder.finish
 
-    def followed(embedder: StaticEmbedder, spans: Spans) -> RunningSum:
-        made.append(follow(embedder, spans))
+    def followed(embedder: StaticEmbedder, tails: Tails, window: int | None = None) -> RunningSum:
+        made.append(follow(embedder, tails, window))
         return made[-1]  # type: ignore[return-value]
 
     def looked_at(self: RunningSum) -> tuple[np.ndarray, ...]:

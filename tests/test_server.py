@@ -151,7 +151,7 @@ def test_routing_options_of_a_request_act(served: Serving, expected: Any) -> Non
     np.testing.assert_allclose(weights, routed.weights, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 9}, {"prefill": "causal", "every": 1, "recent": None}])
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"prefill": "causal", "every": 1}])
 def test_a_chat_is_weighed_as_its_text(served: Serving, options: dict[str, Any]) -> None:
     extra = {"treadle": {**options, "trace": True}}
     answer = served.client().chat.completions.create(model="auto", messages=CHAT, extra_body=extra, **GREEDY)
@@ -173,9 +173,9 @@ def test_messages_are_weighed_as_their_contents(served: Serving) -> None:
     assert routed[0] == routed[1]
 
 
-@pytest.mark.parametrize(("score", "recent"), [("lda", None), ("cosine", None), ("centred", 3)])
-def test_a_trace_says_what_the_weights_were_made_from(served: Serving, score: Any, recent: int | None) -> None:
-    options = {"score": score, "every": 1, "recent": recent, "temperature": 2}
+@pytest.mark.parametrize("score", ["lda", "cosine", "centred"])
+def test_a_trace_says_what_the_weights_were_made_from(served: Serving, score: Any) -> None:
+    options = {"score": score, "every": 1, "temperature": 2, "fallback": False}
     extra = {"treadle": {**options, "trace": True}}
     answer = served.client().completions.create(model="auto", prompt=PROMPT, extra_body=extra, **GREEDY)
     trace = answer.choices[0].model_extra["treadle"]
@@ -192,7 +192,7 @@ def test_a_trace_says_what_the_weights_were_made_from(served: Serving, score: An
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prefill", ["prompt", "causal"])
 def test_an_echoed_prompt_is_traced_as_it_was_read(served: Serving, prefill: Any, stream: bool) -> None:
-    options = {"every": 2, "window": 8, "prefill": prefill}
+    options = {"every": 2, "window": 8, "prefill": prefill, "temperature": 2, "fallback": False}
     asked = {"model": "auto", "prompt": PROMPT, "echo": True, "extra_body": {"treadle": {**options, "trace": True}}}
     if stream:
         chunks = list(served.client().completions.create(**asked, stream=True, **GREEDY))
@@ -229,11 +229,16 @@ def test_fixed_weights_were_made_from_nothing(served: Serving, model: str, optio
 
 
 def test_only_the_named_adapters_take_part(served: Serving) -> None:
-    extra = {"treadle": {"adapters": ["code", "math"], "trace": True}}
-    answer = served.client().completions.create(model="auto", prompt=PROMPT, extra_body=extra, **GREEDY)
-    trace = answer.choices[0].model_extra["treadle"]
-    assert trace["adapters"] == ["math", "code"]
-    np.testing.assert_allclose(np.sum(trace["weights"], -1), 1, atol=1e-5)
+    for fallback in (False, True):
+        extra = {"treadle": {"adapters": ["code", "math"], "trace": True, "fallback": fallback}}
+        answer = served.client().completions.create(model="auto", prompt=PROMPT, extra_body=extra, **GREEDY)
+        trace = answer.choices[0].model_extra["treadle"]
+        assert trace["adapters"] == ["math", "code"]
+        sums = np.sum(trace["weights"], -1)
+        if fallback:  # the base has the rest
+            assert (sums < 1).all()
+        else:
+            np.testing.assert_allclose(sums, 1, atol=1e-5)
 
 
 def test_choices_and_prompts_come_in_order(served: Serving, expected: Any) -> None:
@@ -329,8 +334,10 @@ def test_route_explains_a_text(served: Serving) -> None:
     assert answer["names"] == ["math", "science", "code"]
     assert [word for word, _ in answer["words"]] == [word for word, _ in explanation.words]
     assert answer["routing"]["every"] == 4
-    some = served.post("/v1/route", {"text": PROMPT, "treadle": {"adapters": ["code"]}}).json()
-    assert (some["names"], some["weights"]) == (["code"], [1.0])
+    assert answer["base"] == pytest.approx(1 - sum(answer["weights"]), abs=1e-6)
+    assert answer["base"] > 0.01
+    some = served.post("/v1/route", {"text": PROMPT, "treadle": {"adapters": ["code"], "fallback": False}}).json()
+    assert (some["names"], some["weights"], some["base"]) == (["code"], [1.0], 0.0)
 
 
 def test_what_needs_no_model_answers(served: Serving) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from treadle.bundle.centroid_files import save_centroid
 from treadle.lora.stacking import Stacks
-from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.fitting import centroid_of
 from treadle.serving.openai import adapters
 
 from conftest import SAMPLES, edit_config, save_adapter
@@ -92,7 +92,7 @@ def test_a_centroid_that_training_left_needs_no_samples(
     served: Serving, folder: Path, embedder: StaticEmbedder
 ) -> None:
     assert "holds no centroid.safetensors: give sample texts" in add(served, samples=None).json()["error"]["message"]
-    own = Centroids.empty(embedder.id, embedder.dim).add("poetry", embedder.encode(SAMPLES["math"]))
+    own = centroid_of("poetry", SAMPLES["math"], embedder)
     save_centroid(folder / "poetry", own, "embedder", {})
     assert add(served, samples=None).json()["data"][-1]["samples"] == len(SAMPLES["math"])
 
@@ -182,9 +182,9 @@ def test_a_folder_that_is_damaged_while_it_is_served_hurts_nobody(served: Servin
 
 def test_samples_are_embedded_beside_the_steps(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
-    encode = StaticEmbedder.encode
+    views = StaticEmbedder.views
     monkeypatch.setattr(
-        StaticEmbedder, "encode", lambda *args: (threads.append(threading.current_thread().name), encode(*args))[1]
+        StaticEmbedder, "views", lambda *args: (threads.append(threading.current_thread().name), views(*args))[1]
     )
     assert add(served).status_code == 200
     assert threads

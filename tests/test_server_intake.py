@@ -17,7 +17,8 @@ import pytest
 
 from treadle.engine.engine import Engine
 from treadle.routing.centroids import Centroids
-from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.embedder import StaticEmbedder, encode_views
+from treadle.routing.fitting import centroid_of
 from treadle.serving.openai import adapters, generating, protocol
 from treadle.serving.openai.answers import json_pieces
 from treadle.serving.openai.generating import read_body
@@ -206,25 +207,32 @@ def test_what_is_prepared_when_the_server_ends_is_told_so(bundle_folder: Path, m
 
 def test_routers_of_chosen_adapters_are_few_and_say_the_same(engine: Engine, embedder: StaticEmbedder) -> None:
     kept, whole = Routers(engine, max_routers=2), engine.router
-    vectors = embedder.encode(["add three plus four", "def loop return list"])
+    views = encode_views(embedder, ["add three plus four", "def loop return list"], whole.tails)
+    is_running = np.array([False, True])
     sets = [frozenset(names) for count in (1, 2) for names in combinations(whole.names, count)]
     for names in [*sets, *sets]:
         chosen = kept.among(names)
         expected = whole.centroids
         for name in set(whole.names) - names:
             expected = expected.remove(name)
-        for score in ("cosine", "centred", "lda"):
-            np.testing.assert_array_equal(chosen.centroids.score(vectors, score), expected.score(vectors, score))
+        for score in ("cosine", "centred"):
+            one, other = (each.cosines(views[:, 0], score) for each in (chosen.centroids, expected))
+            np.testing.assert_array_equal(one, other)
+        one, other = (each.evidence(views, is_running) for each in (chosen.centroids, expected))
+        np.testing.assert_array_equal(one, other)
         assert len(kept) <= 2
         assert kept.among(names) is chosen
     assert kept.among(frozenset(whole.names)) is whole
 
 
-def test_chosen_centroids_hold_one_scatter_whatever_their_number(embedder: StaticEmbedder) -> None:
-    made = Centroids.empty(embedder.id, embedder.dim)
+def test_chosen_centroids_hold_their_own_numbers_alone(embedder: StaticEmbedder) -> None:
+    made = Centroids.empty(embedder.id, embedder.dim, embedder.tails)
     for number in range(20):
-        made = made.add(f"a{number}", embedder.encode(["add three", "heat the planet"]))
-    assert made.among([f"a{number}" for number in range(15)]).scatter.shape == (1, embedder.dim, embedder.dim)
+        made = made.join(centroid_of(f"a{number}", ["add three", "heat the planet"], embedder))
+    few = made.among([f"a{number}" for number in range(5)])
+    assert few.num_bytes == pytest.approx(made.num_bytes / 4)
+    for stage in few.stages.values():
+        assert stage.factors.base is None or len(stage.factors.base) == 5  # not a view of all
 
 
 @pytest.mark.parametrize("document", [

@@ -243,8 +243,8 @@ def test_a_key_sees_and_uses_its_adapters_only(guarded: Serving, monkeypatch: py
     from treadle.routing.centroids import Centroids
 
     compared: list[tuple[str, ...]] = []
-    score = Centroids.score
-    monkeypatch.setattr(Centroids, "score", lambda c, e, s: (compared.append(c.names), score(c, e, s))[1])
+    evidence = Centroids.evidence
+    monkeypatch.setattr(Centroids, "evidence", lambda c, *args: (compared.append(c.names), evidence(c, *args))[1])
     answer = few.completions.create(**{**SHORT, "extra_body": {"treadle": {"trace": True}}})
     assert answer.choices[0].model_extra["treadle"]["adapters"] == ["math", "science"]
     assert set(compared) == {("math", "science")}  # the others' centroids were not even compared

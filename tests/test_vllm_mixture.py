@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from treadle.bundle.bundle import save_bundle
-from treadle.common.errors import AdapterError, BundleError, OptionError, TreadleError
+from treadle.common.errors import AdapterError, BundleError, OptionError
 from treadle.common.params import Combine, RoutingParams
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.router import fit
+from treadle.routing.fitting import fit
 from treadle.serving.vllm.mixture import (
     Mixture,
     check_name,
@@ -107,13 +107,13 @@ def test_fields_come_before_adapters_of_their_name(
     assert mixture.read_request({"fixed": {"every": 8}}).fixed == {"every": 8.0}
 
 
-def test_a_router_that_could_not_decide_does_not_remain(
+def test_one_sample_an_adapter_is_enough_for_those_that_remain(
     adapter_folders: dict[str, Path], embedder: StaticEmbedder, tmp_path: Path
 ) -> None:
-    samples = {"math": SAMPLES["math"], "code": SAMPLES["code"][:1], "science": SAMPLES["science"][:1]}
-    router = fit(samples, embedder, RoutingParams(score="lda"))
-    bundle = save_bundle(tmp_path / "few", base=BASE, adapters=adapter_folders, router=router)
+    samples = {name: texts[:1] for name, texts in SAMPLES.items()}
+    bundle = save_bundle(tmp_path / "few", base=BASE, adapters=adapter_folders, router=fit(samples, embedder))
     mixture = open_bundle(PluginParams(bundle=str(bundle), max_adapters=4))[1]
-    smaller = without_adapter(mixture, "code")  # math's samples are enough for all
-    with pytest.raises(TreadleError, match=r"(?s)without 'math'.*samples"):
-        without_adapter(smaller, "math")
+    alone = without_adapter(without_adapter(mixture, "code"), "math")
+    assert alone.names == ("science",)
+    with pytest.raises(AdapterError, match="'science' is the last one"):
+        without_adapter(alone, "science")

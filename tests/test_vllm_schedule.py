@@ -13,7 +13,7 @@ from treadle.serving.vllm.mixture import AUTO, Mixture, open_bundle, without_ada
 from treadle.serving.vllm.params import PluginParams, read_plugin_params
 from treadle.serving.vllm.request_weights import RequestWeights
 from treadle.serving.vllm.schedule import Schedule
-from treadle.serving.vllm.text_pool import INITIAL_ROWS, MAX_WINDOW_TOKENS
+from treadle.serving.vllm.text_pool import INITIAL_ROWS
 
 TEXT = "add three plus four, the atom of a planet; def loop return list " * 3
 MODES = {
@@ -21,10 +21,9 @@ MODES = {
     "every 3": {"every": 3},
     "once": {"every": None},
     "causal": {"every": 4, "prefill": "causal"},
-    "window": {"every": 2, "window": 7, "recent": None},
-    "windows": {"every": 1, "window": 9, "recent": 3},
-    "long window": {"every": 2, "window": MAX_WINDOW_TOKENS + 1},
-    "all": {"every": 2, "recent": None},
+    "window": {"every": 2, "window": 7},
+    "long window": {"every": 2, "window": 70},
+    "without the base": {"every": 2, "fallback": False},
     "late": {"every": 3, "lag": 1},
     "cosine": {"every": 2, "score": "cosine", "rule": "boosted"},
     "fixed": {"fixed": {"math": 0.7, "code": 2.0}},
@@ -111,7 +110,7 @@ def test_a_chats_weights_are_those_of_the_engines_row(
 def test_a_chat_of_one_message_is_weighed_as_its_text(schedule: Schedule, tokenizer) -> None:
     messages = [{"role": "user", "content": "def loop return"}]
     chat, text = read_prompt(tokenizer, messages).ids, tokenizer("def loop return").input_ids
-    for given in (None, {"window": 5, "recent": 2}):
+    for given in (None, {"window": 5}):
         requests = [schedule.open(given, len(chat), contents_of(messages)), schedule.open(given, len(text))]
         for request, ids in zip(requests, (chat, text), strict=True):
             schedule.decide([(request, ids, len(ids))])

@@ -27,7 +27,8 @@ from treadle.common.writing import (
     write_text,
 )
 from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from treadle.routing.router import Router, fit
+from treadle.routing.fitting import fit
+from treadle.routing.router import Router
 
 from conftest import BASE, SAMPLES
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from treadle.lora.blend import Blend, attach
     from treadle.routing.centroids import Centroids
     from treadle.routing.embedder import Embedder, SentenceEmbedder, StaticEmbedder
-    from treadle.routing.router import Router, fit
+    from treadle.routing.fitting import fit
+    from treadle.routing.router import Router
 
 _PUBLIC = {
     "lora.adapter": ("Adapter", "LoraPair", "read_adapter"),
@@ -29,7 +30,8 @@ _PUBLIC = {
     "common.errors": ("AdapterError", "BundleError", "DataError", "ModelError", "OptionError", "TreadleError"),
     "engine.engine": ("Engine", "load"),
     "common.params": ("RoutingParams", "SamplingParams"),
-    "routing.router": ("Router", "fit"),
+    "routing.fitting": ("fit",),
+    "routing.router": ("Router",),
     "engine.sequence": ("TokenEvent",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

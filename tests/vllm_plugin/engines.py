@@ -18,7 +18,7 @@ import treadle
 from treadle.bundle.bundle import save_bundle
 from treadle.common.params import RoutingParams
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.router import fit
+from treadle.routing.fitting import fit
 
 from conftest import SAMPLES, byte_tokenizer, save_adapter
 
@@ -64,7 +64,7 @@ def write_bundle(root: Path, embedder: StaticEmbedder, adapters: dict[str, dict[
         name: save_adapter(root / name, small_llama(kv_heads), seed, **options)
         for seed, (name, options) in enumerate(adapters.items(), 1)
     }
-    params = RoutingParams(score="centred", temperature=0.3, every=1, recent=8)
+    params = RoutingParams(score="centred", temperature=0.3, every=1)
     router = fit({name: SAMPLES[name] for name in adapters}, embedder, params)
     return save_bundle(root / "bundle", base=str(root / BASE), adapters=folders, router=router)
 

@@ -13,12 +13,12 @@ from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving
 
 MODES: dict[str, tuple[Any, RoutingParams | None]] = {
     "auto": (None, None),
-    "every 2": ({"every": 2}, RoutingParams(score="centred", temperature=0.3, every=2, recent=8)),
+    "every 2": ({"every": 2}, RoutingParams(score="centred", temperature=0.3, every=2)),
     "causal": ({"prefill": "causal", "every": 4},
-               RoutingParams(score="centred", temperature=0.3, every=4, recent=8, prefill="causal")),
-    "prompt": ({"every": None}, RoutingParams(score="centred", temperature=0.3, every=None, recent=8)),
-    "window": ({"window": 6, "recent": None},
-               RoutingParams(score="centred", temperature=0.3, every=1, recent=None, window=6)),
+               RoutingParams(score="centred", temperature=0.3, every=4, prefill="causal")),
+    "prompt": ({"every": None}, RoutingParams(score="centred", temperature=0.3, every=None)),
+    "window": ({"window": 6},
+               RoutingParams(score="centred", temperature=0.3, every=1, window=6)),
     "fixed": ({"math": 0.7, "code": 1.3}, RoutingParams(rule="fixed", fixed={"math": 0.7, "code": 1.3}, every=None)),
     "one": ("science", RoutingParams.one("science")),
     "base": ("base", RoutingParams.base()),

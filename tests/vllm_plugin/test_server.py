@@ -188,7 +188,7 @@ def test_the_route_is_the_weights_of_the_answer(server: Server, embedded: Any) -
     status, answer = server.call("/v1/treadle/route", asked)
     assert status == 200
     assert answer["adapters"] == ["math", "science", "code"]
-    params = RoutingParams(score="centred", temperature=0.3, every=3, recent=8)
+    params = RoutingParams(score="centred", temperature=0.3, every=3)
     done = embedded.generate(PROMPTS[3], sampling=treadle.SamplingParams(max_tokens=24), routing=params)
     weights = np.array(answer["weights"])[answer["prompt_tokens"] - 1 :][: len(done.token_ids)]
     np.testing.assert_allclose(weights, done.weights, atol=1e-6)

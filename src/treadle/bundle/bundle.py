@@ -1,7 +1,8 @@
 """A bundle on disk: which base, which adapters, their centroids and the default routing.
 
     bundle.json               what is in it; unknown keys are an error
-    centroids.safetensors     means (N, D), counts (N,), scatter (N, D, D) and the embedder's id
+    centroids.safetensors     what is known of each adapter's samples (`treadle.bundle.centroid_files`)
+    states.safetensors        optional: the same of the base model's own states
     samples.json              optional: a few texts of each adapter, for `treadle doctor`
     adapters/<name>/          plain PEFT folders
     embedder/                 optional: the embedder's own folder
@@ -24,12 +25,13 @@ from treadle.bundle.bundle_files import (
     CENTROIDS_FILE,
     NAME,
     SAMPLES_FILE,
+    STATES_FILE,
     finish_replacing,
     has_bundle,
     read_version,
     replace_bundle,
 )
-from treadle.bundle.centroid_files import read_centroids, write_centroids
+from treadle.bundle.centroid_files import read_centroids, read_states, write_centroids, write_states
 from treadle.common.documents import is_file, is_inside, read_object
 from treadle.common.errors import LONGEST_NAME, BundleError, collect, problem_list, shown, unknown_name
 from treadle.common.options import read_options
@@ -40,11 +42,14 @@ from treadle.lora.compatibility import check_combine
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import load_embedder
 from treadle.routing.router import Router
+from treadle.routing.states import StateClasses
 
 KEYS = {"treadle": str, "base_model": str, "embedder": str, "adapters": list, "routing": dict}
 ADAPTER_KEYS = {"name": str, "path": str, "samples": int}
 REMOVED_OPTIONS = {"unit_scale": False, "floor": None}
 """Routing options that bundles of 0.1 may hold, and the value of each that changed no weight."""
+REPLACED_OPTIONS = ("recent", "change")
+"""Routing options of 0.1 that views of the text have replaced: bundles may hold them, and they do nothing."""
 RESERVED = ("base", "auto")
 """Names that requests use for the model without an adapter and for the routed one."""
 
@@ -88,15 +93,21 @@ def _read_version(folder: Path) -> Bundle:
     problems += [foreign_base(adapter, document["base_model"]) for adapter in adapters]
     centroids = collect(problems, [lambda: read_centroids(folder / CENTROIDS_FILE)])
     embedder = collect(problems, [lambda: load_embedder(_embedder_name(folder, document["embedder"]))])
+    states = collect(problems, [lambda: _read_states(folder)])
     routing = collect(problems, [lambda: _routing_of(document["routing"])])
     samples = collect(problems, [lambda: _read_samples(folder, [entry["name"] for entry in entries])])
     if centroids:
         problems += _centroid_problems(centroids[0], entries)
+    if states and states[0]:
+        problems += _foreign_names(STATES_FILE, states[0].centroids, entries)
     _stop(folder, [problem for problem in problems if problem])
-    routers = collect(problems := [], [lambda: Router(centroids[0], embedder[0], routing[0])])
+    routers = collect(problems := [], [lambda: Router(centroids[0], embedder[0], routing[0], states[0])])
     _stop(folder, problems)
     # what the default routing asks of these adapters: names that exist, samples enough for the score, equal ranks
-    collect(problems, [lambda: routers[0].weights([]), lambda: check_combine(routing[0].combine, adapters)])
+    collect(
+        problems,
+        [lambda: routers[0].weights([]), routers[0].check_states, lambda: check_combine(routing[0].combine, adapters)],
+    )
     _stop(folder, problems)
     return Bundle(folder, document["base_model"], tuple(adapters), routers[0], samples[0])
 
@@ -128,6 +139,10 @@ def save_bundle(
     if has_bundle(folder) and not overwrite:
         raise BundleError(f"{folder} holds a bundle already; name another folder, or overwrite it.")
     problems = _name_problems(list(adapters))
+    if router.states and router.states.centroids.names != router.names:
+        problems.append(f"the router's states know {', '.join(router.states.centroids.names)} only; fit it again")
+    else:
+        collect(problems, [router.check_states])
     if set(adapters) != set(router.names):
         problems.append(f"the router knows {', '.join(router.names)}; the adapters are {', '.join(adapters)}")
     problems += [unknown_name("adapter in samples", name, adapters) for name in samples or {} if name not in adapters]
@@ -152,6 +167,8 @@ def _write(
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(adapters[name] / file, target / file)
     write_centroids(folder / CENTROIDS_FILE, router.centroids)
+    if router.states is not None:
+        write_states(folder / STATES_FILE, router.states)
     if samples:
         _write_json(folder / SAMPLES_FILE, {name: list(texts) for name, texts in samples.items()})
     counts = router.centroids.counts.tolist()
@@ -251,14 +268,23 @@ def _last_name(base: str) -> str:
 
 
 def _centroid_problems(centroids: Centroids, entries: Sequence[dict[str, Any]]) -> list[str]:
-    names = tuple(entry["name"] for entry in entries)
-    if centroids.names != names:
-        return [f"{CENTROIDS_FILE} is for {', '.join(centroids.names)}; {BUNDLE_FILE} names {', '.join(names)}"]
-    return [
+    return _foreign_names(CENTROIDS_FILE, centroids, entries) or [
         f"adapter {name!r}: {CENTROIDS_FILE} counts {count} samples, {BUNDLE_FILE} says {entry['samples']}"
-        for name, count, entry in zip(names, centroids.counts.tolist(), entries, strict=True)
+        for name, count, entry in zip(centroids.names, centroids.counts.tolist(), entries, strict=True)
         if count != entry["samples"]
     ]
+
+
+def _foreign_names(file: str, centroids: Centroids, entries: Sequence[dict[str, Any]]) -> list[str]:
+    names = tuple(entry["name"] for entry in entries)
+    if centroids.names == names:
+        return []
+    return [f"{file} is for {', '.join(centroids.names)}; {BUNDLE_FILE} names {', '.join(names)}"]
+
+
+def _read_states(folder: Path) -> StateClasses | None:
+    file = folder / STATES_FILE
+    return read_states(file) if os.path.lexists(file) else None
 
 
 def _read_samples(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
@@ -285,7 +311,8 @@ def _routing_of(given: Mapping[str, Any]) -> RoutingParams:
             f"routing: treadle no longer has {options}; delete it from {BUNDLE_FILE} to route without it, or use the "
             f"treadle that wrote the bundle"
         )
-    return read_options(RoutingParams, {name: value for name, value in given.items() if name not in REMOVED_OPTIONS})
+    gone = {*REMOVED_OPTIONS, *REPLACED_OPTIONS}
+    return read_options(RoutingParams, {name: value for name, value in given.items() if name not in gone})
 
 
 def _stop(folder: Path, problems: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from treadle.common.errors import BundleError, TreadleError
 from treadle.common.writing import locked, put, sync, sync_names, workplace
 
 BUNDLE_FILE, CENTROIDS_FILE, SAMPLES_FILE = "bundle.json", "centroids.safetensors", "samples.json"
+STATES_FILE = "states.safetensors"
 ADAPTERS, EMBEDDER = "adapters", "embedder"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NEW = ".treadle-new"
@@ -129,7 +130,7 @@ def _check_owned(folder: Path, units: list[str]) -> None:
 def _units(folder: Path) -> list[str]:
     """Return which files and folders of a version are there, as paths below its folder."""
     adapters = [f"{ADAPTERS}/{name}" for name in _names(folder) or ()]
-    units = [CENTROIDS_FILE, SAMPLES_FILE, EMBEDDER, *adapters, BUNDLE_FILE]
+    units = [CENTROIDS_FILE, STATES_FILE, SAMPLES_FILE, EMBEDDER, *adapters, BUNDLE_FILE]
     return [unit for unit in units if os.path.lexists(folder / unit)]
 
 

@@ -2,8 +2,9 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from treadle.common.params import RoutingParams, read_routing
 from treadle.experiments.params import TrainParams
 
 if TYPE_CHECKING:
+    from treadle.routing.calibration import FitReport
     from treadle.routing.centroids import Centroids
     from treadle.routing.samples import Sample
 
@@ -37,7 +39,9 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
                           "left a centroid beside them"),
     ] = None,
     embedder: Annotated[
-        str, typer.Option(help="model2vec folder, static:NAME, or sentence-transformers name")
+        str,
+        typer.Option(help="model2vec folder, static:NAME, or sentence-transformers name; base+ before it lets the base "
+                          "model's own states decide finally"),
     ] = "sentence-transformers/all-MiniLM-L6-v2",
     keep_samples: Annotated[int, typer.Option(help="samples of each adapter that the bundle keeps for doctor")] = 3,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a bundle that is there")] = False,
@@ -46,11 +50,14 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     routing: dict[str, Any],
 ) -> None:  # fmt: skip
     """Make a bundle from adapters and sample texts of each; nothing is trained."""
+    from treadle.bundle.base_model import quiet_libraries
     from treadle.bundle.bundle import save_bundle
     from treadle.bundle.bundle_files import finish_replacing
     from treadle.common.writing import check_writable
-    from treadle.routing.router import fit
+    from treadle.routing.fitting import fit_with_report
 
+    started = time.perf_counter()
+    text_embedder, has_states = _embedder_parts(embedder)
     check_writable(output / "bundle.json")  # now, not after the samples are embedded
     finish_replacing(output)  # its own adapters may be among those that are given
     folders, files = _pairs(adapter, "--adapter"), _pairs(samples or [], "--samples")
@@ -58,35 +65,78 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     if not set(files) <= set(folders):
         problems.append(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
     params = collect(problems, [partial(read_routing, routing, RoutingParams())])
-    texts, fitted = _fitting(folders, files, problems)
-    router = fit(texts, embedder, params[0], fitted=fitted)
+    texts, fitted = _fitting(folders, files, problems, params[0] if has_states and params else None)
+    router, report = fit_with_report(texts, text_embedder, params[0], fitted=fitted)
+    by_states: FitReport | None = None
+    if has_states:
+        from treadle.engine.state_fitting import fit_base_states
+        from treadle.lora.adapter import read_adapter
+
+        quiet_libraries()
+        adapters = [read_adapter(folders[name], name) for name in router.names]
+        states, by_states = fit_base_states(base, texts, adapters)
+        router = replace(router, states=states)
     wholes = {name: [each.whole for each in given[:keep_samples]] for name, given in texts.items()}
     kept = wholes if keep_samples else None
     save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
-    counts = dict(zip(router.names, router.centroids.counts.tolist(), strict=True))
-    rows = {name: len(given) for name, given in texts.items()}
     if as_json:
-        print(json.dumps({"bundle": str(output), "samples": rows, "texts": counts}))
-    else:
-        print(f"wrote {output}: samples {rows}, texts made of them {counts}")
+        rows = {name: len(given) for name, given in texts.items()}
+        told = _report_document(report)
+        if router.states and by_states:
+            found = {"layer": router.states.layer, "spans": router.states.spans, **_report_document(by_states)}
+            told["states"] = found
+        print(json.dumps({"bundle": str(output), "samples": rows, **told, "seconds": time.perf_counter() - started}))
+        return
+    from treadle.cli.console import fit_table, new_console
+
+    console = new_console()
+    console.print(f"wrote {output} after {time.perf_counter() - started:.0f} s")
+    console.print(fit_table(report, router.centroids))
+    for warning in report.warnings():
+        console.print(f"note: {warning}")
+    if router.states and by_states:
+        console.print(f"the base model's states, after layer {router.states.layer}:")
+        console.print(fit_table(by_states, router.states.centroids))
+        for warning in by_states.warnings():
+            console.print(f"note: {warning}")
+
+
+def _embedder_parts(embedder: str) -> tuple[str, bool]:
+    """Return the embedder of texts, and whether the base model's states decide finally."""
+    if embedder.rstrip("+") == "base":
+        raise OptionError(
+            "embedder base: write base+FOLDER (or base+static:NAME). The embedder of texts in FOLDER decides until the "
+            "base model has read a prompt; then its states decide."
+        )
+    return embedder.removeprefix("base+"), embedder.startswith("base+")
+
+
+def _report_document(report: "FitReport") -> dict[str, Any]:
+    return {key: value for key, value in asdict(report).items() if key != "calibrations"}
 
 
 def _fitting(
-    folders: dict[str, str], files: dict[str, str], problems: list[str]
+    folders: dict[str, str], files: dict[str, str], problems: list[str], for_states: RoutingParams | None
 ) -> "tuple[dict[str, list[Sample]], list[Centroids]]":
     """Return the samples of the adapters that have some and the centroids of the others.
 
     Every adapter is read, too, before anything is embedded; one error lists all `problems`, those found here included.
+    `for_states` are the routing's params if the base model's states decide, which need samples of every adapter.
     """
     from treadle.bundle.centroid_files import read_centroid
     from treadle.experiments.data import load_samples
     from treadle.lora.adapter import read_adapter
+    from treadle.routing.states import check_state_params
 
     adapters = collect(problems, [partial(read_adapter, path, name) for name, path in folders.items()])
     good = {adapter.name for adapter in adapters}
     sampled = [name for name in folders if name in files]
     trained = [name for name in folders if name not in files and name in good]
     texts = collect(problems, [partial(load_samples, files[name]) for name in sampled])
+    if for_states:
+        collect(problems, [partial(check_state_params, for_states)])
+        problems += [f"adapter {name!r}: the base model's states need sample texts of it" for name in trained]
+        trained = []
     fitted = collect(problems, [partial(read_centroid, Path(folders[name]), name) for name in trained])
     if problems:
         raise OptionError(problem_list("no bundle can be made:", problems))
@@ -125,6 +175,9 @@ def doctor(
         console = new_console()
         console.print(f"base {report.base_model} on {report.device} in {report.dtype}")
         console.print(*report_tables(report), sep="\n")
+        if report.state_layer is not None:
+            spans = " and ".join(map(str, report.state_spans))
+            console.print(f"its states after layer {report.state_layer} decide: means of the last {spans} tokens")
         base, blended = report.base_step * 1000, report.blended_step * 1000
         console.print(f"a step: base {base:.1f} ms, blended {blended:.1f} ms, ratio {blended / base:.3f} (medians)")
     if report.problems:

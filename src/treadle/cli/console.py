@@ -1,4 +1,4 @@
-"""Prints for the command line: text coloured by its leading adapter, and tables."""
+"""Prints for the command line: text coloured by its leading adapter, plain where the base leads, and tables."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from treadle.experiments.doctor import BundleReport
     from treadle.experiments.results import EvalResult
     from treadle.experiments.router_quality import Quality
+    from treadle.routing.calibration import FitReport
+    from treadle.routing.centroids import Centroids
     from treadle.routing.explain import Explanation
 
 FILE_WIDTH = 10_000
@@ -28,11 +30,16 @@ def colour(index: int) -> str:
 
 
 def legend(names: Sequence[str]) -> Text:
-    """Return the adapters' names in their colours."""
+    """Return the adapters' names in their colours, and what has none."""
     line = Text()
     for index, name in enumerate(names):
         line.append(f"■ {name}  ", style=colour(index))
-    return line.append("■ base", style="default")
+    return line.append("■ base, where its share is the largest", style="default")
+
+
+def base_share(weights: Floats) -> float:
+    """Return the base's share of one token: 1 minus the sum of the weights (N,)."""
+    return max(0.0, 1.0 - float(weights.sum()))
 
 
 def new_console(*, stderr: bool = False) -> Console:
@@ -44,12 +51,12 @@ def new_console(*, stderr: bool = False) -> Console:
 def print_coloured(console: Console, pieces: Sequence[str], weights: Floats) -> None:
     """Print the text of T tokens, each in the colour that leads in its row of `weights` (T, N)."""
     for piece, each in zip(pieces, weights, strict=True):
-        style = colour(int(each.argmax())) if each.any() else "default"
+        style = colour(int(each.argmax())) if each.max() > base_share(each) else "default"
         console.print(Text(piece, style=style), end="", soft_wrap=True)
 
 
 def stream_coloured(console: Console, events: Iterable["TokenEvent"]) -> list["TokenEvent"]:
-    """Print tokens as they come, each in the colour of its leading adapter (plain where none acts); return them."""
+    """Print tokens as they come, each in the colour of its leading adapter, plain where the base leads; return them."""
     shown: list[TokenEvent] = []
     for event in events:
         print_coloured(console, [event.text], event.weights[None])
@@ -59,13 +66,14 @@ def stream_coloured(console: Console, events: Iterable["TokenEvent"]) -> list["T
 
 
 def weights_table(title: str, names: Sequence[str], rows: Sequence[tuple[str, Floats]]) -> Table:
-    """Return a table of mean weights (N,) with one row a text."""
+    """Return a table of mean weights (N,) and the base's share, with one row a text."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for index, name in enumerate(names):
         table.add_column(name, style=colour(index), justify="right")
+    table.add_column("base", justify="right")
     for label, weights in rows:
-        table.add_row(label, *(f"{weight:.2f}" for weight in weights))
+        table.add_row(label, *(f"{weight:.2f}" for weight in (*weights, base_share(weights))))
     return table
 
 
@@ -84,12 +92,28 @@ def explanation_table(explanation: "Explanation") -> Table:
         cosine, weight = explanation.cosines[index], explanation.weights[index]
         style = "bold" if weight == max(explanation.weights) > 0 else ""
         table.add_row(Text(name, colour(index)), f"{cosine:.3f}", f"{scores[index]:.2f}", f"{weight:.3f}", style=style)
-    notes = (
-        [f"its topic changes: only the text from character {explanation.begin} on decides"] if explanation.begin else []
-    )
+    if explanation.base > 0:
+        table.add_row("the base", "", "", f"{explanation.base:.3f}")
     if explanation.words:
-        notes.append("words for the nearest: " + ", ".join(f"{word} +{lead:.2f}" for word, lead in explanation.words))
-    table.caption = "\n".join(notes) or None
+        told = ", ".join(f"{word} +{lead:.2f}" for word, lead in explanation.words)
+        table.caption = f"words for the nearest: {told}"
+    return table
+
+
+def fit_table(report: "FitReport", centroids: "Centroids") -> Table:
+    """Return the cross-validation of a router: one row an adapter, its prompts' shares by nearest adapter."""
+    table = Table(title_justify="left")
+    if report.accuracy is not None:
+        table.title = (
+            f"cross-validation: {report.accuracy:.1%} of the samples' prompts are nearest to their own adapter"
+        )
+    columns = (*report.names, "the base") if report.confusion else ()
+    for heading in ("adapter", "samples", *columns):
+        table.add_column(heading, justify="left" if heading == "adapter" else "right")
+    shares = dict(zip(report.names, report.confusion, strict=bool(report.confusion)))
+    for index, (name, count) in enumerate(zip(centroids.names, centroids.counts.tolist(), strict=True)):
+        own = [f"{share:.2f}" for share in shares.get(name, ())]
+        table.add_row(Text(name, colour(index)), str(count), *own)
     return table
 
 

@@ -97,7 +97,10 @@ def route_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flag
         return
     from treadle.cli.console import explanation_table, new_console
 
-    new_console().print(explanation_table(explanation))
+    console = new_console()
+    console.print(explanation_table(explanation))
+    if explanation.provisional:
+        console.print("These weights are provisional: once the base model has read a text, its own states decide.")
 
 
 def _document(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> dict[str, Any]:
@@ -107,11 +110,12 @@ def _document(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: 
 
 
 def _stream(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> None:
-    from treadle.cli.console import legend, mean_weights, new_console, stream_coloured
+    from treadle.cli.console import base_share, legend, mean_weights, new_console, stream_coloured
 
     console = new_console()
     events = stream_coloured(console, engine.stream(prompt, sampling=sampling, routing=routing))
-    means = zip(engine.adapter_names, mean_weights(events), strict=True)
+    means = mean_weights(events)  # (N,)
+    shares = zip((*engine.adapter_names, "base"), (*means, base_share(means)), strict=True)
     notes = new_console(stderr=True)
     notes.print(legend(engine.adapter_names))
-    notes.print("mean weights: " + "  ".join(f"{name} {weight:.2f}" for name, weight in means))
+    notes.print("mean weights: " + "  ".join(f"{name} {share:.2f}" for name, share in shares))

@@ -15,8 +15,8 @@ Rule = Literal["boosted", "softmax", "top_k", "fixed"]
 Combine = Literal["sum", "linear", "paper"]
 COMBINES: tuple[Combine, ...] = get_args(Combine)
 
-DEFAULT_TEMPERATURE: dict[Score, float] = {"lda": 1.6, "cosine": 0.05, "centred": 0.05}
-"""Log-posteriors are overconfident, cosines lie close together: for `lda`, the least log-loss on held-out prompts."""
+COSINE_TEMPERATURE = 0.05
+"""Divides cosines, which lie close together."""
 
 SMALLEST, LARGEST = 1e-6, 1_000_000
 """Limits of numbers that scores are divided by; beyond them, float32 overflows."""
@@ -33,7 +33,7 @@ class RoutingParams:
     boost: float = option(4.0, "boosted: factor on the largest cosine", at_least=SMALLEST, at_most=1000)
     temperature: float | None = option(
         None,
-        "softmax, top_k: divides the scores; none = 1.6 for lda, 0.05 for cosines",
+        "softmax, top_k: divides the scores; none = the bundle's own for lda, 0.05 for cosines",
         at_least=SMALLEST,
         at_most=LARGEST,
     )
@@ -49,17 +49,11 @@ class RoutingParams:
         at_most=1,
     )
     window: int | None = option(None, "tokens that the embedder sees, the last ones; none = all", at_least=1)
-    recent: int | None = option(
-        32,
-        "running text: take 75 % of the score from this many last tokens; none = off",
-        at_least=1,
+    fallback: bool = option(
+        True, "lda: the base model answers texts of no adapter's kind; false = the adapters share all weight"
     )
-    change: float | None = option(
-        4.0,
-        "lda: ignore text of the prompt before the last topic change if splitting there fits this many nats better; "
-        "none = use all of it",
-        at_least=SMALLEST,
-        at_most=LARGEST,
+    states: bool = option(
+        True, "lda: decide from the base model's own states if the bundle has them; false = from the text alone"
     )
     prefill: Literal["prompt", "causal"] = option(
         "prompt", "prompt tokens: weights of the whole prompt, or of the text so far"
@@ -108,8 +102,6 @@ class RoutingParams:
             rule="boosted",
             boost=4.0,
             every=2,
-            recent=None,
-            change=None,
             past="recompute",
             combine="paper",
         )

@@ -1,10 +1,9 @@
 """The adapters of one engine, which come and go while sequences run with those they started with."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from treadle.common.errors import AdapterError, OptionError, OptionProblem, TreadleError, one_or_list, unknown_name
+from treadle.common.errors import AdapterError, OptionError, OptionProblem, TreadleError, one_or_list
 from treadle.common.params import RoutingParams
 from treadle.engine.sequence import TokenSequence
 from treadle.lora.adapter import Adapter
@@ -67,16 +66,24 @@ class AdapterSet:
         check_tokens([adapter], self._rereading)
         return self.blend.plan([*self._used(), adapter])
 
-    def join(self, adapter: Adapter, centroids: Centroids, stacks: Stacks | None = None) -> None:
+    def join(
+        self,
+        adapter: Adapter,
+        centroids: Centroids,
+        stacks: Stacks | None = None,
+        *,
+        states: Centroids | None = None,
+    ) -> None:
         """Attach an adapter that has been read, with its centroid; running rows go on without it.
 
         On an error nothing has changed. `stacks` are used unless other adapters have come or gone since their plan.
+        `states` is the centroid of the base model's states; without it no states can decide from then on.
         """
         self.check_new(adapter.name)
-        joined = self.router.centroids.join(centroids)
+        joined = self.router.join(centroids, states)
         if joined.names != (*self.router.names, adapter.name):
             raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")
-        router = self._able(replace(self.router, centroids=joined), [*self._used(), adapter])
+        router = self._able(joined, [*self._used(), adapter])
         if stacks is None or not self.blend.is_current(stacks):
             stacks = self.plan_join(adapter)
         self._take(stacks)
@@ -85,11 +92,9 @@ class AdapterSet:
 
     def retire(self, name: str) -> None:
         """Hide an adapter from new rows; its factors stay until `drop_retired`."""
-        if name not in self.router.names:
-            raise AdapterError(unknown_name("adapter", name, self.router.names))
+        left = self.router.remove(name)
         if name in (self.router.params.fixed or {}):
             raise AdapterError(f"adapter {name!r} has a weight in the default routing's `fixed`; change that first.")
-        left = replace(self.router, centroids=self.router.centroids.remove(name))
         self.router = self._able(left, self.blend.adapters)
         self._retired.add(name)
 

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treadle.engine.draws import Draws, are_whole, drawn, failure_of
+from treadle.engine.decisions import is_to_reread, update_weights
+from treadle.engine.draws import Draw, Draws, are_whole, drawn, failure_of
 from treadle.engine.kv_cache import RowCache
 from treadle.engine.prefix_cache import PrefixCache, PrefixCopy, PrefixText
 from treadle.engine.readings import Reading, score_prompts
 from treadle.engine.runners.passes import PassInput
 from treadle.engine.runners.runner import Runner
 from treadle.engine.sampling import new_generator
-from treadle.engine.sequence import SequenceError, TokenEvent, TokenSequence, update_weights
+from treadle.engine.sequence import SequenceError, TokenEvent, TokenSequence
 from treadle.lora.blend import Blend
 from treadle.routing.centroids import Floats
 
@@ -62,7 +63,8 @@ class Batch:
             (row,) = reading.rows
             reading.copy = PrefixCopy(reading.length, self._prefixes.max_bytes)
             if not row.report.prompt:
-                reading.done = row.reused = self._prefixes.fill(reading.cache, self._text(row))
+                num_unread = max(row.router.states.spans) if row.trail and row.router.states else 1
+                reading.done = row.reused = self._prefixes.fill(reading.cache, self._text(row), num_unread)
         return reading
 
     @torch.inference_mode()
@@ -153,7 +155,14 @@ class Batch:
             self._append(reading)
             return logits
 
-        return self._settle(reading, drawn(reading.rows, run) if reading.rows else {})
+        found = self._settle(reading, drawn(reading.rows, run) if reading.rows else {})
+        again = [row for row in reading.rows if isinstance(found[row], Draw) and is_to_reread(row)]
+        if again:
+            self._keep([row for row in self.rows if row not in again])
+            for row in again:
+                row.generator = new_generator(row.sampling, self._runner.device)  # nothing has been drawn
+            found |= self._read_whole(again)
+        return found
 
     def _settle(self, reading: Reading, found: Draws) -> Draws:
         """Let rows of a reading without a token leave; read them again where others may be to blame."""
@@ -286,8 +295,12 @@ class Batch:
             among=[row.router.names for row in rows],
             lengths=[len(row.ids) for row in rows] or [1],
             num_logits=num_logits,
+            layer=next((row.router.states.layer for row in rows if row.trail and row.router.states), None),
         )
-        return self._runner.run(given).logits
+        logits, hidden = self._runner.run(given)
+        if hidden is not None:
+            _put_states(rows, pads, cache.length, hidden)
+        return logits
 
     def _stacked(self, rows: Sequence[TokenSequence], weights: Sequence[Floats], num_tokens: int) -> Floats | None:
         """Return the rows' weights (B, 1 or T, N of the blend); None where no adapter acts."""
@@ -322,6 +335,17 @@ class Batch:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""
         if self._prefixes and (not row.events or row.is_like_prompt):
             self._prefixes.store(self._text(row), cache, index, copy)
+
+
+def _put_states(rows: Sequence[TokenSequence], pads: Sequence[int], end: int, hidden: Tensor) -> None:
+    """Give rows the states (B, T, H) of the columns before `end`, padding left out."""
+    count = hidden.shape[1]
+    for row, pad, states in zip(rows, pads, hidden, strict=True):
+        if row.trail is not None:
+            start = max(end - count - pad, 0)  # in the row's text
+            first = count - (end - pad - start)
+            kept = max(first, count - row.trail.room)  # others would be dropped
+            row.trail.put(start + kept - first, states[kept:].float().cpu().numpy())
 
 
 @lru_cache(maxsize=256)

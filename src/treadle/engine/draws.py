@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from treadle.engine.sampling import likeliest, sample
+from treadle.engine.sampling import likeliest, sample, score_tokens
 from treadle.engine.sequence import Likeliest, SequenceError, TokenSequence
 
 OVERFLOW = "the model overflows under these weights: there is no next token."
@@ -65,6 +65,9 @@ def are_whole(draws: Draws) -> bool:
 def _draw(rows: Sequence[TokenSequence], logits: Tensor) -> list[Draw]:
     """Draw the next token of each row from logits (B, V)."""
     tokens, logprobs = sample(logits, [row.sampling for row in rows], [row.generator for row in rows])
+    for index, row in enumerate(rows):
+        if (token_id := row.forced_next) is not None:
+            tokens[index], (logprobs[index],) = token_id, score_tokens(logits[index : index + 1], [token_id])
     counts = [row.report.likeliest for row in rows]
     tops = likeliest(logits, counts) if any(counts) else [()] * len(rows)
     return list(map(Draw, tokens, logprobs, tops))

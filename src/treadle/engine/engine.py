@@ -17,6 +17,7 @@ from treadle.engine.completion import Completion, GenerationError
 from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.runners.runner import check_pack, is_plain_decoder, new_runner
 from treadle.engine.sequence import OutputOptions, SequenceError, TokenEvent, TokenSequence
+from treadle.engine.state_fitting import check_states_fit, state_centroid
 from treadle.engine.supported import check_supported, rereading_layers
 from treadle.engine.tokenization import Prompt, check_known, is_one_prompt
 from treadle.lora.adapter import Adapter, read_adapter
@@ -63,12 +64,15 @@ class Engine:
                 makes steps on AMD's CPUs up to twice as fast; None = there, where it takes at most a GiB.
 
         Raises:
-            ModelError: the engine cannot run the model (`treadle.engine.supported`).
+            ModelError: the engine cannot run the model (`treadle.engine.supported`), or the router's states are of
+                another one.
             AdapterError: router and adapters differ, or an adapter targets layers that cannot be blended by token.
             OptionError: `pack` is true and nothing reads packed weights, or the adapters cannot be combined so.
         """
         check_supported(model)
         check_pack(model, pack, is_fast=is_fast)
+        if router.states is not None:
+            check_states_fit(model, router.states)
         self.model = model
         self.tokenizer = tokenizer
         rereading = frozenset[str]() if is_plain_decoder(model) else rereading_layers(model)
@@ -192,7 +196,12 @@ class Engine:
         """
         self.adapters.check_new(name)
         adapter = read_adapter(path, name)
-        self.adapters.join(adapter, centroid_of(name, samples, self.router.embedder))
+        own = centroid_of(name, samples, self.router.embedder, tails=self.router.tails)
+        states = None
+        if self.router.states is not None:
+            with self.blend.using(None):  # the classes are of the plain base's states
+                states = state_centroid(self.model, self.tokenizer, name, samples, self.router.states)
+        self.adapters.join(adapter, own, states=states)
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out: new rows no longer see it, running rows finish with it."""

@@ -28,7 +28,8 @@ from treadle.engine.tokenization import Detokenizer
 from treadle.lora.blend import Blend, attach
 from treadle.routing.centroids import Floats
 from treadle.routing.router import Router
-from treadle.routing.schedule import Decision, DecisionCursor, finish_views
+from treadle.routing.schedule import Decision, DecisionCursor
+from treadle.routing.states import uses_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -226,7 +227,7 @@ class Routed:
         views = [views for found in due for _, views in found]
         decided = np.zeros((0, len(self.names)), np.float32)
         if views:
-            decided = self._router.weigh(finish_views(self._router.embedder, views), self._params)  # (decisions, N)
+            decided = self._router.weigh(self._router.finish(views), self._params)  # (decisions, N)
         weights = np.zeros((*np.shape(is_real), len(self.names)), np.float32)  # (B, T, N)
         made = iter(decided)
         for index, (row, found, start) in enumerate(zip(rows, due, starts, strict=True)):
@@ -281,6 +282,8 @@ def routed(
     """
     bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     router, params = bundle.router, routing or bundle.router.params
+    if uses_states(router.states, params):
+        raise OptionError("routed() decides before a pass, from the text: give routing with states=False.")
     _check_followed(model, params)
     tokenizer = tokenizer or load_tokenizer(bundle.base_model)
     source: Source = (router, params, tokenizer, RenderedChats(tokenizer))

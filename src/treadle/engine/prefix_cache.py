@@ -107,12 +107,12 @@ class PrefixCache:
         """Bytes of all entries."""
         return sum(entry.num_bytes for entry in self.entries)
 
-    def fill(self, cache: RowCache, text: PrefixText) -> int:
+    def fill(self, cache: RowCache, text: PrefixText, num_unread: int = 1) -> int:
         """Copy the known beginning of a text into an empty cache of one row; return its number of tokens.
 
-        The last token is always read again, because its logits are needed.
+        The last `num_unread` tokens are always read again, because their logits or states are needed.
         """
-        known = [min(entry.text.shared(text), len(text.ids) - 1) for entry in self.entries]
+        known = [min(entry.text.shared(text), max(0, len(text.ids) - num_unread)) for entry in self.entries]
         longest = max(known, default=0)
         if longest < MIN_PREFIX_TOKENS:
             return 0

@@ -9,22 +9,26 @@ import numpy.typing as npt
 import torch
 
 from treadle.common.errors import OptionError, collect, first_of, problem_list
-from treadle.common.params import RoutingParams
-from treadle.engine.chat import ChatText, pieces_of, prompt_cursor, read_prompt
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.chat import ChatText, TokenPrompt, pieces_of, prompt_cursor, read_prompt
 from treadle.engine.runners.rope import LengthRope
-from treadle.engine.sequence import SequenceError
+from treadle.engine.sequence import OutputOptions, SequenceError, TokenSequence
 from treadle.engine.tokenization import Prompt, check_known, completion_ids
 from treadle.routing.centroids import Floats
 from treadle.routing.schedule import decisions_from
+from treadle.routing.states import uses_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from treadle.engine.batch import Batch
     from treadle.lora.blend import Blend
     from treadle.routing.router import Router
 
 CPU_BATCH_ROWS, GPU_BATCH_ROWS = 8, 32
 """Rows of one forward pass, on a CPU and on a GPU."""
+STEP_ROWS = 32
+"""Rows that are scored together step by step."""
 TOKEN_WEIGHT_AXES = 3
 """Axes of weights that differ by token."""
 MAX_LISTED_ROWS = 10
@@ -64,6 +68,10 @@ class Scorer(Protocol):
         """The most tokens of a text; None = the model does not say."""
         ...
 
+    def new_batch(self, end_ids: frozenset[int] | None = None) -> "Batch":
+        """Return an empty batch whose rows end at `end_ids`."""
+        ...
+
 
 Pair = tuple[list[int], list[int]]
 """Ids of a prompt and of the completion after it."""
@@ -95,6 +103,8 @@ def score_ids(engine: Scorer, pairs: Sequence[Pair], params: RoutingParams, chat
     """
     chats = chats or [None] * len(pairs)
     check_context(engine, pairs)
+    if uses_states(engine.router.states, params):
+        return _checked([each[:, 0] for each in _score_by_steps(engine, pairs, params, chats)])
     by_length = sorted(range(len(pairs)), key=lambda index: (sum(map(len, pairs[index])), pairs[index]))
     results: dict[int, Floats] = {}
     size = CPU_BATCH_ROWS if engine.model.device.type == "cpu" else GPU_BATCH_ROWS
@@ -128,7 +138,11 @@ def score_greedy(
 
     The pairs are one batch, however many they are; pairs that differ in their last token only share a row of it.
     """
-    scored = _checked(_score(engine, pairs, params, chats or [None] * len(pairs), _chosen_and_greedy))
+    chats = chats or [None] * len(pairs)
+    if uses_states(engine.router.states, params):
+        scored = _checked(_score_by_steps(engine, pairs, params, chats))
+    else:
+        scored = _checked(_score(engine, pairs, params, chats, _chosen_and_greedy))
     return [(both[:, 0], both[:, 1] == 1) for both in scored]
 
 
@@ -193,6 +207,31 @@ def _score_under(
     return [
         read(logits[key][len(prompt) - 1 - first : len(prompt) - 1 - first + len(answer)], answer)
         for key, (prompt, answer) in zip(keys, pairs, strict=True)
+    ]
+
+
+def _score_by_steps(engine: Scorer, pairs: Sequence[Pair], params: RoutingParams, chats: Chats) -> list[Floats]:
+    """Generate the given tokens step by step: (T, 2) of each pair, as `_chosen_and_greedy` returns.
+
+    Each step's states decide the weights of the next, so that no single pass can compute them all.
+    """
+    rows: list[TokenSequence] = []
+    for (prompt, answer), chat in zip(pairs, chats, strict=True):
+        asked, sampling = TokenPrompt(prompt, chat), SamplingParams(max_tokens=len(answer))
+        row = TokenSequence(asked, engine.router, params, sampling, engine.tokenizer, OutputOptions(likeliest=1))
+        row.forced = answer
+        rows.append(row)
+    by_length = sorted(rows, key=lambda row: (len(row.forced), row.prompt_tokens))
+    for start in range(0, len(rows), STEP_ROWS):
+        batch = engine.new_batch(frozenset())
+        batch.join(by_length[start : start + STEP_ROWS])
+        while batch.rows:
+            batch.step()
+    if failure := next((row.failure for row in rows if row.failure), None):
+        raise failure
+    return [
+        np.array([(event.logprob, event.likeliest[0][0] == event.token_id) for event in row.events], np.float32)
+        for row in rows
     ]
 
 

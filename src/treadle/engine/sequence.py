@@ -5,11 +5,9 @@ together.
 """
 
 import traceback
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,15 +17,14 @@ from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.chat import TokenPrompt, prompt_cursor, token_prompt
 from treadle.engine.tokenization import Detokenizer, StopStrings, stop_ids
 from treadle.routing.centroids import Floats
-from treadle.routing.embedder import Embedder
 from treadle.routing.router import Comparison, Router
-from treadle.routing.schedule import Views
+from treadle.routing.schedule import Seen, Views
+from treadle.routing.states import StateTrail, uses_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOT_ROUTED = "its text cannot be routed"
-Found = TypeVar("Found")
 FinishReason = Literal["stop", "length"]
 Likeliest = tuple[tuple[int, float], ...]
 """The most probable tokens at one place, the most probable first: (token id, log-probability in nats)."""
@@ -93,6 +90,14 @@ class SequenceError(TreadleError):
         return failure
 
 
+class LateDecision(Protocol):
+    """A decision that takes effect when the next one is due."""
+
+    def get(self) -> Seen:
+        """Return the decision, when it is there."""
+        ...
+
+
 class TokenSequence:
     """One sequence: its tokens so far, its options, and the weights that its next forward pass uses."""
 
@@ -129,7 +134,11 @@ class TokenSequence:
         self.prompt_pieces = [self._text.push(token_id) for token_id in self.ids]  # what each token of it adds
         # a decision that takes effect late is embedded at once, beside the model
         self.cursor = prompt_cursor(router, replace(routing, lag=0), self.prompt_pieces, prompt.chat)
-        self.ahead: Ahead | None = None  # what decides next, if that takes effect a decision late
+        self.ahead: LateDecision | None = None  # what decides next, if that takes effect a decision late
+        # the base model's states of its last tokens, if these decide
+        self.trail = StateTrail(router.states.spans) if uses_states(router.states, routing) and router.states else None
+        self.is_reread = False  # its prompt has been read again, under the weights that its states gave
+        self.forced: Sequence[int] = ()  # the tokens that it has to generate: their probability is asked
 
     @property
     def most_tokens(self) -> int:
@@ -148,6 +157,28 @@ class TokenSequence:
             return False
         same = self.read_under[0]
         return self.routing.prefill == "causal" or all((event.weights == same).all() for event in self.events)
+
+    @property
+    def forced_next(self) -> int | None:
+        """The token that comes next, if it is not to be drawn."""
+        return self.forced[len(self.events)] if self.forced else None
+
+    @property
+    def is_decided_by_states(self) -> bool:
+        """Whether its states decide from now on: a pass has read its prompt."""
+        return bool(self.events) and self.trail is not None and self.trail.views() is not None
+
+    def newest_states(self, *, is_due: bool) -> list[Seen]:
+        """Return the views of its states if these decide now: when the text would, and after the first token."""
+        states = self.state_views() if is_due or len(self.events) == 1 else None
+        return [] if states is None else [states]
+
+    def state_views(self) -> Seen | None:
+        """Return the views (1, K, H) of its states; None = text decides, or no pass has read enough."""
+        views = None if self.trail is None else self.trail.views()
+        if self.trail is None or views is None:
+            return None
+        return Seen(views[None], np.array([self.trail.end > self.prompt_tokens]))
 
     def newest_views(self) -> Views | None:
         """Return the views of the newest decision, for the embedder; None = it is made."""
@@ -199,130 +230,3 @@ class TokenSequence:
         event = TokenEvent(len(self.events), token_id, text, logprob, weights, reason, likeliest, self.comparison)
         self.events.append(event)
         return event
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """The embeddings (sum of K, D) of late decisions, and the part that is a row's."""
-
-    embeddings: "Future[Floats]"
-    rows: slice
-    embedder: Embedder
-    views: Views
-
-    def get(self) -> Floats:
-        """Return the row's own (K, D), when they are there."""
-        try:
-            return self.embeddings.result()[self.rows]
-        except Exception:  # other rows' texts may be to blame
-            return self.embedder.finish(list(self.views))
-
-
-RowViews = list[tuple[TokenSequence, Views]]
-"""The views of each row's text, before they are embedded."""
-Seen = list[tuple[TokenSequence, Floats]]
-"""The views (K, D) of each row's text."""
-
-
-def update_weights(rows: Sequence[TokenSequence]) -> tuple[list[TokenSequence], dict[TokenSequence, SequenceError]]:
-    """Give new weights to the rows that are due; return these, and the errors of those that cannot be weighed.
-
-    Each embedder is called once for all its rows, and rows with the same router and options are weighed together. What
-    takes effect late is embedded by a thread of its own, while the model runs.
-    """
-    due: RowViews = []
-    late: RowViews = []
-    seen: Seen = []
-    fixed: list[TokenSequence] = []
-    lost: dict[TokenSequence, SequenceError] = {}
-    for row in rows:
-        try:
-            views = row.newest_views()
-            if views is None:
-                continue
-            if row.routing.rule == "fixed":
-                row.weights = row.router.fixed_weights(row.routing)
-                fixed.append(row)
-            elif row.is_late:
-                seen += [(row, row.ahead.get())] if row.ahead else []
-                late.append((row, views))
-            else:
-                due.append((row, views))
-        except Exception as error:  # whatever an embedder or a tokenizer raises: it must cost no other row
-            lost[row] = SequenceError.of(NOT_ROUTED, error)
-    for pairs in _grouped(late, lambda row: id(row.router.embedder)):
-        _embed_beside(pairs)
-    for pairs in _grouped(due, lambda row: id(row.router.embedder)):
-        seen += _together(pairs, _embed, lost)
-    weighed: Seen = []
-    for group in _grouped(seen, lambda row: (id(row.router), row.routing)):
-        weighed += _together(group, _weigh, lost)
-    return [*fixed, *(row for row, _ in weighed)], lost
-
-
-def _grouped(
-    pairs: list[tuple[TokenSequence, Found]], key: Callable[[TokenSequence], Hashable]
-) -> list[list[tuple[TokenSequence, Found]]]:
-    """Return pairs in groups whose rows have the same key."""
-    groups: dict[Hashable, list[tuple[TokenSequence, Found]]] = {}
-    for pair in pairs:
-        groups.setdefault(key(pair[0]), []).append(pair)
-    return list(groups.values())
-
-
-def _together(
-    pairs: list[tuple[TokenSequence, Found]],
-    run: Callable[[list[tuple[TokenSequence, Found]]], Seen],
-    lost: dict[TokenSequence, SequenceError],
-) -> Seen:
-    """Run on rows together, and where that fails on each alone; rows that fail alone are `lost`."""
-    try:
-        return run(pairs)
-    except Exception as error:  # as in `update_weights`
-        if len(pairs) == 1:
-            lost[pairs[0][0]] = SequenceError.of(NOT_ROUTED, error)
-            return []
-    return [made for pair in pairs for made in _together([pair], run, lost)]
-
-
-def _embed(pairs: RowViews) -> Seen:
-    """Return the views (K, D) of rows with the same embedder."""
-    views, places = _flat(pairs)
-    finished = pairs[0][0].router.embedder.finish(views)  # (sum of K, D)
-    return [(row, finished[place]) for (row, _), place in zip(pairs, places, strict=True)]
-
-
-def _embed_beside(pairs: RowViews) -> None:
-    """Let the thread beside the model embed the texts of rows with the same embedder."""
-    views, places = _flat(pairs)
-    embedder = pairs[0][0].router.embedder
-    embeddings = _beside().submit(embedder.finish, views)
-    for (row, own), place in zip(pairs, places, strict=True):
-        row.ahead = Ahead(embeddings, place, embedder, own)
-
-
-def _flat(pairs: RowViews) -> tuple[list[Any], list[slice]]:
-    """Return the views of all rows in one list, and where each row's are."""
-    views: list[Any] = []
-    places: list[slice] = []
-    for _, own in pairs:
-        places.append(slice(len(views), len(views) + len(own)))
-        views += own
-    return views, places
-
-
-@cache
-def _beside() -> ThreadPoolExecutor:
-    """Return the thread that embeds texts beside the model; the decisions of one row are made in their order."""
-    return ThreadPoolExecutor(1, "treadle-embedder")
-
-
-def _weigh(rows: Seen) -> Seen:
-    """Weigh rows with the same router and options together, each from the views (K, D) of its text."""
-    router, routing = rows[0][0].router, rows[0][0].routing
-    weights = router.weigh(np.stack([seen for _, seen in rows]), routing)  # (B, N)
-    for (row, seen), own in zip(rows, weights, strict=True):
-        row.weights = own
-        if row.report.comparison:
-            row.comparison = router.compare(seen, routing)
-    return rows

@@ -79,9 +79,7 @@ def standard_arms(names: Sequence[str], default: RoutingParams) -> dict[str, Arm
     """
     routed = replace(default, rule="softmax", score="lda", fixed=None) if default.rule == "fixed" else default
     cosine = replace(routed, score="cosine", rule="softmax", temperature=None)  # which is the score's own
-    boosted = replace(
-        cosine, rule="boosted", window=None, recent=None, change=None
-    )  # the paper looks at all of the text
+    boosted = replace(cosine, rule="boosted", window=None)  # the paper looks at all of the text
     given: dict[str, RoutingParams | None] = {
         **{name: RoutingParams.one(name) for name in names},
         **{f"adapter:{name}": RoutingParams.one(name) for name in names},

@@ -56,6 +56,8 @@ class BundleReport:
     base_step: float  # seconds, median
     blended_step: float  # seconds, median
     problems: tuple[str, ...]
+    state_layer: int | None = None  # of the base model, whose states decide; None = the bundle has no states
+    state_spans: tuple[int, ...] = ()  # tokens of each view of states
 
 
 def examine(
@@ -79,12 +81,13 @@ def examine(
     bundle = read_bundle(path)
     engine = load(bundle, device=device, dtype=dtype)
     texts = {**bundle.samples, **(samples or {})}
-    cosines = bundle.router.centroids.score(bundle.router.centroids.means, "cosine")  # (N, N)
+    cosines = bundle.router.centroids.cosines(bundle.router.centroids.means)  # (N, N)
     reports = tuple(
         _examine_adapter(engine, adapter, texts.get(adapter.name, ()), tuple(row.tolist()))
         for adapter, row in zip(bundle.adapters, cosines, strict=True)
     )
     base_step, blended_step = _step_times(engine)
+    states = bundle.router.states
     return BundleReport(
         base_model=bundle.base_model,
         device=str(engine.model.device),
@@ -97,6 +100,8 @@ def examine(
             for report in reports
             if not report.change > MIN_CHANGE_NATS
         ),
+        state_layer=states and states.layer,
+        state_spans=states.spans if states else (),
     )
 
 

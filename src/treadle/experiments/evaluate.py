@@ -274,7 +274,10 @@ def fingerprint(engine: "Engine", router: Router) -> str:
     for adapter in engine.blend.adapters:
         digest.update(f"{adapter.name} {adapter.identity}".encode())
     centroids = router.centroids
-    for array in (centroids.means, centroids.scatter, centroids.groups.means, centroids.groups.sizes):
+    stages = [*centroids.stages.values(), *(centroids.general or {}).values()]
+    arrays = [each for stage in stages for each in (stage.means, stage.owners, stage.sizes, stage.factors, stage.rest)]
+    digest.update(repr((centroids.tails, centroids.shrinkage, sorted(centroids.calibrations.items()))).encode())
+    for array in (centroids.means, *arrays):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
 

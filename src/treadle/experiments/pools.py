@@ -14,6 +14,8 @@ from treadle.lora.compatibility import linear_shapes
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import Embedder
 from treadle.routing.router import Router
+from treadle.routing.samples import KINDS, STAGES
+from treadle.routing.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,11 +53,14 @@ def random_adapters(
 
 
 def random_router(names: Sequence[str], embedder: Embedder) -> Router:
-    """Return a router whose centroids lie anywhere."""
+    """Return a router whose samples lie anywhere."""
     draw = np.random.default_rng(0)
-    samples = draw.standard_normal((len(names), SAMPLES_PER_CENTROID, embedder.dim), np.float32)
-    means = samples.mean(1)
-    around = samples - means[:, None]
-    scatter = around.transpose(0, 2, 1) @ around  # (N, D, D)
-    counts = np.full(len(names), SAMPLES_PER_CENTROID)
-    return Router(Centroids(tuple(names), means, counts, scatter, embedder.id), embedder)
+    tails = embedder.tails
+    centroids = Centroids.empty(embedder.id, embedder.dim, tails)
+    for name in names:
+        samples = draw.standard_normal((SAMPLES_PER_CENTROID, embedder.dim * (1 + len(tails))), np.float32)
+        own = Statistics.of(samples, KINDS[:1] * len(samples))
+        mean = samples[:, : embedder.dim].mean(0)[None]
+        counts, stages = np.array([len(samples)]), dict.fromkeys(STAGES, own)
+        centroids = centroids.join(Centroids((name,), mean, counts, stages, embedder.id, tails))
+    return Router(centroids, embedder)

@@ -14,11 +14,13 @@ import numpy as np
 from treadle.common.errors import OptionError, unknown_name
 from treadle.common.params import RoutingParams
 from treadle.experiments.tasks import Example
-from treadle.routing.centroids import Floats
 from treadle.routing.router import Router
 
 TEXT_KINDS = ("template", "bare", "half", "answer")
 """Before generation: prompts with the template and without its words. During it: half of the answer, and all of it."""
+
+
+RUNNING_KINDS = ("half", "answer")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Quality:
         confusion: kind -> (N, N) shares: row = the domain, column = the adapter that came nearest; rows sum to 1.
         accuracy: kind -> mean over the domains of the share that came nearest to their own.
         cosines: (N, N) cosines between the centroids, of the score's kind (centred ones for `centred`).
-        separation: mean Mahalanobis distance between the means of two adapters, in pooled standard deviations; None
-            where there is one adapter, or one text each.
+        separation: mean distance between the prompts of two adapters, in standard deviations within their groups;
+            None for one adapter.
         distributions: domain -> cosines (examples, N) of its prompts to all centroids.
     """
 
@@ -61,7 +63,7 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
         for kind in TEXT_KINDS:
             texts = [text for text in (_text(row, kind) for row in rows) if text]
             if texts:
-                nearest = router.scores(texts, params).argmax(-1)
+                nearest = router.scores(texts, params, is_running=kind in RUNNING_KINDS).argmax(-1)
                 shares = np.bincount(nearest, minlength=len(router.names)) / len(texts)
                 confusion[kind][router.names.index(name)] = shares
     accuracy = {
@@ -75,10 +77,10 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
         score=params.score,
         confusion={kind: table.tolist() for kind, table in confusion.items() if table.any()},
         accuracy=accuracy,
-        cosines=router.centroids.score(means, "centred" if params.score == "centred" else "cosine").tolist(),
+        cosines=router.centroids.cosines(means, "centred" if params.score == "centred" else "cosine").tolist(),
         separation=_separation(router),
         distributions={
-            name: router.centroids.score(router.embedder.encode([each.prompt for each in rows]), "cosine").tolist()
+            name: router.centroids.cosines(router.embedder.encode([each.prompt for each in rows])).tolist()
             for name, rows in examples.items()
         },
     )
@@ -93,17 +95,10 @@ def _text(example: Example, kind: str) -> str:
 
 
 def _separation(router: Router) -> float | None:
-    """Return the mean Mahalanobis distance between two means, under the pooled covariance with a small ridge."""
-    means, centroids = router.centroids.means.astype(np.float64), router.centroids
-    freedom = int(centroids.counts.sum()) - len(router.names)
-    if freedom < 1 or len(router.names) < 2:
+    """Return the mean distance between the prompts of two adapters, in standard deviations within their groups."""
+    if len(router.names) < 2:
         return None
-    pooled = centroids.scatter.sum(0, dtype=np.float64) / freedom  # (D, D)
-    if not np.trace(pooled) > 0:
-        return None  # all samples of an adapter are the same text
-    ridge = 1e-3 * np.trace(pooled) / len(pooled) * np.eye(len(pooled))
-    distances: list[Floats] = []
-    for i, mean in enumerate(means):
-        gaps = means[i + 1 :] - mean  # (N - i - 1, D)
-        distances.append(np.sqrt(np.einsum("nd,nd->n", gaps, np.linalg.solve(pooled + ridge, gaps.T).T)))
-    return float(np.concatenate(distances).mean())
+    made, owners = router.centroids.discriminants["prompt"], router.centroids.stages["prompt"].owners
+    middles = np.stack([made.means.T[owners == index].mean(0) for index in range(len(router.names))])  # (N, A)
+    gaps = np.linalg.norm(middles[:, None] - middles, axis=-1)  # (N, N)
+    return float(gaps[np.triu_indices(len(gaps), 1)].mean())

@@ -7,7 +7,7 @@ from treadle.common.params import RoutingParams
 from treadle.engine.tokenization import Detokenizer
 from treadle.experiments.timing import Table, Unit, interleave, lines
 from treadle.experiments.workbench import SPARE_TOKENS, WARM_UP_STEPS, Lab, Steps, not_run, pooled, start_batch
-from treadle.routing.schedule import DecisionCursor, Views, finish_views
+from treadle.routing.schedule import DecisionCursor, Views
 
 TEXT_TOKENS = (64, 1024, 16384)
 """Tokens of the texts that a decision of the router is timed on."""
@@ -77,7 +77,7 @@ class Decisions:
             text.add([next(coming)])
             view = text.decide_last(text.num_tokens)
             views += [view] if view is not None else []
-        self._router.weigh(finish_views(self._router.embedder, views), self._params)
+        self._router.weigh(self._router.finish(views), self._params)
 
 
 def sample_pieces(lab: Lab) -> list[str]:

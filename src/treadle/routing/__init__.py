@@ -2,4 +2,10 @@
 
 from treadle.common.moved import names_of
 
-__getattr__ = names_of("treadle.routing", "treadle.routing.router", "treadle.routing.rules", "treadle.routing.schedule")
+__getattr__ = names_of(
+    "treadle.routing",
+    "treadle.routing.router",
+    "treadle.routing.rules",
+    "treadle.routing.schedule",
+    "treadle.routing.fitting",
+)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from treadle.common.documents import check_text, read_object
 from treadle.common.errors import BundleError, ModelError, OptionError, problem_list, reason_of
 from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault, table_problems
-from treadle.routing.running_sum import WORD, PieceEffects, RunningSum, Spans, Sums
+from treadle.routing.running_sum import WORD, PieceEffects, RunningSum, Sums, Tails
 from treadle.routing.sentence_embedder import SentenceEmbedder
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ Floats = NDArray[np.float32]
 MAX_CACHED_WORDS = 20_000
 WORDS_AT_ONCE = 4096
 """The most words that are summed at once, so that one long text does not fill the cache."""
+
+
+TAIL_WORDS = (24, 8)
+"""The tails of a text that a router compares beside the whole, in words; chosen on validation rows."""
 
 
 class Embedder(Protocol):
@@ -47,12 +51,21 @@ class Embedder(Protocol):
         """Return the vectors (B, D) of whole texts; a text without words has the vector 0."""
         ...
 
-    def follow(self, spans: Spans) -> RunningSum | None:
-        """Return the running sum of an empty text, seen in these views; None = it reads each text anew."""
+    @property
+    def tails(self) -> Tails:
+        """The tails that a new router compares beside whole texts."""
+        ...
+
+    def follow(self, tails: Tails, window: int | None = None) -> RunningSum | None:
+        """Return the running sum of an empty text, whose whole is its last `window` tokens; None = it keeps none."""
+        ...
+
+    def views(self, text: str, tails: Tails) -> Sequence[Any]:
+        """Return the K views of a text, for `finish`: the whole, then its tails."""
         ...
 
     def finish(self, views: Sequence[Any]) -> Floats:
-        """Return the vectors (B, D) of views: running sums, or texts if there are no sums."""
+        """Return the vectors (B, D) of views."""
         ...
 
     def save(self, folder: Path) -> str:
@@ -67,6 +80,8 @@ class StaticEmbedder:
     word; word-piece tokenizers cut there themselves (but for symbols glued to a word, as in `465°C`). Nothing is ever
     truncated.
     """
+
+    tails: Tails = TAIL_WORDS
 
     def __init__(self, model: "StaticModel", max_cached_words: int = MAX_CACHED_WORDS) -> None:
         self.model = model
@@ -111,9 +126,14 @@ class StaticEmbedder:
             check_text(text)
         return self.finish([self.sum_words(WORD.findall(text)) for text in texts])
 
-    def follow(self, spans: Spans) -> RunningSum:
-        """Return the running sum of an empty text."""
-        return RunningSum(self.effects, spans)
+    def follow(self, tails: Tails, window: int | None = None) -> RunningSum:
+        """Return the running sum of an empty text, whose whole is its last `window` tokens."""
+        return RunningSum(self.effects, tails, window)
+
+    def views(self, text: str, tails: Tails) -> list[Sums]:
+        """Return the sums (D,) of all words of a text and of its tails."""
+        words = WORD.findall(text)
+        return [self.sum_words(words), *(self.sum_words(words[-count:]) for count in tails)]
 
     def finish(self, views: Sequence[Sums]) -> Floats:
         """Return sums of word vectors, normalised: (B, D)."""
@@ -166,9 +186,12 @@ class StaticEmbedder:
         return vectors.sum(0, dtype=np.float32).astype(np.float64)
 
 
-def num_words(texts: Sequence[str]) -> NDArray[np.int64]:
-    """Return how many words (`WORD`) each text has, (B,); at least 1."""
-    return np.array([max(1, len(WORD.findall(text))) for text in texts], np.int64)
+def encode_views(embedder: Embedder, texts: Sequence[str], tails: Tails) -> Floats:
+    """Return the vectors (B, K, D) of whole texts and their tails."""
+    for text in texts:
+        check_text(text)
+    views = [view for text in texts for view in embedder.views(text, tails)]
+    return embedder.finish(views).reshape(len(texts), 1 + len(tails), embedder.dim)
 
 
 def load_embedder(name: str | Path) -> Embedder:

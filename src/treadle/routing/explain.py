@@ -1,13 +1,17 @@
 """Explains the weights of a text: scores, cosines, and the words that count most for the nearest adapter."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from treadle.common.params import RoutingParams
 from treadle.routing.embedder import WORD, StaticEmbedder
 from treadle.routing.router import Router
+from treadle.routing.schedule import Seen
+from treadle.routing.states import uses_states
 
 MAX_LISTED_WORDS = 6
 MAX_COUNTED_WORDS = 2000
@@ -23,34 +27,36 @@ class Explanation:
         cosines: (N) of the text with each centroid.
         scores: (N) by the params' score; empty under fixed weights.
         weights: (N).
-        begin: where the last topic of the text begins, as an index of characters (`RoutingParams.change`).
+        base: the base's share.
         words: the words that raised the nearest adapter's score most over the second's, with how much: in the score's
             units for `lda`, relative to each other for cosines. Static embedder only.
+        provisional: the base model's own states decide finally, once it has read the text.
     """
 
     names: tuple[str, ...]
     cosines: tuple[float, ...]
     scores: tuple[float, ...]
     weights: tuple[float, ...]
-    begin: int = 0
+    base: float = 0.0
     words: tuple[tuple[str, float], ...] = ()
+    provisional: bool = False
 
 
 def explain(router: Router, text: str, params: RoutingParams | None = None) -> Explanation:
     """Explain the weights of one text."""
     params = params or router.params
-    begin = router.topic_start(text, params)
-    text = text[begin:]
-    embedding = router.embedder.encode([text])[0]  # (D,)
+    seen = router.see([text], is_running=params.prefill == "causal")
     is_fixed = params.rule == "fixed"
-    scores = router.centroids.score(embedding, params.score)  # (N,)
+    compared = router.compare(seen, params)
+    weights = router.weights([text], params)[0]  # (N,)
     return Explanation(
         names=router.names,
-        cosines=tuple(router.centroids.score(embedding, "cosine").tolist()),
-        scores=() if is_fixed else tuple(scores.tolist()),
-        weights=tuple(router.weights([text], replace(params, change=None))[0].tolist()),
-        begin=begin,
+        cosines=tuple(compared.cosines[0].tolist()),
+        scores=() if is_fixed else tuple(compared.scores[0].tolist()),
+        weights=tuple(weights.tolist()),
+        base=max(0.0, 1.0 - float(weights.sum())),
         words=() if is_fixed or len(router.names) < 2 else _words(router, text, params),
+        provisional=uses_states(router.states, params),
     )
 
 
@@ -59,14 +65,25 @@ def _words(router: Router, text: str, params: RoutingParams) -> tuple[tuple[str,
     embedder = router.embedder
     if not isinstance(embedder, StaticEmbedder):
         return ()
-    counts = Counter(WORD.findall(text))
+    everything = WORD.findall(text)
+    counts = Counter(everything)
     words = sorted(word for word, _ in counts.most_common(MAX_COUNTED_WORDS))
     if not words:
         return ()
-    everything = embedder.sum_words([*counts.elements()])  # (D,)
-    without = [everything - counts[word] * embedder.sum_words([word]) for word in words]
-    scores = router.centroids.score(embedder.finish([everything, *without]), params.score)  # (1 + words, N)
+    whole = embedder.sum_words(everything)  # (D,)
+    sums = [*embedder.views(text, router.tails)]
+    for word in words:
+        sums.append(whole - counts[word] * embedder.sum_words([word]))
+        sums += [embedder.sum_words(_last_without(everything, word, tail)) for tail in router.tails]
+    views = embedder.finish(sums).reshape(1 + len(words), -1, embedder.dim)
+    is_running = np.full(len(views), params.prefill == "causal")
+    scores = router.compare(Seen(views, is_running), params).scores  # (1 + words, N)
     second, first = np.argsort(scores[0])[-2:]
     lead = scores[:, first] - scores[:, second]
     order = np.argsort(lead[1:] - lead[0])[:MAX_LISTED_WORDS]
     return tuple((words[index], float(lead[0] - lead[1 + index])) for index in order if lead[0] > lead[1 + index])
+
+
+def _last_without(words: Sequence[str], left_out: str, count: int) -> list[str]:
+    """Return the last words of a text without one of them."""
+    return list(islice((word for word in reversed(words) if word != left_out), count))

@@ -3,27 +3,20 @@
 Everything here is closed form on small numpy arrays: no gradient, no torch, no model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.common.errors import AdapterError, OptionError, TreadleError, collect, one_or_list, unknown_name
+from treadle.common.errors import AdapterError, OptionError, TreadleError, one_or_list, unknown_name
 from treadle.common.params import RoutingParams, Score
 from treadle.routing.centroids import Centroids, Floats, log_softmax
-from treadle.routing.embedder import Embedder, load_embedder
-from treadle.routing.fitting import centroid_of
-from treadle.routing.rules import apply_rule
-from treadle.routing.samples import Sample
-from treadle.routing.schedule import DecisionCursor, finish_views
-from treadle.routing.segmentation import last_topic_start
-
-RECENT_SHARE = 0.75
-"""Share of a running text's score from its recent tokens; chosen on mixed validation streams."""
-SHARES = {1: np.ones(1, np.float32), 2: np.array([1 - RECENT_SHARE, RECENT_SHARE], np.float32)}
-"""Share of the score from each view of a text, by the number of views K."""
+from treadle.routing.embedder import Embedder, encode_views
+from treadle.routing.rules import apply_rule, apply_rule_beside_base
+from treadle.routing.running_sum import Tails
+from treadle.routing.schedule import DecisionCursor, Seen, Views, finish_views
+from treadle.routing.states import StateClasses, check_state_params, wants_states
 
 
 @dataclass(frozen=True)
@@ -41,11 +34,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Router:
-    """Centroids, the embedder that made them, and the params that apply unless others are given."""
+    """Centroids, the embedder that made them, and the params that apply unless others are given.
+
+    Attributes:
+        centroids: of texts.
+        embedder: embeds them.
+        params: the default.
+        states: classes over the base model's states, which decide once the model has read the text; None = the text
+            alone decides. Adapters that joined without states are missing: then params with `states` are refused.
+    """
 
     centroids: Centroids
     embedder: Embedder = field(repr=False)
     params: RoutingParams = RoutingParams()
+    states: StateClasses | None = None
 
     def __post_init__(self) -> None:
         """Refuse an embedder other than the one that made the centroids."""
@@ -54,64 +56,121 @@ class Router:
                 f"the centroids were made by the embedder {self.centroids.embedder_id!r}, not {self.embedder.id!r}; "
                 "fit them again with this embedder, or load theirs."
             )
+        known = self.states.centroids.names if self.states is not None else ()
+        if known != tuple(name for name in self.names if name in known):
+            raise OptionError(
+                f"the classes of states are of {', '.join(known)}, the centroids of {', '.join(self.names)}; fit both "
+                "on the same adapters."
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in the order of every N axis."""
         return self.centroids.names
 
+    @property
+    def tails(self) -> Tails:
+        """The words of each view of a text but the first, which is the whole text."""
+        return self.centroids.tails
+
     def weights(self, texts: Sequence[str], params: RoutingParams | None = None) -> Floats:
-        """Return the weights (B, N) float32 of B whole texts."""
+        """Return the weights (B, N) float32 of B prompts; what a row lacks to 1 is the base's share."""
         params = params or self.params
         if params.rule == "fixed":
             return np.tile(self.fixed_weights(params), (len(texts), 1))
-        counted = [text[self.topic_start(text, params) :] for text in texts]
-        return self.weigh(self.embedder.encode(counted)[:, None], params)
+        return self.weigh(self.see(texts, is_running=params.prefill == "causal"), params)
 
-    def topic_start(self, text: str, params: RoutingParams) -> int:
-        """Return where the last topic of a prompt begins, as an index of characters; see `RoutingParams.change`."""
-        if params.change is None or params.score != "lda" or params.window is not None or params.rule == "fixed":
-            return 0
-        return last_topic_start(text, self._log_posteriors, params.change) if len(self.names) > 1 else 0
+    def scores(self, texts: Sequence[str], params: RoutingParams | None = None, *, is_running: bool = False) -> Floats:
+        """Return the scores (B, N) float32 of B texts, prompts or running ones, before any rule."""
+        params = params or self.params
+        is_running = is_running or params.prefill == "causal"  # as where a prompt is read
+        return self.compare(self.see(texts, is_running=is_running), params).scores
 
-    def _log_posteriors(self, texts: Sequence[str]) -> Floats:
-        return self.centroids.score(self.embedder.encode(texts), "lda")
+    def see(self, texts: Sequence[str], *, is_running: bool = False) -> Seen:
+        """Return the views (B, K, D) of B texts, as prompts or as running texts."""
+        return Seen(encode_views(self.embedder, texts, self.tails), np.full(len(texts), is_running))
 
-    def scores(self, texts: Sequence[str], params: RoutingParams | None = None) -> Floats:
-        """Return the scores (B, N) float32 of B whole texts, before any rule."""
-        return self.centroids.score(self.embedder.encode(texts), (params or self.params).score)
+    def finish(self, views: Sequence[Views]) -> Seen:
+        """Embed the views of decisions (`DecisionCursor`) in one call of the embedder."""
+        return finish_views(self.embedder, views, 1 + len(self.tails))
 
-    def weigh(self, embeddings: Floats, params: RoutingParams) -> Floats:
-        """Return the weights (..., N) of texts under params whose rule is not `fixed`.
+    def weigh(self, seen: Seen, params: RoutingParams) -> Floats:
+        """Return the weights (B, N) of texts under params whose rule is not `fixed`.
 
-        A text without any known word weighs all adapters alike.
-
-        Args:
-            embeddings: (..., K, D) of the K views of each text (`DecisionCursor`), the recent tokens last.
-            params: score and rule.
+        A text without any known word goes to the base, or weighs all adapters alike if the base has no share.
         """
-        # rules look at differences of log-posteriors only: what all adapters have in common may stay away
-        scores = self._scores_of(embeddings, params.score, is_relative=True)
+        if params.score != "lda" or not self.names:
+            return _without_base(self._finite(self._cosines(seen, params.score)), seen, params)
+        return self._posterior(self.centroids, seen, params)
+
+    def weigh_states(self, seen: Seen, params: RoutingParams) -> Floats:
+        """Return the weights (B, N) of texts from the views (B, K, H) of the base model's states."""
+        assert self.states is not None
+        return self._posterior(self.states.centroids, seen, params)
+
+    def _posterior(self, centroids: Centroids, seen: Seen, params: RoutingParams) -> Floats:
+        """Return the weights (B, N) that classes give."""
+        evidence = self._finite(centroids.evidence(seen.views, seen.is_running))  # (B, N or N + 1)
+        temperatures = centroids.temperatures(seen.is_running)
+        if centroids.general is None or not params.fallback:
+            return _without_base(evidence[:, : len(self.names)], seen, params, temperatures)
+        return apply_rule_beside_base(evidence, params, temperatures)
+
+    def compare(self, seen: Seen, params: RoutingParams) -> Comparison:
+        """Compare texts with the centroids, each result (B, N): `weigh` makes weights from these."""
+        cosines = self._cosines(seen, "cosine")
+        if params.score != "lda" or not self.names:
+            return Comparison(cosines, self._cosines(seen, params.score))
+        evidence = self.centroids.evidence(seen.views, seen.is_running)[:, : len(self.names)]
+        return Comparison(cosines, log_softmax(evidence))
+
+    def compare_states(self, seen: Seen) -> Comparison:
+        """Compare the base model's states with their classes, each result (B, N)."""
+        assert self.states is not None
+        centroids = self.states.centroids
+        evidence = centroids.evidence(seen.views, seen.is_running)[:, : len(self.names)]
+        return Comparison(centroids.cosines(seen.views[:, 0]), log_softmax(evidence))
+
+    def among(self, names: Collection[str]) -> "Router":
+        """Return the router of some adapters."""
+        states = self.states and self.states.among(names)
+        return replace(self, centroids=self.centroids.among(names), states=states)
+
+    def join(self, own: Centroids, states: Centroids | None = None) -> "Router":
+        """Return the router with one more adapter, whose states may be unknown."""
+        joined = self.states.join(states) if self.states is not None and states is not None else self.states
+        return replace(self, centroids=self.centroids.join(own), states=joined)
+
+    def remove(self, name: str) -> "Router":
+        """Return the router without one adapter; the others' numbers do not change."""
+        if name not in self.names:
+            raise AdapterError(unknown_name("adapter", name, self.names))
+        return self.among([other for other in self.names if other != name])
+
+    def check_states(self, params: RoutingParams | None = None) -> None:
+        """Raise an OptionError if the base model's states cannot decide as params ask."""
+        params = params or self.params
+        if self.states is None:
+            return
+        check_state_params(params)
+        missing = [name for name in self.names if name not in self.states.centroids.names]
+        if missing and wants_states(params):
+            raise OptionError(
+                f"the base model's states are unknown for {', '.join(missing)}: fit the bundle again, or give states = "
+                "false to route by the text alone."
+            )
+
+    def _cosines(self, seen: Seen, score: Score) -> Floats:
+        """Return cosines (B, N) of whole texts."""
+        return self.centroids.cosines(seen.views[:, 0], score)
+
+    def _finite(self, scores: Floats) -> Floats:
+        """Return the scores; a TreadleError if one is not finite."""
         if not np.isfinite(scores).all():
             raise TreadleError(
                 "the scores of a text are not finite: its embedding holds NaN, infinity or huge numbers."
             )
-        weights = apply_rule(scores, params)
-        if params.rule == "top_k" and not (heard := embeddings.any((-1, -2))).all():
-            weights[~heard] = apply_rule(scores[~heard], replace(params, rule="softmax"))  # not the first k
-        return weights
-
-    def compare(self, embeddings: Floats, params: RoutingParams) -> Comparison:
-        """Compare embeddings (..., K, D) with the centroids, each result (..., N): `weigh` makes weights from these."""
-        return Comparison(self._scores_of(embeddings, "cosine"), self._scores_of(embeddings, params.score))
-
-    def _scores_of(self, embeddings: Floats, score: Score, *, is_relative: bool = False) -> Floats:
-        """Return the scores (..., N) of texts, each the weighted mean of its views (..., K, D)."""
-        shares = SHARES[embeddings.shape[-2]]
-        if score != "lda" or not self.names:
-            return shares @ self.centroids.score(embeddings, score)  # of (..., K, N)
-        evidence = shares @ self.centroids.evidence(embeddings)
-        return evidence if is_relative else log_softmax(evidence)
+        return scores
 
     def fixed_weights(self, params: RoutingParams) -> Floats:
         """Return the weights (N,) of params whose rule is `fixed`; a name that does not exist is an AdapterError."""
@@ -123,10 +182,13 @@ class Router:
 
     def check(self, params: RoutingParams) -> None:
         """Raise a TreadleError if these adapters do not allow the params: an unknown name, or a score that fails."""
+        self.check_states(params)
         if params.rule == "fixed":
             self.fixed_weights(params)
         else:
-            self.weigh(np.zeros((1, 1, self.embedder.dim), np.float32), params)
+            self.weigh(
+                Seen(np.zeros((1, 1 + len(self.tails), self.embedder.dim), np.float32), np.zeros(1, bool)), params
+            )
 
     def trace(
         self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams, *, ends: Sequence[int] | None = None
@@ -145,8 +207,8 @@ class Router:
         if params.rule == "fixed":
             length = DecisionCursor(self, params, pieces, prompt_tokens, ends).num_tokens
             return np.tile(self.fixed_weights(params), (length, 1))
-        embeddings, decisions = self.decisions(pieces, prompt_tokens, params, ends=ends)
-        return self.weigh(embeddings, params)[decisions]
+        seen, decisions = self.decisions(pieces, prompt_tokens, params, ends=ends)
+        return self.weigh(seen, params)[decisions]
 
     def trace_comparison(
         self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams, *, ends: Sequence[int] | None = None
@@ -154,45 +216,24 @@ class Router:
         """Compare the text of each of T tokens with the centroids, (T, N); None under fixed weights."""
         if params.rule == "fixed":
             return None
-        embeddings, decisions = self.decisions(pieces, prompt_tokens, params, ends=ends)
-        compared = self.compare(embeddings, params)
+        seen, decisions = self.decisions(pieces, prompt_tokens, params, ends=ends)
+        compared = self.compare(seen, params)
         return Comparison(compared.cosines[decisions], compared.scores[decisions])
 
     def decisions(
         self, pieces: Sequence[str], prompt_tokens: int, params: RoutingParams, *, ends: Sequence[int] | None = None
-    ) -> tuple[Floats, NDArray[np.int64]]:
-        """Return the embeddings (decisions, K, D) that decide over T tokens, and which of them each token has (T,)."""
+    ) -> tuple[Seen, NDArray[np.int64]]:
+        """Return the embedded decisions over T tokens, and which of them each token has (T,)."""
         cursor = DecisionCursor(self, params, pieces, prompt_tokens, ends)
         decided = cursor.decide(cursor.num_tokens)
         starts = [start for start, _ in decided]
         which = np.searchsorted(starts, np.arange(cursor.num_tokens), "right") - 1
-        return finish_views(self.embedder, [views for _, views in decided]), which
+        return self.finish([views for _, views in decided]), which
 
 
-def fit(
-    samples: Mapping[str, Sequence[str | Sample]],
-    embedder: Embedder | str,
-    params: RoutingParams | None = None,
-    *,
-    fitted: Sequence[Centroids] = (),
-) -> Router:
-    """Make a router from sample texts of each adapter; nothing is trained.
-
-    Args:
-        samples: adapter name -> texts of the kind it was trained for, or `Sample`s, which tell prompt and answer
-            apart; tens are enough. Each becomes several texts (`treadle.routing.samples.sample_texts`).
-        embedder: an Embedder, a model2vec folder, or the name of a sentence-transformers model.
-        params: the routing params to use by default.
-        fitted: centroids of further adapters, made by the same embedder (`treadle.bundle.centroid_files`).
-    """
-    if not samples and not fitted:
-        raise OptionError("fit needs sample texts of at least one adapter.")
-    loaded = load_embedder(embedder) if isinstance(embedder, str) else embedder
-    centroids = Centroids.empty(loaded.id, loaded.dim)
-    problems: list[str] = []
-    own = collect(problems, [partial(centroid_of, name, texts, loaded) for name, texts in samples.items()])
-    if problems:
-        raise OptionError(one_or_list("the samples:", problems))
-    for each in (*own, *fitted):
-        centroids = centroids.join(each)
-    return Router(centroids, loaded, params or RoutingParams())
+def _without_base(scores: Floats, seen: Seen, params: RoutingParams, temperatures: Floats | None = None) -> Floats:
+    """Return weights (B, N) that sum to 1; those of a text without a known word are all alike."""
+    weights = apply_rule(scores, params, temperatures)
+    if params.rule == "top_k" and not (heard := seen.views[:, 0].any(-1)).all():
+        weights[~heard] = 1 / max(1, scores.shape[-1])  # not the first k
+    return weights

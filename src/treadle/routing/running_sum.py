@@ -1,4 +1,4 @@
-"""The running sum of a text's word vectors: one more piece of text costs O(D)."""
+"""Running sums of the vectors of all words of a text, and of its last ones. One more piece costs O(D)."""
 
 import re
 from collections import deque
@@ -9,19 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Sums = NDArray[np.float64]
-Spans = tuple[int | None, ...]
-"""The number of last tokens that each of the K views of a text looks at; None = all."""
+Tails = tuple[int, ...]
+"""The words of each view of a text but the first: its last so many. The first view is the whole text."""
+MAX_TAIL_WORDS = 64
+"""The longest tail."""
 
 WORD = re.compile(r"\w{1,40}|[^\w\s]")
 """A run of letters and digits, or one other visible character: a text's vector is the sum over these."""
 MAX_CACHED_PIECES = 20_000
 MAX_PIECE_CHARS = 40
 """Longer pieces of text are not cached."""
-
-
-def window_room(spans: Spans) -> int:
-    """Return the number of last tokens whose earlier sums the views need; 0 = none."""
-    return max((span for span in spans if span is not None), default=0)
 
 
 class WordVectors(Protocol):
@@ -42,15 +39,13 @@ class PieceEffect(NamedTuple):
 
     Attributes:
         glues: the piece begins with a letter or digit, which continues an open word.
-        words: the words that the piece completes.
-        closed: (D,) their sum.
+        closed: (D,) of each word that the piece completes; the first may be the sum of many (`vectors_of`).
         open: the last word, if the next piece may continue it, else "".
         opened: (D,) the open word's vector, or 0.
     """
 
     glues: bool
-    words: list[str]
-    closed: Sums
+    closed: tuple[Sums, ...]
     open: str
     opened: Sums
 
@@ -63,7 +58,7 @@ class PieceEffects:
         self._cache: dict[str, PieceEffect] = {}
         self.nothing = np.zeros(vectors.dim)  # (D,)
 
-    def append(self, before: str, opened: Sums, piece: str) -> tuple[Sums, PieceEffect]:
+    def append(self, before: str, opened: Sums, piece: str) -> tuple[tuple[Sums, ...], str, Sums]:
         """Append a piece to a text.
 
         Args:
@@ -72,30 +67,27 @@ class PieceEffects:
             piece: the new text.
 
         Returns:
-            the sum (D,) of the words that are complete now, and the effect that tells the new open word.
+            the vectors of the words that are complete now, as in `PieceEffect`; the new open word; its vector.
         """
+        if not piece:
+            return (), before, opened
         effect = self._cache.get(piece) or self._find(piece)
-        if not before:
-            return effect.closed, effect
-        if effect.glues or not piece:
+        if before and effect.glues:
             text = before + piece
             effect = self._cache.get(text) or self._find(text)
-            return effect.closed, effect
-        if effect.words:
-            return self._vectors.sum_words([before, *effect.words]), effect
-        return opened, effect
+        elif before:
+            return (opened, *effect.closed), effect.open, effect.opened
+        return effect.closed, effect.open, effect.opened
 
     def _find(self, text: str) -> PieceEffect:
         words = WORD.findall(text)
         is_open = bool(words) and (text[-1].isalnum() or text[-1] == "_")
         last = words.pop() if is_open else ""
-        sum_words = self._vectors.sum_words
         effect = PieceEffect(
             glues=text[:1].isalnum() or text[:1] == "_",
-            words=words,
-            closed=sum_words(words) if words else self.nothing,
+            closed=vectors_of(words, self._vectors),
             open=last,
-            opened=sum_words([last]) if last else self.nothing,
+            opened=self._vectors.sum_words([last]) if last else self.nothing,
         )
         if len(text) <= MAX_PIECE_CHARS:
             if len(self._cache) >= MAX_CACHED_PIECES:
@@ -104,28 +96,38 @@ class PieceEffects:
         return effect
 
 
+def vectors_of(words: Sequence[str], vectors: WordVectors) -> tuple[Sums, ...]:
+    """Return the vector (D,) of each word; of many words, all but the last are one sum."""
+    if len(words) <= MAX_TAIL_WORDS:
+        return tuple(vectors.sum_words([word]) for word in words)
+    last = vectors_of(words[-MAX_TAIL_WORDS:], vectors)
+    return (vectors.sum_words(words[:-MAX_TAIL_WORDS]), *last)
+
+
 class RunningSum:
-    """The running sum of one text; its last word stays open, because the next token may continue it.
+    """The running sums of one text; its last word stays open, because the next token may continue it.
 
     Attributes:
         closed: (D,) the sum of all complete words.
+        marks: `closed` (D,) before each of the last complete words, the oldest first, as many as the tails need.
         open: the last word, or "".
         opened: (D,) its vector, or 0.
-        sum: (D,) both together.
-        before: the sums (D,) before each of the last tokens, the oldest first, as many as the views need.
+        sum: (D,) of all words.
+        before: the sums (D,) before each of the last `window` tokens, the oldest first.
     """
 
-    def __init__(self, effects: PieceEffects, spans: Spans) -> None:
+    def __init__(self, effects: PieceEffects, tails: Tails = (), window: int | None = None) -> None:
         self._effects = effects
-        self._spans = spans
-        self._room = window_room(spans)
+        self._tails = tails
+        self._window = window
         self.closed = self.opened = self.sum = effects.nothing
         self.open = ""
-        self.before: deque[Sums] = deque(maxlen=self._room)
+        self.marks: deque[Sums] = deque(maxlen=max(tails, default=0))
+        self.before: deque[Sums] = deque(maxlen=window or 0)
 
     def extend(self, pieces: Sequence[str]) -> None:
         """Append the text of some tokens, one piece a token."""
-        if not self._room:
+        if not self._window:
             pieces = ["".join(pieces)]
         for piece in pieces:
             self.before.append(self.sum)
@@ -133,18 +135,20 @@ class RunningSum:
                 self._append(piece)
 
     def _append(self, piece: str) -> None:
-        closing, effect = self._effects.append(self.open, self.opened, piece)
-        if closing is not self._effects.nothing:
-            self.closed = self.closed + closing
-        self.open, self.opened = effect.open, effect.opened
-        self.sum = self.closed + effect.opened if effect.open else self.closed
+        closing, self.open, self.opened = self._effects.append(self.open, self.opened, piece)
+        for vector in closing:
+            self.marks.append(self.closed)
+            self.closed = self.closed + vector
+        self.sum = self.closed + self.opened if self.open else self.closed
 
     def views(self) -> tuple[Sums, ...]:
-        """Return the sum (D,) over the tokens of each of the K views."""
-        return tuple(self.sum if span is None else self._newest(span) for span in self._spans)
+        """Return the sum (D,) of the words of each of the K views."""
+        whole = self.sum - self.before[0] if self.before else self.sum
+        return (whole, *(self._last(words) for words in self._tails))
 
-    def _newest(self, span: int) -> Sums:
-        """Return the part of the sum from the last `span` tokens, (D,)."""
-        if not self.before:
+    def _last(self, words: int) -> Sums:
+        """Return the sum (D,) of the last words."""
+        complete = words - 1 if self.open else words
+        if len(self.marks) < complete:
             return self.sum
-        return self.sum - self.before[max(len(self.before) - span, 0)]
+        return self.sum - self.marks[-complete] if complete else self.opened

@@ -2,11 +2,24 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+Stage = Literal["prompt", "running"]
+"""`prompt`: a prompt is decided as a whole. `running`: the text grows by an answer."""
+STAGES: tuple[Stage, Stage] = ("prompt", "running")
+KINDS = ("prompt", "bare", "begin", "bare-begin", "join", "bare-join", "whole", "bare-whole", "grow", "bare-grow",
+         "join-grow", "join-begin")  # fmt: skip
+"""Every kind of text that a sample becomes."""
+JOINED = "join"
+"""Part of the names of kinds whose text begins with another domain's."""
 PART_WORDS = (8, 16, 32, 64)
-"""Words of a part of a sample; one of these is drawn."""
+"""Words of a prompt's beginning; one of these is drawn."""
+MIN_WORDS_AFTER_CHANGE = 4
+"""The fewest words of a sample behind a text of another domain."""
+TOPIC_GAP = "\n\n"
+"""Between two texts of different domains."""
 
 
 @dataclass(frozen=True)
@@ -36,52 +49,61 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class SampleTexts:
-    """The texts that some samples become, and which sample each is from.
+class SampleText:
+    """One text that a router is fitted on.
 
     Attributes:
-        num_samples: the samples, as their owner counts them.
-        texts: what a router is fitted on.
-        owners: of each text, its sample by index.
+        text: the text.
+        stage: when a router meets such a text.
+        kind: one of KINDS; texts of one kind are compared with their own mean.
+        owner: the sample that it was made of, by index.
     """
 
-    num_samples: int
-    texts: list[str]
-    owners: list[int]
+    text: str
+    stage: Stage
+    kind: str
+    owner: int
 
 
-def sample_texts(samples: Sequence[str | Sample], seed: int = 0) -> SampleTexts:
-    """Make a router's texts: each sample whole, its prompt, a beginning and a part.
+def sample_texts(samples: Sequence[str | Sample], others: Sequence[str] = (), seed: int = 0) -> list[SampleText]:
+    """Make the texts of one adapter that a router is fitted on.
 
-    A router meets prompts, running texts and windows of them; fitted on whole texts alone it takes the traits of the
-    answers for those of the domain (0.740 against 0.966 of held-out bare prompts: `9fff023:benchmarks/embedders.py`).
-    Where a sample has a `bare` form, its texts are there without the template's words too. No text of a sample comes
-    twice.
+    A router meets prompts, running texts, beginnings of both, and texts whose domain has changed. A sample becomes one
+    text of each of these kinds. A sample with a `bare` form becomes texts without the template's words too.
+
+    Args:
+        samples: of the adapter.
+        others: texts of other domains, which joined texts begin with; without any, there are no joined texts.
+        seed: of the choices.
     """
     choose = random.Random(seed)
-    texts: list[str] = []
-    owners: list[int] = []
-    for index, each in enumerate(samples):
-        made = _texts_of(each if isinstance(each, Sample) else Sample(each), choose)
-        texts += made
-        owners += [index] * len(made)
-    return SampleTexts(len(samples), texts, owners)
+    made: list[SampleText] = []
+    for owner, each in enumerate(samples):
+        sample = each if isinstance(each, Sample) else Sample(each)
+        made += [SampleText(text, stage, kind, owner) for stage, kind, text in _texts_of(sample, others, choose)]
+    return made
 
 
-def _texts_of(sample: Sample, choose: random.Random) -> list[str]:
-    """Return the texts of one sample, each once."""
-    texts: list[str] = []
-    for prompt in filter(None, (sample.routed, sample.bare)) if sample.routed or sample.bare else ("",):
-        whole = prompt + sample.completion
-        texts += [whole, prompt] if sample.completion else [whole]
-        texts.append(_part(prompt, choose, from_start=True))
-        texts.append(_part(whole, choose, from_start=False))
-    return list(dict.fromkeys(texts))
+def _texts_of(sample: Sample, others: Sequence[str], choose: random.Random) -> Iterator[tuple[Stage, str, str]]:
+    """Yield the stage, kind and text of each text that a sample becomes."""
+    forms = [("", sample.routed), ("bare-", sample.bare)] if sample.bare else [("", sample.routed)]
+    answer = re.findall(r"\s*\S+", sample.completion)
+    for prefix, prompt in forms:
+        yield "prompt", f"{prefix}prompt" if not prefix else "bare", prompt
+        yield "prompt", f"{prefix}begin", _first_words(prompt, choose.choice(PART_WORDS))
+        yield "running", f"{prefix}whole", prompt + sample.completion
+        grown = "".join(answer[: choose.randint(1, len(answer))]) if answer else ""
+        yield "running", f"{prefix}grow", prompt + grown if answer else _first_words(prompt, choose.choice(PART_WORDS))
+        if others:
+            yield "prompt", f"{prefix}join", choose.choice(others) + TOPIC_GAP + prompt
+    if others:
+        grown = "".join(answer[: choose.randint(1, len(answer))]) if answer else ""
+        yield "running", "join-grow", choose.choice(others) + TOPIC_GAP + sample.routed + grown
+        words = re.findall(r"\S+\s*", choose.choice(forms)[1])
+        count = choose.randint(min(MIN_WORDS_AFTER_CHANGE, len(words)), len(words))
+        yield "running", "join-begin", choose.choice(others) + TOPIC_GAP + "".join(words[:count])
 
 
-def _part(text: str, choose: random.Random, from_start: bool) -> str:
-    """Return 8, 16, 32 or 64 words of a text, its first or any."""
-    words = re.findall(r"\S+\s*", text)
-    length = choose.choice(PART_WORDS)
-    start = 0 if from_start else choose.randint(0, max(0, len(words) - length))
-    return "".join(words[start : start + length])
+def _first_words(text: str, count: int) -> str:
+    """Return the first words of a text."""
+    return "".join(re.findall(r"\S+\s*", text)[:count])

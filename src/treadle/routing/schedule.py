@@ -5,21 +5,32 @@ process get the same weights.
 """
 
 import sys
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from treadle.common.params import RoutingParams
-from treadle.routing.centroids import Floats
+from treadle.routing.centroids import Bools, Floats
 from treadle.routing.embedder import Embedder
-from treadle.routing.running_sum import Spans
+from treadle.routing.running_sum import Tails
 
 BLANK_LINE = "\n\n"
 """Between the contents of a chat, and between its last message and the answer."""
 
-Views = tuple[Any, ...]
-"""The embedder's input for one decision, one entry for each of the K views; () under fixed weights."""
+
+class Views(NamedTuple):
+    """The embedder's input for one decision.
+
+    Attributes:
+        parts: one for each of the K views, the whole first; () under fixed weights.
+        is_running: False = a prompt that is decided as a whole.
+    """
+
+    parts: tuple[Any, ...]
+    is_running: bool
+
+
 Decision = tuple[int, Views]
 """The first position that a decision holds for, and the views that it is made from."""
 
@@ -80,21 +91,20 @@ def num_pieces(length: int, ends: Sequence[int] | None) -> int:
     return ends[length - 1] if length <= len(ends) else ends[-1] + length - len(ends)
 
 
-def spans_of(params: RoutingParams) -> Spans:
-    """Return the spans of the K views of a running text, the recent tokens last."""
-    window, recent = params.window, params.recent
-    if recent is None or (window is not None and recent >= window):
-        return (window,)
-    return (window, recent)
+class Seen(NamedTuple):
+    """Embedded decisions: the views (B, K, D) of each, and whether it is of running text (B,)."""
+
+    views: Floats
+    is_running: Bools
 
 
-def finish_views(embedder: Embedder, views: Sequence[Views]) -> Floats:
-    """Return the embeddings (B, K, D) of B texts of K views each, in one call of the embedder."""
-    flat = embedder.finish([view for each in views for view in each])
-    return flat.reshape(len(views), len(views[0]) if views else 1, embedder.dim)
+def finish_views(embedder: Embedder, views: Sequence[Views], num_views: int) -> Seen:
+    """Return the embeddings of B decisions of K views each, in one call of the embedder."""
+    flat = embedder.finish([part for each in views for part in each.parts])
+    return Seen(flat.reshape(len(views), num_views, embedder.dim), np.array([each.is_running for each in views], bool))
 
 
-class TopicRouter(Protocol):
+class FollowingRouter(Protocol):
     """A router, as far as a cursor needs it."""
 
     @property
@@ -102,16 +112,14 @@ class TopicRouter(Protocol):
         """Embeds the text."""
         ...
 
-    def topic_start(self, text: str, params: RoutingParams) -> int:
-        """Return where the last topic of a prompt begins, as an index of characters."""
+    @property
+    def tails(self) -> Tails:
+        """The words of each view but the first."""
         ...
 
 
 class DecisionCursor:
     """Follows one running text and says when its weights change.
-
-    A prompt that is decided as a whole has no recent tokens: there the first view counts alone. If its topic changes,
-    the text begins at the last change, for later decisions too.
 
     Attributes:
         pieces: the pieces of text of the prompt, then one of each token after it.
@@ -119,14 +127,13 @@ class DecisionCursor:
         prompt_pieces: the pieces of the prompt.
         ends: of a chat's prompt, the number of pieces read with each token (`num_pieces`); None = each token adds one.
         decided: the positions that have a decision.
-        begin: the piece that the last topic of the prompt begins with.
         walk: the decisions to come (`decisions_from`).
         sum: the running sum of the text up to the newest decision; None = the embedder reads each text anew.
     """
 
     def __init__(
         self,
-        router: TopicRouter,
+        router: FollowingRouter,
         params: RoutingParams,
         pieces: Sequence[str],
         prompt_tokens: int,
@@ -139,10 +146,8 @@ class DecisionCursor:
         self.prompt_pieces = num_pieces(prompt_tokens, ends)
         self.ends = ends
         self.decided = 0
-        self.begin = 0
         self.walk = decisions_from(0, prompt_tokens, params)
-        self._spans = spans_of(params)
-        self.sum = router.embedder.follow(self._spans)
+        self.sum = router.embedder.follow(router.tails, params.window)
         self._num_summed = 0  # pieces
         self._newest = -1  # pieces that the newest decision was made from; -1 = there is none
         self._gap = BLANK_LINE if ends is not None and len(self.pieces) == self.prompt_pieces else ""
@@ -195,9 +200,6 @@ class DecisionCursor:
         pieces = self.pieces[: num_pieces(count, self.ends)]
         prompt_tokens = min(self.prompt_tokens, count)
         cursor = DecisionCursor(self._router, self._params, pieces, prompt_tokens, ends)
-        if self._params.prefill == "prompt":
-            cursor._read(cursor.prompt_pieces)  # finds where its topic begins
-            cursor._newest = -1
         cursor.decided = count
         cursor.walk = decisions_from(count, prompt_tokens, self._params)
         return cursor
@@ -208,25 +210,18 @@ class DecisionCursor:
             return None
         self._newest = count
         if self._params.rule == "fixed":
-            return ()
-        is_prompt = self._params.prefill == "prompt" and count <= self.prompt_pieces
-        if is_prompt:
-            self.begin = self._topic_start(count)
+            return Views((), False)
         if self.sum is None:
-            views = self._texts(count)
+            parts = self._texts(count)
         else:
-            self.sum.extend(self.pieces[max(self._num_summed, self.begin) : count])
-            views = self.sum.views()
+            self.sum.extend(self.pieces[self._num_summed : count])
+            parts = self.sum.views()
         self._num_summed = count
-        return views[:1] * len(views) if is_prompt else views
+        # under `causal` a prompt is running text, so that its weights do not depend on where it ends
+        return Views(parts, self._params.prefill == "causal" or count > self.prompt_pieces)
 
-    def _texts(self, count: int) -> tuple[str, ...]:
+    def _texts(self, count: int) -> tuple[Any, ...]:
         """Return the text of each view of the first `count` pieces."""
-        pieces = self.pieces[self.begin : count]
-        return tuple("".join(pieces if span is None else pieces[-span:]) for span in self._spans)
-
-    def _topic_start(self, count: int) -> int:
-        """Return the piece that the last topic of the first `count` pieces begins with."""
-        pieces = self.pieces[:count]
-        start = self._router.topic_start("".join(pieces), self._params)
-        return bisect_right(list(accumulate(map(len, pieces))), start) if start else 0
+        text, window = "".join(self.pieces[:count]), self._params.window
+        _, *tails = self._router.embedder.views(text, self._router.tails)
+        return (text if window is None else "".join(self.pieces[max(0, count - window) : count]), *tails)

@@ -19,7 +19,7 @@ from treadle.common.documents import check_text
 from treadle.common.errors import ModelError, reason_of
 from treadle.common.files import cached_folder
 from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault
-from treadle.routing.running_sum import Spans
+from treadle.routing.running_sum import Tails
 
 Floats = NDArray[np.float32]
 logger = logging.getLogger(__name__)
@@ -29,10 +29,16 @@ DEFAULT_SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PIECE_CHARS = 16
 """Characters that a word piece rarely exceeds; the last pieces of a long text are looked for by it."""
 SPACE = re.compile(r"\s")
+WORDS = re.compile(r"\S+\s*")
+"""A word and the space after it."""
+MAX_WORD_CHARS = 64
+"""Longer words count as several."""
 
 
 class SentenceEmbedder:
     """A sentence-transformers model. It reads a bounded number of word pieces: of a longer text, the *last* ones."""
+
+    tails: Tails = (24,)
 
     def __init__(self, name: str = DEFAULT_SENTENCE_MODEL, device: str | None = None) -> None:
         try:
@@ -80,8 +86,12 @@ class SentenceEmbedder:
                 vectors[places] = self.model.encode(group, normalize_embeddings=True, show_progress_bar=False)
         return vectors
 
-    def follow(self, spans: Spans) -> None:
+    def follow(self, tails: Tails, window: int | None = None) -> None:
         """Keep no sum: each text is read anew."""
+
+    def views(self, text: str, tails: Tails) -> list[str]:
+        """Return a text and its tails, each to be read anew."""
+        return [text, *(last_words(text, count) for count in tails)]
 
     def finish(self, views: Sequence[str]) -> Floats:
         """Return the vectors (B, D) of running texts, encoded in one batch."""
@@ -114,6 +124,12 @@ class SentenceEmbedder:
             text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
         )
         return given["offset_mapping"]
+
+
+def last_words(text: str, count: int) -> str:
+    """Return the last words of a text."""
+    end = text[-MAX_WORD_CHARS * count :] if len(text) > MAX_WORD_CHARS * count else text
+    return "".join(WORDS.findall(end)[-count:])
 
 
 def _from_a_word_on(text: str, place: int) -> str:

@@ -11,7 +11,7 @@ MAX_COUNT = 1_000_000
 
 def size_problems(params: RoutingParams) -> list[str]:
     """Return the values that a request may not give, because they would overflow in its arithmetic."""
-    given = {name: getattr(params, name) for name in ("every", "window", "recent", "top_k")}
+    given = {name: getattr(params, name) for name in ("every", "window", "top_k")}
     limits = dict.fromkeys(given, MAX_COUNT)
     given |= {f"fixed.{name}": weight for name, weight in (params.fixed or {}).items()}
     return [

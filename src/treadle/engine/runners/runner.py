@@ -7,13 +7,14 @@ all of them with `ModelForward`.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from treadle.common.errors import OptionError
 from treadle.common.transformers_names import cache_argument
 from treadle.engine.runners import decoder
+from treadle.engine.runners.blocks import blocks_of, outputs_of
 from treadle.engine.runners.cpu.chunk import ChunkPass
 from treadle.engine.runners.cpu.packing import can_pack
 from treadle.engine.runners.cpu.step import FastStep
@@ -42,11 +43,22 @@ class ModelForward:
 
     def run(self, given: PassInput) -> PassOutput:
         """Read the tokens through transformers; see `ForwardPass`."""
+        layer, blocks = given.layer, blocks_of(self._model)
+        if layer is None:
+            return PassOutput(self._forward(given).logits[:, -given.num_logits :])
+        if blocks is None or not 0 < layer < len(blocks):  # the last is asked for behind the last norm
+            output = self._forward(given, output_hidden_states=True)
+            return PassOutput(output.logits[:, -given.num_logits :], output.hidden_states[layer])
+        with outputs_of(blocks, [layer]) as found:
+            output = self._forward(given)
+        return PassOutput(output.logits[:, -given.num_logits :], found[layer])
+
+    def _forward(self, given: PassInput, **asked: bool) -> Any:
+        """Call the model."""
         device, mask = self._model.device, given.mask()
         rope = self._rope.using(given.lengths) if self._rope else nullcontext()
-        asked = {} if given.layer is None else {"output_hidden_states": True}
         with self._blend.using(given.weights, given.combines, given.among), rope:
-            output = self._model(
+            return self._model(
                 input_ids=given.ids.to(device),
                 attention_mask=None if mask is None else mask.to(device),
                 position_ids=given.positions().to(device),
@@ -55,8 +67,6 @@ class ModelForward:
                 **{self._cache_argument: given.cache},
                 **asked,
             )
-        hidden = None if given.layer is None else output.hidden_states[given.layer]
-        return PassOutput(output.logits[:, -given.num_logits :], hidden)
 
 
 class Runner:

@@ -19,9 +19,11 @@ from treadle.lora.adapter import TENSOR_NAME, WEIGHTS_FILE, Adapter, read_adapte
 from treadle.lora.compatibility import linear_shapes
 from treadle.lora.stacking import Stacks
 from treadle.routing.centroids import Centroids, Floats
-from treadle.routing.fitting import centroid_from
+from treadle.routing.embedder import encode_views
+from treadle.routing.fitting import centroid_from, known_texts, texts_of
 from treadle.routing.router import Router
-from treadle.routing.samples import sample_texts
+from treadle.routing.states import uses_states
+from treadle.routing.statistics import EmbeddedTexts
 from treadle.serving.openai.bodies import NAMING, AdapterBody, Json, LoadBody, UnloadBody
 from treadle.serving.openai.failures import Failure, Problem, Problems, refusal
 from treadle.serving.openai.middleware import RequestContext
@@ -114,6 +116,12 @@ async def _add(request: Request, new: NewAdapter, problems: Problems) -> None:
     state, client = ServerState.of(request), RequestContext.of(request).client
     if state.params.adapter_dir is None:
         raise Failure(403, "adapters cannot be added: start the server with --adapter-dir", code="no_adapter_dir")
+    if uses_states(state.engine.router.states, state.engine.router.params):
+        message = (
+            "adapters cannot be added: this bundle routes by the base model's states, and a newcomer's would have to "
+            "be read between the requests; fit the bundle again with it, or serve one whose routing has states = false"
+        )
+        raise Failure(400, message, code="states_unknown")
     wrong = {problem.place for problem in problems}
     if new.name_field not in wrong:
         problems += _name_problems(state, new)
@@ -154,15 +162,21 @@ def _join(state: ServerState, name: str, folder: Path, own: Centroids | None, ch
 
 async def _centroid(state: ServerState, name: str, samples: list[str], client: Client) -> Centroids:
     """Return the centroid of sample texts, embedded a few at a time."""
-    embedder, size = state.engine.router.embedder, sum(map(len, samples))
-    made = await state.preparing.run(lambda _: sample_texts(samples), client, size)
-    vectors: list[Floats] = []
-    for start in range(0, len(made.texts), SLICE_TEXTS):
-        texts = made.texts[start : start + SLICE_TEXTS]
-        vectors.append(await state.weigh(lambda _, texts=texts: embedder.encode(texts), client, sum(map(len, texts))))
-    return await state.weighing.run(
-        lambda _: centroid_from(name, made, np.concatenate(vectors), embedder), client, size
-    )
+    router, size = state.engine.router, sum(map(len, samples))
+    embedder, tails = router.embedder, router.tails
+    texts = await state.preparing.run(lambda _: texts_of(name, samples), client, size)
+    views: list[Floats] = []
+    for start in range(0, len(texts), SLICE_TEXTS):
+        some = [each.text for each in texts[start : start + SLICE_TEXTS]]
+        views.append(
+            await state.weigh(lambda _, some=some: encode_views(embedder, some, tails), client, sum(map(len, some)))
+        )
+
+    def fit(_: Check) -> Centroids:
+        embedded = known_texts(name, EmbeddedTexts(texts, np.concatenate(views)))
+        return centroid_from(name, embedded, embedder, tails)
+
+    return await state.weighing.run(fit, client, size)
 
 
 def _attach(state: ServerState, adapter: Adapter, own: Centroids, stacks: Stacks) -> None:

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from treadle.bundle.bundle import Bundle
@@ -49,9 +49,9 @@ class Routers:
             if self._whole is not whole:
                 self._whole = whole
                 self._made.clear()
-            router = self._made.pop(key, None) or replace(whole, centroids=whole.centroids.among(key))
+            router = self._made.pop(key, None) or whole.among(key)
             self._made[key] = router
-            most = min(self._max_routers, max(1, MAX_ROUTER_BYTES // max(1, router.centroids.scatter.nbytes)))
+            most = min(self._max_routers, max(1, MAX_ROUTER_BYTES // max(1, router.centroids.num_bytes)))
             while len(self._made) > most:
                 self._made.popitem(last=False)
         return router

@@ -31,8 +31,9 @@ from treadle.routing.centroids import Centroids, Floats
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import centroid_of
 from treadle.routing.router import Router
+from treadle.routing.states import uses_states
 from treadle.serving.request import size_problems
-from treadle.serving.vllm.params import KEY, SUM_ONLY_REASON, PluginParams
+from treadle.serving.vllm.params import KEY, NO_STATES_REASON, SUM_ONLY_REASON, PluginParams
 
 AUTO, BASE = "auto", "base"
 FIELDS = frozenset(each.name for each in fields(RoutingParams))
@@ -131,6 +132,8 @@ class Mixture:
             problems.append("past='recompute' reads the whole text again for each token; vLLM's cache cannot: use keep")
         if params.combine != "sum":
             problems.append(f"combine {params.combine!r}: {SUM_ONLY_REASON}")
+        if uses_states(self.router.states, params):
+            problems.append(f"states = true: {NO_STATES_REASON}: use states = false to route by the text alone")
         try:
             self.router.check(params)
         except (AdapterError, OptionError) as error:
@@ -181,6 +184,11 @@ def _problems(bundle: Bundle, params: PluginParams) -> Iterable[str]:
         yield f"max_rank is {params.max_rank}; larger are: {', '.join(large)}"
     if bundle.router.params.combine != "sum":
         yield f"its default routing has combine {bundle.router.params.combine!r}: {SUM_ONLY_REASON}"
+    if uses_states(bundle.router.states, bundle.router.params):
+        yield (
+            f'its default routing uses the base model\'s states: {NO_STATES_REASON}. Write "states": false under '
+            "routing in its bundle.json to route by the text alone"
+        )
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ def read_newcomer(
         raise AdapterError(problem_list("the adapter cannot join:", [problem for problem in problems if problem]))
     embedder = mixture.router.embedder
     if samples:
-        own = centroid_of(name, samples, embedder)
+        own = centroid_of(name, samples, embedder, tails=mixture.router.tails)
     else:
         own = read_centroid(Path(path), name)
     mixture.router.centroids.join(own)
@@ -237,10 +245,9 @@ def read_newcomer(
 
 def with_adapter(mixture: Mixture, newcomer: Newcomer, slot: int) -> Mixture:
     """Return the mixture with one more adapter, in a free slot; an AdapterError if the router then cannot decide."""
-    joined = replace(mixture.router, centroids=mixture.router.centroids.join(newcomer.centroids))
     made = replace(
         mixture,
-        router=joined,
+        router=mixture.router.join(newcomer.centroids),
         slots=(*mixture.slots, slot),
         scales=(*mixture.scales, main_scale(newcomer.adapter)),
         identities=(*mixture.identities, newcomer.adapter.identity),
@@ -259,7 +266,7 @@ def without_adapter(mixture: Mixture, name: str) -> Mixture:
     keep = [index for index, other in enumerate(mixture.names) if other != name]
     made = replace(
         mixture,
-        router=replace(mixture.router, centroids=mixture.router.centroids.remove(name)),
+        router=mixture.router.remove(name),
         slots=tuple(mixture.slots[index] for index in keep),
         scales=tuple(mixture.scales[index] for index in keep),
         identities=tuple(mixture.identities[index] for index in keep),

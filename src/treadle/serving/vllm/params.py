@@ -15,6 +15,8 @@ CONTENTS_KEY = "treadle_contents"
 """The key of a chat's contents in its rendered prompt and in its request's extra arguments; these are routed on."""
 SUM_ONLY_REASON = "vLLM blends by combine 'sum' only; use sum, or the embedded engine (treadle serve) for the others"
 """Why a combine is refused, and the two ways out."""
+NO_STATES_REASON = "vLLM's workers have the base model's states, and its scheduler decides the weights"
+"""Why states are refused."""
 BUNDLE_VARIABLE = "TREADLE_VLLM"
 """The environment variable that may hold the options instead: a bundle's folder, or a JSON object."""
 

@@ -17,10 +17,10 @@ from treadle.common.params import RoutingParams
 from treadle.engine.chat import ChatText, prompt_cursor
 from treadle.engine.tokenization import Detokenizer
 from treadle.routing.centroids import Floats
-from treadle.routing.running_sum import Spans, window_room
-from treadle.routing.schedule import Decision, DecisionCursor, next_decision, spans_of
+from treadle.routing.running_sum import Tails
+from treadle.routing.schedule import Decision, DecisionCursor, next_decision
 from treadle.serving.vllm.mixture import Mixture
-from treadle.serving.vllm.text_pool import MAX_WINDOW_TOKENS, TextPool
+from treadle.serving.vllm.text_pool import TextPool
 
 
 def keys_of(weights: Floats) -> list[bytes]:
@@ -50,7 +50,7 @@ class RoutingGroup:
 class RequestWeights:
     """One request: its text so far, and every decision that has been made on it.
 
-    A cursor follows the text through the prompt; then a pool of texts does, unless a window is too long for it.
+    A cursor follows the text through the prompt; then a pool of texts does, unless the text is seen in a window.
 
     Attributes:
         group: the adapters that there were when it was opened, and the params.
@@ -74,8 +74,6 @@ class RequestWeights:
         self._starts: list[int] = []  # the first position of each decision
         self._keys: list[bytes] = []  # of each decision (`keys_of`)
         self._newest: Floats = np.zeros(0, np.float32)  # (slots,) of the newest decision
-        spans = spans_of(group.params)
-        self._spans = spans if window_room(spans) <= MAX_WINDOW_TOKENS else None
         if group.params.rule == "fixed":
             weights = group.mixture.router.fixed_weights(group.params)[None]
             self.settle(0, keys_of(weights)[0], group.mixture.gates(weights)[0])
@@ -87,9 +85,10 @@ class RequestWeights:
         return self.group.mixture
 
     @property
-    def pool_spans(self) -> Spans | None:
-        """The views of the text in a pool; None = it has to be followed alone, as a prompt is."""
-        return self._spans if self.decided >= self._prompt_tokens else None
+    def pool_tails(self) -> Tails | None:
+        """The tails of a text in a pool; None = it is followed alone, like a prompt or window."""
+        is_alone = self.decided < self._prompt_tokens or self.group.params.window is not None
+        return None if is_alone else self.mixture.router.tails
 
     def due(self, token_ids: Sequence[int], end: int) -> list[Decision]:
         """Read on and return the decisions that the positions below `end` still need.

@@ -20,8 +20,8 @@ from treadle.engine.chat import ChatText
 from treadle.engine.tokenization import Detokenizer
 from treadle.routing.centroids import Floats
 from treadle.routing.embedder import StaticEmbedder
-from treadle.routing.running_sum import Spans
-from treadle.routing.schedule import Views, finish_views
+from treadle.routing.running_sum import Tails
+from treadle.routing.schedule import Seen, Views
 from treadle.serving.vllm.mixture import Mixture
 from treadle.serving.vllm.request_weights import RequestWeights, RoutingGroup, keys_of
 from treadle.serving.vllm.text_pool import TextPool
@@ -106,7 +106,7 @@ class Schedule:
         self._lock = Lock()  # of all below; a request by itself belongs to one thread at a time
         self._groups: dict[RoutingParams, RoutingGroup] = {}  # equal params once, so that requests are one product
         self._embedder = cast(StaticEmbedder, mixture.router.embedder)  # the bundle was checked
-        self._pools: weakref.WeakValueDictionary[Spans, TextPool] = weakref.WeakValueDictionary()
+        self._pools: weakref.WeakValueDictionary[Tails, TextPool] = weakref.WeakValueDictionary()
         self.counts = Counts(mixture.names)
 
     @property
@@ -162,17 +162,17 @@ class Schedule:
             self.counts.seconds += perf_counter() - started
 
     def _joined(self, request: RequestWeights) -> TextPool | None:
-        spans = request.pool_spans
-        if spans is None:
+        tails = request.pool_tails
+        if tails is None:
             return None
-        pool = self._pools.get(spans)
+        pool = self._pools.get(tails)
         if pool is None:
-            pool = self._pools[spans] = TextPool(self._embedder, spans)
+            pool = self._pools[tails] = TextPool(self._embedder, tails)
         request.join(pool)
         return pool
 
     def _decide_alone(self, needs: Sequence[Need]) -> int:
-        """Decide all positions that prompts need, and texts with a long window; return how many decisions it were."""
+        """Decide all positions that prompts need, and texts seen in a window; return how many decisions it were."""
         due: dict[RoutingGroup, tuple[list[OpenDecision], list[Views]]] = {}
         for request, token_ids, end in needs:
             for start, views in request.due(token_ids, end):
@@ -180,7 +180,7 @@ class Schedule:
                 places.append((request, start))
                 all_views.append(views)
         for group, (places, views) in due.items():
-            self._settle(group, places, finish_views(group.mixture.router.embedder, views))
+            self._settle(group, places, group.mixture.router.finish(views))
         return sum(len(places) for places, _ in due.values())
 
     def _decide_together(self, pool: TextPool, needs: Sequence[Need]) -> int:
@@ -199,12 +199,12 @@ class Schedule:
         if rows:
             pool.extend(rows, pieces)
         for group, (places, group_rows) in due.items():
-            self._settle(group, places, pool.embeddings(group_rows))
+            self._settle(group, places, Seen(pool.embeddings(group_rows), np.ones(len(group_rows), bool)))
         return len(rows)
 
-    def _settle(self, group: RoutingGroup, places: Sequence[OpenDecision], embeddings: Floats) -> None:
-        """Decide from the embeddings (P, K, D) of requests at their first positions."""
-        weights = group.mixture.router.weigh(embeddings, group.params)  # (P, N)
+    def _settle(self, group: RoutingGroup, places: Sequence[OpenDecision], seen: Seen) -> None:
+        """Decide from the embedded texts of requests at their first positions."""
+        weights = group.mixture.router.weigh(seen, group.params)  # (P, N)
         gates = group.mixture.gates(weights)  # (P, slots)
         for (request, start), key, each in zip(places, keys_of(weights), gates, strict=True):
             request.settle(start, key, each)

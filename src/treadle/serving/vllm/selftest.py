@@ -114,7 +114,7 @@ def _write(folder: Path, model: Any) -> Path:
 
     from treadle.bundle.bundle import save_bundle
     from treadle.routing.embedder import StaticEmbedder
-    from treadle.routing.router import fit
+    from treadle.routing.fitting import fit
 
     model.save_pretrained(folder / "base")
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,7 +1,7 @@
 // One arm's answer: its tokens in the colours of their blends, their weights as a chart, and how it went.
 
 import { ServerError } from "./api.js";
-import { colour, leading, line, mix } from "./colours.js";
+import { BASE, baseShare, colour, LEAST, leading, line, mix } from "./colours.js";
 import { byId, make, say, show } from "./dom.js";
 import { hideInspector, inspect, swatch } from "./inspector.js";
 import { WeightsChart } from "./weights-chart.js";
@@ -91,17 +91,21 @@ export class Column {
     this.chart.add(values.weights);
   }
 
-  /** Say how long it took, and each adapter's mean weight over the answer. */
+  /** Say how long it took, and each adapter's mean weight over the answer, and the base's. */
   #sumUp(outcome) {
     const seconds = (performance.now() - this.started) / 1000;
     const rate = this.numAnswered ? ` · ${seconds.toFixed(1)} s` : "";
     this.meta.textContent = `${this.numAnswered} tokens${rate}${outcome === "done" ? "" : ` · ${outcome}`}`;
     const answer = this.tokens.filter((token) => !token.isPrompt);
     if (!answer.length) return;
-    const means = this.names.map((_, i) => answer.reduce((sum, token) => sum + token.weights[i], 0) / answer.length);
-    const acting = this.names.map((_, i) => i).filter((i) => means[i] > 0);
-    const entries = acting.map((i) => `${this.names[i]} ${Math.round(100 * means[i])} %`);
-    const items = acting.map((i, entry) => make("li", {}, swatch(this.places[i]), entries[entry]));
+    const mean = (valueOf) => answer.reduce((sum, token) => sum + valueOf(token.weights), 0) / answer.length;
+    const acting = this.names
+      .map((name, i) => ({ name, place: this.places[i], share: mean((weights) => weights[i]) }))
+      .filter(({ share }) => share > 0);
+    const base = { name: "base", place: BASE, share: mean(baseShare) };
+    if (acting.length && base.share >= LEAST) acting.push(base);
+    const entries = acting.map(({ name, share }) => `${name} ${Math.round(100 * share)} %`);
+    const items = acting.map(({ place }, entry) => make("li", {}, swatch(place), entries[entry]));
     const head = make("li", { className: "quiet", textContent: acting.length ? "Mean over the answer:" : "No adapter acts." });
     this.legend.replaceChildren(head, ...items);
     const summary = acting.length ? `Mean over the answer: ${entries.join(", ")}.` : "No adapter acts.";

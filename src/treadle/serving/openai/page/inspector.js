@@ -1,6 +1,6 @@
 // What stands beside a token that the pointer or the keyboard is on: its weights, and what they were made from.
 
-import { colour, line } from "./colours.js";
+import { BASE, baseShare, colour, line } from "./colours.js";
 import { byId, make, show } from "./dom.js";
 
 const MARGIN = 8; // pixels to the window's edges and to the token
@@ -30,6 +30,8 @@ function table({ names, places, weights, cosines, scores }) {
     const label = make("th", { scope: "row" }, swatch(places[i]), name);
     return make("tr", {}, label, ...numbers.map((textContent) => make("td", { textContent })));
   });
+  const share = make("td", { textContent: written(baseShare(weights), 2) }); // not compared: no cosine, no score
+  rows.push(make("tr", {}, make("th", { scope: "row" }, swatch(BASE), "base"), share));
   return make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows));
 }
 
@@ -44,7 +46,7 @@ function note({ weights, cosines }) {
   return cosines ? "" : make("p", { className: "quiet", textContent: "Given weights: the text is not compared." });
 }
 
-/** Return a sample of an adapter's colour and line. */
+/** Return a sample of an adapter's colour and line, or of the base's. */
 export function swatch(index) {
   const element = make("span", { className: "swatch", ariaHidden: "true" });
   element.style.setProperty("--colour", colour(index));

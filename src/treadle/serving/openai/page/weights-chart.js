@@ -1,8 +1,9 @@
-// The weights over the tokens as a stacked area, drawn by Chart.js.
+// The weights over the tokens, and the base's share above them, as a stacked area, drawn by Chart.js.
 
-import { colour, dash } from "./colours.js";
+import { BASE, baseShare, colour, dash } from "./colours.js";
 
 const FILL = "b8"; // how much of the colour an area has, as hexadecimal
+const BASE_FILL = "48";
 
 /** A chart of one column; `onPick(index)` is told which token the pointer is over. */
 export class WeightsChart {
@@ -30,14 +31,15 @@ export class WeightsChart {
   /** Begin anew with adapters, each a name and its place among all. */
   start(names, places) {
     this.chart.data.labels = [];
-    this.chart.data.datasets = names.map((label, i) => ({
+    const all = [...places, BASE];
+    this.chart.data.datasets = [...names, "base"].map((label, i) => ({
       label,
       data: [],
       fill: i ? "-1" : "origin",
-      backgroundColor: colour(places[i]) + FILL,
-      borderColor: colour(places[i]),
-      borderDash: dash(places[i]),
-      borderWidth: 1.5,
+      backgroundColor: colour(all[i]) + (all[i] === BASE ? BASE_FILL : FILL),
+      borderColor: colour(all[i]),
+      borderDash: dash(all[i]),
+      borderWidth: all[i] === BASE ? 0 : 1.5,
       pointRadius: 0,
       pointHoverRadius: 0,
     }));
@@ -51,7 +53,7 @@ export class WeightsChart {
   add(weights) {
     const { labels, datasets } = this.chart.data;
     labels.push(labels.length + 1);
-    weights.forEach((weight, i) => datasets[i].data.push(weight));
+    [...weights, baseShare(weights)].forEach((weight, i) => datasets[i].data.push(weight));
     const total = weights.reduce((sum, weight) => sum + weight, 0);
     const { y } = this.chart.options.scales;
     if (total > y.max + 0.01) y.max = Math.ceil(2 * total) / 2; // fixed weights need not sum to 1
