@@ -421,7 +421,7 @@ def test_an_example_is_taken_and_back_brings_the_prompt_back(visit: Any) -> None
     page.get_by_label("Prompt", exact=True).fill("mine")
     page.get_by_role("button", name="Arithmetic, then code").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(re.compile("farmer[\\s\\S]*Python"))
-    expect(page.locator("#routing summary")).to_contain_text("2 changed")
+    expect(page.locator("#routing summary")).to_contain_text("3 changed")
     page.go_back()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("mine")
     expect(page.locator("#routing summary")).to_have_text("Routing ")

@@ -1,6 +1,7 @@
-// Prompts for a first look; the texts that change their subject midway are followed by a short window.
+// Prompts for a first look; the texts that change their subject midway are followed by a short window. Weights within a
+// prompt come from its text: the model's states are known only after the prompt is read.
 
-const FOLLOW = { window: "24", prefill: "causal" };
+const FOLLOW = { window: "24", prefill: "causal", states: "false" };
 
 export const EXAMPLES = [
   {
