@@ -192,7 +192,8 @@ def test_fit_takes_states_behind_an_embedder_of_texts(
     assert out.count("cross-validation:") == 2
     read = read_bundle(tmp_path / "fitted")
     assert read.router.states is not None
-    np.testing.assert_array_equal(read.router.states.centroids.means, classes.centroids.means)
+    means = read.router.states.centroids.means  # the base was read in bfloat16
+    np.testing.assert_allclose(means, classes.centroids.means, atol=5e-3)
     code, out, _ = run("fit", *arguments, "--overwrite", "--json")
     told = json.loads(out)
     assert (told["states"]["layer"], told["states"]["spans"]) == (1, [16, 4])
