@@ -7,6 +7,7 @@ Offers of other protocols (HTTP/2, WebSocket) are ignored, and clients of HTTP/1
 
 import asyncio
 import re
+import time
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade
@@ -36,19 +37,24 @@ class HttpProtocol(HttpToolsProtocol):
     _write_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _is_in_head = True
-    _since: float = 0.0  # when the connection was made or its last request answered, seconds of the loop's clock
+    # when the connection was made or its last request answered; a loop's own clock may stand still for an iteration
+    _since: float = 0.0
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the first head."""
         super().connection_made(transport)
-        self._since = self.loop.time()
+        self._since = time.monotonic()
         self._wait()
         if len(self.connections) > MAX_CONNECTIONS:
-            others = [each for each in self.connections if isinstance(each, HttpProtocol) and each.is_waiting]
+            others = [
+                each
+                for each in self.connections
+                if isinstance(each, HttpProtocol) and each is not self and each.is_waiting
+            ]
             min(others, key=HttpProtocol.idle_since, default=self).drop()
 
     def idle_since(self) -> float:
-        """Return when the connection was last busy, in seconds of the loop's clock."""
+        """Return when the connection was last busy, in seconds of a clock that never stands still."""
         return self._since
 
     @property
@@ -82,7 +88,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Wait some time for the rest of a body that the answer did not need."""
         super().on_response_complete()
-        self._since = self.loop.time()
+        self._since = time.monotonic()
         if not self._is_in_head and not self.transport.is_closing():
             self._timer = self._timer or self.loop.call_later(UNREAD_BODY_SECONDS, self.drop)
 
