@@ -466,6 +466,6 @@ def test_a_trail_holds_the_newest_states(parts: list[tuple[int, int, int]], stat
 
 
 def test_a_trail_of_one_token_says_nothing() -> None:
-    assert trail_of().views() is None
-    assert trail_of((0, 1, 1)).views() is None
+    assert trail_of().is_empty
+    assert trail_of((0, 1, 1)).is_empty
     assert trail_of((0, 1, 1)).end == 1

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treadle.engine.decisions import is_to_reread, update_weights
+from treadle.engine.decisions import is_to_reread, put_states, update_weights
 from treadle.engine.draws import Draw, Draws, are_whole, drawn, failure_of
 from treadle.engine.kv_cache import RowCache
 from treadle.engine.prefix_cache import PrefixCache, PrefixCopy, PrefixText
@@ -299,7 +299,7 @@ class Batch:
         )
         logits, hidden = self._runner.run(given)
         if hidden is not None:
-            _put_states(rows, pads, cache.length, hidden)
+            put_states(rows, pads, cache.length, hidden)
         return logits
 
     def _stacked(self, rows: Sequence[TokenSequence], weights: Sequence[Floats], num_tokens: int) -> Floats | None:
@@ -335,17 +335,6 @@ class Batch:
         """Keep the keys and values of the row at `index` of a cache for rows that begin alike."""
         if self._prefixes and (not row.events or row.is_like_prompt):
             self._prefixes.store(self._text(row), cache, index, copy)
-
-
-def _put_states(rows: Sequence[TokenSequence], pads: Sequence[int], end: int, hidden: Tensor) -> None:
-    """Give rows the states (B, T, H) of the columns before `end`, padding left out."""
-    count = hidden.shape[1]
-    for row, pad, states in zip(rows, pads, hidden, strict=True):
-        if row.trail is not None:
-            start = max(end - count - pad, 0)  # in the row's text
-            first = count - (end - pad - start)
-            kept = max(first, count - row.trail.room)  # others would be dropped
-            row.trail.put(start + kept - first, states[kept:].float().cpu().numpy())
 
 
 @lru_cache(maxsize=256)

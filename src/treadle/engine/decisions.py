@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from treadle.engine.sequence import NOT_ROUTED, SequenceError, TokenSequence
 from treadle.routing.centroids import Floats
@@ -62,7 +63,7 @@ def update_weights(rows: Sequence[TokenSequence]) -> tuple[list[TokenSequence], 
     for group in _grouped(due.seen, lambda row: (id(row.router), row.routing)):
         weighed += _together(group, _weigh, lost)
     for group in _grouped(due.states, lambda row: (id(row.router), row.routing)):
-        weighed += _together(group, weigh_states, lost)
+        weighed += _together(group, _weigh_states, lost)
     return [*due.fixed, *(row for row, _ in weighed)], lost
 
 
@@ -86,12 +87,13 @@ class _Due:
 
     def take(self, row: TokenSequence) -> None:
         """Take a row, if its weights change."""
-        views = row.newest_views()
         if row.is_decided_by_states:
-            self.states += [(row, states) for states in row.newest_states(is_due=views is not None)]
-        elif views is None:
+            self.states += [(row, row.state_views())] if row.is_due_by_states() else []
             return
-        elif row.routing.rule == "fixed":
+        views = row.newest_views()
+        if views is None:
+            return
+        if row.routing.rule == "fixed":
             row.weights = row.router.fixed_weights(row.routing)
             self.fixed.append(row)
         elif row.is_late:
@@ -169,25 +171,35 @@ def is_to_reread(row: TokenSequence) -> bool:
     Returns:
         whether they do: the prompt is then read again.
     """
-    if row.events or row.is_reread or (seen := row.state_views()) is None:
+    if row.events or row.is_reread or not row.has_states:
         return False
-    weights = row.router.weigh_states(seen, row.routing)[0]
+    weights = row.router.weigh_states(row.state_views(), row.routing)[0]
     row.is_reread = bool((abs(weights - row.weights) > REREAD_BOUND).any())
     if row.is_reread:
         row.weights = weights
     return row.is_reread
 
 
-def weigh_states(rows: SeenRows) -> SeenRows:
+def put_states(rows: Sequence[TokenSequence], pads: Sequence[int], end: int, hidden: Tensor) -> None:
+    """Give rows the states (B, T, H) of the columns before `end`, padding left out; rows end where the columns end."""
+    room = max((row.trail.room for row in rows if row.trail), default=0)
+    newest = hidden[:, -room:].float().cpu().numpy()  # once for all rows: on a GPU this synchronises
+    for row, pad, states in zip(rows, pads, newest, strict=True):
+        if row.trail is not None:
+            start = max(end - pad - len(states), 0)  # in the row's text
+            row.trail.put(start, states[len(states) - (end - pad - start) :])
+
+
+def _weigh(rows: SeenRows) -> SeenRows:
+    """Weigh rows with the same router and options together, by their text."""
+    router, routing = rows[0][0].router, rows[0][0].routing
+    return _settle(rows, router.weigh(_beside_each_other(rows), routing), lambda seen: router.compare(seen, routing))
+
+
+def _weigh_states(rows: SeenRows) -> SeenRows:
     """Weigh rows with the same router and options together, by the base model's states."""
     router, routing = rows[0][0].router, rows[0][0].routing
-    weights = router.weigh_states(_beside_each_other(rows), routing)  # (B, N)
-    for (row, seen), own in zip(rows, weights, strict=True):
-        row.weights = own
-        if row.report.comparison:
-            compared = router.compare_states(seen)
-            row.comparison = Comparison(compared.cosines[0], compared.scores[0])
-    return rows
+    return _settle(rows, router.weigh_states(_beside_each_other(rows), routing), router.compare_states)
 
 
 def _beside_each_other(rows: SeenRows) -> Seen:
@@ -195,13 +207,11 @@ def _beside_each_other(rows: SeenRows) -> Seen:
     return Seen(np.concatenate([seen.views for _, seen in rows]), np.concatenate([seen.is_running for _, seen in rows]))
 
 
-def _weigh(rows: SeenRows) -> SeenRows:
-    """Weigh rows with the same router and options together, by their text."""
-    router, routing = rows[0][0].router, rows[0][0].routing
-    weights = router.weigh(_beside_each_other(rows), routing)  # (B, N)
+def _settle(rows: SeenRows, weights: Floats, compare: Callable[[Seen], Comparison]) -> SeenRows:
+    """Give rows their weights (B, N), and what these were made from if it is asked for."""
     for (row, seen), own in zip(rows, weights, strict=True):
         row.weights = own
         if row.report.comparison:
-            compared = router.compare(seen, routing)
+            compared = compare(seen)
             row.comparison = Comparison(compared.cosines[0], compared.scores[0])
     return rows

@@ -164,21 +164,23 @@ class TokenSequence:
         return self.forced[len(self.events)] if self.forced else None
 
     @property
+    def has_states(self) -> bool:
+        """Whether states decide, and a pass has read some."""
+        return self.trail is not None and not self.trail.is_empty
+
+    @property
     def is_decided_by_states(self) -> bool:
         """Whether its states decide from now on: a pass has read its prompt."""
-        return bool(self.events) and self.trail is not None and self.trail.views() is not None
+        return bool(self.events) and self.has_states
 
-    def newest_states(self, *, is_due: bool) -> list[Seen]:
-        """Return the views of its states if these decide now: when the text would, and after the first token."""
-        states = self.state_views() if is_due or len(self.events) == 1 else None
-        return [] if states is None else [states]
+    def is_due_by_states(self) -> bool:
+        """Count the newest decision as made; return whether it was due: with the first token one always is."""
+        return self.cursor.pass_by(len(self.ids)) or len(self.events) == 1
 
-    def state_views(self) -> Seen | None:
-        """Return the views (1, K, H) of its states; None = text decides, or no pass has read enough."""
-        views = None if self.trail is None else self.trail.views()
-        if self.trail is None or views is None:
-            return None
-        return Seen(views[None], np.array([self.trail.end > self.prompt_tokens]))
+    def state_views(self) -> Seen:
+        """Return the views (1, K, H) of its states, which it has."""
+        assert self.trail is not None
+        return Seen(self.trail.views()[None], np.array([self.trail.end > self.prompt_tokens]))
 
     def newest_views(self) -> Views | None:
         """Return the views of the newest decision, for the embedder; None = it is made."""

@@ -179,12 +179,21 @@ class DecisionCursor:
 
     def decide_last(self, end: int) -> Views | None:
         """Return the views of the decision for position `end` - 1; None = it is made already."""
+        length = self._next_length(end)
+        return None if length is None else self._read(num_pieces(length, self.ends))
+
+    def pass_by(self, end: int) -> bool:
+        """Count the decision for position `end` - 1 as made, without reading its text; return whether it was due."""
+        return self._next_length(end) is not None
+
+    def _next_length(self, end: int) -> int | None:
+        """Move on to the decision for position `end` - 1 and return its tokens; None = it is made already."""
         if end <= self.decided:
             return None
         if end - 1 > self.decided:
             self.walk = decisions_from(end - 1, self.prompt_tokens, self._params)
         _, length, self.decided = next(self.walk)
-        return self._read(num_pieces(length, self.ends))
+        return length
 
     def tokens_needed(self, end: int) -> int:
         """Return how many tokens of text the decisions for the positions below `end` need."""

@@ -80,10 +80,13 @@ class StateTrail:
         self._states = np.concatenate([before, states])[-self.room :] if len(before) else states[-self.room :]
         self.end = end
 
-    def views(self) -> Floats | None:
-        """Return the K views (K, H) of the text; None = no token but the first has been read."""
-        if not len(self._states):
-            return None
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token but the first has been read."""
+        return not len(self._states)
+
+    def views(self) -> Floats:
+        """Return the K views (K, H) of a text that is not empty."""
         means = np.stack([self._states[-span:].mean(0, dtype=np.float64) for span in self._spans])
         return unit(means)
 
