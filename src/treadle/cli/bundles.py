@@ -20,6 +20,7 @@ from treadle.experiments.params import TrainParams
 if TYPE_CHECKING:
     from treadle.routing.calibration import FitReport
     from treadle.routing.centroids import Centroids
+    from treadle.routing.router import Router
     from treadle.routing.samples import Sample
 
 OTHERS = 2000
@@ -57,7 +58,6 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     from treadle.routing.fitting import fit_with_report
 
     started = time.perf_counter()
-    text_embedder, has_states = _embedder_parts(embedder)
     check_writable(output / "bundle.json")  # now, not after the samples are embedded
     finish_replacing(output)  # its own adapters may be among those that are given
     folders, files = _pairs(adapter, "--adapter"), _pairs(samples or [], "--samples")
@@ -65,8 +65,10 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     if not set(files) <= set(folders):
         problems.append(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
     params = collect(problems, [partial(read_routing, routing, RoutingParams())])
+    has_states = embedder == "base" or embedder.startswith("base+")
+    embedders = collect(problems, [partial(_text_embedder, embedder)])
     texts, fitted = _fitting(folders, files, problems, params[0] if has_states and params else None)
-    router, report = fit_with_report(texts, text_embedder, params[0], fitted=fitted)
+    router, report = fit_with_report(texts, embedders[0], params[0], fitted=fitted)
     by_states: FitReport | None = None
     if has_states:
         from treadle.engine.state_fitting import fit_base_states
@@ -87,28 +89,35 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
             told["states"] = found
         print(json.dumps({"bundle": str(output), "samples": rows, **told, "seconds": time.perf_counter() - started}))
         return
+    _print_fit(f"wrote {output} after {time.perf_counter() - started:.0f} s", router, report, by_states)
+
+
+def _print_fit(title: str, router: "Router", report: "FitReport", by_states: "FitReport | None") -> None:
+    """Print the cross-validation of texts and, if there is one, of the base model's states."""
     from treadle.cli.console import fit_table, new_console
 
     console = new_console()
-    console.print(f"wrote {output} after {time.perf_counter() - started:.0f} s")
-    console.print(fit_table(report, router.centroids))
-    for warning in report.warnings():
-        console.print(f"note: {warning}")
+    console.print(title)
+    told = [("", report, router.centroids)]
     if router.states and by_states:
-        console.print(f"the base model's states, after layer {router.states.layer}:")
-        console.print(fit_table(by_states, router.states.centroids))
-        for warning in by_states.warnings():
+        layer = router.states.layer
+        told.append((f"the base model's states, after layer {layer}:", by_states, router.states.centroids))
+    for heading, each, centroids in told:
+        if heading:
+            console.print(heading)
+        console.print(fit_table(each, centroids))
+        for warning in each.warnings():
             console.print(f"note: {warning}")
 
 
-def _embedder_parts(embedder: str) -> tuple[str, bool]:
-    """Return the embedder of texts, and whether the base model's states decide finally."""
+def _text_embedder(embedder: str) -> str:
+    """Return the embedder of texts; `base+E` names it behind the base model's states."""
     if embedder.rstrip("+") == "base":
         raise OptionError(
             "embedder base: write base+FOLDER (or base+static:NAME). The embedder of texts in FOLDER decides until the "
             "base model has read a prompt; then its states decide."
         )
-    return embedder.removeprefix("base+"), embedder.startswith("base+")
+    return embedder.removeprefix("base+")
 
 
 def _report_document(report: "FitReport") -> dict[str, Any]:

@@ -181,7 +181,7 @@ def is_to_reread(row: TokenSequence) -> bool:
 
 
 def put_states(rows: Sequence[TokenSequence], pads: Sequence[int], end: int, hidden: Tensor) -> None:
-    """Give rows the states (B, T, H) of the columns before `end`, padding left out; rows end where the columns end."""
+    """Give rows the states (B, T, H) of the columns before `end`, where all rows end; padding is left out."""
     room = max((row.trail.room for row in rows if row.trail), default=0)
     newest = hidden[:, -room:].float().cpu().numpy()  # once for all rows: on a GPU this synchronises
     for row, pad, states in zip(rows, pads, newest, strict=True):
