@@ -19,9 +19,10 @@ from treadle.bundle.base_model import load_tokenizer
 from treadle.common.params import SamplingParams
 from treadle.engine.chat import contents_of, joined, read_prompt
 from treadle.engine.decisions import update_weights
+from treadle.engine.sample_files import read_rows
 from treadle.engine.sequence import TokenSequence
 from treadle.engine.tokenization import chat_text
-from treadle.experiments.data import load_examples, read_rows
+from treadle.experiments.data import load_examples
 from treadle.routing.router import Router
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"

@@ -34,8 +34,9 @@ from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.bundle.centroid_files import read_centroids
 from treadle.common.errors import TreadleError
 from treadle.common.params import RoutingParams
+from treadle.engine.sample_files import load_texts
 from treadle.experiments.arms import choose_arms, read_sweep
-from treadle.experiments.data import load_examples, load_texts
+from treadle.experiments.data import load_examples
 from treadle.experiments.results import EvalResult, fractions_of, read_cell, read_results, write_cell, write_results
 from treadle.experiments.tasks import read_task
 from treadle.routing.embedder import StaticEmbedder, load_embedder

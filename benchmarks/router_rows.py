@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from treadle.experiments.data import read_rows
+from treadle.engine.sample_files import read_rows
 from treadle.experiments.tasks import TASKS, Example, Row
 
 FOUR = ("math", "science", "code", "reading")

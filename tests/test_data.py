@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 
 from treadle.common.errors import DataError, OptionError
 from treadle.engine.chat import read_prompt
-from treadle.experiments.data import CHAT_TASK, chat_task, load_examples, load_samples, load_texts, read_rows
+from treadle.engine.sample_files import load_samples, load_texts, read_rows
+from treadle.experiments.data import CHAT_TASK, chat_task, load_examples
 from treadle.experiments.tasks import TASKS, Example, find_task
 from treadle.experiments.train import TrainParams, training_rows
 from treadle.routing.samples import sample_texts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treadle.common.errors import OptionError
-from treadle.experiments.data import load_samples, load_texts
+from treadle.engine.sample_files import load_samples, load_texts
 from treadle.routing.embedder import load_embedder
 from treadle.routing.fitting import centroid_of, fit, texts_of
 from treadle.routing.samples import KINDS, MIN_WORDS_AFTER_CHANGE, PART_WORDS, STAGES, Sample, sample_texts

@@ -133,7 +133,7 @@ def _fitting(
     `for_states` are the routing's params if the base model's states decide, which need samples of every adapter.
     """
     from treadle.bundle.centroid_files import read_centroid
-    from treadle.experiments.data import load_samples
+    from treadle.engine.sample_files import load_samples
     from treadle.lora.adapter import read_adapter
     from treadle.routing.states import check_state_params
 
@@ -170,7 +170,7 @@ def doctor(
         _doctor_vllm(as_json)
         return
     from treadle.bundle.base_model import quiet_libraries
-    from treadle.experiments.data import load_texts
+    from treadle.engine.sample_files import load_texts
     from treadle.experiments.doctor import examine
 
     quiet_libraries()

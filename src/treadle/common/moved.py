@@ -26,7 +26,10 @@ MOVED = {
     "treadle.score": "treadle.engine.scoring",
     "treadle.tasks": "treadle.experiments.tasks",
 }
-PARTLY_MOVED = {"treadle.params": ("treadle.experiments.params",)}
+PARTLY_MOVED = {
+    "treadle.data": ("treadle.engine.sample_files",),
+    "treadle.params": ("treadle.experiments.params",),
+}
 """Modules that have some names of an old module, beside the one that MOVED names."""
 
 

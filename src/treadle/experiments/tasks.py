@@ -4,19 +4,17 @@ These formats are used for training, for centroids and for evaluation alike, and
 and MBPP are built in; any other is a few lines of JSON. This module knows rows and text; it knows nothing of models.
 """
 
-import json
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
 from treadle.common.documents import read_json
 from treadle.common.errors import DataError, OptionError, problem_list, shown, unknown_name
 from treadle.experiments.metrics import METRICS
-from treadle.routing.samples import Sample
+from treadle.routing.samples import Sample, as_text
 
 Row = Mapping[str, Any]
 
@@ -248,10 +246,3 @@ def _answers(name: str, row: Row) -> tuple[str, ...]:
     """Return the accepted answers that a field of a row holds: a text, or a list of texts."""
     value = _field(row, name)
     return tuple(as_text(each, name) for each in (value if isinstance(value, list) else [value]))
-
-
-def as_text(value: Any, name: str) -> str:
-    """Return a field's value as text; a ValueError where it is none (null, NaN as pandas leaves it, a list)."""
-    if not isinstance(value, str | int | float) or (isinstance(value, float) and not isfinite(value)):
-        raise ValueError(f"{name} is {json.dumps(value, default=repr)[:40]}, not a text")
-    return str(value)

@@ -1,10 +1,12 @@
 """Samples of an adapter, and the texts that a router is fitted on. Nothing here loads numpy."""
 
+import json
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from math import isfinite
+from typing import Any, Literal
 
 Stage = Literal["prompt", "running"]
 """`prompt`: a prompt is decided as a whole. `running`: the text grows by an answer."""
@@ -107,3 +109,10 @@ def _texts_of(sample: Sample, others: Sequence[str], choose: random.Random) -> I
 def _first_words(text: str, count: int) -> str:
     """Return the first words of a text."""
     return "".join(re.findall(r"\S+\s*", text)[:count])
+
+
+def as_text(value: Any, name: str) -> str:
+    """Return a field's value as text; a ValueError where it is none (null, NaN as pandas leaves it, a list)."""
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not isfinite(value)):
+        raise ValueError(f"{name} is {json.dumps(value, default=repr)[:40]}, not a text")
+    return str(value)
