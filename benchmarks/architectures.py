@@ -69,6 +69,9 @@ DEFAULT_FIELDS = ("partial_rotary_factor", "rope_scaling", "num_heads")
 """Fields above that most models are better without; `MORE` says where they matter."""
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, "factor": 4.0,
             "short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 10.0]}  # fmt: skip
+HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 16,
+          "attention_hidden_size": 64}  # fmt: skip
+STATES_FIRST = {"layer_types": ["linear_attention", "full_attention"]}
 MORE: dict[str, dict[str, Any]] = {
     "phi3-longrope": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24},
     "phi3-long": {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 4},
@@ -81,8 +84,27 @@ MORE: dict[str, dict[str, Any]] = {
     "llama-llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0,
                      "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": STATES_FIRST,
+    "qwen3_next": STATES_FIRST,
+    "qwen3_5_text": STATES_FIRST,
+    "qwen3_5_moe_text": STATES_FIRST,
+    "olmo_hybrid": STATES_FIRST,
+    "kimi_linear": STATES_FIRST | {"mlp_layer_types": ["dense", "dense"], "num_key_value_heads": 4},
+    "bailing_hybrid": STATES_FIRST | {"mlp_layer_types": ["dense", "dense"], "num_key_value_heads": 4},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "zamba": HYBRID,
+    "zamba2": HYBRID | {"hybrid_layer_ids": [1, 3]},
+    "nemotron_h": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+                   "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 2},
+    "minimax": STATES_FIRST,
 }  # fmt: skip
 """What some models need beyond `SIZES`; a name before a hyphen is an architecture, behind it one of its kinds."""
+MODELS_WITHOUT_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+"""PEFT adapts no out_proj of these."""
 SAMPLES = {"one": ["add three plus four", "the sum plus three"], "two": ["def loop return list", "return the list"]}
 PROMPTS = [[5, 17, 40], [9, 9, 120, 33, 8, 1, 77, 200, 61, 99, 3, 250, 64, 7], [*range(40, 60)]]
 """Token ids of three rows; with what follows, the longest crosses every limit of length above."""
@@ -173,6 +195,8 @@ def verdict(kind: str) -> str:
         return f"not built: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
     paths = {path for path in linear_shapes(model) if re.search(r"\.\d+\.", path)}
     names = sorted({".".join(path.split(".")[-2:]) for path in paths})  # PEFT maps bare names of experts
+    if model.config.model_type in MODELS_WITHOUT_OUT_PROJ:
+        names = [name for name in names if not name.endswith(".out_proj")]
     where = Path(tempfile.mkdtemp())
     try:
         folders = [save_adapter(where / name, model, seed, names) for seed, name in enumerate(SAMPLES)]

@@ -1,4 +1,4 @@
-"""Which models the engine refuses by name: their state is more than keys and values, or padding moves their tokens."""
+"""Which models the engine refuses by name: their state cannot be followed, or padding moves their tokens."""
 
 import re
 
@@ -17,8 +17,16 @@ from conftest import TINY, tiny_llama
 
 BART = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 260}
 REFUSED = {
-    "Lfm2": ("Lfm2", TINY | {"layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer|conv"),
-    "MiniMax": ("MiniMax", TINY | {"layer_types": ["linear_attention", "full_attention"]}, "inear"),
+    "MiniMax": (
+        "MiniMax",
+        TINY | {"layer_types": ["linear_attention", "full_attention"]},
+        "does not take the engine's|inear",
+    ),
+    "RecurrentGemma": (
+        "RecurrentGemma",
+        TINY | {"block_types": ["recurrent", "attention"]},
+        "it counts padding|recurrent",
+    ),
     "OpenAIGPT": ("OpenAIGPT", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 260}, "takes no cache"),
     "Bart": ("Bart", BART, "counts padding as tokens"),
 }

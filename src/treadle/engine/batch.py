@@ -15,7 +15,7 @@ from torch import Tensor
 
 from treadle.engine.decisions import is_to_reread, put_states, update_weights
 from treadle.engine.draws import Draw, Draws, are_whole, drawn, failure_of
-from treadle.engine.kv_cache import RowCache
+from treadle.engine.kv_cache import CacheSizes, RowCache
 from treadle.engine.prefix_cache import PrefixCache, PrefixCopy, PrefixText
 from treadle.engine.readings import Reading, score_prompts
 from treadle.engine.runners.passes import PassInput
@@ -43,8 +43,8 @@ class Batch:
         self._runner = runner
         self._blend = blend
         self._end_ids = end_ids
-        self.cache = RowCache()
-        self._prefixes = prefixes
+        self.cache = runner.new_cache()
+        self._prefixes = None if runner.is_recurrent else prefixes
         self.route_seconds = 0.0  # spent on weights so far
 
     @torch.inference_mode()
@@ -58,7 +58,7 @@ class Batch:
         for row in rows:
             row.generator = new_generator(row.sampling, self._runner.device)
         _, lost = self._route(rows)
-        reading = Reading([row for row in rows if row not in lost], lost=lost)
+        reading = Reading([row for row in rows if row not in lost], self._runner.new_cache(), lost=lost)
         if self._prefixes and len(reading.rows) == 1:
             (row,) = reading.rows
             reading.copy = PrefixCopy(reading.length, self._prefixes.max_bytes)
@@ -74,6 +74,8 @@ class Batch:
         A reading that is finished cannot go on.
         """
         assert not reading.is_finished
+        if not self._runner.reads_in_parts or (self._runner.is_recurrent and any(reading.pads)):
+            num_columns = None  # some models leave padding out of their states in the first pass alone
         num_columns = num_columns or reading.length
         if reading.done + num_columns >= reading.length:
             return self._advance(self._finish(reading, num_columns))
@@ -103,11 +105,12 @@ class Batch:
         self._keep([row for row in self.rows if row not in rows])
 
     @torch.inference_mode()
-    def measure(self) -> tuple[int, int]:
-        """Return the bytes that one token's keys and values take, and in how many layers, by reading one."""
-        cache = RowCache()
+    def measure(self) -> CacheSizes:
+        """Measure what a row takes of a cache, by reading one token."""
+        cache = self._runner.new_cache()
         self._forward([], torch.zeros(1, 1, dtype=torch.long), [0], cache, [])
-        return sum(each[:1, :, :1].nbytes for pair in cache.buffers() for each in pair), len(cache.buffers())
+        num_bytes = sum(each[:1, :, :1].nbytes for pair in cache.buffers() for each in pair)
+        return CacheSizes(num_bytes, cache.state_bytes, len(cache.buffers()))
 
     def padding_with(self, length: int) -> tuple[int, int]:
         """Return how many tokens, and how many columns of padding, there are if a row of `length` tokens joins."""
@@ -186,7 +189,7 @@ class Batch:
         for row in rows:
             if not row.events:
                 row.prompt_scores.clear()
-        reading = Reading(rows, is_again=is_again)
+        reading = Reading(rows, self._runner.new_cache(), is_again=is_again)
         return self._finish(reading, reading.length)
 
     def _read_newest(self) -> Draws:
@@ -195,6 +198,8 @@ class Batch:
             return {}
         length = self.cache.length
         found = drawn(self.rows, lambda: self._read_newest_of(self.rows, self.cache))
+        if len(self.rows) > 1 and self._runner.is_recurrent:
+            return found | self._read_anew([row for row in self.rows if isinstance(found[row], SequenceError)])
         if len(self.rows) > 1 and not are_whole(found):
             self.cache.cut(length)
             found |= self._shed()
@@ -204,6 +209,13 @@ class Batch:
         for row in self.rows:
             row.num_read += 1
         return found
+
+    def _read_anew(self, bad: Sequence[TokenSequence]) -> Draws:
+        """Read the whole texts of rows without a token again, because a failed pass over states cannot be undone."""
+        for row in self.rows:
+            row.num_read += 1
+        self._keep([row for row in self.rows if row not in bad])
+        return self._read_whole(bad, is_again=True) if bad else {}
 
     def _halve(self, first: int, end: int, found: Draws) -> Draws:
         """Read the newest token of each half of the rows from `first` to before `end`, and of halves of these.
@@ -318,7 +330,7 @@ class Batch:
         """Drop the other rows; of those that stay, the last ones move to where others were."""
         kept = [place for place, row in enumerate(self.rows) if row in rows]
         if not kept:
-            self.rows, self.cache = [], RowCache()
+            self.rows, self.cache = [], self._runner.new_cache()
         elif len(kept) < len(self.rows):
             behind = [place for place in kept if place >= len(kept)]
             order = [place if place in kept else behind.pop() for place in range(len(kept))]

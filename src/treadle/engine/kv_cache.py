@@ -6,7 +6,7 @@ cost running rows more than a step. On a CPU, memory that is not written to cost
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -17,6 +17,20 @@ GROWTH_TOKENS = 256
 """Tokens that a full buffer grows by, or a quarter if that is more; on a CPU it doubles."""
 GROWTH_ROWS = 8
 """Rows that a full buffer grows by when a row joins; four times as many on a CPU."""
+
+
+class CacheSizes(NamedTuple):
+    """Bytes that a row takes of a cache.
+
+    Attributes:
+        token_bytes: of one token's keys and values in all layers.
+        state_bytes: of its recurrent states, however long it is.
+        num_layers: that keep keys and values.
+    """
+
+    token_bytes: int
+    state_bytes: int
+    num_layers: int
 
 
 @dataclass
@@ -204,6 +218,19 @@ class RowCache(Cache):
     def length(self) -> int:
         """L, the tokens of the longest row."""
         return int(self.get_seq_length())
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether a layer keeps keys and values."""
+        return True
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of recurrent states: none in this cache."""
+        return 0
+
+    def begin_pass(self, num_columns: int) -> None:
+        """Prepare for a pass that appends so many columns; keys and values need nothing."""
 
     def rows(self, num_layers: int) -> list[RowLayer]:
         """Return the layers; new ones where the model has not written yet."""

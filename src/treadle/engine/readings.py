@@ -21,6 +21,7 @@ class Reading:
     def __init__(
         self,
         rows: Sequence[TokenSequence],
+        cache: RowCache,
         *,
         is_again: bool = False,
         lost: Mapping[TokenSequence, SequenceError] | None = None,
@@ -29,6 +30,7 @@ class Reading:
 
         Args:
             rows: to read.
+            cache: an empty one.
             is_again: keep the weights under which each token was read before.
             lost: rows that came with the others and cannot be weighed.
         """
@@ -42,7 +44,7 @@ class Reading:
         self.length = max((len(row.ids) for row in self.rows), default=1)
         self.pads = [self.length - len(row.ids) for row in self.rows]
         self.done = 0  # columns that have been read; the cache does not tell once it is the batch's
-        self.cache = RowCache()
+        self.cache = cache
         self.cache.expect(max((row.most_tokens for row in self.rows), default=1))
         self.copy: PrefixCopy | None = None  # for the prefixes, of a single row
 

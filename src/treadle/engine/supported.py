@@ -1,27 +1,34 @@
-"""Checks that the engine can run a model: its only state is keys and values, and padding is masked.
+"""Checks that the engine can run a model: it can follow the model's state, and padding is masked.
 
 The checks ask transformers and the model itself, because no list of model names would stay complete.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from treadle.common.errors import ModelError, problem_list
+from treadle.common.errors import ModelError, problem_list, reason_of
 from treadle.common.transformers_names import CACHE_NAMES, cache_argument
-from treadle.engine.kv_cache import RowCache
+from treadle.engine.recurrent_cache import is_recurrent, new_cache
 from treadle.lora.compatibility import linear_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SUPPORTED_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
-"""Layers of transformers' caches that `kv_cache` can replace: keys and values of each token, or nothing."""
+SUPPORTED_CACHE_LAYERS = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "DummyLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+)
+"""Layers of transformers' caches that the engine's own can replace."""
 STATEFUL_LAYER_TYPES = ("conv", "linear_attention", "mamba", "recurrent")
 """Layer types of a configuration that keep a state; caches of older releases do not show it."""
 PADDING_TOKENS = 3
@@ -30,7 +37,7 @@ PADDING_TOKENS = 3
 
 def check_supported(model: "PreTrainedModel") -> None:
     """Raise a ModelError that lists all reasons why the engine cannot run the model."""
-    problems = list(_state_problems(model)) or list(_padding_problems(model))
+    problems = list(_state_problems(model)) or [*_padding_problems(model), *_cache_problems(model)]
     if problems:
         head = f"the engine cannot run {type(model).__name__}; treadle.attach can blend its adapters:"
         raise ModelError(problem_list(head, problems))
@@ -45,30 +52,59 @@ def _state_problems(model: "PreTrainedModel") -> Iterator[str]:
         return
     kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - set(SUPPORTED_CACHE_LAYERS)
     types = set(getattr(config, "layer_types", None) or ()) & set(STATEFUL_LAYER_TYPES)
-    if kinds or types:
-        yield (
-            f"it keeps {', '.join(sorted(kinds or types))}; the engine holds keys and values of each token, and no "
-            "convolution, recurrent or indexed states"
-        )
-    elif getattr(model, "_is_stateful", False):
-        yield "it keeps a recurrent state; the engine holds keys and values of each token"
+    if kinds:
+        yield f"it keeps {', '.join(sorted(kinds))}; the engine's cache has no such layer"
+    elif (types or getattr(model, "_is_stateful", False)) and not is_recurrent(model):
+        yield "it keeps a recurrent state where this release of transformers has no layer of the cache for it"
 
 
 @torch.inference_mode()
 def _padding_problems(model: "PreTrainedModel") -> Iterator[str]:
-    """Test whether left padding changes the logits of a model that takes no positions."""
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    """Test whether left padding changes the logits of a model that takes no positions, or keeps a state."""
+    if "position_ids" in inspect.signature(model.forward).parameters and not is_recurrent(model):
         return
     ids = torch.arange(1, 5, device=model.device)[None]  # (1, T)
     padded = torch.nn.functional.pad(ids, (PADDING_TOKENS, 0))  # (1, PADDING_TOKENS + T)
     mask = (torch.arange(padded.shape[1], device=model.device) >= PADDING_TOKENS).long()[None]
     alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()  # (V,)
     beside = model(input_ids=padded, attention_mask=mask).logits[0, -1].float()
-    if (alone - beside).abs().max() > alone.std() * (0.01 if model.dtype == torch.float32 else 0.1):
-        yield (
-            "it takes no position_ids and counts padding as tokens, so rows of unequal length in one pass would not "
-            "be what they are alone"
-        )
+    if _differ(model, alone, beside):
+        why = "" if is_recurrent(model) else "takes no position_ids and "
+        yield f"it {why}counts padding as tokens, so rows of unequal length would not be what they are alone"
+
+
+def _cache_problems(model: "PreTrainedModel") -> Iterator[str]:
+    """Test whether a model with recurrent states goes on from the engine's cache, one token a pass."""
+    if is_recurrent(model):
+        try:
+            goes_on = _goes_on(model, (7, 1))
+        except Exception as error:  # whatever it is: the model has a cache of its own
+            yield f"it does not take the engine's cache: {reason_of(error)}"
+        else:
+            if not goes_on:
+                yield "with a cache it gives other logits than without, in this release of transformers"
+
+
+def reads_in_parts(model: "PreTrainedModel") -> bool:
+    """Return whether a model goes on from its states where a pass reads several tokens: some do not."""
+    return not is_recurrent(model) or _goes_on(model, (4, 3, 1))
+
+
+@torch.inference_mode()
+def _goes_on(model: "PreTrainedModel", parts: Sequence[int]) -> bool:
+    """Return whether a text in parts of so many tokens has the logits of the text at once."""
+    ids = torch.arange(1, 1 + sum(parts), device=model.device)[None]  # (1, T)
+    cache, logits = new_cache(model), [model(input_ids=ids).logits[0, -1].float()]
+    for part in ids.split(list(parts), 1):
+        cache.begin_pass(part.shape[1])
+        read = model(input_ids=part, use_cache=True, **{cache_argument(model): cache})
+        logits.append(read.logits[0, -1].float())
+    return not _differ(model, logits[0], logits[-1])
+
+
+def _differ(model: "PreTrainedModel", one: Tensor, other: Tensor) -> bool:
+    """Return whether two logits (V,) differ by more than rounding."""
+    return bool((one - other).abs().max() > one.std() * (0.01 if model.dtype == torch.float32 else 0.1))
 
 
 @torch.inference_mode()
@@ -85,10 +121,11 @@ def rereading_layers(model: "PreTrainedModel") -> frozenset[str]:
 
     linear = [(path, module, shape) for path, module in model.named_modules() if (shape := linear_shape(module))]
     hooks = [module.register_forward_pre_hook(partial(note, path, shape[0])) for path, module, shape in linear]
-    cache, ids = RowCache(), torch.arange(1, 5, device=model.device)[None]
+    cache, ids = new_cache(model), torch.arange(1, 5, device=model.device)[None]
     try:
         for part in (ids[:, :-1], ids[:, -1:]):  # the last pass reads one token
             seen.clear()
+            cache.begin_pass(part.shape[1])
             model(input_ids=part, use_cache=True, **{cache_argument(model): cache})
     finally:
         for hook in hooks:

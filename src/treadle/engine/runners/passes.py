@@ -58,8 +58,8 @@ class PassInput:
         return (torch.arange(start, start + new) - torch.tensor(self.pads)[:, None]).clamp(min=0)
 
     def mask(self) -> Tensor | None:
-        """Return (B, L) int64, 0 in padding, L including the new tokens; None if no row is padded."""
-        if not any(self.pads):
+        """Return (B, L) int64, 0 in padding, L including the new tokens; None if no layer would see padding."""
+        if not any(self.pads) or (self.ids.shape[1] == 1 and not self.cache.has_keys):
             return None
         columns = torch.arange(self.cache.length + self.ids.shape[1])
         return (columns >= torch.tensor(self.pads)[:, None]).long()

@@ -7,12 +7,15 @@ all of them with `ModelForward`.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from treadle.common.errors import OptionError
 from treadle.common.transformers_names import cache_argument
+from treadle.engine.kv_cache import RowCache
+from treadle.engine.recurrent_cache import is_recurrent, new_cache
 from treadle.engine.runners import decoder
 from treadle.engine.runners.blocks import blocks_of, outputs_of
 from treadle.engine.runners.cpu.chunk import ChunkPass
@@ -22,6 +25,7 @@ from treadle.engine.runners.cuda import step as cuda_step
 from treadle.engine.runners.cuda.step import GraphStep
 from treadle.engine.runners.passes import ForwardPass, PassInput, PassOutput
 from treadle.engine.runners.rope import LengthRope
+from treadle.engine.supported import reads_in_parts
 from treadle.lora.blend import Blend
 
 if TYPE_CHECKING:
@@ -55,13 +59,14 @@ class ModelForward:
 
     def _forward(self, given: PassInput, **asked: bool) -> Any:
         """Call the model."""
-        device, mask = self._model.device, given.mask()
+        device, mask, positions = self._model.device, given.mask(), given.positions()
+        given.cache.begin_pass(given.ids.shape[1])
         rope = self._rope.using(given.lengths) if self._rope else nullcontext()
         with self._blend.using(given.weights, given.combines, given.among), rope:
             return self._model(
                 input_ids=given.ids.to(device),
                 attention_mask=None if mask is None else mask.to(device),
-                position_ids=given.positions().to(device),
+                position_ids=positions.to(device),
                 use_cache=True,
                 logits_to_keep=given.num_logits,
                 **{self._cache_argument: given.cache},
@@ -89,6 +94,20 @@ class Runner:
     def has_packs(self) -> bool:
         """True if steps may read weights packed by oneDNN."""
         return any(isinstance(each, FastStep) and each.has_packs for each in self.own)
+
+    @cached_property
+    def is_recurrent(self) -> bool:
+        """True if layers keep a state that each pass replaces."""
+        return is_recurrent(self._model)
+
+    @cached_property
+    def reads_in_parts(self) -> bool:
+        """Whether a text may be read in several passes of more than one token."""
+        return reads_in_parts(self._model)
+
+    def new_cache(self) -> RowCache:
+        """Return an empty cache for the model."""
+        return new_cache(self._model)
 
     def run(self, given: PassInput) -> PassOutput:
         """Read the tokens, and append their keys and values to the cache."""

@@ -15,6 +15,7 @@ import torch
 from treadle.common.errors import OptionError
 from treadle.engine.batch import Batch, Reading
 from treadle.engine.engine import Engine
+from treadle.engine.kv_cache import CacheSizes
 from treadle.engine.sequence import TokenSequence
 
 if sys.platform != "win32":
@@ -95,31 +96,30 @@ class KvMemory:
         return max(MIN_KV_BYTES, int(share * (self._free_memory(device) - self._prefix_bytes)))
 
     @cached_property
-    def token_bytes(self) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        return self._measured[0]
+    def sizes(self) -> CacheSizes:
+        """Bytes that a sequence takes."""
+        return self._probe.measure()
 
     @cached_property
     def usable(self) -> int:
         """Bytes to promise to sequences: while a layer's buffer grows, the old one exists, too."""
-        token_bytes, num_layers = self._measured
-        usable = self.total * num_layers // (num_layers + 1)
-        given = f"{self.total / 2**20:.0f} MiB of keys and values hold {usable // token_bytes} tokens"
-        logger.info("%s (%.1f KiB each)", given, token_bytes / 1024)
+        token_bytes, state_bytes, num_layers = self.sizes
+        usable = self.total * num_layers // (num_layers + 1) if num_layers else self.total
+        given = f"{self.total / 2**20:.0f} MiB of keys and values"
+        if token_bytes:
+            logger.info("%s hold %d tokens (%.1f KiB each)", given, usable // token_bytes, token_bytes / 1024)
+        if state_bytes:
+            logger.info("%s hold the states of %d sequences", given, usable // state_bytes)
         return usable
 
     @cached_property
     def _probe(self) -> Batch:
         return self._engine.new_batch()
 
-    @cached_property
-    def _measured(self) -> tuple[int, int]:
-        return self._probe.measure()
-
     def check(self, rows: Sequence[TokenSequence]) -> None:
         """Raise an OptionError for a row that never fits, even alone."""
-        most = self.usable // self.token_bytes
-        too_long = [row for row in rows if self._columns([row]) > most]
+        most = (self.usable - self.sizes.state_bytes) // max(self.sizes.token_bytes, 1)
+        too_long = [row for row in rows if self._needed([row]) > self.usable]
         if too_long:
             row = max(too_long, key=lambda row: row.most_tokens)
             raise OptionError(
@@ -132,7 +132,7 @@ class KvMemory:
         """Return whether rows fit into a batch beside the future needs of all batches."""
         others = sum(self._held(each, each.rows) for each in batches if each is not batch)
         wanted = self._held(batch, [*batch.rows, *group])
-        reading = len(group) * max(len(row.ids) for row in group) * self.token_bytes if batch.rows else 0
+        reading = self._bytes(len(group), max(len(row.ids) for row in group)) if batch.rows else 0
         return others + wanted + reading <= self.usable
 
     def allow(self, batches: Sequence[Batch], reading: tuple[Batch, Reading] | None) -> None:
@@ -143,14 +143,14 @@ class KvMemory:
             batch, text = reading
             held[batch] = self._held(batch, [*batch.rows, *text.rows])
             if batch.rows:
-                inside = max(text.cache.num_bytes, text.length * len(text.rows) * self.token_bytes)
+                inside = max(text.cache.num_bytes, self._bytes(len(text.rows), text.length))
             own = inside or held[batch]
             text.cache.allow(self._layer_bytes(self.usable - sum(held.values()) - inside + own))
         for batch, own in held.items():
             batch.cache.allow(self._layer_bytes(self.usable - sum(held.values()) - inside + own))
 
     def _layer_bytes(self, num_bytes: int) -> int:
-        return max(0, num_bytes) // self._measured[1]
+        return max(0, num_bytes) // max(self.sizes.num_layers, 1)
 
     def used(self, batches: Sequence[Batch], reading: tuple[Batch, Reading] | None) -> int:
         """Return the bytes of all buffers now."""
@@ -158,9 +158,13 @@ class KvMemory:
 
     def _held(self, batch: Batch, rows: Sequence[TokenSequence]) -> int:
         """Return the bytes of a batch with these rows, now or when all have grown, whichever is more."""
-        return max(batch.cache.num_bytes, self._columns(rows) * self.token_bytes)
+        return max(batch.cache.num_bytes, self._needed(rows))
 
-    def _columns(self, rows: Sequence[TokenSequence]) -> int:
-        """Return the columns of fully grown rows, padded to the longest; rows that are read again count twice."""
+    def _needed(self, rows: Sequence[TokenSequence]) -> int:
+        """Return the bytes of fully grown rows, padded to the longest; rows that are read again count twice."""
         again = sum(map(self._probe.is_reread, rows))
-        return (len(rows) + again) * max((row.most_tokens for row in rows), default=0)
+        return self._bytes(len(rows) + again, max((row.most_tokens for row in rows), default=0))
+
+    def _bytes(self, num_rows: int, length: int) -> int:
+        """Return the bytes of rows that are padded to a length."""
+        return num_rows * (length * self.sizes.token_bytes + self.sizes.state_bytes)
