@@ -13,6 +13,7 @@ import copy
 import logging
 import multiprocessing
 import re
+import sys
 import tempfile
 import traceback
 import warnings
@@ -22,10 +23,10 @@ from typing import Any
 
 import torch
 import transformers
-from model2vec import StaticModel
-from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from peft import PeftModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from treadle.common.errors import TreadleError
 from treadle.common.params import RoutingParams, SamplingParams
@@ -34,8 +35,9 @@ from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.scoring import score_ids
 from treadle.lora.adapter import read_adapter
 from treadle.lora.compatibility import linear_shapes
-from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import fit
+
+import conftest
 
 END, PAD = 257, 258
 SIZES: dict[str, Any] = {
@@ -130,34 +132,9 @@ def build(kind: str) -> Any:
     return model.eval()
 
 
-def tokenizer() -> Any:
-    """Make a tokenizer with a token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens(["<unused>", "<end>", "<pad>"])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>")
-
-
-def embedder() -> StaticEmbedder:
-    """Make a static embedder of a few words."""
-    words = {word: index for index, word in enumerate("[UNK] add sum three four plus def return list loop the".split())}
-    core = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    vectors = torch.randn(len(words), 16, generator=torch.Generator().manual_seed(0)).numpy()
-    return StaticEmbedder(StaticModel(vectors=vectors, tokenizer=core))
-
-
 def save_adapter(folder: Path, model: Any, seed: int, targets: list[str]) -> Path:
     """Let PEFT write a random adapter."""
-    made = get_peft_model(copy.deepcopy(model), LoraConfig(r=3 + seed, lora_alpha=8, target_modules=targets))
-    torch.manual_seed(seed)
-    for name, parameter in made.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.1 * torch.randn_like(parameter)
-    made.peft_config["default"].base_model_name_or_path = "tiny"
-    made.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    return conftest.save_adapter(folder, copy.deepcopy(model), seed, r=3 + seed, target_modules=targets, task_type=None)
 
 
 def reference(model: Any, ids: list[int]) -> tuple[list[int], torch.Tensor]:
@@ -203,7 +180,9 @@ def verdict(kind: str) -> str:
     except Exception as error:
         return f"not adapted by PEFT: {str(error).splitlines()[0][:100]}"
     try:
-        engine = Engine(copy.deepcopy(model), tokenizer(), [read_adapter(f) for f in folders], fit(SAMPLES, embedder()))
+        router = fit(SAMPLES, conftest.embedder_of(conftest.WORDS))
+        adapters = [read_adapter(folder) for folder in folders]
+        engine = Engine(copy.deepcopy(model), conftest.byte_tokenizer(), adapters, router)
     except TreadleError as error:
         return f"refused: {error}"
     peft = PeftModel.from_pretrained(copy.deepcopy(model), folders[0], adapter_name="one")

@@ -1,10 +1,9 @@
 """Breaks the server on purpose, in a process of its own, and prints what happened.
 
-    python benchmarks/faults.py [--bundle demo/bundle] [--parts random schema slow kill]
+    python benchmarks/faults.py [--bundle demo/bundle] [--parts random schema]
 
 random: requests with random fields, bytes, routes and headers. schema: requests that schemathesis derives from the
-served OpenAPI document. slow: a client that reads one byte a second. kill: kill -9 under load, and a restart.
-No request may get a 5xx or hang, and the server must not grow.
+served OpenAPI document. No request may get a 5xx or hang, and the server must not grow.
 """
 
 import argparse
@@ -12,7 +11,6 @@ import asyncio
 import json
 import random
 import re
-import socket
 import string
 import subprocess
 import sys
@@ -20,7 +18,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import httpx
@@ -51,22 +48,17 @@ FLAGS = ["--max-tokens", 16, "--max-queue", 4096, "--admin-key", "root", "--adap
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
-    parts = ["random", "schema", "slow", "kill"]
+    parts = ["random", "schema"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--examples", type=int, default=200, help="of schemathesis, an operation")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if {"random", "schema", "slow"} & set(options.parts):
-        with serving(options.bundle, *FLAGS) as (url, process):
-            if "random" in options.parts:
-                asyncio.run(send_random(url, process, options))
-            if "schema" in options.parts:
-                run_schemathesis(url, process, options)
-            if "slow" in options.parts:
-                asyncio.run(read_slowly(url))
-    if "kill" in options.parts:
-        kill(options.bundle)
+    with serving(options.bundle, *FLAGS) as (url, process):
+        if "random" in options.parts:
+            asyncio.run(send_random(url, process, options))
+        if "schema" in options.parts:
+            run_schemathesis(url, process, options)
 
 
 async def send_random(url: str, process: psutil.Process, options: argparse.Namespace) -> None:
@@ -179,67 +171,6 @@ def count_requests(url: str) -> Counter[str]:
     ):
         found[status] += int(float(count))
     return found
-
-
-async def read_slowly(url: str) -> None:
-    """Print how long others' requests take while a client reads one byte a second."""
-
-    async def ask(count: int) -> float:
-        async with httpx.AsyncClient(timeout=120) as client:
-            times: list[float] = []
-            for _ in range(count):
-                started = time.perf_counter()
-                (await client.post(f"{url}/v1/completions", json=VALID["/v1/completions"])).raise_for_status()
-                times.append(time.perf_counter() - started)
-        return median(times)
-
-    before = await ask(20)
-    body = json.dumps({**VALID["/v1/completions"], "stream": True, "logprobs": 5, "n": 16, "max_tokens": 16}).encode()
-    host, port = url.removeprefix("http://").split(":")
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        slow.connect((host, int(port)))
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        until = time.monotonic() + 10
-        during = ask(20)
-        task = asyncio.ensure_future(during)
-        read = 0
-        while time.monotonic() < until:
-            read += len(slow.recv(1))
-            await asyncio.sleep(1)
-        with_slow = await task
-    print(f"slow: {read} bytes read in 10 s; medians of 20 requests: {1000 * with_slow:.0f} ms beside it, "
-          f"{1000 * before:.0f} ms alone\n")  # fmt: skip
-
-
-def kill(bundle: Path) -> None:
-    """Print what clients see when the server is killed under load, and how soon a new one serves."""
-    with serving(bundle) as (url, process):
-        seen = asyncio.run(kill_under_load(url, process))
-    print(f"kill -9: the {sum(seen.values())} streams that ran ended with {dict(seen)}")
-    started = time.perf_counter()
-    with serving(bundle) as (url, _):
-        httpx.post(f"{url}/v1/completions", json=VALID["/v1/completions"], timeout=120).raise_for_status()
-        print(f"  a restart answered after {time.perf_counter() - started:.1f} s\n")
-
-
-async def kill_under_load(url: str, process: psutil.Process) -> Counter[str]:
-    seen: Counter[str] = Counter()
-
-    async def one(client: httpx.AsyncClient) -> None:
-        body = {**VALID["/v1/completions"], "stream": True, "max_tokens": 400}
-        try:
-            answer = await client.post(f"{url}/v1/completions", json=body)
-            seen["done" if answer.text.endswith("[DONE]\n\n") else "cut off without an error"] += 1
-        except httpx.TransportError as error:
-            seen[type(error).__name__] += 1
-
-    async with httpx.AsyncClient(timeout=120) as client:
-        running = [asyncio.ensure_future(one(client)) for _ in range(16)]
-        await asyncio.sleep(1)
-        process.kill()
-        await asyncio.gather(*running)
-    return seen
 
 
 if __name__ == "__main__":

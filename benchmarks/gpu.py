@@ -1,15 +1,15 @@
 """Times decoding on a GPU with random models of known shapes: routing off, and weights that change every token.
 
-    python benchmarks/gpu.py --check                        # the laws, on small models
     python benchmarks/gpu.py --output gpu.jsonl             # all steps, some minutes on an H100
     python benchmarks/gpu.py --only Llama-3-8B              # a part of them
 
 It runs each shape with two sets of four adapters, over batches and contexts. Before anything is timed, logits are
-compared with those of the model's own forward. Then steps with routing off and blended run in turn, in blocks between
-two CUDA events. A line has the median and quartiles in milliseconds, the ratio to routing off, and the bandwidth:
-reading weights, factors and cache once in this time, as a share of a large copy's. Last come whole engine steps by the
-clock, router and sampling included. Each result is printed, and written to --output as a line of JSON. Without a GPU,
---only small shows that the script runs. `python -m benchmarks.peers` times other libraries.
+compared with those of the model's own forward; tests/test_graph_step.py has the laws. Then steps with routing off and
+blended run in turn, in blocks between two CUDA events. A line has the median and quartiles in milliseconds, the ratio
+to routing off, and the bandwidth: reading weights, factors and cache once in this time, as a share of a large copy's.
+Last come whole engine steps by the clock, router and sampling included. Each result is printed, and written to --output
+as a line of JSON. Without a GPU, --only small shows that the script runs. `python -m benchmarks.peers` times other
+libraries.
 """
 
 import argparse
@@ -25,18 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_check import check, graph_of, random_cache, relative
 from gpu_lab import (
     ADAPTERS,
     DEVICE,
-    NUM_ADAPTERS,
     SHAPES,
     build_engine,
     build_model,
-    cache_bytes,
-    draw_adapters,
     draw_prompts,
     draw_weights,
+    random_cache,
     step_of,
 )
 from torch import Tensor
@@ -47,7 +44,7 @@ from treadle.engine.engine import Engine
 from treadle.engine.kv_cache import RowCache
 from treadle.engine.runners.cuda.step import GraphStep
 from treadle.experiments.timing import Machine, bandwidth, interleave
-from treadle.experiments.workbench import start_batch, step_bytes
+from treadle.experiments.workbench import cache_bytes, start_batch, step_bytes
 
 BATCHES, CONTEXTS = (1, 8, 32, 128), (512, 4096)
 SMALL_BATCHES, SMALL_CONTEXTS = (1, 3), (40,)
@@ -146,7 +143,7 @@ class GpuLab:
     @property
     def step(self) -> GraphStep:
         """The engine's own step."""
-        return graph_of(self.engine)
+        return next(each for each in self.engine.runner.own if isinstance(each, GraphStep))
 
     def run(self, batches: Sequence[int], contexts: Sequence[int], limit: float) -> None:
         """Compare with forward, then time every batch and context; begin nothing after `limit` seconds."""
@@ -181,7 +178,7 @@ class GpuLab:
             inputs, past = ids[:, None].to(DEVICE), {cache_argument(model): self.cache(batch, context)}
             with torch.inference_mode(), self.engine.blend.using(weights):
                 expected = model(input_ids=inputs, use_cache=True, **past).logits[:, -1]
-            error = relative(logits, expected)
+            error = float((logits.double() - expected.double()).norm() / expected.double().norm())
             agree = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
             self.report("compare", setting=self.name, batch=batch, arm=arm, relative_error=error, same_argmax=agree)
 
@@ -248,7 +245,6 @@ class StepBlock:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="run the laws and nothing else")
     parser.add_argument(
         "--only", nargs="+", default=["Llama-2-7B", "Llama-3-8B"], choices=SHAPES, help="`small` = a try"
     )
@@ -256,20 +252,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=540, help="seconds after which nothing more is begun")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    if DEVICE != "cuda" and not options.check and options.only != ["small"]:
-        parser.error("there is no GPU here: give --only small, which shows that the script runs, or --check")
-    if options.check:
-        exact_attention()
-        raise SystemExit(check())
-    else:
-        measure(options, ResultLog(options.output))
-
-
-def exact_attention() -> None:
-    """Let the reference compute attention in full float32."""
-    torch.backends.cuda.enable_flash_sdp(enabled=False)
-    torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
-    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+    if DEVICE != "cuda" and options.only != ["small"]:
+        parser.error("there is no GPU here: give --only small, which shows that the script runs")
+    measure(options, ResultLog(options.output))
 
 
 def measure(options: argparse.Namespace, report: ResultLog) -> None:
@@ -280,7 +265,7 @@ def measure(options: argparse.Namespace, report: ResultLog) -> None:
         for kind, (rank, targets) in ADAPTERS.items():
             if report.seconds > options.limit:
                 continue
-            engine = build_engine(model, draw_adapters(model, NUM_ADAPTERS, rank, targets))
+            engine = build_engine(model, rank, targets)
             lab = GpuLab(engine, f"{shape}, {kind}", peak, options.rounds, report)
             batches, contexts = (SMALL_BATCHES, SMALL_CONTEXTS) if shape == "small" else (BATCHES, CONTEXTS)
             lab.run(batches, contexts, options.limit)

@@ -4,14 +4,14 @@ Nothing is fetched. Weights are drawn where they stay, on the device.
 """
 
 import sys
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
+from model2vec import StaticModel
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -20,10 +20,8 @@ from treadle.engine.kv_cache import RowCache
 from treadle.engine.runners.cuda.step import GraphStep
 from treadle.engine.runners.passes import PassInput
 from treadle.engine.runners.runner import Runner
-from treadle.lora.adapter import Adapter, LoraPair
-from treadle.lora.compatibility import linear_shapes
-from treadle.routing.centroids import Centroids
-from treadle.routing.router import Router
+from treadle.experiments.pools import random_adapters, random_router
+from treadle.routing.embedder import StaticEmbedder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference_kernels import PlainKernels
@@ -60,13 +58,13 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 ADAPTERS = {"r 64, q v": (64, ("q_proj", "v_proj")), "r 16, all linear": (16, ALL_LINEAR)}
 """Rank and targets of the four adapters."""
 NUM_ADAPTERS = 4
-DIM = 256
+DIM = 64
 """Dimensions of the router's embeddings."""
 
 
-def build_model(shape: dict[str, Any], device: str, dtype: torch.dtype | None = None) -> Any:
+def build_model(shape: dict[str, Any], device: str) -> Any:
     """Return a model with random weights, in bfloat16 on a GPU; biases and norms are random too."""
-    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options = {key: value for key, value in shape.items() if key != "model_type"}
     config = AutoConfig.for_model(shape["model_type"], **options, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
@@ -80,70 +78,24 @@ def build_model(shape: dict[str, Any], device: str, dtype: torch.dtype | None = 
     return model
 
 
-def draw_adapters(model: Any, count: int, rank: int, targets: Sequence[str], *, seed: int = 0) -> list[Adapter]:
-    """Return adapters a0, a1 ... in the dtype and on the device of the model."""
-    draw = torch.Generator(model.device).manual_seed(seed)
-
-    def noise(*size: int) -> Tensor:
-        return torch.randn(size, generator=draw, device=model.device, dtype=torch.float32).mul_(0.02).to(model.dtype)
-
-    shapes = {path: size for path, size in linear_shapes(model).items() if path.rpartition(".")[2] in targets}
-    return [
-        Adapter(
-            f"a{index}",
-            "base",
-            {path: LoraPair(noise(rank, inner), noise(outer, rank), 2.0) for path, (inner, outer) in shapes.items()},
-            Path(),
-        )
-        for index in range(count)
-    ]
+def word_core(size: int, end: str = "") -> Tokenizer:
+    """Return the core of a tokenizer whose token i is the word `wi`, with `end` behind it."""
+    return Tokenizer(models.WordLevel({f"w{index}{end}": index for index in range(size)}, unk_token=f"w0{end}"))
 
 
-def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose token i is the word `wi`."""
-    core = Tokenizer(models.WordLevel({f"w{index} ": index for index in range(size)}, unk_token="w0 "))
-    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False)
-
-
-class WordEmbedder:
-    """Random vectors of words; the newest weigh most, so that every token moves the weights."""
-
-    id, dim = "words", DIM
-
-    def __init__(self) -> None:
-        self._table = np.random.default_rng(0).standard_normal((4096, DIM)).astype(np.float32)
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the vectors (B, D) of whole texts; each word weighs half of the next one."""
-        summed = np.zeros((len(texts), DIM), np.float32)
-        for index, text in enumerate(texts):
-            for word in text.split()[-24:]:
-                summed[index] = summed[index] * 0.5 + self._table[zlib.crc32(word.encode()) % len(self._table)]
-        return summed / np.maximum(np.linalg.norm(summed, axis=1, keepdims=True), 1e-9)
-
-    def follow(self, spans: object) -> None:
-        """Keep no sum: each text is read anew."""
-
-    def finish(self, views: Sequence[str]) -> np.ndarray:
-        """Return the vectors (B, D) of texts."""
-        return self.encode(views)
-
-    def save(self, folder: Path) -> str:
-        """Refuse."""
-        raise NotImplementedError
-
-
-def build_engine(model: Any, adapters: Sequence[Adapter], *, is_fast: bool = True) -> Engine:
-    """Return an engine whose weights change with every token."""
-    embedder = WordEmbedder()
-    centroids = Centroids.empty(embedder.id, embedder.dim)
-    draw = np.random.default_rng(1)
-    for adapter in adapters:
-        centroids = centroids.add(adapter.name, draw.standard_normal((4, DIM)).astype(np.float32))
-    tokenizer = word_tokenizer(model.config.vocab_size)
+def build_engine(model: Any, rank: int, targets: Sequence[str]) -> Engine:
+    """Return an engine of random adapters, whose weights change with every token."""
+    size = model.config.vocab_size
+    vectors = np.random.default_rng(0).standard_normal((size, DIM), np.float32)
+    words = word_core(size)
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    embedder = StaticEmbedder(StaticModel(vectors, words))
+    adapters = random_adapters(model, "base", NUM_ADAPTERS, rank=rank, targets=targets)
+    router = random_router([adapter.name for adapter in adapters], embedder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_core(size, " "), clean_up_tokenization_spaces=False)
     is_gpu = model.device.type == "cuda"
-    engine = Engine(model, tokenizer, adapters, Router(centroids, embedder), is_fast=is_fast and is_gpu)
-    if is_fast and not is_gpu:  # only to see that the scripts run
+    engine = Engine(model, tokenizer, adapters, router, is_fast=is_gpu)
+    if not is_gpu:  # only to see that the script runs
         engine.blend.always_active_rows = sys.maxsize  # as on a GPU: the step reads the factors of all adapters
         engine.blend.take(engine.blend.plan(engine.blend.adapters))
         step = GraphStep(model, engine.blend, PlainKernels(), capture=lambda run: run)
@@ -162,11 +114,18 @@ def draw_prompts(engine: Engine, batch: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, engine.model.config.vocab_size, (batch, length)).tolist()
 
 
-def cache_bytes(model: Any) -> int:
-    """Return the bytes of one token's keys and values."""
-    config = model.config
+@torch.inference_mode()
+def random_cache(model: Any, rows: int, length: int) -> RowCache:
+    """Return a cache of random keys and values, the same every time."""
+    config, cache = model.config, RowCache()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
+    draw = torch.Generator(model.device).manual_seed(0)
+    for layer in cache.rows(config.num_hidden_layers):
+        size = (rows, config.num_key_value_heads, length, head)
+        keys = torch.randn(size, generator=draw, device=model.device, dtype=model.dtype)
+        layer.update(keys, keys.roll(1, -1))
+        del keys
+    return cache
 
 
 def step_of(ids: Tensor, pads: Sequence[int], weights: np.ndarray | None, cache: RowCache) -> PassInput:

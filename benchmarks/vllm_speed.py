@@ -1,4 +1,4 @@
-"""Prints decoding in vLLM, blended against its base and against its own LoRA serving of one adapter; and the router.
+"""Prints decoding in vLLM, blended against its base and against its own LoRA serving of one adapter.
 
     python benchmarks/vllm_speed.py [--batch 1 8 32] [--steps 40] [--dtype bfloat16] [--arms base qv ...]
 
@@ -17,7 +17,6 @@ import os
 import tempfile
 from pathlib import Path
 from statistics import median, quantiles
-from time import perf_counter, thread_time
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -53,7 +52,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--router", type=int, default=64, help="streams of the router's table; 0 = none")
     parser.add_argument("--compile", action="store_true", help="vLLM's compiled mode (minutes to start)")
     options = parser.parse_args()
     quiet_libraries()
@@ -67,8 +65,6 @@ def main() -> None:
         for batch in options.batch:
             for line in rows(measure(engines, batch, options.steps, folder), batch):
                 print(line, flush=True)
-        if options.router and "qv" in engines:
-            router(engines["qv"], options.router, options.steps)
 
 
 def random_bundle(folder: Path) -> Path:
@@ -133,11 +129,11 @@ def measure(engines: dict[str, LLM], batch: int, steps: int, folder: str) -> dic
     return seconds
 
 
-def fill(llm: LLM, batch: int, tokens: int, lora: LoRARequest | None = None, **extra: Any) -> None:
+def fill(llm: LLM, batch: int, tokens: int, lora: LoRARequest | None = None) -> None:
     """Add requests and read their prompts, so that the next steps decode all of them."""
     for index in range(batch):
         text = PROMPTS[index % len(PROMPTS)] + " " * (index // 4)
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra or None)
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         llm.llm_engine.add_request(f"{index}", text, params, lora_request=lora)
     core = llm.llm_engine.engine_core.engine_core
     while sum(each.num_output_tokens > 0 for each in core.scheduler.requests.values()) < batch:
@@ -147,36 +143,6 @@ def fill(llm: LLM, batch: int, tokens: int, lora: LoRARequest | None = None, **e
 def finish(llm: LLM) -> None:
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
-
-
-def router(llm: LLM, streams: int, steps: int) -> None:
-    """Print what the weights of a step cost, of that many streams, all of them due at each step."""
-    fill(llm, streams, steps + 10, treadle={"every": 1})
-    schedule = llm.llm_engine.engine_core.engine_core.scheduler.treadle.schedule
-    plan, spent, own, taken = schedule.plan, [], [], []
-
-    def timed(*args: Any) -> Any:
-        started, thread = perf_counter(), thread_time()
-        made = plan(*args)
-        spent.append(perf_counter() - started)
-        own.append(thread_time() - thread)
-        return made
-
-    schedule.plan = timed
-    before = schedule.counts.decisions
-    for _ in range(steps):
-        started = perf_counter()
-        llm.llm_engine.step()
-        taken.append(perf_counter() - started)
-    decisions = schedule.counts.decisions - before
-    schedule.plan = plan
-    finish(llm)
-    due = decisions / len(spent)
-    wall, thread = (f"{1e6 * median(each) / due:.1f}" for each in (spent, own))
-    step = 1000 * median(taken)
-    print(f"\nrouter, {streams} streams, every 1: {decisions} decisions, {wall} us a stream and decision on the wall, "
-          f"{thread} of the thread (plan and gates included; medians of steps), {1000 * median(spent):.2f} ms of a "
-          f"step of {step:.1f} ms: {1000 * median(spent) / step:.2%}")  # fmt: skip
 
 
 if __name__ == "__main__":
