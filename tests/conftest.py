@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
     from treadle.engine.engine import Engine
+    from treadle.lora.adapter import Adapter
     from treadle.routing.embedder import StaticEmbedder
     from treadle.routing.router import Router
+    from treadle.routing.states import StateClasses
 
 collect_ignore = [] if find_spec("vllm") else ["vllm_plugin"]
 """The plugin's tests need vLLM, in an environment of its own: `make test-vllm`."""
@@ -203,6 +205,21 @@ def router(embedder: StaticEmbedder) -> Router:
     from treadle.routing.fitting import fit
 
     return fit(SAMPLES, embedder)
+
+
+@pytest.fixture(scope="session")
+def adapters(adapter_folders: dict[str, Path]) -> list[Adapter]:
+    from treadle.lora.adapter import read_adapter
+
+    return [read_adapter(folder, name) for name, folder in adapter_folders.items()]
+
+
+@pytest.fixture(scope="session")
+def classes(tokenizer: PreTrainedTokenizerFast, adapters: list[Adapter]) -> StateClasses:
+    """Classes over the states that the tiny base model has of all samples."""
+    from treadle.engine.state_fitting import fit_states
+
+    return fit_states(tiny_llama(), tokenizer, SAMPLES, adapters)[0]
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ from treadle.common.params import SamplingParams
 from treadle.engine.engine import Engine, load
 from treadle.serving.openai.keys import Keyring
 from treadle.serving.openai.params import ServeParams
+from treadle.serving.openai.protocol import HttpProtocol
+from treadle.serving.openai.queues import Client, WorkQueue
 from treadle.serving.openai.serve import Server
+from treadle.serving.openai.state import ServerState
 
 CHAT = [{"role": "user", "content": "add three plus four"}]
 
@@ -29,7 +32,8 @@ class Serving:
     def __init__(self, server: Server, engine: Engine) -> None:
         self.server = server
         self.engine = engine
-        self.scheduler = server.app.state.treadle.scheduler
+        self.state: ServerState = server.app.state.treadle
+        self.scheduler = self.state.scheduler
         self.url = f"http://127.0.0.1:{server.port}"
         self.clients: list[openai.OpenAI] = []  # closed at the end: one in a cycle leaves its socket to chance
 
@@ -72,15 +76,32 @@ class Serving:
         finally:
             go.set()
 
+    @contextmanager
+    def blocked(self, line: WorkQueue, num_bytes: int = 0, threads: int = 2) -> Generator[None]:
+        """Hold threads of a queue with work of a size; other work waits there until the end of the block."""
+        begun, go = threading.Barrier(threads + 1, timeout=30), threading.Event()
+
+        def hold(_: Any) -> None:
+            begun.wait()
+            go.wait(30)
+
+        for _ in range(threads):
+            line.queue(hold, Client(), num_bytes)
+        begun.wait()
+        try:
+            yield
+        finally:
+            go.set()
+
 
 @contextmanager
-def serving(bundle: Path, **params: Any) -> Generator[Serving]:
+def serving(bundle: Path, http: type[HttpProtocol] = HttpProtocol, **params: Any) -> Generator[Serving]:
     """Serve a bundle until the end of the block."""
     read = read_bundle(bundle)
     engine = load(read)
     engine.generate("x", sampling=SamplingParams(max_tokens=1))  # a broken engine fails its test here, not in waiting
     options = ServeParams(port=0, **params)
-    server = Server(read, engine, options, Keyring(options))
+    server = Server(read, engine, options, Keyring(options), http)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 30

@@ -103,8 +103,8 @@ eight = {}
 """
 TABLE_PROBLEMS = (
     "one: unknown option 'evry'. Did you mean 'every'?",
-    "six: bundle: expected str, got 5.",
-    "seven: bundle names no folder",
+    "six: bundle: got 5; name a folder",
+    "seven: bundle: got ''; name a folder",
     "eight: a grid needs an option with a list",
     "two: routing options:",
     "prefill causal decides in blocks",
@@ -221,7 +221,7 @@ def test_a_sweep_is_tasks_and_arms_and_options(tmp_path):
         ('task = ["math"]', ("unknown key 'task'. Did you mean 'tasks'?", "tasks names no task")),
         ("tasks = 5\nalso = [1]", ("tasks must be a list of texts", "also must be a list of texts")),
         ('tasks = ["math"]\nlimit = 0', ("limit must be a whole number of at least 1, not 0",)),
-        ('tasks = []\nlimit = "x"', ("tasks names no task", "limit: expected int, got 'x'.")),
+        ('tasks = []\nlimit = "x"', ("tasks names no task", "limit must be a whole number of at least 1, not 'x'")),
         ('tasks = ["math"]\nalso = ["bas"]', ("unknown arm 'bas'. Did you mean 'base'?",)),
     ],
 )

@@ -4,20 +4,22 @@ import gc
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from benching import SHORT, endless, open_lab, shrink
-from transformers import LlamaForCausalLM
+from benching import SHORT, endless, open_lab
 
 import treadle
 from treadle.common.errors import OptionError, TreadleError
 from treadle.common.params import RoutingParams
-from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
-from treadle.experiments import memory_use, router_speed, workbench
+from treadle.engine.runners.passes import PassInput, PassOutput
+from treadle.engine.runners.runner import Runner
+from treadle.experiments import memory_use, workbench
 from treadle.experiments.memory_use import (
     BASE_ARM,
     CLASS_ARM,
@@ -36,13 +38,10 @@ from treadle.experiments.suites import check_lab, measure
 from treadle.experiments.timing import Elsewhere, Machine, Table, TableLine, interleave, lines, markdown
 from treadle.experiments.workbench import COPY_ARM, OFF_ARM, Lab, Steps, is_acting, routings, start_batch, step_bytes
 from treadle.lora.compatibility import linear_shapes
+from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.sentence_embedder import SentenceEmbedder
 
 from conftest import Run
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink(monkeypatch)
 
 
 @pytest.fixture
@@ -180,12 +179,22 @@ def test_texts_longer_than_the_context_are_refused_before_anything_is_timed_all_
 # The router
 
 
-def test_a_decision_comes_after_an_untimed_step_of_the_base_and_texts_grow_by_tokens_of_the_samples(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decision_comes_after_an_untimed_step_of_the_base(lab: Lab, embedder: StaticEmbedder) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(Steps, "__call__", lambda self: calls.append("step"))
-    monkeypatch.setattr(Decisions, "__call__", lambda self: calls.append("decision"))
+    engine = lab.engine
+
+    class NotedRunner(Runner):
+        def run(self, given: PassInput) -> PassOutput:
+            calls.extend(["step"] if given.is_step else [])
+            return super().run(given)
+
+    class NotedEmbedder(StaticEmbedder):
+        def finish(self, views: Sequence[Any]) -> Any:
+            calls.append("decision")
+            return super().finish(views)
+
+    engine.runner = NotedRunner(engine.model, engine.blend, engine.runner.own)
+    engine.router = replace(engine.router, embedder=NotedEmbedder(embedder.model))
     [table] = measure(lab, ["router"])
     made = calls[calls.index("step") :]  # texts are read before that
     assert made.count("decision") == (len(table.lines) - 1) * (SHORT.tokens + 2)
@@ -203,11 +212,16 @@ def test_texts_of_decisions_are_the_bundles_samples_and_differ_between_streams(l
     assert len({tuple(pieces) for pieces in decisions.pieces}) == 3
 
 
-def test_an_embedder_that_reads_every_text_anew_gets_fewer_texts_and_a_note(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Lab, "is_slow", True)
-    monkeypatch.setattr(router_speed, "MAX_SLOW_TOKENS", 1024)
+class Slow(SentenceEmbedder):
+    """A sentence embedder that has the vectors of a static one."""
+
+    def __init__(self, other: StaticEmbedder) -> None:
+        self.id, self.dim, self.encode = other.id, other.dim, other.encode
+
+
+def test_an_embedder_that_reads_every_text_anew_gets_fewer_texts_and_a_note(lab: Lab, embedder: StaticEmbedder) -> None:
+    lab.engine.router = replace(lab.engine.router, embedder=Slow(embedder))
+    lab = replace(lab, sizes=replace(lab.sizes, max_slow_tokens=1024))
     [table] = measure(lab, ["router"])
     notes = {line.arm: line.note for line in table.lines if not line.seconds}
     assert list(notes) == ["64 x one decision, text of 64 tokens"]
@@ -280,32 +294,23 @@ def test_peaks_are_compared_with_the_sum_of_what_a_process_must_hold(lab: Lab) -
     assert "takes 4 more" in needed.note
 
 
-def test_processes_make_all_their_tokens(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_make_all_their_tokens(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     endless(lab)
-    steps: list[int] = []
-    step = Batch.step
-    monkeypatch.setattr(Batch, "step", lambda self: (steps.append(1), step(self))[1])
-    memory_use.answer(str(lab.bundle.folder), "cpu", "float32", "0", "10", "abc")
-    assert len(steps) == 9
-    made: list[torch.Tensor] = []
-    generate = LlamaForCausalLM.generate
-    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *a, **k: (made.append(generate(*a, **k)), made[-1])[1])
+    assert memory_use.answer(str(lab.bundle.folder), "cpu", "float32", "0", "10", "abc") == 10
+    names: dict[str, Any] = {}
     monkeypatch.setattr(sys, "argv", plain_command(lab.bundle.base_model, "cpu", "float32", 10, "abc")[2:])
-    exec(memory_use.PLAIN_CODE, {})
-    assert made[0].shape == (1, 13)
+    exec(memory_use.PLAIN_CODE, names)
+    assert names["made"].shape == (1, 13)
 
 
-def test_the_memory_suite_measures_these_processes(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_suite_measures_these_processes(lab: Lab) -> None:
     asked: list[dict[str, list[str]]] = []
 
     def measured(commands: dict[str, list[str]], rounds: int) -> dict[str, list[ProcessCost]]:
         asked.append(commands)
         return {name: [ProcessCost(1.0, 100 << 20)] * rounds for name in commands}
 
-    monkeypatch.setattr(memory_use, "measure_processes", measured)
-    start, helped, peaks = measure(lab, ["memory"])
+    start, helped, peaks = memory_use.memory(lab, measured)
     assert [line.arm for line in start.lines] == ["transformers, base", "treadle generate"]
     assert (helped.lines[0].seconds, len(peaks.lines)) == (1.0, 3)
     first, _, whole = asked
@@ -338,7 +343,7 @@ def test_wrong_options_are_named_before_anything_is_measured(run: Run, bundle: P
     assert "tokens must be a whole number of at least 8" in err
     assert "batch must be whole numbers of at least 1" in err
     code, _, err = run("bench", bundle, "--batch", "many")
-    assert (code, "expected a number or a list of numbers, got ['many']" in err) == (1, True)
+    assert (code, "batch must be whole numbers of at least 1, not ['many']" in err) == (1, True)
 
 
 def test_what_a_run_measured_is_kept_and_drawn(run: Run, bundle: Path, tmp_path: Path) -> None:

@@ -1,16 +1,23 @@
 """Rows of a cache that join and leave, against a list of each row's own keys and values."""
 
+from collections.abc import Sequence
+
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from treadle.engine import kv_cache as caches
-from treadle.engine.kv_cache import RowCache
+from treadle.engine.kv_cache import RowCache, RowLayer
 
 HEADS, HEAD = 2, 3
+
+
+class Unfilled(RowLayer):
+    """Memory that nobody has written to is not a number."""
+
+    def new_buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return like.new_full(tuple(shape), torch.nan)
 
 
 def states(rows: int, tokens: int, seed: int) -> Tensor:
@@ -20,13 +27,14 @@ def states(rows: int, tokens: int, seed: int) -> Tensor:
 class Model:
     """A cache of one layer, and the contents that each row must have."""
 
-    def __init__(self) -> None:
-        self.cache = RowCache()
+    def __init__(self, layer_type: type[RowLayer] = Unfilled) -> None:
+        self.layer_type = layer_type
+        self.cache = RowCache(layer_type)
         self.rows: list[Tensor] = []  # each (H, T, head)
         self.seed = 0
 
     def join(self, lengths: list[int]) -> None:
-        other = RowCache()
+        other = RowCache(self.layer_type)
         longest = max(lengths)
         self.seed += 1
         new = states(len(lengths), longest, self.seed)
@@ -50,7 +58,7 @@ class Model:
             self.rows[place] = last
             order[place] = len(self.rows)
         if not self.rows:
-            self.cache = RowCache()
+            self.cache = RowCache(self.layer_type)
             return
         self.cache.keep(order, self.cache.length - max(row.shape[1] for row in self.rows))
         layer = self.cache.rows(1)[0]
@@ -71,11 +79,6 @@ class Model:
             np.testing.assert_array_equal(layer.values[place, :, -row.shape[1] :], row + 1)
 
 
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "new_pages", lambda shape, like: like.new_full(shape, torch.nan))
-
-
 ACTIONS = st.one_of(
     st.tuples(st.just("join"), st.lists(st.integers(1, 40), min_size=1, max_size=4)),
     st.tuples(st.just("step"), st.integers(1, 9)),
@@ -88,16 +91,16 @@ ACTIONS = st.one_of(
 def test_rows_that_join_and_leave_keep_what_is_theirs(
     actions: list[tuple[str, object]], growth: int, row_growth: int
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caches, "GROWTH_TOKENS", growth)
-        patch.setattr(caches, "GROWTH_ROWS", row_growth)
-        model = Model()
-        for name, argument in actions:
-            if name == "join":
-                model.join(argument)
-            elif model.rows:
-                model.step(argument) if name == "step" else model.leave(argument % len(model.rows))
-            model.check()
+    class Layer(Unfilled):
+        growth_tokens, growth_rows = growth, row_growth
+
+    model = Model(Layer)
+    for name, argument in actions:
+        if name == "join":
+            model.join(argument)
+        elif model.rows:
+            model.step(argument) if name == "step" else model.leave(argument % len(model.rows))
+        model.check()
 
 
 def test_rows_that_stay_are_not_moved() -> None:

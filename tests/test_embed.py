@@ -5,9 +5,11 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +40,41 @@ def byte_model(**options: object) -> StaticModel:
     core = byte_tokenizer().backend_tokenizer
     vectors = np.random.default_rng(0).normal(size=(core.get_vocab_size(), 6)).astype(np.float32)
     return StaticModel(**{"vectors": vectors, "tokenizer": core, "max_length": None, **options})
+
+
+class NotedModel:
+    """A model that notes what it is asked for: each list of words to tokenise, each list of texts to encode."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.asked: list[list[str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def tokenize(self, words: Sequence[str]) -> Any:
+        self.asked.append(list(words))
+        return self._model.tokenize(words)
+
+    def encode(self, texts: list[str], **options: Any) -> Any:
+        self.asked.append(texts)
+        return self._model.encode(texts, **options)
+
+    def tokenizer(self, text: str, **options: Any) -> Any:
+        self.asked.append([text])
+        return self._model.tokenizer(text, **options)
+
+
+class NotedEmbedder(StaticEmbedder):
+    """An embedder that notes how many words it sums up at a time."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.summed: list[int] = []
+
+    def sum_words(self, words: Sequence[str]) -> np.ndarray:
+        self.summed.append(len(words))
+        return super().sum_words(words)
 
 
 @pytest.fixture(scope="module")
@@ -124,33 +161,27 @@ def test_a_snapshot_does_not_move_with_the_text(bytewise):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_an_append_costs_the_same_at_any_length(bytewise, monkeypatch, window):
-    summed: list[int] = []
-    tokenized: list[int] = []
-    embedder = StaticEmbedder(bytewise.model)
-    sum_words, tokenize = embedder.sum_words, bytewise.model.tokenize
-    monkeypatch.setattr(embedder, "sum_words", lambda words: summed.append(len(words)) or sum_words(words))
-    monkeypatch.setattr(bytewise.model, "tokenize", lambda words: tokenized.append(len(words)) or tokenize(words))
+def test_an_append_costs_the_same_at_any_length(bytewise, window):
+    model = NotedModel(bytewise.model)
+    embedder = NotedEmbedder(model)
     costs: list[tuple[int, int]] = []
     for length in (10, 3000):
         track = embedder.follow((24, 8), window)
         track.extend([f"w{index} " for index in range(length)])
-        summed.clear()
-        tokenized.clear()
+        embedder.summed.clear()
+        model.asked.clear()
         track.extend([f"new{length}"])
         track.extend([", and"])
         track.views()
-        costs.append((sum(summed), sum(tokenized)))
+        costs.append((sum(embedder.summed), sum(map(len, model.asked))))
     assert costs[1][0] <= costs[0][0] <= 5
     assert costs[1][1] <= costs[0][1] <= 4
 
 
-def test_a_word_is_tokenised_once(bytewise, monkeypatch):
-    seen: list[str] = []
-    embedder, tokenize = StaticEmbedder(bytewise.model), bytewise.model.tokenize
-    monkeypatch.setattr(bytewise.model, "tokenize", lambda words: seen.extend(words) or tokenize(words))
-    embedder.encode(["the cell and the atom", "the atom"])
-    assert sorted(seen) == ["and", "atom", "cell", "the"]
+def test_a_word_is_tokenised_once(bytewise):
+    model = NotedModel(bytewise.model)
+    StaticEmbedder(model).encode(["the cell and the atom", "the atom"])
+    assert sorted(chain.from_iterable(model.asked)) == ["and", "atom", "cell", "the"]
 
 
 @pytest.mark.parametrize("cap", [1, 3, 4])
@@ -274,6 +305,14 @@ def sentences(sentence_folder) -> SentenceEmbedder:
     return embedder
 
 
+@pytest.fixture
+def noted(sentence_folder) -> SentenceEmbedder:
+    """An embedder whose model notes what it is asked for."""
+    embedder = SentenceEmbedder(str(sentence_folder))
+    embedder.model = NotedModel(embedder.model)
+    return embedder
+
+
 def test_sentence_vectors_are_of_length_one(sentences):
     vectors = sentences.encode([SENTENCE, "loop", SENTENCE])
     assert vectors.shape == (3, 16)
@@ -322,31 +361,23 @@ def test_the_last_words_of_a_sentence_are_a_view_and_a_long_text_is_not_read_for
     np.testing.assert_allclose(views[0, 1], sentences.encode(["heat loop"])[0], atol=1e-6)
 
 
-def test_all_rows_that_are_due_are_one_call(sentences, monkeypatch):
-    calls: list[int] = []
-    encode = sentences.model.encode
-    monkeypatch.setattr(sentences.model, "encode", lambda many, **o: calls.append(len(many)) or encode(many, **o))
-    sentences.finish(["the cell"] * 5)
-    assert calls == [5]
+def test_all_rows_that_are_due_are_one_call(noted):
+    noted.finish(["the cell"] * 5)
+    assert [len(each) for each in noted.model.asked] == [1] * 5 + [5]  # each is cut, then all are encoded
 
 
-def test_of_a_very_long_text_only_the_end_is_looked_at(sentences, monkeypatch):
-    tail, seen = "the cell add heat loop the cell add heat loop", []
-    offsets = sentences._offsets
-    monkeypatch.setattr(sentences, "_offsets", lambda text: seen.append(len(text)) or offsets(text))
-    long = sentences.encode(["heat " * 5000 + tail, "the" * 9000 + " " + tail, tail, "the\n" + "loop" * 5000])
+def test_of_a_very_long_text_only_the_end_is_looked_at(sentences, noted):
+    tail = "the cell add heat loop the cell add heat loop"
+    long = noted.encode(["heat " * 5000 + tail, "the" * 9000 + " " + tail, tail, "the\n" + "loop" * 5000])
     np.testing.assert_allclose(long[:3], np.repeat(sentences.encode([tail]), 3, 0), atol=1e-6)
     np.testing.assert_allclose(long[3], sentences.encode(["the " + "loop" * 5000])[0], atol=1e-6)
-    assert max(seen[:2]) <= 20 * LIMIT
+    assert max(len(text) for (text,) in noted.model.asked[:2]) <= 20 * LIMIT
 
 
-def test_short_texts_are_not_padded_to_long_ones(sentences, monkeypatch):
+def test_short_texts_are_not_padded_to_long_ones(sentences, noted):
     texts = ["cell", SENTENCE, "the cell add heat", "heat loop", SENTENCE + " cell"]
-    calls: list[list[str]] = []
-    encode = sentences.model.encode
-    monkeypatch.setattr(sentences.model, "encode", lambda many, **o: calls.append(many) or encode(many, **o))
-    vectors = sentences.encode(texts)
-    assert calls == [[texts[4], texts[1], texts[2]], [texts[3], texts[0]]]
+    vectors = noted.encode(texts)
+    assert noted.model.asked[len(texts) :] == [[texts[4], texts[1], texts[2]], [texts[3], texts[0]]]
     np.testing.assert_allclose(vectors, np.concatenate([sentences.encode([text]) for text in texts]), atol=1e-6)
 
 
@@ -365,21 +396,28 @@ def test_a_sentence_embedder_that_is_a_pickle_is_refused(sentences, sentence_fol
         load_embedder(tmp_path / "pickled")
 
 
-def test_threads_take_turns_with_the_sentence_model(sentences, monkeypatch):
-    """A decision that comes late is embedded beside the model, while another row's prompt is decided."""
-    encode, inside, most = sentences.model.encode, [], []
+class SlowModel(NotedModel):
+    """A model that notes how many threads are in it at a time."""
 
-    def slow(*args, **kwargs):
-        inside.append(1)
-        most.append(len(inside))
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.inside: list[int] = []
+        self.most = 0
+
+    def encode(self, texts: list[str], **options: Any) -> Any:
+        self.inside.append(1)
+        self.most = max(self.most, len(self.inside))
         time.sleep(0.02)
-        found = encode(*args, **kwargs)
-        inside.pop()
+        found = super().encode(texts, **options)
+        self.inside.pop()
         return found
 
-    monkeypatch.setattr(sentences.model, "encode", slow)
+
+def test_threads_take_turns_with_the_sentence_model(noted):
+    """A decision that comes late is embedded beside the model, while another row's prompt is decided."""
+    noted.model = model = SlowModel(noted.model)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(sentences.encode, [["add three"]] * 8))
-    assert max(most) == 1
+        found = list(pool.map(noted.encode, [["add three"]] * 8))
+    assert model.most == 1
     for each in found[1:]:
         np.testing.assert_array_equal(each, found[0])

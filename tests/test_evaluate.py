@@ -1,6 +1,7 @@
 """Evaluation on a tiny engine: its numbers are the engine's, nothing is measured twice, a kill loses nothing."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -356,13 +357,10 @@ def test_what_would_fail_in_a_later_cell_is_refused_before_the_first(
     first, second = load_sets(specs, QUICK)
     long = replace(second.examples[0], prompt="x" * 600)
     assert second.task is not None
-
-    def missing() -> None:
-        raise OptionError("rouge_l needs a library")
-
-    monkeypatch.setitem(LIBRARIES, "rouge_l", missing)
+    LIBRARIES["rouge_l"].cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)  # as if it was not installed
     later = replace(second, examples=(long,), task=replace(second.task, metrics=("letter", "rouge_l")))
-    with pytest.raises(OptionError, match=r"(?s)task science: the model reads at most.*rouge_l needs a library"):
+    with pytest.raises(OptionError, match=r"(?s)task science: the model reads at most.*rouge_l needs: pip"):
         evaluate(engine, [first, later], arms(engine, "base"), tmp_path / "out", QUICK)
     assert not (tmp_path / "out").exists()
 

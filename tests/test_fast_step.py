@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.common.errors import OptionError
@@ -34,7 +36,6 @@ from treadle.engine.runners.decoder import ARCHITECTURES, fits
 from treadle.engine.runners.passes import PassInput
 from treadle.engine.runners.runner import Runner
 from treadle.experiments.pools import random_adapters
-from treadle.experiments.timing import Counter
 from treadle.lora.adapter import Adapter, read_adapter
 from treadle.lora.blend import ALWAYS_ACTIVE_ROWS, Blend, attach
 from treadle.lora.layer import BlendedLinear
@@ -43,6 +44,8 @@ from treadle.routing.centroids import Floats
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import fit
 from treadle.routing.router import Router
+from treadle.routing.running_sum import Sums
+from treadle.routing.schedule import Seen
 
 from conftest import SAMPLES, TINY, save_adapter
 
@@ -462,6 +465,25 @@ def step_of(ids: Tensor, cache: RowCache, weights: Floats | None = None) -> Pass
     )
 
 
+MATRIX_PRODUCTS = frozenset(
+    {"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear", "bmm", "matmul", "_linear_pointwise"}
+)
+"""PyTorch's names of matrix products."""
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that PyTorch dispatches inside it, and which of them are matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        self.products += func.__name__.split(".")[0] in MATRIX_PRODUCTS
+        return func(*args, **(kwargs or {}))
+
+
 def counted(step: FastStep, model: PreTrainedModel, num_rows: int, weights: list[float] | None) -> Counter:
     """Count the operations of one step of `num_rows` rows, the setting of the weights included."""
     cache = RowCache()
@@ -526,13 +548,16 @@ def test_a_step_takes_as_many_operations_for_many_adapters_as_for_two(variant: V
     assert operations(12) == operations(2)
 
 
-def test_rows_with_the_same_options_are_weighed_together(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_with_the_same_options_are_weighed_together(make_engine: MakeEngine) -> None:
     weighed: list[int] = []
-    weigh = Router.weigh
-    monkeypatch.setattr(Router, "weigh", lambda self, x, params: weighed.append(len(x.views)) or weigh(self, x, params))
+
+    class Counted(Router):
+        def weigh(self, seen: Seen, params: RoutingParams) -> Floats:
+            weighed.append(len(seen.views))
+            return super().weigh(seen, params)
+
     engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
+    engine.router = Counted(engine.router.centroids, engine.router.embedder, engine.router.params)
     ids = [engine.tokenizer(prompt).input_ids for prompt in PROMPTS]
     equal = [RoutingParams(every=1) for _ in PROMPTS]  # equal, not the same object
     rows = engine.new_rows(ids, sampling=SamplingParams(max_tokens=4), routing=equal)
@@ -545,23 +570,28 @@ def test_rows_with_the_same_options_are_weighed_together(
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_step_embeds_the_new_text_alone(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
-    engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
-    embedder = engine.router.embedder
+def test_a_step_embeds_the_new_text_alone(make_engine: MakeEngine, embedder: StaticEmbedder, every: int) -> None:
     summed: list[int] = []
-    sum_words = embedder.sum_words
+
+    class Counted(StaticEmbedder):
+        def encode(self, texts: Sequence[str]) -> Floats:
+            raise AssertionError("a step encodes whole texts")
+
+        def sum_words(self, words: Sequence[str]) -> Sums:
+            summed.append(len(words))
+            return super().sum_words(words)
+
+    engine = make_engine(build("LlamaForCausalLM"), is_fast=True)
+    engine.router = replace(engine.router, embedder=Counted(embedder.model))
 
     def words_of_steps(length: int) -> int:
         ids = [[*b"and the sum " * (length // 12)]]
         rows = engine.new_rows(ids, sampling=SamplingParams(max_tokens=9), routing=RoutingParams(every=every))
         batch = engine.new_batch(end_ids=frozenset())
         batch.join(rows)
-        with monkeypatch.context() as patched:
-            patched.setattr(embedder, "encode", lambda texts: pytest.fail("a step encodes whole texts"))
-            patched.setattr(embedder, "sum_words", lambda words: summed.append(len(words)) or sum_words(words))
-            summed.clear()
-            while batch.rows:
-                batch.step()
+        summed.clear()
+        while batch.rows:
+            batch.step()
         return sum(summed)
 
     assert max(words_of_steps(24), words_of_steps(240)) <= 8 * 3, "three words a token at most: none is read again"

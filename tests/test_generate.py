@@ -15,8 +15,8 @@ from treadle.engine.completion import GenerationError
 from treadle.engine.engine import Completion, Engine
 from treadle.engine.scoring import score_ids, trace_weights
 from treadle.engine.tokenization import prompt_ids
-from treadle.lora import stacking
 from treadle.lora.adapter import read_adapter
+from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import centroid_of
 
 from conftest import SAMPLES, save_adapter, tiny_llama
@@ -81,16 +81,17 @@ def test_late_weights_are_those_of_the_decision_before(engine: Engine) -> None:
     assert np.abs(late.weights - at_once).max() > 1e-3
 
 
-def test_an_error_beside_the_model_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish, calls = engine.router.embedder.finish, []
+def test_an_error_beside_the_model_is_an_error(engine: Engine, embedder: StaticEmbedder) -> None:
+    calls: list[str] = []
 
-    def once(snapshots: Any) -> Any:
-        calls.append(threading.current_thread().name)
-        if len(calls) > 1:
-            raise RuntimeError("the embedder broke")
-        return finish(snapshots)
+    class Once(StaticEmbedder):
+        def finish(self, views: Any) -> Any:
+            calls.append(threading.current_thread().name)
+            if len(calls) > 1:
+                raise RuntimeError("the embedder broke")
+            return super().finish(views)
 
-    monkeypatch.setattr(engine.router.embedder, "finish", once)
+    engine.router = replace(engine.router, embedder=Once(embedder.model))
     with pytest.raises(GenerationError, match="the embedder broke"):
         engine.generate(PROMPTS[0], sampling=GREEDY, routing=ROUTINGS["late"])
     assert calls[0] == "MainThread"
@@ -140,8 +141,8 @@ def test_a_batch_is_its_rows_alone(engine: Engine, routing: RoutingParams) -> No
         assert_same(engine.generate(prompt, sampling=GREEDY, routing=routing), row)
 
 
-def test_a_batch_of_mixed_rows_is_each_row_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.engine.engine.MAX_BATCH", 5)  # rows join while others run
+def test_a_batch_of_mixed_rows_is_each_row_alone(engine: Engine) -> None:
+    engine.max_batch = 5  # rows join while others run
     routings = list(ROUTINGS.values())
     prompts = [PROMPTS[index % 3] + " " * index for index in range(len(routings))]
     samplings = [
@@ -418,30 +419,47 @@ def test_detach_gives_the_base_back(engine: Engine) -> None:
     ],
 )
 def test_nonsense_is_refused_before_anything_runs(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, call: Callable[[Engine], object], message: str
+    engine: Engine, call: Callable[[Engine], object], message: str
 ) -> None:
-    monkeypatch.setattr(engine.model, "forward", lambda **_: pytest.fail("the model was run"))
+    engine.model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     with pytest.raises(TreadleError, match=message):
         call(engine)
 
 
-def test_a_model_without_a_key_value_cache_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(engine.model), "_is_stateful", True)
+def test_a_model_without_a_key_value_cache_is_refused(engine: Engine) -> None:
     engine.detach()
+    engine.model._is_stateful = True  # as transformers marks such models
     with pytest.raises(ModelError, match=r"cannot run LlamaForCausalLM;.*\n  - it keeps a recurrent state"):
         Engine(engine.model, engine.tokenizer, [], engine.router)
 
 
-def test_stacks_that_cannot_be_built_change_nothing(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Torn(torch.Tensor):
+    """A factor that cannot be read while it is torn."""
+
+    is_torn = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if cls.is_torn:
+            raise OSError("the factor is torn")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_stacks_that_cannot_be_built_change_nothing(engine: Engine, tmp_path: Path) -> None:
     folder, texts = save_adapter(tmp_path / "late", seed=9, r=5), ["add the loop", "the loop"]
     modules, before = dict(engine.model.named_modules()), engine.generate("add", sampling=GREEDY)
-    with monkeypatch.context() as patch:
-        stack, left = stacking._stack_b, iter(range(3))
-        patch.setattr(stacking, "_stack_b", lambda *a, **b: stack(*a, **b) if next(left, None) is not None else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.add_adapter("late", folder, texts)
+    whole = read_adapter(folder, "late")
+    last = max(whole.pairs)  # others are stacked before it
+    torn = replace(whole.pairs[last], b=whole.pairs[last].b.as_subclass(Torn))
+    late = replace(whole, pairs={**whole.pairs, last: torn})
+    own = centroid_of("late", texts, engine.router.embedder)
+    stacks = engine.adapters.plan_join(late)
+    Torn.is_torn = True
+    try:
+        with pytest.raises(OSError, match="torn"):
+            engine.adapters.join(late, own, stacks)
+    finally:
+        Torn.is_torn = False
     assert engine.adapter_names == engine.blend.names == ("math", "science", "code")
     assert all(module is modules[path] for path, module in engine.model.named_modules())
     assert_same(engine.generate("add", sampling=GREEDY), before, tolerance=0)

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.engine import kv_cache
 from treadle.engine.engine import Engine
+from treadle.engine.kv_cache import RowLayer
 from treadle.engine.runners.cuda.graphs import CudaGraphs
 from treadle.engine.runners.cuda.interface import Kernels
 from treadle.engine.runners.cuda.step import Gpu, GraphStep, can_build_launchers, fits
@@ -174,11 +174,16 @@ def test_rows_join_and_leave_and_a_batch_is_its_singles(make_engine: MakeEngine,
         )
 
 
-def test_weights_and_buffers_change_without_another_capture(
-    make_engine: MakeEngine, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kv_cache, "GROWTH_TOKENS", 2)
+class SmallLayer(RowLayer):
+    """Its buffers are soon full."""
+
+    growth_tokens = 2
+
+
+def test_weights_and_buffers_change_without_another_capture(make_engine: MakeEngine, kernels: Kernels) -> None:
     engines = [make_engine(each) for each in (kernels, None)]
+    for engine in engines:
+        engine.runner.layer_type = SmallLayer
     sampling = SamplingParams(max_tokens=12)
     graph, plain = (
         [engine.generate(prompt, sampling=sampling, routing=SUMS[0]) for prompt in PROMPTS[:2]] for engine in engines

@@ -150,11 +150,11 @@ def test_rows_that_have_ended_do_not_disturb_the_others(plain, bundle, reference
 
 
 def test_a_bundle_folder_and_its_routing_and_tokenizer_are_the_defaults(
-    plain, folder, tokenizer, reference, monkeypatch
+    plain, folder, tokenizer, reference, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(
-        "treadle.engine.hf.load_tokenizer", lambda name: tokenizer if name == BASE else pytest.fail(name)
-    )
+    monkeypatch.setenv("TREADLE_HOME", str(tmp_path))  # where the bundle's base is found
+    for part in (tokenizer, plain.config):
+        part.save_pretrained(tmp_path / "models" / BASE)
     done = reference.generate(PROMPTS[0], sampling=GREEDY)
     with routed(plain, folder) as handle:
         assert handle.names == read_bundle(folder).router.names
@@ -534,11 +534,10 @@ def test_positions_that_count_tokens_change_nothing_and_others_are_refused(plain
             plain(ids[1:], position_ids=torch.tensor([[0, 1, 0, 1]]))
 
 
-def test_a_model_without_a_key_value_cache_is_refused(plain, bundle, tokenizer, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(type(plain), "_is_stateful", True)
-        with pytest.raises(ModelError, match="recurrent state"), routed(plain, bundle, tokenizer=tokenizer):
-            pass
+def test_a_model_without_a_key_value_cache_is_refused(plain, bundle, tokenizer) -> None:
+    plain._is_stateful = True  # as transformers marks such models
+    with pytest.raises(ModelError, match="recurrent state"), routed(plain, bundle, tokenizer=tokenizer):
+        pass
 
 
 def test_weights_are_a_copy(plain, bundle, tokenizer) -> None:

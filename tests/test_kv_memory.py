@@ -1,6 +1,7 @@
 """Keys and values have a budget: rows wait for room, none that runs is lost, and the buffers never take more."""
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -11,9 +12,8 @@ import torch
 
 from treadle.common.errors import OptionError
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.engine import kv_cache as caches
 from treadle.engine.engine import Engine
-from treadle.engine.kv_cache import RowCache
+from treadle.engine.kv_cache import RowCache, RowLayer
 from treadle.lora.adapter import read_adapter
 from treadle.routing.router import Router
 from treadle.serving.openai.jobs import Job, News, Work
@@ -47,7 +47,7 @@ class Pages:
     def __init__(self) -> None:
         self.now = self.most = 0
 
-    def new(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    def new(self, shape: Sequence[int]) -> torch.Tensor:
         array = np.empty(prod(shape), np.float32)
         self.now += array.nbytes
         self.most = max(self.most, self.now)
@@ -59,9 +59,14 @@ class Pages:
 
 
 @pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> Pages:
+def pages(engine: Engine) -> Pages:
     made = Pages()
-    monkeypatch.setattr(caches, "new_pages", made.new)
+
+    class Counted(RowLayer):
+        def new_buffer(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+            return made.new(shape)
+
+    engine.runner.layer_type = Counted
     return made
 
 

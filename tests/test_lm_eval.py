@@ -172,12 +172,9 @@ def test_greedy_texts_are_greedy_under_the_same_routing(engine: Engine, past: st
     assert [list(flags[:3]) for _, flags in scores[2:]] == [[True, True, False]] * 2
 
 
-def test_options_of_one_token_share_a_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_one_token_share_a_row(engine: Engine) -> None:
     rows: list[int] = []
-    forward = engine.model.forward
-    monkeypatch.setattr(
-        engine.model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
-    )
+    engine.model.register_forward_pre_hook(lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True)
     asked = instances("loglikelihood", [(context, text) for text in "abcd" for context in ("add", "the", "def")])
     answers = TreadleLM(engine, batch_size=2).loglikelihood(asked)
     assert rows == [2, 1]
@@ -267,9 +264,9 @@ def test_a_rendered_chat_is_routed_on_what_it_says(engine: Engine) -> None:
 
 
 def test_a_text_that_begins_with_the_first_token_gets_no_second_one(
-    engine: Engine, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    monkeypatch.setattr(engine, "tokenizer", beginning(tokenizer))
+    engine.tokenizer = beginning(tokenizer)
     lm, reference = TreadleLM(engine, **BASE), HFLM(tiny_llama(), tokenizer=engine.tokenizer)
     for text in ("add", "<unused>add"):
         assert lm.tok_encode(text) == reference.tok_encode(text) == [256, *lm.tok_encode("add", False)]

@@ -13,7 +13,9 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
 from treadle.common.params import RoutingParams
+from treadle.engine.runners.runner import Runner
 
+from failing import FailingSteps
 from serving import Serving, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -370,19 +372,17 @@ def test_the_servers_refusal_is_shown_and_the_prompt_stays(visit: Any) -> None:
     expect(page.get_by_role("status")).to_have_text("Done: 4 tokens.")
 
 
-def test_a_server_that_fails_or_is_gone_is_said(visit: Any, served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    from treadle.engine.batch import Batch
-
-    def fail(batch: Batch) -> None:
-        raise MemoryError("no room")
-
+def test_a_server_that_fails_or_is_gone_is_said(visit: Any, served: Serving) -> None:
     page = visit("other=&sampling.max_tokens=8")
     problem = page.locator(".column").get_by_role("alert")
-    with monkeypatch.context() as patch:
-        patch.setattr(Batch, "step", fail)
+    engine, own = served.engine, served.engine.runner
+    engine.runner = Runner(engine.model, engine.blend, [FailingSteps(MemoryError("no room"))])
+    try:
         generate(page)
         expect(problem).to_contain_text("the forward pass failed")
         expect(page.locator(".token:not(.read)")).to_have_count(1)  # what had come stays
+    finally:
+        engine.runner = own
 
     def busy(route: Route) -> None:
         document = {"error": {"message": "the queue is full", "type": "rate_limit_error"}}

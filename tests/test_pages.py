@@ -10,8 +10,7 @@ import psutil
 import pytest
 import torch
 
-from treadle.common import memory
-from treadle.common.memory import ALIGNMENT, HAS_PAGES, new_pages, side_by_side, trim
+from treadle.common.memory import ALIGNMENT, new_pages, side_by_side, trim
 from treadle.engine.kv_cache import RowCache
 from treadle.engine.prefix_cache import PrefixCache, PrefixText
 
@@ -55,12 +54,8 @@ def run_batches() -> tuple[list[int], list[float], int]:
     return sizes, freed, prefixes.num_bytes
 
 
-@pytest.mark.parametrize("has_pages", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pages_are_tensors_like_any_other(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, *, has_pages: bool
-) -> None:
-    monkeypatch.setattr(memory, "HAS_PAGES", has_pages and memory.HAS_PAGES)
+def test_pages_are_tensors_like_any_other(dtype: torch.dtype) -> None:
     with warnings.catch_warnings(action="error"):
         made = new_pages((3, 1, 5), torch.zeros(2, dtype=dtype))
     assert (made.shape, made.dtype, made.device.type) == ((3, 1, 5), dtype, "cpu")
@@ -88,7 +83,6 @@ def test_no_tensors_are_no_copies() -> None:
     assert side_by_side({}) == {}
 
 
-@pytest.mark.skipif(not HAS_PAGES, reason="this system maps no anonymous memory")
 def test_copies_live_as_long_as_one_of_them() -> None:
     made = side_by_side({"a": torch.arange(1000), "b": torch.arange(2000)})
     kept = made.pop("b")

@@ -1,6 +1,7 @@
 """Expressions of an adapter's config match as in PEFT, and cannot run forever."""
 
 import re
+import subprocess
 import threading
 import time
 
@@ -8,7 +9,6 @@ import pytest
 from peft.utils.other import get_pattern_key
 
 from treadle.common.errors import AdapterError
-from treadle.lora import patterns
 from treadle.lora.patterns import match_ends, match_whole
 
 PATHS = [
@@ -45,7 +45,7 @@ def test_the_first_pattern_that_matches_an_end_is_pefts(keys: list[str]) -> None
 
 
 def test_names_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
     assert match_ends(["q_proj", "layers.1.self_attn.v_proj"], PATHS[:5]) == [0, None, None, 0, 1]
 
 
@@ -56,10 +56,7 @@ def test_what_is_no_expression_is_refused_by_name(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ENDLESS)
-def test_an_expression_without_end_is_stopped_while_other_threads_run(
-    pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(patterns, "WALL_SECONDS", 0.5)
+def test_an_expression_without_end_is_stopped_while_other_threads_run(pattern: str) -> None:
     stop, longest = threading.Event(), [0.0]
 
     def watch() -> None:
@@ -73,7 +70,7 @@ def test_an_expression_without_end_is_stopped_while_other_threads_run(
     started = time.monotonic()
     try:
         with pytest.raises(AdapterError, match=r"the regular expression .* takes more than"):
-            match_whole(pattern, [path * 4 for path in PATHS])
+            match_whole(pattern, [path * 4 for path in PATHS], wall_seconds=0.5)
     finally:
         stop.set()
         thread.join()

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benching import endless, open_lab, shrink
+from benching import endless, open_lab
 
-from benchmarks.peers import suite_adapters, vllm_worker
+from benchmarks.peers import vllm_worker
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.peers import (
     MERGE_ARM,
@@ -38,11 +38,6 @@ from treadle.lora.adapter import read_adapter
 NOWHERE = PeerOptions(paper_text=16, sentence="/nowhere", vllm="/nowhere/python")
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink(monkeypatch)
-
-
 @pytest.fixture
 def lab(bundle: Path) -> Lab:
     return open_lab(bundle)
@@ -65,7 +60,7 @@ def made_pool(lab: Lab, root: Path) -> Path:
 
 
 def test_pools_are_stepped_and_loaded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_adapters.subprocess, "run", in_this_process)
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     steps, loaded = adapters(lab, pools=(2, 5), num_steps=6)
     assert [line.arm for line in steps.lines] == ["2 adapters", "5 adapters", COPY_ARM]
     assert all(line.bandwidth and line.mean and "laid out anew" in line.note for line in steps.lines[:2])
@@ -95,13 +90,13 @@ def test_a_pool_that_does_not_load_is_a_line(lab: Lab, monkeypatch: pytest.Monke
     def failing(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "first\nno room")
 
-    monkeypatch.setattr(suite_adapters.subprocess, "run", failing)
+    monkeypatch.setattr(subprocess, "run", failing)
     steps, loaded = adapters(lab, pools=(2, 5), num_steps=2)
     assert steps.lines[0].seconds
     assert loaded.lines[0].note.endswith("in a process of its own failed: no room")
 
 
-def test_a_base_with_other_layer_names_loses_no_suite(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_with_other_layer_names_loses_no_suite(lab: Lab) -> None:
     [table] = adapters(lab, pools=(2, 5), targets=("wq", "wv"))
     assert [line.note for line in table.lines] == [
         "not run: OptionError: the base has no linear layer called wq, wv"

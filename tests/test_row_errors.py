@@ -1,6 +1,7 @@
 """The law of a pass that fails: the row to blame ends with its own error, the others get what they get alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,11 @@ from torch import Tensor
 import treadle
 from treadle.common.errors import OptionError
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.engine import kv_cache as caches
-from treadle.engine.batch import Batch
 from treadle.engine.completion import Completion, GenerationError
 from treadle.engine.engine import Engine
 from treadle.engine.kv_cache import RowLayer
 from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.runners.runner import Runner
 from treadle.engine.scoring import score_greedy, score_ids
 from treadle.engine.sequence import OutputOptions, SequenceError, TokenSequence
 from treadle.lora.adapter import read_adapter
@@ -24,7 +24,8 @@ from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.router import Router
 from treadle.routing.running_sum import RunningSum, Tails
 
-from conftest import byte_tokenizer, tiny_llama
+from conftest import SAMPLES, byte_tokenizer, tiny_llama
+from failing import FailingSteps
 
 POISON = 200
 """A token whose embedding is not a number: it spoils its row from there on, and no other."""
@@ -40,12 +41,10 @@ BAD = 13
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["fast step", "own forward"])
-def poisoned(
+def made_once(
     request: pytest.FixtureRequest, adapter_folders: dict[str, Path], embedder: object
 ) -> tuple[Engine, list[Completion]]:
     """An engine that knows the poison, and what it makes of each prompt alone."""
-    from conftest import SAMPLES
-
     model = tiny_llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[POISON] = torch.nan
@@ -56,32 +55,39 @@ def poisoned(
     return engine, [engine.generate_ids([p], sampling=s, routing=r)[0] for p, s, r in each]
 
 
+@pytest.fixture
+def poisoned(made_once: tuple[Engine, list[Completion]]) -> tuple[Engine, list[Completion]]:
+    made_once[0].runner.layer_type = RowLayer
+    return made_once
+
+
 def rows_of(engine: Engine) -> list[TokenSequence]:
     return engine.new_rows(PROMPTS, sampling=SAMPLINGS, routing=[ROUTINGS[place % 4] for place in range(32)])
 
 
-def raise_half_way(monkeypatch: pytest.MonkeyPatch, model: object) -> None:
+def failing_half_way() -> type[RowLayer]:
     """Let a pass with a poisoned row fail when its first layers have been written, and its others not."""
-    update, written = RowLayer.update, []
+    written: list[int] = []
 
-    def failing(layer: RowLayer, keys: Tensor, values: Tensor, *more: object, **options: object) -> object:
-        if keys.isnan().any() and written:
-            written.clear()
-            raise MemoryError("there is no room")
-        written[:] = [1] if keys.isnan().any() else []
-        return update(layer, keys, values, *more, **options)
+    class HalfWritten(RowLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> object:
+            if key_states.isnan().any() and written:
+                written.clear()
+                raise MemoryError("there is no room")
+            written[:] = [1] if key_states.isnan().any() else []
+            return super().update(key_states, value_states, *args, **kwargs)
 
-    monkeypatch.setattr(RowLayer, "update", failing)
+    return HalfWritten
 
 
 @pytest.mark.parametrize("where", ["prompt", "step"])
 @pytest.mark.parametrize("is_raising", [False, True], ids=["not finite", "raises"])
 def test_one_bad_row_of_32_costs_no_other(
-    poisoned: tuple[Engine, list[Completion]], where: str, is_raising: bool, monkeypatch: pytest.MonkeyPatch
+    poisoned: tuple[Engine, list[Completion]], where: str, is_raising: bool
 ) -> None:
     engine, alone = poisoned
     if is_raising:
-        raise_half_way(monkeypatch, engine.model)
+        engine.runner.layer_type = failing_half_way()
     rows = rows_of(engine)
     if where == "prompt":
         rows[BAD].ids[-1] = POISON
@@ -109,41 +115,55 @@ ROUTED = (
 )
 
 
-@pytest.fixture(scope="module")
-def routed(adapter_folders: dict[str, Path], embedder: StaticEmbedder) -> tuple[Engine, list[Completion]]:
-    """An engine, and what it makes of each prompt alone when all are routed."""
-    from conftest import SAMPLES
+class BrokenSum(RunningSum):
+    """The running sum of a text that may break."""
 
-    adapters = [read_adapter(folder, name) for name, folder in adapter_folders.items()]
-    engine = Engine(tiny_llama(), byte_tokenizer(), adapters, treadle.fit(SAMPLES, embedder))
-    each = zip(PROMPTS, SAMPLINGS, ROUTED * 8, strict=True)
-    return engine, [engine.generate_ids([p], sampling=s, routing=r)[0] for p, s, r in each]
+    how = ""
 
-
-def break_text(monkeypatch: pytest.MonkeyPatch, place: int, how: str) -> Callable[[], None]:
-    """Return what breaks the running text of the row that is made as the `place`-th from now on."""
-    made: list[object] = []
-    broken: list[object] = []
-    follow, views, finish = StaticEmbedder.follow, RunningSum.views, StaticEmbedder.finish
-
-    def followed(embedder: StaticEmbedder, tails: Tails, window: int | None = None) -> RunningSum:
-        made.append(follow(embedder, tails, window))
-        return made[-1]  # type: ignore[return-value]
-
-    def looked_at(self: RunningSum) -> tuple[np.ndarray, ...]:
-        if self in broken and how == "text raises":
+    def views(self) -> tuple[np.ndarray, ...]:
+        if self.how == "text raises":
             raise RuntimeError("no such word")
-        return tuple(view * np.nan if self in broken else view for view in views(self))
+        return tuple(view * np.nan if self.how else view for view in super().views())
 
-    def finished(embedder: StaticEmbedder, sums: list[np.ndarray]) -> np.ndarray:
-        if how == "embedder raises" and np.isnan(sums).any():
+
+class BrokenEmbedder(StaticEmbedder):
+    """An embedder of texts that may break: those that it follows are in `made`, in their order."""
+
+    how = ""
+
+    def __init__(self, model: object) -> None:
+        super().__init__(model)  # type: ignore[arg-type]
+        self.made: list[BrokenSum] = []
+
+    def follow(self, tails: Tails, window: int | None = None) -> RunningSum:
+        self.made.append(BrokenSum(self.effects, tails, window))
+        return self.made[-1]
+
+    def finish(self, views: Sequence[np.ndarray]) -> np.ndarray:
+        if self.how == "embedder raises" and np.isnan(views).any():
             raise RuntimeError("no such vector")
-        return finish(embedder, sums)
+        return super().finish(views)
 
-    monkeypatch.setattr(StaticEmbedder, "follow", followed)
-    monkeypatch.setattr(StaticEmbedder, "finish", finished)
-    monkeypatch.setattr(RunningSum, "views", looked_at)
-    return lambda: broken.append(made[place])
+    def break_text(self, place: int, how: str) -> None:
+        """Break the running text that was followed as the `place`-th."""
+        self.how = self.made[place].how = how
+
+    def mend(self) -> None:
+        """Forget the texts that have been followed."""
+        self.how = ""
+        self.made.clear()
+
+
+@pytest.fixture(scope="module")
+def routed(
+    adapter_folders: dict[str, Path], embedder: StaticEmbedder
+) -> tuple[Engine, BrokenEmbedder, list[Completion]]:
+    """An engine, its embedder, and what it makes of each prompt alone when all are routed."""
+    adapters = [read_adapter(folder, name) for name, folder in adapter_folders.items()]
+    breaking = BrokenEmbedder(embedder.model)
+    engine = Engine(tiny_llama(), byte_tokenizer(), adapters, treadle.fit(SAMPLES, breaking))
+    each = zip(PROMPTS, SAMPLINGS, ROUTED * 8, strict=True)
+    return engine, breaking, [engine.generate_ids([p], sampling=s, routing=r)[0] for p, s, r in each]
 
 
 @pytest.mark.parametrize("bad", range(12, 16))
@@ -153,23 +173,18 @@ def break_text(monkeypatch: pytest.MonkeyPatch, place: int, how: str) -> Callabl
     [("text raises", "no such word"), ("embedder raises", "no such vector"), ("not finite", "scores of a text")],
 )
 def test_one_text_of_32_that_cannot_be_routed_costs_no_other(
-    routed: tuple[Engine, list[Completion]],
-    bad: int,
-    where: str,
-    how: str,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
+    routed: tuple[Engine, BrokenEmbedder, list[Completion]], bad: int, where: str, how: str, message: str
 ) -> None:
-    engine, alone = routed
-    break_it = break_text(monkeypatch, bad, how)
+    engine, embedder, alone = routed
+    embedder.mend()
     rows = engine.new_rows(PROMPTS, sampling=SAMPLINGS, routing=ROUTED * 8)
     batch = engine.new_batch(prefixes=PrefixCache(1 << 24))
     if where == "prompt":
-        break_it()
+        embedder.break_text(bad, how)
         told = batch.join(rows)
     else:
         told = batch.join(rows)
-        break_it()
+        embedder.break_text(bad, how)
     while batch.rows:
         told += batch.step()
     failures = [(row, event) for row, event in told if isinstance(event, SequenceError)]
@@ -182,10 +197,11 @@ def test_one_text_of_32_that_cannot_be_routed_costs_no_other(
             np.testing.assert_allclose([event.weights for event in row.events], expected.weights, atol=1e-5)
 
 
-def test_a_text_that_cannot_be_routed_alone_ends_in_its_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_it = break_text(monkeypatch, 0, "not finite")
+def test_a_text_that_cannot_be_routed_alone_ends_in_its_error(engine: Engine, embedder: StaticEmbedder) -> None:
+    breaking = BrokenEmbedder(embedder.model)
+    engine.router = replace(engine.router, embedder=breaking)
     (row,) = engine.new_rows([b"add"], sampling=SamplingParams(max_tokens=3))
-    break_it()
+    breaking.break_text(0, "not finite")
     batch = engine.new_batch()
     reading = batch.begin([row])
     assert reading.members == [row]
@@ -242,11 +258,8 @@ def test_a_prompt_whose_scores_are_no_numbers_ends_alone(engine: Engine, columns
     assert not rows[-1].prompt_scores
 
 
-def test_a_stream_that_cannot_go_on_ends_with_its_error(
-    poisoned: tuple[Engine, list[Completion]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, _ = poisoned
-    monkeypatch.setattr(Batch, "_read_newest_of", lambda *_: 1 / 0)
+def test_a_stream_that_cannot_go_on_ends_with_its_error(engine: Engine) -> None:
+    engine.runner = Runner(engine.model, engine.blend, [FailingSteps(ZeroDivisionError("nothing to divide"))])
     events = engine.stream("add", sampling=SamplingParams(max_tokens=9))
     next(events)
     with pytest.raises(GenerationError, match="ZeroDivisionError") as caught:
@@ -264,21 +277,28 @@ def test_a_bad_prompt_is_not_kept_for_others(poisoned: tuple[Engine, list[Comple
         assert prefixes.num_bytes == 0
 
 
+class Scarce(RowLayer):
+    """A layer whose buffers may have so many columns; None = any number."""
+
+    growth_tokens = 4
+    most: int | None = None
+
+    def new_buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        if self.most is not None and shape[2] > self.most:
+            raise MemoryError("no memory")
+        return super().new_buffer(shape, like)
+
+
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def memory(engine: Engine) -> Generator[Callable[[int], None]]:
     """Say how many columns a buffer may have."""
-    new_pages = caches.new_pages
+    engine.runner.layer_type = Scarce
 
-    def limit(columns: int) -> None:
-        def limited(shape: tuple[int, ...], like: Tensor) -> Tensor:
-            if shape[2] > columns:
-                raise MemoryError("no memory")
-            return new_pages(shape, like)
+    def limit(columns: int | None) -> None:
+        Scarce.most = columns
 
-        monkeypatch.setattr(caches, "new_pages", limited)
-
-    monkeypatch.setattr(caches, "GROWTH_TOKENS", 4)
-    return limit
+    yield limit
+    limit(None)
 
 
 def test_without_memory_the_longest_rows_end_and_the_others_go_on(

@@ -13,10 +13,11 @@ import openai
 import pytest
 
 from treadle.bundle.centroid_files import save_centroid
+from treadle.engine.adapter_set import AdapterSet
+from treadle.lora.adapter import Adapter
 from treadle.lora.stacking import Stacks
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import centroid_of
-from treadle.serving.openai import adapters
 
 from conftest import SAMPLES, edit_config, save_adapter
 from serving import Serving, serving
@@ -180,41 +181,55 @@ def test_a_folder_that_is_damaged_while_it_is_served_hurts_nobody(served: Servin
     assert served.client().completions.create(model="poetry", **BODY).choices[0].text == before
 
 
-def test_samples_are_embedded_beside_the_steps(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
-    views = StaticEmbedder.views
-    monkeypatch.setattr(
-        StaticEmbedder, "views", lambda *args: (threads.append(threading.current_thread().name), views(*args))[1]
-    )
+def test_samples_are_embedded_beside_the_steps(served: Serving) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, served.blocked(served.state.reading, threads=1):
+        with served.paused():
+            adding = pool.submit(add, served)
+            served.wait_until(lambda: served.state.reading.num_waiting == 1)  # the samples are embedded by now
+    assert adding.result().status_code == 200
+
+
+class NotedStacks:
+    """Stacks that note the thread in which they are built."""
+
+    def __init__(self, stacks: Stacks, threads: list[str]) -> None:
+        self._stacks, self._threads, self._is_built = stacks, threads, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stacks, name)
+
+    def build(self) -> None:
+        if not self._is_built:
+            self._threads.append(threading.current_thread().name)
+        self._is_built = True
+        self._stacks.build()
+
+
+class NotedSet:
+    """An engine's adapters, whose stacks and newcomers note the threads in which they are built and let go of."""
+
+    def __init__(self, adapters: AdapterSet) -> None:
+        self._adapters = adapters
+        self.threads: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapters, name)
+
+    def plan_join(self, adapter: Adapter) -> Any:
+        weakref.finalize(adapter, lambda: self.threads.append(threading.current_thread().name))
+        return NotedStacks(self._adapters.plan_join(adapter), self.threads)
+
+    def plan_drop(self) -> Any:
+        stacks = self._adapters.plan_drop()
+        return stacks and NotedStacks(stacks, self.threads)
+
+
+def test_factors_are_stacked_and_let_go_of_beside_the_steps(served: Serving) -> None:
+    noted: Any = NotedSet(served.engine.adapters)
+    served.engine.adapters, threads = noted, noted.threads
     assert add(served).status_code == 200
-    assert threads
-    assert "treadle-engine" not in threads
-
-
-def test_factors_are_stacked_and_let_go_of_beside_the_steps(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
-    build, read = Stacks.build, adapters.read_adapter
-    built: weakref.WeakSet[Stacks] = weakref.WeakSet()
-
-    def noted(stacks: Stacks) -> None:
-        if stacks not in built:
-            threads.append(threading.current_thread().name)
-        built.add(stacks)
-        build(stacks)
-
-    monkeypatch.setattr(Stacks, "build", noted)
-
-    def followed(*given: Any) -> Any:
-        adapter = read(*given)
-        weakref.finalize(adapter, lambda: threads.append(threading.current_thread().name))
-        return adapter
-
-    monkeypatch.setattr(adapters, "read_adapter", followed)
-    for changes, status in (({}, 200), ({"name": "rhyme", "path": "foreign"}, 400)):
-        threads.clear()
-        assert add(served, **changes).status_code == status
-        served.wait_until(lambda: bool(threads))
-        assert set(threads) == {"treadle-read_0"}
+    served.wait_until(lambda: len(threads) >= 2)
+    assert set(threads) == {"treadle-read_0"}
     threads.clear()
     assert served.request("DELETE", ADAPTERS + "/poetry", headers=ADMIN).status_code == 200
     assert threads == ["treadle-read_0"]

@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -19,10 +19,9 @@ from treadle.engine.engine import Engine
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import StaticEmbedder, encode_views
 from treadle.routing.fitting import centroid_of
-from treadle.serving.openai import adapters, generating, protocol
 from treadle.serving.openai.answers import json_pieces
-from treadle.serving.openai.generating import read_body
-from treadle.serving.openai.queues import SMALL_WORK_BYTES
+from treadle.serving.openai.protocol import HttpProtocol
+from treadle.serving.openai.queues import SMALL_WORK_BYTES, Check, Client, WorkAbandoned
 from treadle.serving.openai.targets import Routers
 
 from conftest import save_adapter
@@ -43,6 +42,18 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(bundle_folder: Path, shelf: Path) -> Generator[Serving]:
     with serving(bundle_folder, api_key=("key",), admin_key="root", adapter_dir=str(shelf)) as each:
+        yield each
+
+
+class HastyProtocol(HttpProtocol):
+    """Few connections, and little time for each."""
+
+    write_seconds, unread_body_seconds, max_connections = 0.3, 0.2, 3
+
+
+@pytest.fixture(scope="module")
+def hasty(bundle_folder: Path) -> Generator[Serving]:
+    with serving(bundle_folder, HastyProtocol, api_key=("key",)) as each:
         yield each
 
 
@@ -69,18 +80,14 @@ def is_closed(client: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize(("path", "key", "status"), [("/live", "key", 405), ("/", "", 405), (TEXTS, "wrong", 401)])
-def test_who_may_not_send_a_body_is_answered_before_it_comes(
-    served: Serving, path: str, key: str, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(protocol, "UNREAD_BODY_SECONDS", 0.2)
-    with connect(served) as client:
+def test_who_may_not_send_a_body_is_answered_before_it_comes(hasty: Serving, path: str, key: str, status: int) -> None:
+    with connect(hasty) as client:
         client.sendall(request(path, b"x" * 1000, key=key, length=4 << 20))
         assert f" {status} ".encode() in client.recv(4096).split(b"\r\n")[0]
         assert is_closed(client)  # nobody waits for the rest of it
 
 
-def test_a_client_that_does_not_read_is_closed(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "WRITE_SECONDS", 0.3)
+def test_a_client_that_does_not_read_is_closed(hasty: Serving) -> None:
     asked = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer key\r\n\r\n"
 
     def fill(client: socket.socket) -> None:
@@ -88,93 +95,55 @@ def test_a_client_that_does_not_read_is_closed(served: Serving, monkeypatch: pyt
             client.sendall(asked * 50)
             time.sleep(0.02)
 
-    with connect(served) as client, pytest.raises(ConnectionError):
+    with connect(hasty) as client, pytest.raises(ConnectionError):
         fill(client)
-    assert served.request("GET", "/live").status_code == 200
+    assert hasty.request("GET", "/live").status_code == 200
 
 
-def test_of_too_many_connections_the_oldest_idle_one_is_closed(
-    served: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    served.wait_until(lambda: not served.server.server_state.connections)
-    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 3)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, served.paused():  # the pool waits for what runs
-        busy = pool.submit(served.post, TEXTS, BODY, headers={"Authorization": "Bearer key"})
-        served.wait_until(lambda: served.scheduler.num_unfinished == 1)
-        clients = [connect(served)]
+def test_of_too_many_connections_the_oldest_idle_one_is_closed(hasty: Serving) -> None:
+    hasty.wait_until(lambda: not hasty.server.server_state.connections)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, hasty.paused():  # the pool waits for what runs
+        busy = pool.submit(hasty.post, TEXTS, BODY, headers={"Authorization": "Bearer key"})
+        hasty.wait_until(lambda: hasty.scheduler.num_unfinished == 1)
+        clients = [connect(hasty)]
         clients[0].sendall(request(TEXTS, b"{", length=1000))  # half of a body is nothing that is worked on
-        assert served.request("GET", "/live").status_code == 200  # by now the half has come
-        clients += [connect(served) for _ in range(3)]
+        assert hasty.request("GET", "/live").status_code == 200  # by now the half has come
+        clients += [connect(hasty) for _ in range(3)]
         assert is_closed(clients[0])
-        assert served.request("GET", "/live").status_code == 200
+        assert hasty.request("GET", "/live").status_code == 200
         for client in clients:
             client.close()
     assert busy.result().status_code == 200  # what runs is not closed for others
 
 
-class Held:
-    """Holds whatever calls it."""
-
-    def __init__(self, call: Callable[..., Any], applies: Callable[..., bool] = lambda *_: True) -> None:
-        self._call = call
-        self._applies = applies
-        self.begun, self.go = threading.Event(), threading.Event()
-        self.calls = 0
-
-    def __call__(self, *given: Any) -> Any:
-        self.calls += 1
-        if self._applies(*given):
-            self.begun.set()
-            assert self.go.wait(30)
-        return self._call(*given)
-
-
-def is_large(_: Any, given: dict[str, Any], *__: Any) -> bool:
-    return len(str(given)) > SMALL_WORK_BYTES
-
-
-def test_large_requests_do_not_hold_up_a_small_one_and_abandoned_ones_are_not_read(
-    served: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(read_body, is_large)
-    monkeypatch.setattr(generating, "read_body", held)
+def test_large_requests_do_not_hold_up_a_small_one_and_abandoned_ones_are_not_read(served: Serving) -> None:
     large = request(TEXTS, json.dumps({**BODY, "prompt": "x" * (2 * SMALL_WORK_BYTES)}).encode())
-    clients = [connect(served) for _ in range(4)]
-    try:
+    clients, line = [connect(served) for _ in range(4)], served.state.preparing
+    with served.blocked(line, 2 * SMALL_WORK_BYTES, threads=1):
         for client in clients:
             client.sendall(large)
-        assert held.begun.wait(20)
+        served.wait_until(lambda: line.num_waiting == 4)
         assert served.post(TEXTS, BODY, headers={"Authorization": "Bearer key"}).status_code == 200
-        line = served.server.app.state.treadle.preparing
-        served.wait_until(lambda: line.num_waiting == 3)
         for client in clients:
             client.close()
         served.wait_until(lambda: line.num_waiting == 0)
-    finally:
-        held.go.set()
     assert served.post(TEXTS, BODY, headers={"Authorization": "Bearer key"}).status_code == 200
-    assert held.calls == 3  # one large and two small
 
 
-def test_an_adapter_is_read_beside_everything_else(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(adapters.read_adapter)
-    monkeypatch.setattr(adapters, "read_adapter", held)
+def test_an_adapter_is_read_beside_everything_else(served: Serving) -> None:
     body = {"name": "poetry", "path": "poetry", "samples": ["heat the loop"]}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        adding = pool.submit(served.post, ADAPTERS, body, headers=ADMIN)
-        try:
-            assert held.begun.wait(20)
+        with served.blocked(served.state.reading, threads=1):
+            adding = pool.submit(served.post, ADAPTERS, body, headers=ADMIN)
+            served.wait_until(lambda: served.state.reading.num_waiting == 1)
             assert served.post(TEXTS, BODY, headers=ADMIN).status_code == 200
             assert served.post("/v1/route", {"text": "loop"}, headers=ADMIN).status_code == 200
-        finally:
-            held.go.set()
+            assert not adding.done()
         assert adding.result().status_code == 200
     assert served.request("DELETE", ADAPTERS + "/poetry", headers=ADMIN).status_code == 200
 
 
-def test_an_adapter_that_cannot_fit_is_refused_by_its_header(
-    served: Serving, shelf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_that_cannot_fit_is_refused_by_its_header(served: Serving, shelf: Path) -> None:
     save_adapter(shelf / "huge", seed=1)
     half, names = 1 << 29, [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"]
     shapes = [[4, half // 16], [half // 16, 4]]
@@ -185,24 +154,33 @@ def test_an_adapter_that_cannot_fit_is_refused_by_its_header(
     with (shelf / "huge" / "adapter_model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 2 * half)
-    monkeypatch.setattr(adapters, "read_adapter", pytest.fail)
     body = {"name": "huge", "path": "huge", "samples": ["heat"]}
     answer = served.post(ADAPTERS, body, headers=ADMIN)
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"].count("no linear layer of the model has 33554432") == 2
+    message = answer.json()["error"]["message"]
+    assert message.count("no linear layer of the model has 33554432") == 2
+    assert "zero" not in message  # as its factors are, had they been read
 
 
-def test_what_is_prepared_when_the_server_ends_is_told_so(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(read_body)
-    monkeypatch.setattr(generating, "read_body", held)
-    with serving(bundle_folder) as served, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        running = pool.submit(served.post, TEXTS, BODY)
-        assert held.begun.wait(20)
-        waiting = pool.submit(served.post, TEXTS, BODY)
-        served.wait_until(lambda: served.server.app.state.treadle.preparing.num_waiting == 1 or held.calls > 1)
-        served.server.handle_exit(signal.SIGTERM, None)
-        held.go.set()
-        assert {each.result(20).status_code for each in (running, waiting)} == {503}
+def test_what_is_prepared_when_the_server_ends_is_told_so(bundle_folder: Path) -> None:
+    with serving(bundle_folder) as served, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        line, begun = served.state.preparing, threading.Event()
+
+        def until_abandoned(check: Check) -> None:
+            begun.set()
+            while True:
+                check()
+                time.sleep(0.005)
+
+        with served.blocked(line, threads=1):
+            running = line.queue(until_abandoned, Client())
+            assert begun.wait(20)
+            waiting = pool.submit(served.post, TEXTS, BODY)
+            served.wait_until(lambda: line.num_waiting == 1)
+            served.server.handle_exit(signal.SIGTERM, None)
+            assert waiting.result(20).status_code == 503
+        with pytest.raises(WorkAbandoned):
+            running.future.result(20)
 
 
 def test_routers_of_chosen_adapters_are_few_and_say_the_same(engine: Engine, embedder: StaticEmbedder) -> None:
@@ -245,20 +223,18 @@ def test_a_document_in_pieces_is_the_document(document: Any) -> None:
     assert max(map(len, pieces)) < 12_000
 
 
-def test_a_long_answer_is_written_beside_the_event_loop_and_is_the_same(
-    served: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[str] = []
-    pieces = json_pieces
-    monkeypatch.setattr(
-        generating, "json_pieces", lambda value: (threads.append(threading.current_thread().name), pieces(value))[1]
-    )
+def test_a_long_answer_is_written_beside_the_event_loop_and_is_the_same(served: Serving) -> None:
     body = {**BODY, "prompt": "the planet heat " * 20, "echo": True, "logprobs": 5}
     ask = partial(served.post, TEXTS, headers=ADMIN)
     short, long = (ask({**body, "n": n}).json()["choices"] for n in (1, 2))
     assert [each["logprobs"] for each in long] == [short[0]["logprobs"]] * 2
-    ask(BODY)
-    assert [name.partition("_")[0] for name in threads] == ["treadle-write"] * 2 + ["MainThread"] or threads
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with served.blocked(served.state.writing):
+            later = pool.submit(ask, {**body, "n": 2})
+            served.wait_until(lambda: served.state.writing.num_waiting == 1)
+            assert ask(BODY).status_code == 200  # a short one does not wait for it
+            assert not later.done()
+        assert later.result().json()["choices"] == long
     stream = ask({**body, "stream": True}).text
     first = json.loads(stream.split("\n\n")[0].removeprefix("data: "))
     assert first["choices"][0]["logprobs"]["tokens"][:-1] == short[0]["logprobs"]["tokens"][:-2]

@@ -1,6 +1,6 @@
 """The loop without a web: chunks of prompts between steps, batches by length, rows that are given up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.engine.batch import Batch
+from treadle.engine.batch import Batch, Events, Reading
 from treadle.engine.engine import Engine
-from treadle.lora.adapter import read_adapter
+from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.sequence import TokenSequence
+from treadle.lora.adapter import Adapter, read_adapter
 from treadle.routing.router import Router
 from treadle.serving.openai.jobs import Job, News, Started, Work
 from treadle.serving.openai.loop import EngineFailed, Loop
@@ -30,7 +32,11 @@ def engine(adapter_folders: dict[str, Path], router: Router) -> Engine:
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**TINY, max_position_embeddings=4096, initializer_range=0.3)).eval()
-    return Engine(model, byte_tokenizer(), [read_adapter(f, n) for n, f in adapter_folders.items()], router)
+    return Engine(model, byte_tokenizer(), read_all(adapter_folders), router)
+
+
+def read_all(folders: dict[str, Path]) -> list[Adapter]:
+    return [read_adapter(folder, name) for name, folder in folders.items()]
 
 
 class FixedPace(Pace):
@@ -72,6 +78,18 @@ class Case:
         self.loop.flush()
         assert isinstance(news.pop(0), Started)
         return job, news
+
+
+def test_first_come_first_served(engine: Engine) -> None:
+    case = Case(engine, max_batch=2)
+    jobs = [case.submit(length, max_tokens=2)[0] for length in (9, 4, 7, 5)]
+    ended: list[Job] = []
+    while case.loop.is_busy:
+        case.loop.advance()
+        ended += [job for job in jobs if job not in ended and job.rows[0].is_finished]
+        assert ended == jobs[: len(ended)]
+        assert case.figure("sequences_running") <= 2
+    assert ended == jobs
 
 
 def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_running_rows(engine: Engine) -> None:
@@ -301,8 +319,31 @@ def test_an_adapter_that_went_before_its_job_came_is_told(engine: Engine) -> Non
     assert not case.loop.is_busy
 
 
-def fails(*_: Any) -> None:
-    raise MemoryError("no room")
+class FailingBatch(Batch):
+    """A batch of which one part fails."""
+
+    part = ""
+
+    def begin(self, rows: Sequence[TokenSequence]) -> Reading:
+        self._fail("begin")
+        return super().begin(rows)
+
+    def read(self, reading: Reading, num_columns: int | None = None) -> Events:
+        self._fail("read")
+        return super().read(reading, num_columns)
+
+    def step(self) -> Events:
+        self._fail("step")
+        return super().step()
+
+    def _fail(self, part: str) -> None:
+        if part == FailingBatch.part:
+            raise MemoryError("no room")
+
+
+class FailingEngine(Engine):
+    def new_batch(self, end_ids: frozenset[int] | None = None, prefixes: PrefixCache | None = None) -> Batch:
+        return FailingBatch(self.runner.unhooked(), self.blend, end_ids or frozenset([257]), prefixes)
 
 
 def fail_in_passes_of(num_tokens: int, engine: Engine) -> Callable[[], None]:
@@ -310,7 +351,7 @@ def fail_in_passes_of(num_tokens: int, engine: Engine) -> Callable[[], None]:
 
     def check(_: object, given: tuple[Any, ...]) -> None:
         if given[0].shape[1] == num_tokens:
-            fails()
+            raise MemoryError("no room")
 
     return engine.model.get_input_embeddings().register_forward_pre_hook(check).remove
 
@@ -320,22 +361,21 @@ def fail_in_passes_of(num_tokens: int, engine: Engine) -> Callable[[], None]:
     [("begin", False), ("read", False), ("step", True), ("the prompt's pass", False), ("the step's pass", True)],
 )
 def test_a_failure_costs_the_rows_that_it_concerns_and_no_others(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, part: str, is_running_lost: bool
+    engine: Engine, adapter_folders: dict[str, Path], part: str, is_running_lost: bool
 ) -> None:
+    engine.detach()
+    engine = FailingEngine(engine.model, engine.tokenizer, read_all(adapter_folders), engine.router)
     engine.model.register_forward_hook(lambda *_: None)  # all passes go through the model's own modules
     case = Case(engine, prompt_chunk=16)
     running, its_news = case.submit(10, max_tokens=20)
     case.loop.advance()
     late, news = case.submit(40 if part == "read" else 4)
-    with monkeypatch.context() as patch:
-        if part.endswith("pass"):
-            end = fail_in_passes_of(4 if "prompt" in part else 1, engine)
-        else:
-            patch.setattr(Batch, part, fails)
-            end = None
-        case.loop.advance()
-        if end is not None:
-            end()
+    FailingBatch.part = part
+    end = fail_in_passes_of(4 if "prompt" in part else 1, engine) if part.endswith("pass") else None
+    case.loop.advance()
+    FailingBatch.part = ""
+    if end is not None:
+        end()
     lost = running if is_running_lost else late
     for job, told in ((running, its_news), (late, news)):
         assert isinstance(told[-1], EngineFailed) == (job is lost)

@@ -1,8 +1,8 @@
 """Bad requests: each refusal has OpenAI's shape, names the field, the given value and what is allowed."""
 
+import concurrent.futures
 import gzip
 import json
-import threading
 from collections.abc import Generator
 from dataclasses import fields
 from pathlib import Path
@@ -13,9 +13,8 @@ import schemathesis
 from jsonschema_rs import Draft202012Validator  # schemathesis brings it
 
 from treadle.common.params import RoutingParams
-from treadle.serving.openai import generating, reading
 from treadle.serving.openai.failures import Failure
-from treadle.serving.openai.reading import read_body, read_object
+from treadle.serving.openai.reading import read_object
 
 from serving import CHAT, Serving, serving
 
@@ -348,8 +347,7 @@ NO_CAUSE_TWICE: list[tuple[str, dict[str, Any], str]] = [
     (
         TEXTS,
         {"treadle": {"fixed": {"math": None}}},
-        'treadle.fixed: got {"math": null}; allowed: an object like {"math": 0.7}, each a finite number of at least 0, '
-        "or null",
+        "treadle.fixed.math: got null; allowed: a finite number of at least 0",
     ),
     (
         TEXTS,
@@ -452,17 +450,14 @@ def test_a_body_with_too_much_in_it_is_refused_before_it_is_read() -> None:
 
 
 @pytest.mark.parametrize("path", [CHATS, TEXTS, ROUTE])
-def test_bodies_are_read_beside_the_event_loop(served: Serving, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
-
-    def read(*given: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return read_body(*given)
-
-    for module in (generating, reading):
-        monkeypatch.setattr(module, "read_body", read)
-    assert served.post(path, MINIMAL[path]).status_code == 200
-    assert threads[0].startswith("treadle-prepare")
+def test_bodies_are_read_beside_the_event_loop(served: Serving, path: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with served.blocked(served.state.preparing):
+            answer = pool.submit(served.post, path, MINIMAL[path])
+            served.wait_until(lambda: served.state.preparing.num_waiting == 1)
+            assert served.request("GET", "/live").status_code == 200
+            assert not answer.done()
+        assert answer.result().status_code == 200
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content-Encoding": "gzip"}])

@@ -1,7 +1,9 @@
 """POST /v1/route holds nobody up, and is held up by nobody."""
 
+import asyncio
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.explain import MAX_COUNTED_WORDS, explain
 from treadle.routing.router import Router
-from treadle.serving.openai import route, state
+from treadle.routing.sentence_embedder import SentenceEmbedder
+from treadle.serving.openai.queues import Client
 from treadle.serving.openai.requests import MAX_TOKEN_CHARACTERS
 
 from conftest import SAMPLES
@@ -31,19 +34,25 @@ def test_a_text_is_weighed_while_the_engine_is_busy(served: Serving) -> None:
         assert served.post(ROUTE, {"text": "def loop"}).json()["names"] == ["math", "science", "code"]
 
 
-def test_a_neural_embedder_stays_in_the_engines_thread(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
-    explained = explain
+class Neural(SentenceEmbedder):
+    """A sentence embedder without its model, under another's id."""
 
-    def noted(*args: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return explained(*args)
+    def __init__(self, other: StaticEmbedder) -> None:
+        self.id, self.dim = other.id, other.dim
 
-    monkeypatch.setattr(route, "explain", noted)
-    assert served.post(ROUTE, {"text": "loop"}).status_code == 200
-    monkeypatch.setattr(state, "StaticEmbedder", type(None))
-    assert served.post(ROUTE, {"text": "loop"}).status_code == 200
-    assert [name.partition("_")[0] for name in threads] == ["treadle-weigh", "treadle-engine"]
+
+def test_a_neural_embedder_stays_in_the_engines_thread(served: Serving, embedder: StaticEmbedder) -> None:
+    def thread() -> str:
+        name = asyncio.run(served.state.weigh(lambda _: threading.current_thread().name, Client(), 0))
+        return name.partition("_")[0]
+
+    assert thread() == "treadle-weigh"
+    own = served.engine.router
+    served.engine.router = replace(own, embedder=Neural(embedder))
+    try:
+        assert thread() == "treadle-engine"
+    finally:
+        served.engine.router = own
 
 
 def test_a_text_has_as_many_characters_as_a_prompt_may_have(served: Serving) -> None:
@@ -54,20 +63,21 @@ def test_a_text_has_as_many_characters_as_a_prompt_may_have(served: Serving) -> 
     assert f"text: got {most + 1} characters; allowed: at most {most}" in refused.json()["error"]["message"]
 
 
-def test_a_text_that_takes_too_long_is_given_up(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    go = threading.Event()
-    monkeypatch.setattr(route, "explain", lambda *_: go.wait(30))
-    try:
+def test_a_text_that_takes_too_long_is_given_up(served: Serving) -> None:
+    with served.blocked(served.state.weighing):
         answer = served.post(ROUTE, {"text": "loop"})
-    finally:
-        go.set()
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
 
 
-def test_only_the_most_frequent_words_are_looked_at_one_by_one(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_most_frequent_words_are_looked_at_one_by_one(router: Router, embedder: StaticEmbedder) -> None:
     looked_at: list[int] = []
-    finish = StaticEmbedder.finish
-    monkeypatch.setattr(StaticEmbedder, "finish", lambda e, sums: (looked_at.append(len(sums)), finish(e, sums))[1])
+
+    class Counting(StaticEmbedder):
+        def finish(self, views: Sequence[Any]) -> Any:
+            looked_at.append(len(views))
+            return super().finish(views)
+
+    router = replace(router, embedder=Counting(embedder.model))
     text = " ".join(f"x{number}" for number in range(MAX_COUNTED_WORDS + 500)) + " loop" * 9
     assert explain(router, text).words
     assert max(looked_at) == (MAX_COUNTED_WORDS + 1) * (1 + len(router.tails))

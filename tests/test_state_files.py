@@ -17,8 +17,6 @@ from treadle.common.errors import BundleError, ModelError, OptionError
 from treadle.common.params import RoutingParams
 from treadle.engine.engine import load
 from treadle.engine.hf import routed
-from treadle.engine.state_fitting import fit_states
-from treadle.lora.adapter import Adapter, read_adapter
 from treadle.routing.explain import explain
 from treadle.routing.router import Router
 from treadle.routing.schedule import Seen
@@ -32,16 +30,6 @@ from serving import serving
 Damage = Callable[[dict[str, np.ndarray], dict[str, str]], None]
 FILE = "states.safetensors"
 BY_TEXT = RoutingParams(states=False)
-
-
-@pytest.fixture(scope="module")
-def adapters(adapter_folders: dict[str, Path]) -> list[Adapter]:
-    return [read_adapter(folder, name) for name, folder in adapter_folders.items()]
-
-
-@pytest.fixture(scope="module")
-def classes(tokenizer, adapters: list[Adapter]) -> StateClasses:
-    return fit_states(tiny_llama(), tokenizer, SAMPLES, adapters)[0]
 
 
 @pytest.fixture

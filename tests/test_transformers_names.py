@@ -34,13 +34,23 @@ class Wrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+class Catcher(logging.Handler):
+    """Keeps the lines that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+def said() -> Iterator[Callable[[], list[str]]]:
     """Return what tells which warnings, and lines that transformers logs, were about the cache so far."""
-    lines: list[str] = []
     root = logging.getLogger("transformers")
-    catcher = logging.Handler()
-    monkeypatch.setattr(catcher, "emit", lambda record: lines.append(record.getMessage()))
+    catcher = Catcher()
+    lines = catcher.lines
     logging.Logger.warning_once.cache_clear()  # it forgets that it has spoken
     root.addHandler(catcher)
     with warnings.catch_warnings(record=True) as caught:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from treadle.common.params import RoutingParams
-from treadle.serving.vllm.live import HashedWeights
 from treadle.serving.vllm.request_weights import RequestWeights
 
 from vllm_plugin.engines import ADAPTERS, PROMPTS, agree, reference, serving
@@ -89,9 +88,14 @@ def warm(served: Any, wanted: list[list[int]], given: list[Any]) -> tuple[list[s
     return problems, cached
 
 
-def test_the_prefix_cache_knows_the_weights(
-    small: Path, expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Unkeyed(RequestWeights):
+    """Weights that leave no trace in the hash of a block."""
+
+    def key(self, start: int, end: int) -> None:
+        return None
+
+
+def test_the_prefix_cache_knows_the_weights(small: Path, expected: dict[str, list[list[int]]]) -> None:
     given = [MODES[mode][0] for mode in ("auto", "fixed", "one", "base", "causal")]
     wanted = [expected[mode][4] for mode in ("auto", "fixed", "one", "base", "causal")]
     with serving(small) as served:
@@ -100,7 +104,7 @@ def test_the_prefix_cache_knows_the_weights(
         assert cached == [0, 0, 0, 0, 0, 64, 64, 64, 64, 64]  # hits, and of one's own kind only
         served.llm.reset_prefix_cache()
         # the control: without weights in the hash the same check must fail
-        monkeypatch.setattr(HashedWeights, "block_key", lambda *_: None)
+        served.core.scheduler.treadle.schedule.request_type = Unkeyed
         problems, cached = warm(served, wanted, given)
         assert cached[1] > 0
         assert problems != []
@@ -121,17 +125,18 @@ def test_blocks_of_generated_tokens_are_found_again(small: Path) -> None:
         assert other.num_cached_tokens == 0
 
 
-def test_gates_of_the_newest_token_for_all_would_be_seen(
-    small: Path, expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Newest(RequestWeights):
+    """Weights of which the newest count for all tokens."""
+
+    def gates(self, start: int, end: int) -> Any:
+        last = 1 << 30
+        return super().gates(last, last + 1)[0], (end - start,)
+
+
+def test_gates_of_the_newest_token_for_all_would_be_seen(small: Path, expected: dict[str, list[list[int]]]) -> None:
     """The control of the tests above: a preempted text read again under its newest weights differs."""
-    gates, last = RequestWeights.gates, 1 << 30
-
-    def newest(self: RequestWeights, start: int, end: int) -> Any:
-        return gates(self, last, last + 1)[0], (end - start,)
-
-    monkeypatch.setattr(RequestWeights, "gates", newest)
     with serving(small, num_gpu_blocks_override=10, enable_prefix_caching=False, max_model_len=192) as served:
+        served.core.scheduler.treadle.schedule.request_type = Newest
         prompts, given, wanted = mixed(expected)
         assert agree(served.run(prompts, given), wanted) != []
 

@@ -13,8 +13,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-HAS_PAGES = hasattr(mmap, "MAP_PRIVATE")
-"""Whether the system maps anonymous memory as Linux and macOS do."""
 ALIGNMENT = 64
 """Bytes of a cache line: where each of several tensors in the same pages begins."""
 
@@ -24,7 +22,7 @@ def new_pages(shape: Sequence[int], like: Tensor) -> Tensor:
 
     In a CPU's memory it lies in pages that no other tensor shares; those that nobody writes to take no memory.
     """
-    if like.device.type != "cpu" or not HAS_PAGES:
+    if like.device.type != "cpu":
         return like.new_empty(shape)
     pages = mmap.mmap(-1, prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(*shape)  # the tensor holds the pages, and they go with it

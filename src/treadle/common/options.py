@@ -6,11 +6,13 @@ from functools import cache
 from math import isfinite
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from treadle.common.errors import OptionError, OptionProblem, listed, one_or_list, problem_list, told, unknown_name
 
 Value = TypeVar("Value")
+TRUTH_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+"""Texts of a switch."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,6 @@ def meanings(options: type) -> dict[str, str]:
     return {entry.name: entry.metadata.get("meaning", "") for entry in fields(options)}
 
 
-def allowed_values(options: type) -> dict[str, str]:
-    """Return in words which values each field of a dataclass may have."""
-    hints = _hints(options)
-    return {entry.name: _in_words(hints[entry.name], _bounds(entry)) for entry in fields(options)}
-
-
 @cache
 def _hints(options: type) -> dict[str, Any]:
     return get_type_hints(options)
@@ -76,7 +72,8 @@ def _bounds(entry: "Field[Any]") -> Bounds:
     return entry.metadata.get("bounds", Bounds())
 
 
-def _in_words(kind: Any, bounds: Bounds) -> str:
+def _in_words(kind: Any, bounds: Bounds, given: Any = None) -> str:
+    """Return the values an option may have, as a text has them where a text was given."""
     kind, may_be_none = _without_none(kind)
     words = {
         bool: "true or false",
@@ -88,7 +85,8 @@ def _in_words(kind: Any, bounds: Bounds) -> str:
     if get_origin(kind) is Literal:
         text = listed(get_args(kind))
     elif get_origin(kind) is Mapping:
-        text = f'an object like {{"math": 0.7}}, each a finite number{bounds.in_words()}'
+        example = "name=number pairs like math=0.7" if isinstance(given, str) else 'an object like {"math": 0.7}'
+        text = f"{example}, each a finite number{bounds.in_words()}"
     else:
         text = words.get(kind, "a text or a list of texts")
     return f"{text}, or none" if may_be_none else text
@@ -118,7 +116,7 @@ def check_fields(options: Any) -> list[OptionProblem]:
         if value is not None:
             object.__setattr__(options, entry.name, value)
             continue
-        allowed = _in_words(hints[entry.name], bounds)
+        allowed = _in_words(hints[entry.name], bounds, given)
         if get_origin(kind) is Literal and isinstance(given, str):
             names = [str(choice) for choice in get_args(kind)]
             problems.append(OptionProblem((entry.name,), unknown_name(entry.name, given, names)))
@@ -189,122 +187,56 @@ def read_options(options: type[Value], given: Mapping[str, Any], *, onto: Value 
     Values may be text, as a command line or a file gives them (`"none"`, `"true"`, `"math=0.7,code=0.3"`).
 
     Raises:
-        OptionError: a field does not exist, a value has the wrong type, or the dataclass refuses it.
+        OptionError: a field does not exist, or the dataclass refuses a value; lists every problem.
     """
     hints = _hints(options)
     names = [entry.name for entry in fields(cast(Any, options))]
     values = {name: getattr(onto, name) for name in names} if onto is not None else {}
-    problems: list[OptionProblem] = []
-    for name, value in given.items():
-        try:
-            values[name] = parse(hints[name], value, name) if name in names else _refuse(name, names)
-        except OptionError as error:
-            is_name = name not in names or (get_origin(hints[name]) is Literal and isinstance(value, str))
-            allowed = "" if is_name else allowed_values(cast(type, options))[name]
-            problems.append(OptionProblem((name,), str(error), value, allowed))
-    if problems:
-        raise _all_problems(options, values, problems)
-    return options(**values)
-
-
-def _all_problems(options: type, values: Mapping[str, Any], problems: list[OptionProblem]) -> OptionError:
-    """Return the error for fields that cannot be read, and for those that can but have problems of their own."""
-    unread = {problem.options[0] for problem in problems}
+    values |= {name: parse(hints[name], value) for name, value in given.items() if name in names}
+    unknown = [OptionProblem((name,), unknown_name("option", name, names)) for name in given if name not in names]
+    if not unknown:
+        return options(**values)
+    problems = unknown
     try:
         options(**values)
     except OptionError as error:
-        problems += [each for each in error.problems if not unread & each.fields]
-    texts = [problem.text for problem in problems]
-    return OptionError(one_or_list("options:", texts), problems)
+        problems = [*unknown, *error.problems]
+    raise OptionError(one_or_list("options:", [problem.text for problem in problems]), problems)
 
 
-def _refuse(name: str, names: list[str]) -> NoReturn:
-    raise OptionError(unknown_name("option", name, names))
-
-
-def parse(kind: Any, value: Any, name: str) -> Any:
-    """Return `value`, which may be text, as the type `kind` of the option `name`."""
-    if get_origin(kind) in (Union, UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            if NoneType in get_args(kind):
-                return None
-        else:
-            (kind,) = [choice for choice in get_args(kind) if choice is not NoneType]
-    origin = get_origin(kind) or kind
-    if origin is Literal:
-        if value in get_args(kind):
-            return value
-        raise OptionError(unknown_name(name, str(value), [str(choice) for choice in get_args(kind)]))
-    reader = _numbers if kind == tuple[int, ...] else READERS.get(origin)
-    parsed = reader(value) if reader else None
-    if parsed is None:
-        raise OptionError(f"{name}: expected {_described(kind)}, got {told(value)}.")
-    return parsed
-
-
-def _described(kind: Any) -> str:
-    origin = get_origin(kind) or kind
-    if origin is tuple:
-        return "a number or a list of numbers" if kind == tuple[int, ...] else "a text or a list of texts"
-    return getattr(origin, "__name__", str(kind)) if get_origin(kind) is None else "name=number pairs"
-
-
-def _bool(value: Any) -> bool | None:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
-
-
-def _int(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | str):
+def parse(kind: Any, value: Any) -> Any:
+    """Read a text as a value of the type `kind`; leave what cannot be read for `check_fields` to refuse."""
+    kind, may_be_none = _without_none(kind)
+    if may_be_none and isinstance(value, str) and value.lower() == "none":
         return None
-    try:
-        return int(value)
-    except ValueError:
-        return None
+    if get_origin(kind) is Mapping:
+        return _parsed_entries(value)
+    if kind == tuple[int, ...]:
+        given: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+        parts = [part for each in given for part in (each.split(",") if isinstance(each, str) else [each])]
+        return [_parsed(int, part) for part in parts]
+    return _parsed(kind, value)
 
 
-def _float(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _str(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _names(value: Any) -> tuple[str, ...] | None:
-    if isinstance(value, str):
-        value = [value]  # one entry: a stop string may hold commas and spaces
-    return tuple(value) if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else None
-
-
-def _numbers(value: Any) -> tuple[int, ...] | None:
-    listed: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
-    single = [part for each in listed for part in (each.split(",") if isinstance(each, str) else [each])]
-    numbers = [_int(each) for each in single]
-    return None if None in numbers else cast(tuple[int, ...], tuple(numbers))
-
-
-def _weights(value: Any) -> dict[str, float] | None:
+def _parsed_entries(value: Any) -> Any:
+    """Return name=number pairs as a mapping."""
     if isinstance(value, str):
         pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if not all(mark for _, mark, _ in pairs):
+            return value
         value = {name.strip(): number for name, _, number in pairs}
     if not isinstance(value, Mapping):
-        return None
-    numbers = {str(name): _float(number) for name, number in value.items()}
-    return None if None in numbers.values() else cast(dict[str, float], numbers)
+        return value
+    return {name: _parsed(float, number) for name, number in cast(Mapping[Any, Any], value).items()}
 
 
-READERS: dict[Any, Any] = {
-    bool: _bool,
-    int: _int,
-    float: _float,
-    str: _str,
-    tuple: _names,
-    Mapping: _weights,
-}
-"""Readers of an option's text or value, by its type; None = the value is not of that type."""
+def _parsed(kind: Any, value: Any) -> Any:
+    """Return the text of a truth value or number as one."""
+    if not isinstance(value, str):
+        return value
+    if kind is bool:
+        return TRUTH_WORDS.get(value.lower(), value)
+    try:
+        return kind(value) if kind in (int, float) else value
+    except ValueError:
+        return value

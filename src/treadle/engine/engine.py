@@ -75,6 +75,7 @@ class Engine:
             check_states_fit(model, router.states)
         self.model = model
         self.tokenizer = tokenizer
+        self.max_batch = MAX_BATCH if model.device.type == "cpu" else GPU_BATCH  # sequences of a call in one pass
         rereading = frozenset[str]() if is_plain_decoder(model) else rereading_layers(model)
         self.adapters = AdapterSet(model, adapters, router, rereading)
         self.runner = new_runner(model, self.blend, pack=pack, is_fast=is_fast)
@@ -300,12 +301,11 @@ class Engine:
     def _run(self, rows: Sequence[TokenSequence]) -> Generator[tuple[TokenSequence, TokenEvent | SequenceError]]:
         """Run rows to their end, a limited number at a time, the longest-waiting first."""
         batch = self.new_batch()
-        most = MAX_BATCH if self.model.device.type == "cpu" else GPU_BATCH
         waiting = list(rows)
         self.adapters.hold(rows)
         try:
             while waiting or batch.rows:
-                free = most - len(batch.rows)
+                free = self.max_batch - len(batch.rows)
                 joining, waiting = waiting[:free], waiting[free:]
                 if batch.rows:
                     yield from batch.step()

@@ -4,19 +4,15 @@ A buffer has room for more rows and more tokens, so only a row that joins or lea
 cost running rows more than a step. On a CPU, memory that is not written to costs nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from treadle.common.memory import new_pages
-
-GROWTH_TOKENS = 256
-"""Tokens that a full buffer grows by, or a quarter if that is more; on a CPU it doubles."""
-GROWTH_ROWS = 8
-"""Rows that a full buffer grows by when a row joins; four times as many on a CPU."""
 
 
 class CacheSizes(NamedTuple):
@@ -60,7 +56,15 @@ class BufferLimits:
 
 
 class RowLayer(DynamicLayer):
-    """Keys and values of one layer (B, H, L, head): a window of buffers that can grow on three sides."""
+    """Keys and values of one layer (B, H, L, head): a window of buffers that can grow on three sides.
+
+    Attributes:
+        growth_tokens: tokens that a full buffer grows by, or a quarter if that is more; on a CPU it doubles.
+        growth_rows: rows that a full buffer grows by when a row joins; four times as many on a CPU.
+    """
+
+    growth_tokens: ClassVar[int] = 256
+    growth_rows: ClassVar[int] = 8
 
     def __init__(self, limits: BufferLimits | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -111,7 +115,7 @@ class RowLayer(DynamicLayer):
 
     def part(self, first: int, end: int) -> "RowLayer":
         """Return rows from `first` to before `end` as a separate layer in the same memory."""
-        made = RowLayer()
+        made = type(self)()
         keys, values = self.buffers
         made._buffers = keys[first:end], values[first:end]
         made._num_rows, made._start, made._end = end - first, self._start, self._end
@@ -164,7 +168,7 @@ class RowLayer(DynamicLayer):
         length, num_rows = keys.shape[-2], self._num_rows + len(keys)
         missing = max(0, length - self.get_seq_length())  # columns on the left
         if num_rows > len(self._buffers[0]) or missing > self._start:
-            growth = GROWTH_ROWS * (4 if keys.device.type == "cpu" else 1)
+            growth = self.growth_rows * (4 if keys.device.type == "cpu" else 1)
             capacity = len(self._buffers[0]) if num_rows <= len(self._buffers[0]) else num_rows + growth
             self._reserve((keys, values), (num_rows, capacity), missing, max(self.get_seq_length(), length))
             self.show()
@@ -188,10 +192,10 @@ class RowLayer(DynamicLayer):
         Their memory is not filled, because columns are written before they are read. `rows` is (needed, wanted).
         """
         before, length = self._buffers, self.get_seq_length()
-        spare = max(GROWTH_TOKENS, columns if like[0].device.type == "cpu" else columns // 4)
+        spare = max(self.growth_tokens, columns if like[0].device.type == "cpu" else columns // 4)
         num_rows, num_columns = self._limits.size(like, rows, (columns, columns + spare))
         keys, values = (  # latent attention: values are shorter than keys
-            new_pages((num_rows, each.shape[1], num_columns, each.shape[-1]), each) for each in like
+            self.new_buffer((num_rows, each.shape[1], num_columns, each.shape[-1]), each) for each in like
         )
         self._buffers = keys, values
         self._limits.num_bytes += sum(each.nbytes for each in self._buffers) - sum(each.nbytes for each in before or ())
@@ -199,6 +203,10 @@ class RowLayer(DynamicLayer):
             for old, new in zip(before, self._buffers, strict=True):
                 new[: self._num_rows, :, left : left + length] = old[: self._num_rows, :, self._start : self._end]
         self._start, self._end = left, left + length
+
+    def new_buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return memory (rows, H, columns, head) with any values, of the dtype and on the device of `like`."""
+        return new_pages(shape, like)
 
     def show(self) -> None:
         """Make `keys` and `values` views of the window."""
@@ -210,9 +218,10 @@ class RowLayer(DynamicLayer):
 class RowCache(Cache):
     """The cache that a model fills. Rows are padded on the left; the batch knows by how much."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer_type: type[RowLayer] = RowLayer) -> None:
+        self.layer_type = layer_type
         self._limits = BufferLimits()
-        super().__init__(layer_class_to_replicate=cast(type[RowLayer], partial(RowLayer, self._limits)))
+        super().__init__(layer_class_to_replicate=cast(type[RowLayer], partial(layer_type, self._limits)))
 
     @property
     def length(self) -> int:
@@ -235,7 +244,7 @@ class RowCache(Cache):
     def rows(self, num_layers: int) -> list[RowLayer]:
         """Return the layers; new ones where the model has not written yet."""
         while len(self.layers) < num_layers:
-            self.layers.append(RowLayer(self._limits))
+            self.layers.append(self.layer_type(self._limits))
         return cast(list[RowLayer], self.layers)
 
     def merge(self, other: "RowCache") -> None:
@@ -262,9 +271,9 @@ class RowCache(Cache):
 
     def part(self, first: int, end: int) -> "RowCache":
         """Return rows from `first` to before `end` as a cache that writes into the same memory while it has room."""
-        made = RowCache()
+        made = RowCache(self.layer_type)
         made.layers = [
-            layer.part(first, end) if isinstance(layer, RowLayer) and layer.is_initialized else RowLayer()
+            layer.part(first, end) if isinstance(layer, RowLayer) and layer.is_initialized else self.layer_type()
             for layer in self.layers
         ]
         return made

@@ -117,9 +117,9 @@ def is_recurrent(model: "PreTrainedModel") -> bool:
     return any(isinstance(each, LinearAttentionLayer) and hasattr(each, "conv_states") for each in _layers(model))
 
 
-def new_cache(model: "PreTrainedModel") -> RowCache:
+def new_cache(model: "PreTrainedModel", layer_type: type[RowLayer] = RowLayer) -> RowCache:
     """Return an empty cache for a model."""
-    return RecurrentCache(model) if is_recurrent(model) else RowCache()
+    return RecurrentCache(model) if is_recurrent(model) else RowCache(layer_type)
 
 
 def _layers(model: "PreTrainedModel") -> list[Any]:

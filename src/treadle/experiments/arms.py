@@ -31,8 +31,8 @@ from typing import Any, cast
 
 from treadle.bundle.bundle import read_bundle
 from treadle.common.documents import check_depth, read_text
-from treadle.common.errors import OptionError, TreadleError, collect, problem_list, unknown_name
-from treadle.common.options import parse, read_options
+from treadle.common.errors import OptionError, TreadleError, collect, problem_list, shown, unknown_name
+from treadle.common.options import read_options
 from treadle.common.params import RoutingParams, read_routing
 from treadle.experiments.params import EvalParams
 from treadle.lora.adapter import Adapter
@@ -202,9 +202,9 @@ def _read_router(folder: str, adapters: Sequence[Adapter], router: Router) -> Ro
 
 def _read_arm(name: str, table: Mapping[str, Any], default: RoutingParams) -> Arm:
     given = {key: value for key, value in table.items() if key != "bundle"}
-    bundle = parse(str, table["bundle"], "bundle") if "bundle" in table else ""
-    if "bundle" in table and not bundle:
-        raise OptionError("bundle names no folder; without it the evaluated bundle routes.")
+    bundle = table.get("bundle", "")
+    if "bundle" in table and (not bundle or not isinstance(bundle, str)):
+        raise OptionError(f"bundle: got {shown(bundle)}; name a folder, or leave it out: the evaluated bundle routes.")
     return Arm(name, read_routing(given, default), bundle)
 
 

@@ -21,11 +21,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warni
 from tqdm import tqdm
 
 from treadle.bundle.bundle import read_bundle
-from treadle.common.errors import OptionError, TreadleError
+from treadle.common.errors import OptionError, TreadleError, told
 from treadle.common.options import parse, read_options
 from treadle.common.params import RoutingParams, SamplingParams, read_routing
 from treadle.engine.chat import TokenPrompt
-from treadle.engine.engine import MAX_BATCH, Engine, load
+from treadle.engine.engine import Engine, load
 from treadle.engine.rendered_chats import RenderedChats
 from treadle.engine.scoring import CPU_BATCH_ROWS, score_greedy
 
@@ -119,7 +119,7 @@ class TreadleLM(TemplateLM):
         ]
         texts = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda index: -len(prompts[index]))
-        size = self._rows or MAX_BATCH
+        size = self._rows or self.engine.max_batch
         for start in tqdm(range(0, len(order), size), desc="treadle: generate", disable=disable_tqdm):
             chosen = order[start : start + size]
             options = [samplings[index] for index in chosen]
@@ -181,10 +181,10 @@ def _sampling(given: dict[str, Any]) -> SamplingParams:
 
 def _count(given: int | str | None) -> int | None:
     """Return a batch size, None for one that lm-eval's own models find out."""
-    count = None if str(given).startswith("auto") else parse(int | None, given, "batch_size")
-    if count is None or count >= 1:
+    count = None if str(given).startswith("auto") else parse(int | None, given)
+    if count is None or (isinstance(count, int) and count >= 1):
         return count
-    raise OptionError(f"a batch size must be at least 1, or auto, not {count}.")
+    raise OptionError(f"a batch size must be a whole number of at least 1, or auto, not {told(count)}.")
 
 
 def main() -> None:

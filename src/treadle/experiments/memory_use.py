@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
 model.generation_config.eos_token_id = None
 ids = tokenizer(prompt, return_tensors="pt").to(device)
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=int(tokens), do_sample=False)[0]))
+made = model.generate(**ids, max_new_tokens=int(tokens), do_sample=False)
+print(tokenizer.decode(made[0]))
 """
 """Generates as a user of transformers would; no token ends the text early."""
 ENDLESS_CODE = """
@@ -54,8 +55,13 @@ class ProcessCost(NamedTuple):
     peak: int  # bytes of resident memory
 
 
-def memory(lab: Lab) -> list[Table]:
-    """Run processes that generate once: seconds to the first token, and peak memory."""
+MeasureProcesses = Callable[[Mapping[str, Sequence[str]], int], dict[str, list[ProcessCost]]]
+"""(commands, rounds) -> what each command spent in each round."""
+
+
+def memory(lab: Lab, measure: "MeasureProcesses | None" = None) -> list[Table]:
+    """Run processes that generate once, by default with `measure_processes`: seconds to a token, and peak memory."""
+    measure = measure or measure_processes
     rounds, setting = lab.params.rounds, lab.setting(1)
     base, bundle = locate(lab.bundle.base_model), str(lab.bundle.folder)
     device, prompt = str(lab.engine.model.device), _prompt(lab)
@@ -71,9 +77,9 @@ def memory(lab: Lab) -> list[Table]:
     }
     help_only = {HELP_ARM: [sys.executable, "-m", "treadle", "--help"]}
     return [
-        _start("From the start of a process to its first token", measure_processes(first, rounds), setting),
-        _start("From the start of a process to the end of its help", measure_processes(help_only, rounds), ""),
-        peak_table(lab, measure_processes(whole, rounds)),
+        _start("From the start of a process to its first token", measure(first, rounds), setting),
+        _start("From the start of a process to the end of its help", measure(help_only, rounds), ""),
+        peak_table(lab, measure(whole, rounds)),
     ]
 
 
@@ -157,11 +163,12 @@ def endless_command(bundle: str, device: str, dtype: str, tokens: int, prompt: s
     return [sys.executable, "-c", ENDLESS_CODE, bundle, device, dtype, str(int(pack)), str(tokens), prompt]
 
 
-def answer(bundle: str, device: str, dtype: str, pack: str, tokens: str, prompt: str) -> None:
-    """Print what a bundle's engine makes of a prompt: `tokens` tokens, whatever they are."""
+def answer(bundle: str, device: str, dtype: str, pack: str, tokens: str, prompt: str) -> int:
+    """Print what a bundle's engine makes of a prompt: `tokens` tokens, whatever they are; return how many they were."""
     engine = load(bundle, device=device, dtype=dtype, pack=pack == "1")
     batch = start_batch(engine, [prompt_ids(engine.tokenizer, prompt)], int(tokens), engine.router.params)
     [row] = batch.rows
     while batch.rows:
         batch.step()
     print("".join(event.text for event in row.events))
+    return len(row.events)

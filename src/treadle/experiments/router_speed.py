@@ -9,12 +9,8 @@ from treadle.experiments.timing import Table, Unit, interleave, lines
 from treadle.experiments.workbench import SPARE_TOKENS, WARM_UP_STEPS, Lab, Steps, not_run, pooled, start_batch
 from treadle.routing.schedule import DecisionCursor, Views
 
-TEXT_TOKENS = (64, 1024, 16384)
-"""Tokens of the texts that a decision of the router is timed on."""
 STREAM_COUNTS = (1, 64)
 """Texts that are decided at once."""
-MAX_SLOW_TOKENS = 16384
-"""Limit on the tokens of an arm's texts together, for an embedder that reads every text anew."""
 STEP_ARM = "a step of the base"
 
 
@@ -25,14 +21,15 @@ def router(lab: Lab) -> list[Table]:
     has emptied the caches.
     """
     rounds = lab.params.rounds if lab.is_slow else lab.params.tokens
-    step, *steps = (_base_steps(lab, rounds) for _ in range(1 + len(TEXT_TOKENS) * len(STREAM_COUNTS)))
+    lengths, most = lab.sizes.text_tokens, lab.sizes.max_slow_tokens
+    step, *steps = (_base_steps(lab, rounds) for _ in range(1 + len(lengths) * len(STREAM_COUNTS)))
     arms: dict[str, Unit] = {STEP_ARM: step}
     missing: dict[str, str] = {}
-    for length in TEXT_TOKENS:
+    for length in lengths:
         for streams in STREAM_COUNTS:
             name = f"{streams} x one decision, text of {length} tokens"
-            if lab.is_slow and streams * length > MAX_SLOW_TOKENS:
-                missing[name] = f"this embedder reads every text anew; at most {MAX_SLOW_TOKENS} tokens a time"
+            if lab.is_slow and streams * length > most:
+                missing[name] = f"this embedder reads every text anew; at most {most} tokens a time"
             else:
                 arms[name] = Decisions(lab, streams, length)
     read = step.read

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from treadle.common.version import __version__
 from treadle.engine.runners.cpu.packing import CPU_FILE
@@ -23,12 +22,8 @@ if TYPE_CHECKING:
 
 Unit = Callable[[], object]
 """One unit of an arm's work: a step, a call, a decision."""
-MATRIX_PRODUCTS = frozenset(
-    {"mm", "mv", "addmm", "addmm_", "addmv", "addmv_", "linear", "bmm", "matmul", "_linear_pointwise"}
-)
-"""PyTorch's names of matrix products."""
 COPY_BYTES = 1 << 28
-"""Size of the copy that measures bandwidth: far more than any cache holds."""
+"""Bytes of the copy that measures bandwidth: far more than any cache holds."""
 GPU_COPIES = 8
 """Copies between two synchronisations of a GPU, so that the waiting does not count."""
 
@@ -120,19 +115,6 @@ def _num_cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-class Counter(TorchDispatchMode):
-    """Counts the operations that PyTorch dispatches inside it, and which of them are matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        self.products += func.__name__.split(".")[0] in MATRIX_PRODUCTS
-        return func(*args, **(kwargs or {}))
-
-
 def interleave(
     arms: Mapping[str, Unit], rounds: int, warm_up: int = 1, *, before: Mapping[str, Unit] | None = None
 ) -> dict[str, list[float]]:
@@ -172,15 +154,19 @@ def _seconds(unit: Unit) -> float:
 
 @contextmanager
 def _without_garbage() -> Generator[None]:
-    """Collect Python's garbage now; inside, it is collected on request only, and what is there now is not looked at."""
-    was_enabled = gc.isenabled()
+    """Collect Python's garbage now; inside, it is collected on request only, and what is there now is not looked at.
+
+    Objects that somebody else has frozen stay frozen.
+    """
+    was_enabled, is_frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not is_frozen:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 
@@ -222,9 +208,9 @@ def lines(
     return made
 
 
-def copies(device: torch.device) -> tuple[Unit, int]:
-    """Return a large copy as a unit, on a GPU several, and the bytes that it reads and writes."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
+def copies(device: torch.device, num_bytes: int = COPY_BYTES) -> tuple[Unit, int]:
+    """Return a copy of `num_bytes` as a unit, on a GPU several, and the bytes that it reads and writes."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     count = GPU_COPIES if device.type == "cuda" else 1
 
@@ -232,12 +218,12 @@ def copies(device: torch.device) -> tuple[Unit, int]:
         for _ in range(count):
             target.copy_(source)
 
-    return copy, 2 * count * COPY_BYTES
+    return copy, 2 * count * num_bytes
 
 
-def bandwidth(device: torch.device) -> float:
+def bandwidth(device: torch.device, num_bytes: int = COPY_BYTES) -> float:
     """Return the bytes a second of a large copy, read and written (median of nine)."""
-    copy, copied = copies(device)
+    copy, copied = copies(device, num_bytes)
     return copied / median(interleave({"copy": copy}, rounds=9, warm_up=2)["copy"])
 
 

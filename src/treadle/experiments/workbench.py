@@ -14,7 +14,7 @@ from treadle.engine.sequence import TokenSequence
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.params import BenchParams
 from treadle.experiments.pools import random_adapters, random_router
-from treadle.experiments.timing import Machine, TableLine, Unit, bandwidth, copies, interleave, lines
+from treadle.experiments.timing import COPY_BYTES, Machine, TableLine, Unit, bandwidth, copies, interleave, lines
 from treadle.routing.embedder import SentenceEmbedder
 
 if TYPE_CHECKING:
@@ -32,6 +32,21 @@ COPY_ARM = "a large copy"
 
 
 @dataclass(frozen=True)
+class LabSizes:
+    """Sizes of what the suites measure, which no flag sets.
+
+    Attributes:
+        copy_bytes: of the copy that measures bandwidth.
+        text_tokens: tokens of the texts that a decision of the router is timed on.
+        max_slow_tokens: limit on the tokens of an arm's texts together, for an embedder that reads every text anew.
+    """
+
+    copy_bytes: int = COPY_BYTES
+    text_tokens: tuple[int, ...] = (64, 1024, 16384)
+    max_slow_tokens: int = 16384
+
+
+@dataclass(frozen=True)
 class Lab:
     """A bundle, its engine, and the bandwidth of the machine, for the suites.
 
@@ -41,6 +56,7 @@ class Lab:
         dtype: name of the base's dtype.
         params: what was asked.
         peak: bytes a second of a large copy.
+        sizes: of what is measured.
     """
 
     bundle: Bundle
@@ -48,6 +64,7 @@ class Lab:
     dtype: str
     params: BenchParams
     peak: float
+    sizes: LabSizes = LabSizes()
 
     @property
     def machine(self) -> Machine:
@@ -83,12 +100,20 @@ class Lab:
 
     @classmethod
     def open(
-        cls, bundle: Bundle, device: str | None, dtype: str | None, params: BenchParams, *, pack: bool | None = None
+        cls,
+        bundle: Bundle,
+        device: str | None,
+        dtype: str | None,
+        params: BenchParams,
+        *,
+        pack: bool | None = None,
+        sizes: LabSizes = LabSizes(),
     ) -> "Lab":
         """Load the base model and measure the machine."""
         engine = load(bundle, device=device, dtype=dtype, pack=pack)
         name = str(engine.model.dtype).removeprefix("torch.")
-        return cls(bundle, engine, name, params, bandwidth(engine.model.device))
+        peak = bandwidth(engine.model.device, sizes.copy_bytes)
+        return cls(bundle, engine, name, params, peak, sizes)
 
     def setting(self, batch: int) -> str:
         """Return how lines of this engine and batch size are called."""
@@ -155,7 +180,7 @@ class Steps:
 
 def time_steps(lab: Lab, arms: Mapping[str, Steps], rounds: int, setting: str) -> list[TableLine]:
     """Return the lines of steps, each with its share of a large copy's bandwidth; the copy comes last."""
-    copy, copied = copies(lab.engine.model.device)
+    copy, copied = copies(lab.engine.model.device, lab.sizes.copy_bytes)
     before = {arm: steps.read for arm, steps in arms.items()}
     units: dict[str, Unit] = {**arms, COPY_ARM: copy}
     seconds = interleave(units, rounds, WARM_UP_STEPS)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from treadle.common.errors import AdapterError, shown
 
-WALL_SECONDS, CPU_SECONDS, MEMORY_BYTES = 4, 1, 1 << 29
+WALL_SECONDS, CPU_SECONDS, MEMORY_BYTES = 4.0, 1, 1 << 29
 """Limits for all expressions of a config together; memory is address space."""
 MAX_EXPRESSION_CHARACTERS = 100_000
 PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
@@ -47,13 +47,15 @@ def match_ends(patterns: Sequence[str], paths: Sequence[str]) -> list[int | None
     return list(_first(tuple(patterns), tuple(paths), "match"))
 
 
-def match_whole(pattern: str, paths: Sequence[str]) -> list[bool]:
+def match_whole(pattern: str, paths: Sequence[str], wall_seconds: float = WALL_SECONDS) -> list[bool]:
     """Return for each module path whether the regular expression matches all of it; errors as in `match_ends`."""
-    return [found is not None for found in _first((pattern,), tuple(paths), "fullmatch")]
+    return [found is not None for found in _first((pattern,), tuple(paths), "fullmatch", wall_seconds)]
 
 
 @lru_cache(256)
-def _first(patterns: tuple[str, ...], paths: tuple[str, ...], method: Method) -> tuple[int | None, ...]:
+def _first(
+    patterns: tuple[str, ...], paths: tuple[str, ...], method: Method, wall_seconds: float = WALL_SECONDS
+) -> tuple[int | None, ...]:
     """Return for each path the index of the first pattern that matches."""
     expressions = [rf"(.*\.)?({pattern})$" for pattern in patterns] if method == "match" else list(patterns)
     if all(map(PLAIN.fullmatch, patterns)):
@@ -61,7 +63,7 @@ def _first(patterns: tuple[str, ...], paths: tuple[str, ...], method: Method) ->
         return tuple(next((i for i, match in enumerate(matches) if match(path)), None) for path in paths)
     if long := [pattern for pattern in patterns if len(pattern) > MAX_EXPRESSION_CHARACTERS]:
         raise AdapterError(f"an expression has {len(long[0])} characters; {MAX_EXPRESSION_CHARACTERS} at most are read")
-    answer = _ask(json.dumps([method, expressions, paths]))
+    answer = _ask(json.dumps([method, expressions, paths]), wall_seconds)
     if answer is None:
         listed = ", ".join(map(shown, patterns[:3])) + (", ..." if len(patterns) > 3 else "")
         raise AdapterError(
@@ -73,11 +75,11 @@ def _first(patterns: tuple[str, ...], paths: tuple[str, ...], method: Method) ->
     return tuple(answer[0])
 
 
-def _ask(request: str) -> list[Any] | None:
+def _ask(request: str, wall_seconds: float) -> list[Any] | None:
     """Return the answer of a worker process; None if it was stopped."""
     command = [sys.executable, "-I", "-S", "-c", WORKER]
     try:
-        done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=WALL_SECONDS, check=False)
+        done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=wall_seconds, check=False)
     except subprocess.TimeoutExpired:
         return None
     except OSError as error:

@@ -14,7 +14,7 @@ import torch
 
 from treadle.common.errors import OptionError
 from treadle.common.transformers_names import cache_argument
-from treadle.engine.kv_cache import RowCache
+from treadle.engine.kv_cache import RowCache, RowLayer
 from treadle.engine.recurrent_cache import is_recurrent, new_cache
 from treadle.engine.runners import decoder
 from treadle.engine.runners.blocks import blocks_of, outputs_of
@@ -75,12 +75,17 @@ class ModelForward:
 
 
 class Runner:
-    """Runs each input through the first of our own passes that takes it, otherwise through the model's `forward`."""
+    """Runs each input through the first of our own passes that takes it, otherwise through the model's `forward`.
+
+    Attributes:
+        layer_type: class of the layers of new caches.
+    """
 
     def __init__(self, model: "PreTrainedModel", blend: Blend, own: Sequence[ForwardPass] = ()) -> None:
         """Take a model, its blend, and our own passes in the order to try them."""
         self.rope = LengthRope.of(model)
         self.own = tuple(own)
+        self.layer_type: type[RowLayer] = RowLayer
         self._model = model
         self._blend = blend
         self._forward = ModelForward(model, blend, self.rope)
@@ -107,7 +112,7 @@ class Runner:
 
     def new_cache(self) -> RowCache:
         """Return an empty cache for the model."""
-        return new_cache(self._model)
+        return new_cache(self._model, self.layer_type)
 
     def run(self, given: PassInput) -> PassOutput:
         """Read the tokens, and append their keys and values to the cache."""
@@ -115,7 +120,11 @@ class Runner:
 
     def unhooked(self) -> "Runner":
         """Return the runner to use now: without our own passes while a module has hooks."""
-        return Runner(self._model, self._blend) if self.own and decoder.is_hooked(self._model) else self
+        if not self.own or not decoder.is_hooked(self._model):
+            return self
+        plain = Runner(self._model, self._blend)
+        plain.layer_type = self.layer_type
+        return plain
 
 
 def is_plain_decoder(model: "PreTrainedModel") -> bool:

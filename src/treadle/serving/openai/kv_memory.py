@@ -5,7 +5,7 @@ for lack of memory. Buffers count as they are allocated, with their growth and p
 """
 
 import logging
-import sys
+import resource
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,6 @@ from treadle.engine.batch import Batch, Reading
 from treadle.engine.engine import Engine
 from treadle.engine.kv_cache import CacheSizes
 from treadle.engine.sequence import TokenSequence
-
-if sys.platform != "win32":
-    import resource
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +34,8 @@ def free_memory(device: torch.device, cgroup: Path = CGROUP) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [*_free_of_system(), *_free_of_cgroup(cgroup)]
-    if sys.platform != "win32":
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        found += [limit - _taken()] if limit != resource.RLIM_INFINITY else []
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    found += [limit - _taken()] if limit != resource.RLIM_INFINITY else []
     return max(0, min(found, default=DEFAULT_FREE_BYTES))
 
 

@@ -8,7 +8,7 @@ Offers of other protocols (HTTP/2, WebSocket) are ignored, and clients of HTTP/1
 import asyncio
 import re
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -17,21 +17,25 @@ from treadle.serving.openai.failures import Failure
 
 HEADER_BYTES = 32 << 10
 """The most bytes of a request's line with all its headers."""
-HEAD_SECONDS = 30.0
-"""A head must arrive in this time after the connection or its own first byte."""
-WRITE_SECONDS = 30.0
-"""A client must empty its connection's full buffer (64 KiB) in this time."""
-UNREAD_BODY_SECONDS = 10.0
-"""The unread rest of a body must arrive in this time after the answer."""
-MAX_CONNECTIONS = 768
-"""With more, the oldest one closes on which no request runs; systems often allow 1,024 descriptors."""
 AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 """The host in a request's line, as clients of a proxy write it."""
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Closes a connection whose client is slow, sends too long a head, or does not read; `Middleware` limits bodies."""
+    """Closes a connection whose client is slow, sends too long a head, or does not read; `Middleware` limits bodies.
 
+    Attributes:
+        head_seconds: a head must arrive in this time after the connection or its own first byte.
+        write_seconds: a client must empty its connection's full buffer (64 KiB) in this time.
+        unread_body_seconds: the unread rest of a body must arrive in this time after the answer.
+        max_connections: with more, the oldest one closes on which no request runs; systems often allow 1,024
+            descriptors.
+    """
+
+    head_seconds: ClassVar[float] = 30.0
+    write_seconds: ClassVar[float] = 30.0
+    unread_body_seconds: ClassVar[float] = 10.0
+    max_connections: ClassVar[int] = 768
     parser: Any  # None once the connection is lost, when nothing comes any more
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -45,7 +49,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._since = time.monotonic()
         self._wait()
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self.max_connections:
             others = [
                 each
                 for each in self.connections
@@ -76,7 +80,7 @@ class HttpProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Stop writing, and wait some time for the client to read."""
         super().pause_writing()
-        self._write_timer = self._write_timer or self.loop.call_later(WRITE_SECONDS, self.drop)
+        self._write_timer = self._write_timer or self.loop.call_later(self.write_seconds, self.drop)
 
     def resume_writing(self) -> None:
         """Write again, as the client has read."""
@@ -90,7 +94,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_response_complete()
         self._since = time.monotonic()
         if not self._is_in_head and not self.transport.is_closing():
-            self._timer = self._timer or self.loop.call_later(UNREAD_BODY_SECONDS, self.drop)
+            self._timer = self._timer or self.loop.call_later(self.unread_body_seconds, self.drop)
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head is too long."""
@@ -156,7 +160,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _wait(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._timer = self.loop.call_later(self.head_seconds, self.transport.close)
 
     def _stop(self) -> None:
         if self._timer is not None:

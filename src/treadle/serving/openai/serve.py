@@ -32,7 +32,14 @@ POLL_SECONDS = 0.05
 class Server(uvicorn.Server):
     """Ends in order: takes no more requests, finishes the running ones within a timeout, and exits with 0."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, params: ServeParams, keys: Keyring) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        params: ServeParams,
+        keys: Keyring,
+        http: type[HttpProtocol] = HttpProtocol,
+    ) -> None:
         self.app = make_app(bundle, engine, params, keys)
         self._state: ServerState = self.app.state.treadle
         self._shutdown_timeout = params.shutdown_timeout
@@ -42,7 +49,7 @@ class Server(uvicorn.Server):
             self.app,
             host=params.host,
             port=params.port,
-            http=HttpProtocol,
+            http=http,
             lifespan="on",  # an application that cannot start is an error
             ws="none",
             log_config=None,

@@ -1,6 +1,6 @@
 """Products with factors that never change, by the kernels that vLLM has for CPUs.
 
-Products as thin as these take torch several times as long in half precision (`benchmarks/vllm_layer.py`). Importing
+Products as thin as these take torch several times as long in half precision (docs/vllm.md). Importing
 this module imports no vLLM; its kernels are looked up when a weight is packed.
 """
 

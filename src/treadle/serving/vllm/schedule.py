@@ -106,6 +106,7 @@ class Schedule:
         self._lock = Lock()  # of all below; a request by itself belongs to one thread at a time
         self._groups: dict[RoutingParams, RoutingGroup] = {}  # equal params once, so that requests are one product
         self._embedder = cast(StaticEmbedder, mixture.router.embedder)  # the bundle was checked
+        self.request_type: type[RequestWeights] = RequestWeights
         self._pools: weakref.WeakValueDictionary[Tails, TextPool] = weakref.WeakValueDictionary()
         self.counts = Counts(mixture.names)
 
@@ -134,7 +135,7 @@ class Schedule:
         chat = None
         if contents is not None and group.params.rule != "fixed":
             chat = ChatText.of(self._tokenizer, contents)
-        return RequestWeights(group, prompt_tokens, Detokenizer(self._tokenizer), chat)
+        return self.request_type(group, prompt_tokens, Detokenizer(self._tokenizer), chat)
 
     def decide(self, needs: Sequence[Need]) -> None:
         """Give weights to all positions that need them; one product for all requests of a group that are due.
