@@ -232,11 +232,11 @@ def test_one_message_lists_what_is_wrong_with_flags_of_two_kinds(run: Run, bundl
     wrong = ["--every", "often", "--rule", "sofmax", "--top-p", "7", "--dtype", "f99", "--trace", "/dev/null/x"]
     code, _, err = run("generate", str(bundle), "--prompt", "x", *wrong)
     assert code == 1
-    for part in ("every: expected int", "Did you mean 'softmax'", "top_p must be", "dtype 'f99'", "/dev/null"):
+    for part in ("every must be a whole number", "Did you mean 'softmax'", "top_p must be", "dtype 'f99'", "/dev/null"):
         assert part in err
     code, _, err = run("generate", "nowhere", "--prompt", "x", *wrong)
     assert code == 1
-    for part in ("nowhere is not a bundle", "every: expected int", "top_p must be"):
+    for part in ("nowhere is not a bundle", "every must be a whole number", "top_p must be"):
         assert part in err
 
 
@@ -258,7 +258,7 @@ def test_fit_lists_every_bad_adapter_file_and_option(
         "gone is not a PEFT folder",
         "missing.txt: no such file",
         "--samples names math, code, other",
-        "every: expected int",
+        "every must be a whole number",
     ):
         assert part in " ".join(err.split()), part
     assert not (tmp_path / "out").exists()

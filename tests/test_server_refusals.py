@@ -210,7 +210,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str, list[str]]] = [
         TEXTS,
         {"treadle": {"fixed": {"math": -1}}},
         "treadle",
-        ["treadle.fixed.math: got -1.0; allowed: a finite number of at least 0"],
+        ["treadle.fixed.math: got -1; allowed: a finite number of at least 0"],
     ),
     (TEXTS, {"treadle": {"fixed": {"maths": 1}}}, "treadle", ["unknown adapter 'maths'. Did you mean 'math'?"]),
     (
@@ -417,7 +417,7 @@ MANY: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXTS, {"q" * 9000: 1}, "q" * 56 + " ...", "treadle, prompt, logprobs, echo, best_of."),
     (TEXTS, {"treadle": {"q" * 9000: 1}}, "treadle", "adapters, trace."),
     (TEXTS, {"treadle": {"rule": "q" * 9000}}, "treadle", "Allowed: boosted, softmax, top_k, fixed."),
-    (TEXTS, {"treadle": {"fixed": {"q" * 9000: -1}}}, "treadle", "got -1.0; allowed: a finite number of at least 0"),
+    (TEXTS, {"treadle": {"fixed": {"q" * 9000: -1}}}, "treadle", "got -1; allowed: a finite number of at least 0"),
     (TEXTS, {"treadle": {"adapters": ["q" * 9000]}}, "treadle", "Allowed: math, science, code."),
     (TEXTS, {"treadle": {"every": ["q" * 9000]}}, "treadle", "allowed: a whole number of at least 1, or null"),
 ]

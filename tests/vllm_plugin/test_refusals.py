@@ -54,7 +54,7 @@ BAD: list[tuple[Any, str]] = [
     ("mathh", "Did you mean 'math'"),
     ({"evry": 2}, "Did you mean 'every'"),
     ('{"evry', "is not JSON"),
-    ({"math": -1}, "must be finite and not negative"),
+    ({"math": -1}, "fixed.math must be a finite number of at least 0"),
     ({"math": 1e9}, "at most 100"),
     ({"past": "recompute"}, "past='recompute'"),
     ({"combine": "paper"}, "use sum, or the embedded engine"),

@@ -109,7 +109,7 @@ def running(bundle: Path, *flags: str, **options: Any) -> Generator[Server]:
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     served = Server(port)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while True:
             try:
                 if served.call("/v1/models")[0] == 200:

@@ -116,14 +116,17 @@ def check_fields(options: Any) -> list[OptionProblem]:
         if value is not None:
             object.__setattr__(options, entry.name, value)
             continue
-        allowed = _in_words(hints[entry.name], bounds, given)
+        allowed = _in_words(hints[entry.name], bounds)
         if get_origin(kind) is Literal and isinstance(given, str):
             names = [str(choice) for choice in get_args(kind)]
             problems.append(OptionProblem((entry.name,), unknown_name(entry.name, given, names)))
         elif get_origin(kind) is Mapping and (wrong := _wrong_entries(given, bounds)):
             problems += [problem_of(f"{entry.name}.{name}", number, _in_words(float, bounds)) for name, number in wrong]
         else:
-            problems.append(problem_of(entry.name, given, allowed))
+            words = _in_words(hints[entry.name], bounds, given)
+            problems.append(
+                OptionProblem((entry.name,), f"{entry.name} must be {words}, not {told(given)}", given, allowed)
+            )
     return problems
 
 
