@@ -118,7 +118,7 @@ def test_a_row_that_can_never_be_held_is_refused_and_others_are_not(engine: Engi
 
 def test_what_is_not_given_comes_from_what_is_free(engine: Engine) -> None:
     memory = KvMemory(engine, None, 1024, lambda _: 4 << 30)
-    assert (memory.total, memory.token_bytes) == (3 << 29, TOKEN)
+    assert (memory.total, memory.sizes.token_bytes) == (3 << 29, TOKEN)
     assert KvMemory(engine, None, 0, lambda _: 0).total == MIN_KV_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Reads the sample texts of adapters from files, as `Sample`s; and rows of JSON lines for whoever wants more of them.
+"""Reads the sample texts of adapters from files, as `Sample`s, and rows of JSON lines.
 
 Reads `.jsonl`, `.jsonl.gz` and plain `.txt` (one sample text a line) from disk, and anything that `datasets` can fetch.
 """
