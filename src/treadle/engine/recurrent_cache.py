@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from treadle.engine.kv_cache import BufferLimits, RowCache, RowLayer
 
@@ -20,7 +20,7 @@ else:
     try:
         from transformers.cache_utils import LinearAttentionLayer
     except ImportError:  # such releases have no layer of states
-        from transformers.cache_utils import DynamicLayer as LinearAttentionLayer
+        LinearAttentionLayer = DynamicLayer
 
 
 class RecurrentLayer(LinearAttentionLayer):
@@ -58,9 +58,9 @@ class RecurrentCache(RowCache):
         self.layers = cast(list[Any], [self._new(each) for each in _layers(model)])
         self._columns = 0
 
-    def _new(self, like: Any) -> RecurrentLayer | RowLayer | DummyLayer:
-        """Return our layer of the same kind as one of transformers'."""
-        if isinstance(like, DummyLayer):
+    def _new(self, like: Any) -> Any:
+        """Return our layer of the same kind as one of transformers'; one that keeps nothing as it is."""
+        if not isinstance(like, DynamicLayer | LinearAttentionLayer):
             return like
         if not isinstance(like, LinearAttentionLayer):
             return RowLayer(self._limits)
