@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 import treadle
-from treadle.bundle.bundle import foreign_base, read_bundle, save_bundle
-from treadle.common.errors import BundleError, OptionError
+from treadle.bundle.bundle import read_bundle, save_bundle
+from treadle.common.errors import AdapterWarning, BundleError, OptionError
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
 from treadle.lora.adapter import read_adapter
+from treadle.lora.names import is_foreign
 from treadle.routing.fitting import fit
 
 from conftest import BASE, SAMPLES, edit_config, save_adapter, tiny_llama
@@ -266,10 +270,6 @@ def other_embedder(folder: Path) -> None:
     save_file({key: array + np.float32(1) for key, array in load_file(file).items()}, file)
 
 
-def foreign_config(folder: Path) -> None:
-    edit_config(folder / "adapters/science", base_model_name_or_path="someone/other-model")
-
-
 DAMAGES: dict[str, tuple[Damage, str]] = {
     # bundle.json
     "no bundle.json": (remove("bundle.json"), "is not a bundle: it has no bundle.json. `treadle fit` makes one."),
@@ -325,15 +325,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "zero B": (factors(torch.zeros_like, "B"), "all its B factors are zero"),
     "A and B do not fit": (factors(lambda b: b[:, :2], "B"), "lora_A (4, 32) and lora_B (32, 2) do not fit"),
     "other rank than its config's": (config(r=8), "its factors have rank 4, its config says 8"),
-    "foreign base": (
-        foreign_config,
-        "'science' was trained on 'someone/other-model', the bundle's base is 'tiny-llama'",
-    ),
-    "another base in the bundle": (top(base_model="llama-70b"), "the bundle's base is 'llama-70b'"),
-    "DoRA": (config(use_dora=True), "use_dora: DoRA rescales the base weights"),
-    "bias": (config(bias="all"), "bias='all'"),
+    "DoRA": (config(use_dora=True), "use_dora: lora_magnitude_vector is missing"),
+    "QA-LoRA": (config(use_qalora=True), "use_qalora: QA-LoRA pools its input"),
     "modules_to_save": (config(modules_to_save=["lm_head"]), "modules_to_save: it replaces whole modules"),
-    "not a LoRA": (config(peft_type="IA3"), "its peft_type is IA3; only LORA can be blended"),
+    "not a LoRA": (config(peft_type="LOHA"), "its peft_type is LOHA; LORA and IA3 can be blended"),
     "deeply nested config": (write("adapters/math/adapter_config.json", "[" * 200_000), "it is nested deeper than 64"),
     "a pipe for factors": (pipe_at("adapters/math/adapter_model.safetensors"), "has no adapter_model.safetensors"),
     # centroids
@@ -416,7 +411,7 @@ def test_one_sample_an_adapter_is_enough(tmp_path, adapter_folders, embedder):
     [
         ["unknown key", "missing key", "wrong type"],  # found in bundle.json
         ["duplicate name", "path with ..", "embedder absolute"],
-        ["DoRA", "foreign base", "other sample count"],  # found in the files
+        ["DoRA", "QA-LoRA", "other sample count"],  # found in the files
         ["zero B", "truncated centroids", "no embedder config", "bad routing value", "samples not texts"],
     ],
     ids=" + ".join,
@@ -493,7 +488,6 @@ def test_the_folder_may_be_the_current_one(tmp_path, monkeypatch, adapter_folder
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base": "other-model"}, "was trained on 'tiny-llama', the bundle's base is 'other-model'"),
         ({"adapters": {"math": "nowhere"}}, "the router knows math, science, code; the adapters are math"),
         ({"adapters": {"math": "nowhere"}}, "nowhere is not a PEFT folder"),
         ({"samples": {"art": ["x"]}}, "unknown adapter in samples 'art'"),
@@ -561,9 +555,8 @@ def test_an_engine_is_made_of_the_bundles_parts(bundle_folder, model, read):
 def test_the_folder_of_a_cache_is_the_model_that_it_keeps(adapter_folders, named):
     adapter = replace(read_adapter(adapter_folders["math"]), base_model=named)
     for base in ("org/some-model", "/srv/models--org--some-model/snapshots/abc", "models/org--some-model"):
-        assert foreign_base(adapter, base) == ""
-    if named:
-        assert "was trained on" in foreign_base(adapter, "org/another-model")
+        assert not is_foreign(adapter, base)
+    assert is_foreign(adapter, "org/another-model") == bool(named)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +564,33 @@ def test_the_folder_of_a_cache_is_the_model_that_it_keeps(adapter_folders, named
 )
 def test_another_model_in_a_cache_is_foreign(adapter_folders, named):
     adapter = replace(read_adapter(adapter_folders["math"]), base_model=named)
-    assert "was trained on" in foreign_base(adapter, "org/some-model")
+    assert is_foreign(adapter, "org/some-model")
+
+
+TWINS = {"math": "unsloth/some-model-bnb-4bit", "science": "../some-model-AWQ", "code": "unsloth/some-model-bnb-4bit"}
+
+
+def test_bases_of_other_names_are_one_line_of_warning_and_refused_where_warnings_are_errors(
+    tmp_path, adapter_folders, router
+):
+    folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in adapter_folders.items()}
+    for name, folder in folders.items():
+        edit_config(folder, base_model_name_or_path=TWINS[name])
+    line = (
+        "the base is 'tiny-llama', but by their configs adapters were trained on others: "
+        "'math', 'code' on 'unsloth/some-model-bnb-4bit'; 'science' on '../some-model-AWQ'. "
+        "The shapes decide whether they fit."
+    )
+    save = partial(save_bundle, tmp_path / "twins", base=BASE, adapters=folders, router=router)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdapterWarning)  # strict
+        with pytest.raises(BundleError, match=re.escape(line)):
+            save()
+    with pytest.warns(AdapterWarning) as caught:
+        bundle = save()
+    with pytest.warns(AdapterWarning) as again:
+        assert read_bundle(bundle).router.names == router.names
+    assert [str(each.message) for each in (*caught, *again)] == [line, line]
 
 
 def test_the_demos_bundle_knows_prompts_of_its_kinds():

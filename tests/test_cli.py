@@ -57,6 +57,22 @@ def test_generate_takes_the_smallest_top_p_and_is_greedy_then(run: Run, bundle: 
     assert json.loads(drawn)["text"] == json.loads(greedy)["text"]
 
 
+@pytest.mark.filterwarnings("always::treadle.AdapterWarning")
+def test_a_base_of_another_name_is_one_line_and_with_strict_an_error(run: Run, bundle: Path) -> None:
+    asked = ("generate", bundle, "--prompt", "add", "--max-tokens", 2, "--json")
+    _, expected, _ = run(*asked)
+    edit_config(bundle / "adapters/math", base_model_name_or_path="unsloth/tiny-llama-bnb-4bit")
+    code, out, err = run(*asked)
+    assert code == 0
+    assert json.loads(out)["text"] == json.loads(expected)["text"]
+    (line,) = [each for each in err.splitlines() if "unsloth" in each]
+    assert line.startswith("treadle: warning: the base is '")
+    assert line.endswith("'math' on 'unsloth/tiny-llama-bnb-4bit'. The shapes decide whether they fit.")
+    code, out, err = run(*asked, "--strict")
+    assert (code, out) == (1, "")
+    assert "'math' on 'unsloth/tiny-llama-bnb-4bit'" in err
+
+
 def test_generate_in_chat_uses_the_template(run: Run, bundle: Path) -> None:
     flags = ["--max-tokens", 4, "--json", "--fixed", "math=1"]
     _, plain, _ = run("generate", bundle, "--prompt", "user: add\nassistant:", *flags)

@@ -1,5 +1,6 @@
 """Adapters as PEFT writes them: with the head's own weight beside the factors, and with names of old releases."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from treadle.common.errors import AdapterError
+from treadle.common.errors import AdapterError, AdapterWarning
 from treadle.lora.adapter import read_adapter
 from treadle.lora.blend import attach
 
 from conftest import TINY, edit_config, save_adapter
 
 IDS = torch.tensor([[5, 17, 40]])
+SHAPES = {"A": (4, 32), "B": (32, 4)}
 FILE = "adapter_model.safetensors"
 HEAD = "base_model.model.lm_head.base_layer.weight"
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
@@ -122,19 +124,67 @@ def test_problems_of_many_layers_are_one_line_with_their_number(tmp_path: Path) 
         for key, tensor in factors.items()
         for index in range(8)
     }
-    save_file(factors | experts, folder / FILE)
+    save_file(experts, folder / FILE)
     with pytest.raises(AdapterError) as caught:
         attach(llama(), [read_adapter(folder)])
     head, *lines = str(caught.value).splitlines()
     assert head == "the adapters do not fit the model:"
     assert [line.strip() for line in lines] == [
-        f"- one: the model has no linear layer model.layers.0.experts.0.{name} (and 15 more like it)"
+        f"- one: the model has no module model.layers.0.experts.0.{name} (and 15 more like it)"
         for name in ("q_proj", "v_proj")
     ]
+
+
+def test_a_part_that_the_model_lacks_is_a_warning_that_lists_it_and_the_rest_acts(tmp_path: Path) -> None:
+    """An adapter of a model that reads images, on its text model."""
+    folder = save_adapter(tmp_path / "one", llama(), seed=1)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(llama(), folder).eval()(IDS).logits
+    tower = "model.vision_tower.encoder.layers"
+    factors = load_file(folder / FILE)
+    images = {key.replace("model.layers", tower): tensor.clone() for key, tensor in factors.items()}
+    language = {key.replace("model.layers", "model.language_model.layers"): each for key, each in factors.items()}
+    save_file(language | images, folder / FILE)
+    model = llama()
+    with pytest.warns(AdapterWarning) as caught:
+        blend = attach(model, [read_adapter(folder)])
+    assert str(caught[0].message).splitlines() == [
+        "the model lacks some modules of adapters, which act without them:",
+        f"  - one: {tower}.0.self_attn.q_proj (and 1 more like it)",
+        f"  - one: {tower}.0.self_attn.v_proj (and 1 more like it)",
+    ]
+    with torch.no_grad(), blend.using([1.0]):
+        torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=0)
+    blend.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdapterWarning)  # strict
+        with pytest.raises(AdapterError, match="the model lacks some modules"):
+            attach(model, [read_adapter(folder)])
+    assert not any(hasattr(module, "b_all") for module in model.modules())
+
+
+@pytest.mark.parametrize("prefix", ["model.layers", "language_model.model.layers", "model.text_model.layers"])
+def test_an_adapter_of_the_text_model_acts_on_the_language_part_of_one_with_images(tmp_path: Path, prefix: str) -> None:
+    folder = save_adapter(tmp_path / "one", gemma(), seed=1, target_modules=r".*language_model.*(q_proj|v_proj)")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(gemma(), folder).eval()(IDS).logits
+    edit(folder, lambda t: {key.replace("model.language_model.layers", prefix): each for key, each in t.items()})
+    model = gemma()
+    with torch.no_grad(), attach(model, [read_adapter(folder)]).using([1.0]):
+        torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_factors_of_a_module_that_is_not_linear_are_refused(tmp_path: Path) -> None:
+    """PEFT would let them act, so leaving them out is no choice."""
+    folder = save_adapter(tmp_path / "one", llama(), seed=1)
+    norm = {f"base_model.model.model.norm.lora_{side}.weight": torch.ones(shape) for side, shape in SHAPES.items()}
+    edit(folder, lambda t: t | norm)
+    with pytest.raises(AdapterError, match=r"one: the model has no linear layer model\.norm"):
+        attach(llama(), [read_adapter(folder)])
 
 
 def test_names_that_no_release_had_are_refused(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "one", llama(), seed=1)
     edit(folder, lambda t: {key.replace("layers", "blocks"): tensor for key, tensor in t.items()})
-    with pytest.raises(AdapterError, match=r"the model has no linear layer model.blocks.0.self_attn.q_proj"):
+    with pytest.raises(AdapterError, match=r"no module model.blocks.0.self_attn.q_proj \(and 1 more like it\)"):
         attach(llama(), [read_adapter(folder)])

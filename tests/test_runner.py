@@ -17,6 +17,7 @@ from treadle.engine.runners.passes import ForwardPass, PassInput
 from treadle.engine.runners.runner import ModelForward, Runner
 from treadle.experiments.pools import random_adapters
 from treadle.lora.blend import Blend, attach
+from treadle.lora.vectors import LayerVectors
 
 from reference_kernels import PlainKernels
 from test_fast_step import build
@@ -118,3 +119,26 @@ def test_the_first_pass_that_takes_it_runs_it() -> None:
             runner.run(given(cache, first, end))
     assert ran == ["few", "one"]
     assert cache.length == 11
+
+
+@pytest.mark.parametrize("has_vectors", [False, True])
+def test_adapters_that_do_more_than_add_factors_run_through_the_models_own_forward(has_vectors: bool) -> None:
+    model = build("LlamaForCausalLM")
+    (plain,) = random_adapters(model, "base", 1, rank=3, targets=["q_proj"])
+    path = next(iter(plain.pairs))
+    vectors = {path: LayerVectors(out_scale=torch.full((plain.pairs[path].b.shape[0],), 1.5))}
+    blend = attach(model, [replace(plain, vectors=vectors if has_vectors else {})])
+    ran: list[str] = []
+
+    class Noted:
+        def takes(self, asked: PassInput) -> bool:
+            return True
+
+        def run(self, asked: PassInput) -> object:
+            ran.append("own")
+            return ModelForward(model, blend, None).run(asked)
+
+    with torch.no_grad():
+        asked = replace(given(RowCache(), 0, 5), weights=WEIGHTS[:, :, :1], among=[plain.name] * 2)
+        Runner(model, blend, [Noted()]).run(asked)
+    assert ran == ([] if has_vectors else ["own"])

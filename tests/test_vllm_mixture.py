@@ -9,6 +9,7 @@ from treadle.common.errors import AdapterError, BundleError, OptionError
 from treadle.common.params import Combine, RoutingParams
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import fit
+from treadle.routing.router import Router
 from treadle.serving.vllm.mixture import (
     Mixture,
     check_name,
@@ -20,7 +21,7 @@ from treadle.serving.vllm.mixture import (
 from treadle.serving.vllm.params import PluginParams
 from treadle.serving.vllm.schedule import Schedule
 
-from conftest import BASE, SAMPLES
+from conftest import BASE, SAMPLES, save_adapter
 
 IDS = list(range(64))
 
@@ -77,6 +78,20 @@ def test_combines_other_than_sum_are_refused_with_the_way_out(
     bundle = save_bundle(tmp_path / combine, base=BASE, adapters=equal_folders, router=router)
     with pytest.raises(BundleError, match=rf"its default routing has {way_out}"):
         open_bundle(PluginParams(bundle=str(bundle)))
+
+
+def test_an_adapter_that_does_more_than_add_factors_is_refused_by_name(
+    mixture: Mixture, adapter_folders: dict[str, Path], router: Router, tmp_path: Path
+) -> None:
+    dora = save_adapter(tmp_path / "dora", use_dora=True)
+    bundle = save_bundle(tmp_path / "mixed", base=BASE, adapters=adapter_folders | {"code": dora}, router=router)
+    message = (
+        r"adapter 'code' scales or shifts outputs of 4 modules \(DoRA, IA3, bias\); the layers in vLLM add factors"
+    )
+    with pytest.raises(BundleError, match=message):
+        open_bundle(PluginParams(bundle=str(bundle)))
+    with pytest.raises(AdapterError, match=message.replace("code", "poetry")):
+        read_newcomer(mixture, PluginParams(bundle="x", max_adapters=4), BASE, "poetry", str(dora), ["loop"])
 
 
 @pytest.mark.parametrize("name", ["math", "base", "auto", "every", "a b", "../x", "{", "", "x" * 200, "demo"])

@@ -26,7 +26,7 @@ from treadle.common.writing import (
     workplace,
     write_text,
 )
-from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from treadle.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 from treadle.routing.fitting import fit
 from treadle.routing.router import Router
 

@@ -26,7 +26,8 @@ from treadle.engine.sequence import TokenEvent, TokenSequence
 from treadle.experiments.pools import random_adapters, random_router
 from treadle.experiments.timing import Table, TableLine, lines
 from treadle.experiments.workbench import SPARE_TOKENS, WARM_UP_STEPS, Lab, Steps, not_run, pooled, time_steps
-from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from treadle.engine.sequence import Likeliest

@@ -8,7 +8,15 @@ from treadle.common.version import __version__
 
 if TYPE_CHECKING:
     from treadle.bundle.bundle import Bundle, read_bundle, save_bundle
-    from treadle.common.errors import AdapterError, BundleError, DataError, ModelError, OptionError, TreadleError
+    from treadle.common.errors import (
+        AdapterError,
+        AdapterWarning,
+        BundleError,
+        DataError,
+        ModelError,
+        OptionError,
+        TreadleError,
+    )
     from treadle.common.params import RoutingParams, SamplingParams
     from treadle.engine.completion import Completion, GenerationError
     from treadle.engine.engine import Engine, load
@@ -27,7 +35,15 @@ _PUBLIC = {
     "routing.centroids": ("Centroids",),
     "engine.completion": ("Completion", "GenerationError"),
     "routing.embedder": ("Embedder", "SentenceEmbedder", "StaticEmbedder"),
-    "common.errors": ("AdapterError", "BundleError", "DataError", "ModelError", "OptionError", "TreadleError"),
+    "common.errors": (
+        "AdapterError",
+        "AdapterWarning",
+        "BundleError",
+        "DataError",
+        "ModelError",
+        "OptionError",
+        "TreadleError",
+    ),
     "engine.engine": ("Engine", "load"),
     "common.params": ("RoutingParams", "SamplingParams"),
     "routing.fitting": ("fit",),
@@ -41,6 +57,7 @@ moved.install()
 __all__ = [
     "Adapter",
     "AdapterError",
+    "AdapterWarning",
     "Blend",
     "Bundle",
     "BundleError",

@@ -37,8 +37,10 @@ from treadle.common.errors import LONGEST_NAME, BundleError, collect, problem_li
 from treadle.common.options import read_options
 from treadle.common.params import RoutingParams
 from treadle.common.version import __version__
-from treadle.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from treadle.lora.adapter import Adapter, read_adapter
 from treadle.lora.compatibility import check_combine
+from treadle.lora.names import warn_of_bases
+from treadle.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import load_embedder
 from treadle.routing.router import Router
@@ -90,7 +92,7 @@ def _read_version(folder: Path) -> Bundle:
     _stop(folder, problems)
     entries = document["adapters"]
     adapters = collect(problems, [lambda e=e: read_adapter(folder / e["path"], e["name"]) for e in entries])
-    problems += [foreign_base(adapter, document["base_model"]) for adapter in adapters]
+    collect(problems, [lambda: warn_of_bases(adapters, document["base_model"])])
     centroids = collect(problems, [lambda: read_centroids(folder / CENTROIDS_FILE)])
     embedder = collect(problems, [lambda: load_embedder(_embedder_name(folder, document["embedder"]))])
     states = collect(problems, [lambda: _read_states(folder)])
@@ -100,7 +102,7 @@ def _read_version(folder: Path) -> Bundle:
         problems += _centroid_problems(centroids[0], entries)
     if states and states[0]:
         problems += _foreign_names(STATES_FILE, states[0].centroids, entries)
-    _stop(folder, [problem for problem in problems if problem])
+    _stop(folder, problems)
     routers = collect(problems := [], [lambda: Router(centroids[0], embedder[0], routing[0], states[0])])
     _stop(folder, problems)
     # what the default routing asks of these adapters: names that exist, samples enough for the score, equal ranks
@@ -147,7 +149,7 @@ def save_bundle(
         problems.append(f"the router knows {', '.join(router.names)}; the adapters are {', '.join(adapters)}")
     problems += [unknown_name("adapter in samples", name, adapters) for name in samples or {} if name not in adapters]
     read = collect(problems, [lambda n=n, p=p: read_adapter(p, n) for n, p in adapters.items()])
-    problems += [problem for adapter in read if (problem := foreign_base(adapter, base))]
+    collect(problems, [lambda: warn_of_bases(read, base)])
     if problems:
         raise BundleError(problem_list("the bundle cannot be written:", problems))
 
@@ -242,29 +244,6 @@ def _embedder_name(folder: Path, embedder: str) -> str:
     # absolute: where the folder is missing, a relative path would pass for a name on the hub
     inside = (folder / embedder).absolute()
     return str(inside) if os.path.isdir(inside) or embedder == "embedder" else embedder
-
-
-def foreign_base(adapter: Adapter, base: str) -> str:
-    """Return the problem if an adapter names another base; the same model may lie in different folders."""
-    if not adapter.base_model or _last_name(adapter.base_model) == _last_name(base):
-        return ""
-    return (
-        f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, the bundle's base is {base!r}; if these are "
-        f"the same weights, write the bundle's name into base_model_name_or_path of its {CONFIG_FILE}"
-    )
-
-
-def _last_name(base: str) -> str:
-    """Return the last part of a base model's name; a cache's folder stands for the model it keeps.
-
-    The hub's cache keeps org/model in models--org--model/snapshots/REVISION, treadle's in models/org--model.
-    """
-    parts = [part for part in base.replace("\\", "/").split("/") if part]
-    if len(parts) >= 3 and parts[-2] == "snapshots":
-        parts = parts[:-2]
-    last = parts[-1] if parts else ""
-    is_kept = last.startswith("models--") or (len(parts) >= 2 and parts[-2] == "models" and "--" in last)
-    return (last.rpartition("--")[2] if is_kept else last).lower()
 
 
 def _centroid_problems(centroids: Centroids, entries: Sequence[dict[str, Any]]) -> list[str]:

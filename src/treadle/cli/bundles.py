@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.cli.flags import Device, Dtype, Json, takes
+from treadle.cli.flags import Device, Dtype, Json, Strict, takes
 from treadle.common.errors import OptionError, TreadleError, collect, problem_list, unknown_name
 from treadle.common.options import read_options
 from treadle.common.params import RoutingParams, read_routing
@@ -46,6 +46,7 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     ] = "sentence-transformers/all-MiniLM-L6-v2",
     keep_samples: Annotated[int, typer.Option(help="samples of each adapter that the bundle keeps for doctor")] = 3,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a bundle that is there")] = False,
+    strict: Strict = False,
     as_json: Json = False,
     *,
     routing: dict[str, Any],
@@ -153,7 +154,7 @@ def _fitting(
 
 
 @app.command()
-def doctor(
+def doctor(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle", metavar="BUNDLE")] = None,
     samples: Annotated[
         list[str] | None, typer.Option(help="name=FILE of texts to use instead of those that the bundle keeps")
@@ -161,6 +162,7 @@ def doctor(
     device: Device = None,
     dtype: Dtype = None,
     vllm: Annotated[bool, typer.Option("--vllm", help="examine the installed vLLM instead of a bundle")] = False,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Examine a bundle: load it strictly, check that each adapter acts, time a step. Exit 1 if something is wrong."""

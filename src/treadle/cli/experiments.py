@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.cli.flags import BundlePath, Device, Dtype, Json, Pack, takes
+from treadle.cli.flags import BundlePath, Device, Dtype, Json, Pack, Strict, takes
 from treadle.common.errors import OptionError, collect, raise_all
 from treadle.common.files import make_folder
 from treadle.common.options import read_options
@@ -53,6 +53,7 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    strict: Strict = False,
     as_json: Json = False,
     *,
     evaluation: dict[str, Any],
@@ -79,12 +80,13 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 
 
 @app.command()
-def sweep(
+def sweep(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     bundle: BundlePath,
     file: Annotated[Path, typer.Argument(help="TOML file: tasks, options, and grids of routing options")],
     output: Output,
     device: Device = None,
     dtype: Dtype = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Measure every combination of a grid of routing options on tasks; resumable."""
@@ -125,6 +127,7 @@ def bench(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="folder for a file of what was measured, for `treadle plot`")
     ] = None,
+    strict: Strict = False,
     as_json: Json = False,
     *,
     options: dict[str, Any],

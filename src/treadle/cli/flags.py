@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any, cast, get_origin, get_type_hints
 
 import typer
 
+from treadle.common.errors import AdapterWarning
 from treadle.common.options import meanings
 
 Command = Callable[..., None]
@@ -20,6 +22,23 @@ Pack = Annotated[
     typer.Option(
         "--pack/--no-pack",
         help="a second copy of the weights as oneDNN packs them; default: on AMD's CPUs, where it takes at most a GiB",
+    ),
+]
+
+
+def _refuse_warnings(strict: bool) -> bool:
+    """Let everything that is a warning about an adapter be an error from now on."""
+    if strict:
+        warnings.simplefilter("error", AdapterWarning)
+    return strict
+
+
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        callback=_refuse_warnings,
+        help="refuse adapters that are otherwise a warning: another base's name, modules that the base lacks",
     ),
 ]
 Chat = Annotated[

@@ -4,12 +4,12 @@ import os
 import sys
 import warnings
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from treadle.cli import bundles, experiments, serve, texts
-from treadle.common.errors import TreadleError
+from treadle.common.errors import AdapterWarning, TreadleError
 
 app = typer.Typer(
     name="treadle",
@@ -28,6 +28,7 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv
     if not debug:
         warnings.simplefilter("ignore", FutureWarning)  # what other libraries say to their callers
+        warnings.showwarning = _show_warning
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused where texts are checked
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -51,6 +52,14 @@ def main() -> NoReturn:
         _leave_output()
         sys.exit(1)
     sys.exit(0)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print a warning about an adapter without the line of code that gave it, and others as Python does."""
+    if issubclass(category, AdapterWarning):
+        print(f"treadle: warning: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
 
 
 def _leave_output() -> None:

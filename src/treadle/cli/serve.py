@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from treadle.cli.flags import BundlePath, takes
+from treadle.cli.flags import BundlePath, Strict, takes
 from treadle.common.errors import OptionError
 from treadle.serving.openai.params import ServeParams, print_settings, read_settings
 
@@ -19,6 +19,7 @@ def serve_command(
     bundle: BundlePath,
     config: Annotated[Path | None, typer.Option(help="YAML file with options as keys; or TREADLE_CONFIG")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="print all options and end")] = False,
+    strict: Strict = False,
     *,
     serving: dict[str, Any],
 ) -> None:

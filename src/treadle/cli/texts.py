@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.experiments import open_engine, route_eval
-from treadle.cli.flags import BundlePath, Chat, Device, Dtype, Json, Pack, chat_messages, takes
+from treadle.cli.flags import BundlePath, Chat, Device, Dtype, Json, Pack, Strict, chat_messages, takes
 from treadle.common.errors import OptionError, collect, raise_all
 from treadle.common.options import read_options
 from treadle.common.params import RoutingParams, SamplingParams, read_routing
@@ -31,6 +31,7 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     device: Device = None,
     dtype: Dtype = None,
     pack: Pack = None,
+    strict: Strict = False,
     as_json: Json = False,
     *,
     sampling: dict[str, Any],
@@ -71,6 +72,7 @@ def route_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flag
     tasks: Annotated[list[str] | None, typer.Option(help="with --eval: TASK=FILE, as treadle eval; repeatable")] = None,
     limit: Annotated[int, typer.Option(help="with --eval: examples per task")] = 300,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="with --eval: folder for treadle plot")] = None,
+    strict: Strict = False,
     as_json: Json = False,
     *,
     routing: dict[str, Any],

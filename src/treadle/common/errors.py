@@ -55,7 +55,11 @@ class OptionError(TreadleError, ValueError):
 
 
 class AdapterError(TreadleError):
-    """A PEFT folder cannot be blended, or an adapter's name is unknown."""
+    """An adapter cannot be blended, or its name is unknown."""
+
+
+class AdapterWarning(AdapterError, UserWarning):
+    """An adapter will act, but perhaps not as meant; `warnings.simplefilter("error", AdapterWarning)` refuses it."""
 
 
 class BundleError(TreadleError):

@@ -29,7 +29,7 @@ class AdapterReport:
         ranks: all ranks of its factors, ascending.
         targets: the last names of the modules it targets.
         modules: how many modules that are.
-        norm: Frobenius norm of the whole update, scale included.
+        norm: Frobenius norm of the factors' whole update, scale included; vectors (DoRA, IA3, bias) are not in it.
         change: mean over its samples' tokens of the Kullback-Leibler divergence from base to adapter, in nats.
         samples: how many of its own texts were read; 0 = the probe text.
         cosines: of its centroid with those of all adapters.
@@ -115,8 +115,8 @@ def _examine_adapter(
     return AdapterReport(
         name=adapter.name,
         ranks=tuple(sorted({pair.rank for pair in adapter.pairs.values()})),
-        targets=tuple(sorted({module.rpartition(".")[2] for module in adapter.pairs})),
-        modules=len(adapter.pairs),
+        targets=tuple(sorted({module.rpartition(".")[2] for module in adapter.modules})),
+        modules=len(adapter.modules),
         norm=squares**0.5,
         change=sum(_divergence(engine, adapter.name, text) for text in texts or [PROBE_TEXT])
         / len(texts or [PROBE_TEXT]),

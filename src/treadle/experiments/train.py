@@ -22,7 +22,7 @@ from treadle.common.files import digest
 from treadle.common.writing import check_writable, put_all, workplace, write_text
 from treadle.experiments.params import TrainParams
 from treadle.experiments.tasks import SEPARATOR, Example
-from treadle.lora.adapter import CONFIG_FILE
+from treadle.lora.peft_folder import CONFIG_FILE
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import load_embedder
 from treadle.routing.fitting import centroid_of

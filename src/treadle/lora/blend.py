@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from treadle.common.errors import AdapterError, OptionError, unknown_name
 from treadle.common.params import Combine
 from treadle.lora.adapter import Adapter
-from treadle.lora.compatibility import check_adapters, check_combine, check_range, with_model_names
+from treadle.lora.compatibility import check_combine, check_range, fit_adapters
 from treadle.lora.gates import GateMaker, Gates, StackLayout
 from treadle.lora.layer import BlendedLinear, StackedA
+from treadle.lora.names import with_model_names
 from treadle.lora.stacking import Stacks, new_layers, stacked_views
 
 ALWAYS_ACTIVE_ROWS = 128
@@ -60,6 +61,7 @@ class Blend:
         self._ranks: list[int] = []  # the largest of each adapter
         self._combinable: set[tuple[str, tuple[str, ...]]] = set()  # combines and adapters that were checked
         self._stacked: list[tuple[StackedA, list[int]]] = []  # and the slots of its layers
+        self._has_vectors = False
         self._active: frozenset[int] | None = None  # indices of adapters; None = all
         self._replace_all(tuple(adapters))
 
@@ -118,6 +120,11 @@ class Blend:
     def has_all_active(self) -> bool:
         """True if the adapters are so few that all are active, even at weight 0."""
         return self._are_few(self._ranks)
+
+    @property
+    def has_vectors(self) -> bool:
+        """True if an adapter does more than add factors; only the model's own `forward` computes that."""
+        return self._has_vectors
 
     @property
     def active_stacks(self) -> object:
@@ -203,13 +210,13 @@ class Blend:
         """Copy the factors of some adapters, by index, to the stacks that passes read; None = of all."""
         rows = [None if active is None else layout.rows_of(active) for layout in self._layouts]
         for layer in self._layers.values():
-            layer.activate(rows[layer.slot])
+            layer.activate(rows)
         for stacked_a, slots in self._stacked:
             chosen = [each for slot in slots if (each := rows[slot]) is not None]
             stacked_a.activate(chosen if active is not None else None)
         self._active = active
         layouts = [layout if active is None else layout.restrict(active) for layout in self._layouts]
-        dtypes = {layer.slot: layer.dtype for layer in self._layers.values()}
+        dtypes = {slot: layer.dtype for layer in self._layers.values() for slot in layer.slots}
         self._gate_makers = [GateMaker(each, len(self._names), dtypes[slot]) for slot, each in enumerate(layouts)]
 
     def check_combine(self, combine: str, among: Sequence[str] | None = None) -> None:
@@ -237,8 +244,7 @@ class Blend:
             AdapterError: lists every way in which adapters do not fit the model or each other.
             OptionError: the adapters cannot be combined so.
         """
-        adapters = tuple(with_model_names(self.model, adapter) for adapter in adapters)
-        check_adapters(self.model, adapters)
+        adapters = fit_adapters(self.model, [with_model_names(self.model, adapter) for adapter in adapters])
         check_combine(self.combine, adapters)
         new = [adapter for adapter in adapters if adapter.identity not in {old.identity for old in self.adapters}]
         layers = new_layers(self.model, adapters, self._layers, self._gates)
@@ -255,8 +261,9 @@ class Blend:
         stacks.build()
         for path in self._layers.keys() - stacks.layers.keys():
             self._put(path, self._layers[path].base)
-        for path in stacks.layers.keys() - self._layers.keys():
-            self._put(path, stacks.layers[path])
+        for path, layer in stacks.layers.items():
+            if layer is not self._layers.get(path):
+                self._put(path, layer)
         stacks.put()
         self._layers = stacks.layers
         self._names = tuple(adapter.name for adapter in stacks.adapters)
@@ -264,6 +271,7 @@ class Blend:
         self._stacked = [(each, [self._layers[path].slot for path in paths]) for each, paths in stacks.stacked]
         self.adapters = stacked_views(stacks.adapters, self._layers)
         self._layouts = list(stacks.layouts)
+        self._has_vectors = any(adapter.vectors for adapter in stacks.adapters)
         # many adapters are activated by the first step
         self._copy_active(None if self._keeps_all_active(self._ranks) else frozenset())
         self._combinable.clear()
@@ -307,4 +315,4 @@ def _one_or_each(combine: Combine | Sequence[Combine]) -> Sequence[Combine]:
 
 def _ranks(adapters: Sequence[Adapter]) -> list[int]:
     """Return the largest rank of each adapter."""
-    return [max(pair.rank for pair in adapter.pairs.values()) for adapter in adapters]
+    return [max((pair.rank for pair in adapter.pairs.values()), default=0) for adapter in adapters]

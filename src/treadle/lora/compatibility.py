@@ -1,21 +1,22 @@
 """Checks that adapters fit a model and each other; one error lists every problem."""
 
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from treadle.common.errors import AdapterError, OptionError, OptionProblem, problem_list, unknown_name
+from treadle.common.errors import AdapterError, AdapterWarning, OptionError, OptionProblem, problem_list, unknown_name
 from treadle.common.params import COMBINES
-from treadle.common.transformers_names import checkpoint_renamer
 from treadle.lora.adapter import Adapter
 from treadle.lora.layer import BlendedLinear
+from treadle.lora.names import with_paths
 from treadle.lora.pair import range_problems
+from treadle.lora.vectors import LayerVectors, resolve
 
-LAYER_STACK = re.compile(r"(.*?)\.\d+\.")
-"""In a layer's path: the name of its stack of numbered layers."""
+MISFIT = "the adapters do not fit the model:"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """In a layer's path: the number of its layer or expert."""
 ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
@@ -27,29 +28,70 @@ def is_routed(path: str) -> bool:
     return ROUTED_EXPERT.search(path) is not None
 
 
-def check_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> None:
-    """Raise an AdapterError that lists every way in which the adapters do not fit the model or each other."""
-    check_fit(linear_shapes(model), [replace(adapter, weights={}) for adapter in adapters])
+def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
+    """Return the adapters with what the model has a place for; a warning names everything else.
+
+    An adapter of a model that reads images fits its text model so, without the part for images.
+
+    Raises:
+        AdapterError: lists every way in which the adapters do not fit the model or each other.
+    """
     modules = dict(model.named_modules())
-    problems = [
-        f"{adapter.name}: it replaces {path}.weight {problem}"
+    missing = {
+        adapter.name: [path for path in dict.fromkeys((*adapter.modules, *adapter.weights)) if path not in modules]
         for adapter in adapters
+    }
+    fitting = [with_paths(adapter, lambda path: path if path in modules else None) for adapter in adapters]
+    problems = _misfits(linear_shapes(model), fitting, _norm_sizes(modules))
+    problems += [
+        f"{whole.name}: the model has no module {path}"
+        for whole, part in zip(adapters, fitting, strict=True)
+        for path in ([] if part.modules else whole.modules)
+    ]
+    problems += [
+        f"{adapter.name}: it replaces {path}.weight {problem}; only the base's own can be dropped"
+        for adapter in fitting
         for path, weight in adapter.weights.items()
-        if (problem := weight_problem(modules.get(path), weight))
+        if (problem := weight_problem(modules[path], weight))
     ]
     if problems:
-        head = "adapters that change whole weights of the base cannot be blended; save them without these weights:"
-        raise AdapterError(problem_list(head, _by_pattern(problems)))
+        raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
+    if any(missing.values()):
+        lines = _by_pattern([f"{name}: {path}" for name, paths in missing.items() for path in paths])
+        head = "the model lacks some modules of adapters, which act without them:"
+        warnings.warn(problem_list(head, lines), AdapterWarning, stacklevel=3)
+    return tuple(_resolve(model, adapter) for adapter in fitting)
 
 
-def weight_problem(module: nn.Module | None, weight: Tensor) -> str | None:
+def _resolve(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Return an adapter whose tensors do not depend on the base's weights any more; an AdapterError if that fails."""
+    if not adapter.vectors:
+        return adapter
+    pairs, vectors, problems = dict(adapter.pairs), dict[str, LayerVectors](), list[str]()
+    for path, each in adapter.vectors.items():
+        layer = model.get_submodule(path)
+        try:
+            pair, found = resolve(layer.base if isinstance(layer, BlendedLinear) else layer, pairs.get(path), each)
+        except AdapterError as error:
+            problems.append(f"{adapter.name}: {path}: {error}")
+            continue
+        if pair is not None:
+            pairs[path] = pair
+        if found.has_effect:  # a saved bias may be the base's own
+            vectors[path] = found
+    if problems:
+        raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
+    return replace(adapter, pairs=pairs, vectors=vectors)
+
+
+def weight_problem(module: nn.Module, weight: Tensor) -> str | None:
     """Return how a saved weight (out, in) differs from the base's; None if it is equal.
 
     They are compared in the coarser of both dtypes, because training and running may use different ones.
     """
     own = getattr(module, "weight", None)
     if not isinstance(own, Tensor):
-        return "which the model does not have"
+        return "which this module does not have"
     if own.shape != weight.shape:
         return f"of shape {tuple(own.shape)} by one of {tuple(weight.shape)} (was the vocabulary resized?)"
     if not own.is_floating_point() or own.element_size() < 2:
@@ -60,7 +102,25 @@ def weight_problem(module: nn.Module | None, weight: Tensor) -> str | None:
 
 
 def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]) -> None:
-    """Raise an AdapterError as `check_adapters` does, for a model whose linear layers have these (in, out)."""
+    """Raise an AdapterError that lists every misfit, for a model whose linear layers have these (in, out)."""
+    problems = _misfits(shapes, adapters)
+    problems += [
+        f"{each.name}: it holds {path}.weight, which is not compared here" for each in adapters for path in each.weights
+    ]
+    if problems:
+        raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
+
+
+def _misfits(
+    shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter], norms: Mapping[str, int] | None = None
+) -> list[str]:
+    """Return a problem for each name that two adapters have, and each pair or vector that fits no layer.
+
+    Args:
+        shapes: path -> (in, out) of each linear layer.
+        adapters: to check.
+        norms: path -> size of each norm that has a bias; an adapter may change it.
+    """
     names = [adapter.name for adapter in adapters]
     problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
     for adapter in adapters:
@@ -70,13 +130,14 @@ def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]
                 problems.append(f"{adapter.name}: the model has no linear layer {path}")
             elif shapes[path] != wanted:
                 problems.append(f"{adapter.name}: {path} is {shapes[path]} (in, out), its factors are {wanted}")
-        problems += [f"{adapter.name}: it holds {path}.weight, which is not compared here" for path in adapter.weights]
-        trained = {_tower(path) for path in adapter.pairs}
-        missing = [path for path in adapter.declared(list(shapes)) if path not in adapter.pairs]
-        missing = [path for path in missing if _tower(path) in {None, *trained}]
-        problems += [f"{adapter.name}: its config targets {path}, but it has no factors for it" for path in missing]
-    if problems:
-        raise AdapterError(problem_list("the adapters do not fit the model:", _by_pattern(problems)))
+        for path, vectors in adapter.vectors.items():
+            size_in, size_out = shapes.get(path) or (None, (norms or {}).get(path))
+            if size_out is not None:
+                misfits = vectors.misfits(size_in, size_out)
+                problems += [f"{adapter.name}: {path}: {misfit}" for misfit in misfits]
+            elif path not in adapter.pairs:
+                problems.append(f"{adapter.name}: the model has no linear layer {path}")
+    return problems
 
 
 def _by_pattern(problems: Sequence[str]) -> list[str]:
@@ -85,15 +146,6 @@ def _by_pattern(problems: Sequence[str]) -> list[str]:
     for problem in problems:
         alike.setdefault(NUMBER.sub("*", problem), []).append(problem)
     return [f"{first} (and {len(more)} more like it)" if more else first for first, *more in alike.values()]
-
-
-def _tower(path: str) -> str | None:
-    """Return the stack of numbered layers of a layer; names such as q_proj also match a vision tower's layers.
-
-    An adapter without factors in a tower was trained without it, and PEFT does not change that tower.
-    """
-    found = LAYER_STACK.match(path)
-    return found and found[1]
 
 
 def check_range(adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
@@ -116,33 +168,13 @@ def check_tokens(adapters: Sequence[Adapter], rereading: Collection[str]) -> Non
     """
     problems: list[str] = []
     for adapter in adapters:
-        routed = sum(map(is_routed, adapter.pairs))
-        again = [path for path in adapter.pairs if path in rereading]
+        routed = sum(map(is_routed, adapter.modules))
+        again = [path for path in adapter.modules if path in rereading]
         problems += [f"{adapter.name}: {routed} layers of routed experts"] if routed else []
         problems += [f"{adapter.name}: {len(again)} layers that read the past again ({again[0]})"] if again else []
     if problems:
         head = "these layers cannot be blended by row and token; train adapters without them:"
         raise AdapterError(problem_list(head, problems))
-
-
-def with_model_names(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Return the adapter with today's module paths, by transformers' own table of renamings.
-
-    A path stays if the model has it, or if the model does not have its new name either.
-    """
-    known = {path for path, _ in model.named_modules()}
-    if all(path in known for path in (*adapter.pairs, *adapter.weights)):
-        return adapter
-    renamed = checkpoint_renamer(model)
-
-    def name(path: str) -> str:
-        return path if path in known or (new := renamed(path)) not in known else new
-
-    pairs = {name(path): pair for path, pair in adapter.pairs.items()}
-    if len(pairs) < len(adapter.pairs):
-        raise AdapterError(f"{adapter.name}: two of its modules are one in this model: old and new names are mixed.")
-    weights = {name(path): weight for path, weight in adapter.weights.items()}
-    return replace(adapter, pairs=pairs, weights=weights)
 
 
 def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
@@ -151,6 +183,11 @@ def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
         raise OptionError(unknown_name("combine", combine, COMBINES))
     if combine == "sum" or len(adapters) < 2:
         return
+    if others := [adapter.name for adapter in adapters if adapter.vectors]:
+        holders = f"{', '.join(others)} {'holds' if len(others) == 1 else 'hold'} scales or biases (DoRA, IA3, bias)"
+        text = f"combine={combine!r} combines factors alone; {holders}. Use combine='sum', which takes any."
+        problem = OptionProblem(("combine",), text, combine, f"'sum'; {combine!r} with plain LoRA ({holders})")
+        raise OptionError(text, [problem])
     first, *rest = adapters
     ranks = {module: pair.rank for module, pair in first.pairs.items()}
     different = [other.name for other in rest if {m: p.rank for m, p in other.pairs.items()} != ranks]
@@ -166,8 +203,15 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the path and (in, out) of each linear layer of the base; a blended layer counts once."""
     shapes = {path: shape for path, module in model.named_modules() if (shape := linear_shape(module))}
     for path in [path for path, module in model.named_modules() if isinstance(module, BlendedLinear)]:
-        del shapes[f"{path}.base"]
+        shapes.pop(f"{path}.base", None)
     return shapes
+
+
+def _norm_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return the size of each norm that has a bias, by path; adapters may change it."""
+    bases = {path: each.base if isinstance(each, BlendedLinear) else each for path, each in modules.items()}
+    norms = {path: each for path, each in bases.items() if isinstance(each, nn.LayerNorm)}
+    return {path: len(bias) for path, each in norms.items() if (bias := getattr(each, "bias", None)) is not None}
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

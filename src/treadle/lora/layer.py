@@ -6,7 +6,7 @@ weights are never written to. Faster versions of the update are in `treadle.engi
 `cpu.chunk`, `cuda.step`) and `treadle.serving.vllm.stacks`; each names the test that compares it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any, cast
@@ -165,11 +165,19 @@ class BlendedLinear(nn.Module):
         self.register_buffer("b_all", b_all, persistent=False)
         self.stacked_a, self.index, self.slot = stacked_a, index, slot
 
-    def activate(self, rows: Tensor | None) -> None:
-        """Activate the columns of B for these rows of A, which `stacked_a` activates too; None = all of them."""
-        chosen = self.b_all
-        if rows is not None:
-            chosen = chosen.t().index_select(0, rows.to(self.device)).t().contiguous()
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The keys of all its gates."""
+        return (self.slot,)
+
+    def activate(self, rows: Sequence[Tensor | None]) -> None:
+        """Activate the columns of B for some rows of A, which `stacked_a` activates too; they are listed by slot.
+
+        None = all of them.
+        """
+        chosen, some = self.b_all, rows[self.slot]
+        if some is not None:
+            chosen = chosen.t().index_select(0, some.to(self.device)).t().contiguous()
         self.register_buffer("b_active", chosen.to(self.dtype), persistent=False)  # (out, active R)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -189,7 +197,11 @@ class BlendedLinear(nn.Module):
         gates = self.gates.get(self.slot)
         if gates is None:
             return None
-        h = self.stacked_a.product(x, self.index)  # (B, T, R), or with the model's own shape of tokens
+        # (B, T, R), or with the model's own shape of tokens
+        return self.apply_gates(gates, self.stacked_a.product(x, self.index))
+
+    def apply_gates(self, gates: Gates, h: Tensor) -> Tensor:
+        """Return the gated `h` (B, T, R), or (..., R) where the model has its own shape of tokens."""
         num_rows, num_tokens, _ = gates.shape
         if h.dim() == 3 and num_rows in (1, h.shape[0]) and num_tokens in (1, h.shape[1]) and not self.role.is_routed:
             return gates.apply(h)
@@ -204,3 +216,59 @@ class BlendedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias, for model code that reads it."""
         return self.base.bias  # type: ignore[return-value]
+
+
+class VectorLinear(BlendedLinear):
+    """A blended layer for which some adapters also hold vectors (`treadle.lora.vectors`).
+
+    It adds up what each adapter changes: y = base(i * x) + s * base(x) + b + the update of x. Here i is 1 plus the
+    weighted sum of each adapter's (scale of inputs - 1), s that sum of (scale of outputs - 1), b that of the biases.
+
+    Attributes:
+        vectors: by the name of the field: scales less 1 and biases (K, size) of the K adapters that hold vectors here.
+        vector_slot: key of the gates with these adapters' weights.
+    """
+
+    def stack_vectors(self, vectors: Mapping[str, Tensor], slot: int) -> None:
+        """Take the vectors of all adapters; call `activate` before a pass."""
+        for name, each in vectors.items():
+            self.register_buffer(f"{name}_all", each.to(self.device, self.dtype), persistent=False)
+        self.names = tuple(vectors)
+        self.vector_slot = slot
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The keys of all its gates."""
+        return self.slot, self.vector_slot
+
+    def activate(self, rows: Sequence[Tensor | None]) -> None:
+        """Activate some rows of A and of the vectors, listed by slot; None = all of them."""
+        super().activate(rows)
+        some = rows[self.vector_slot]
+        whole = {name: self.get_buffer(f"{name}_all") for name in self.names}
+        self.vectors = {
+            name: each if some is None else each.index_select(0, some.to(self.device)) for name, each in whole.items()
+        }
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output (B, T, out) for x (B, T, in)."""
+        gates = self.gates.get(self.vector_slot)
+        if gates is None:
+            return super().forward(x, *args, **kwargs)
+        num_vectors = gates.shape[-1]
+        w = self.apply_gates(gates, torch.ones(*x.shape[:-1], num_vectors, device=x.device, dtype=self.dtype))
+
+        def mixed(name: str) -> Tensor | None:
+            """Return the weighted sum (B, T, size) of the adapters' vectors."""
+            return w @ self.vectors[name] if name in self.vectors else None
+
+        in_scale, out_scale, bias, h = mixed("in_scale"), mixed("out_scale"), mixed("bias"), self.gated(x)
+        y = made = self.base(x, *args, **kwargs)
+        if in_scale is not None:
+            made = self.base((x * (1 + in_scale)).to(x.dtype), *args, **kwargs)
+        dtype, made = made.dtype, made.to(self.dtype)
+        if out_scale is not None:
+            made = made + out_scale * y
+        if bias is not None:
+            made = made + bias
+        return (made if h is None else made + functional.linear(h, self.b_active)).to(dtype)

@@ -29,6 +29,11 @@ class LoraPair:
     b: Tensor
     scale: float
 
+    @classmethod
+    def empty(cls, size_in: int, size_out: int) -> "LoraPair":
+        """Return factors of rank 0, which add nothing."""
+        return cls(torch.zeros(0, size_in), torch.zeros(size_out, 0), 1.0)
+
     @property
     def rank(self) -> int:
         """The number of rows of `a`."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from treadle.common.errors import AdapterError, shown
 
@@ -20,16 +20,15 @@ WALL_SECONDS, CPU_SECONDS, MEMORY_BYTES = 4.0, 1, 1 << 29
 MAX_EXPRESSION_CHARACTERS = 100_000
 PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 """A name, in which a dot matches any character; it matches in linear time."""
-Method = Literal["match", "fullmatch"]
 WORKER = f"""
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({CPU_SECONDS}, {CPU_SECONDS}))
 resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_BYTES}, {MEMORY_BYTES}))
-method, expressions, paths = json.load(sys.stdin)
+expressions, paths = json.load(sys.stdin)
 compiled = []
 for index, expression in enumerate(expressions):
     try:
-        compiled.append(getattr(re.compile(expression), method))
+        compiled.append(re.compile(expression).match)
     except (re.error, OverflowError, RecursionError) as error:
         json.dump([index, f"{{type(error).__name__}}: {{error}}"], sys.stdout)
         sys.exit()
@@ -38,32 +37,25 @@ json.dump([[next((i for i, match in enumerate(compiled) if match(path)), None) f
 """Prints [indices of the first expression that matches each path], or [index of an invalid expression, reason]."""
 
 
-def match_ends(patterns: Sequence[str], paths: Sequence[str]) -> list[int | None]:
+def match_ends(patterns: Sequence[str], paths: Sequence[str], wall_seconds: float = WALL_SECONDS) -> list[int | None]:
     """Return for each module path the index of the first pattern that matches its end, as PEFT's get_pattern_key does.
 
     Raises:
         AdapterError: a pattern is not a regular expression, or all of them together take too much time or memory.
     """
-    return list(_first(tuple(patterns), tuple(paths), "match"))
-
-
-def match_whole(pattern: str, paths: Sequence[str], wall_seconds: float = WALL_SECONDS) -> list[bool]:
-    """Return for each module path whether the regular expression matches all of it; errors as in `match_ends`."""
-    return [found is not None for found in _first((pattern,), tuple(paths), "fullmatch", wall_seconds)]
+    return list(_first(tuple(patterns), tuple(paths), wall_seconds))
 
 
 @lru_cache(256)
-def _first(
-    patterns: tuple[str, ...], paths: tuple[str, ...], method: Method, wall_seconds: float = WALL_SECONDS
-) -> tuple[int | None, ...]:
+def _first(patterns: tuple[str, ...], paths: tuple[str, ...], wall_seconds: float) -> tuple[int | None, ...]:
     """Return for each path the index of the first pattern that matches."""
-    expressions = [rf"(.*\.)?({pattern})$" for pattern in patterns] if method == "match" else list(patterns)
+    expressions = [rf"(.*\.)?({pattern})$" for pattern in patterns]
     if all(map(PLAIN.fullmatch, patterns)):
-        matches = [getattr(re.compile(expression), method) for expression in expressions]
+        matches = [re.compile(expression).match for expression in expressions]
         return tuple(next((i for i, match in enumerate(matches) if match(path)), None) for path in paths)
     if long := [pattern for pattern in patterns if len(pattern) > MAX_EXPRESSION_CHARACTERS]:
         raise AdapterError(f"an expression has {len(long[0])} characters; {MAX_EXPRESSION_CHARACTERS} at most are read")
-    answer = _ask(json.dumps([method, expressions, paths]), wall_seconds)
+    answer = _ask(json.dumps([expressions, paths]), wall_seconds)
     if answer is None:
         listed = ", ".join(map(shown, patterns[:3])) + (", ..." if len(patterns) > 3 else "")
         raise AdapterError(

@@ -1,6 +1,6 @@
 """Stacks the factors of adapters for the layers of a model. The layers change only when they are given their stacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from treadle.lora.adapter import Adapter
-from treadle.lora.compatibility import is_routed
+from treadle.lora.compatibility import is_routed, linear_shape
 from treadle.lora.gates import Gates, StackLayout
-from treadle.lora.layer import BlendedLinear, LayerRole, StackedA
+from treadle.lora.layer import BlendedLinear, LayerRole, StackedA, VectorLinear
 from treadle.lora.pair import LoraPair
+from treadle.lora.vectors import LayerVectors
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of linear layers of a block that read one input; a layer given another input computes its own product."""
@@ -45,14 +46,16 @@ class Stacks:
         self.stacked: list[tuple[StackedA, list[str]]] = []
         self._by_columns = by_columns
         self._b: dict[str, Tensor] = {}  # (out, R) of each layer
+        self._vectors: dict[str, dict[str, Tensor]] = {}  # (K, size) of each layer that has some, by name
 
     def build(self) -> None:
         """Copy all factors into stacks, once. If that fails, the layers have not changed."""
         if len(self._b) == len(self.layers):
             return
         self.stacked.clear()
-        for paths in _same_input(self.layers):
-            pairs = [[each.pairs[path] for each in self.adapters if path in each.pairs] for path in paths]
+        self._vectors = {path: _stack_vectors(each) for path in self.layers if (each := self._vectors_at(path))}
+        for paths in _same_input(self.layers, {path for each in self.adapters for path in each.pairs}):
+            pairs = [self._pairs_at(path) for path in paths]
             first = self.layers[paths[0]]
             stacked_a = StackedA([torch.cat([pair.a for pair in each]) for each in pairs], first.device, first.dtype)
             self.stacked.append((stacked_a, paths))
@@ -64,7 +67,20 @@ class Stacks:
         for stacked_a, paths in self.stacked:
             for index, path in enumerate(paths):
                 slot = self.layouts.setdefault(self._layout(path), len(self.layouts))
-                self.layers[path].stack(self._b[path], stacked_a, index, slot)
+                layer = self.layers[path]
+                layer.stack(self._b[path], stacked_a, index, slot)
+                if isinstance(layer, VectorLinear):
+                    holders = tuple((index, 1, 1.0) for index, each in enumerate(self.adapters) if path in each.vectors)
+                    slot = self.layouts.setdefault(StackLayout(holders), len(self.layouts))
+                    layer.stack_vectors(self._vectors[path], slot)
+
+    def _pairs_at(self, path: str) -> list[LoraPair]:
+        """Return the factors of all adapters for a layer; where only vectors are, those of rank 0."""
+        pairs = [each.pairs[path] for each in self.adapters if path in each.pairs]
+        return pairs or [LoraPair.empty(*_sizes(self.layers[path].base))]
+
+    def _vectors_at(self, path: str) -> list[LayerVectors]:
+        return [each.vectors[path] for each in self.adapters if path in each.vectors]
 
     def _layout(self, path: str) -> StackLayout:
         pairs = [(index, each.pairs[path]) for index, each in enumerate(self.adapters) if path in each.pairs]
@@ -78,13 +94,15 @@ def new_layers(
     outer: Any = model
     head = outer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers: dict[str, BlendedLinear] = {}
-    for path in sorted({module for adapter in adapters for module in adapter.pairs}):
-        if path in known:
-            layers[path] = known[path]
+    for path in sorted({module for adapter in adapters for module in adapter.modules}):
+        kind = VectorLinear if any(path in adapter.vectors for adapter in adapters) else BlendedLinear
+        found = known.get(path)
+        if found is not None and type(found) is kind:
+            layers[path] = found
         else:
-            base = model.get_submodule(path)
-            role = LayerRole(path, is_head=base is head, is_routed=is_routed(path))
-            layers[path] = BlendedLinear(base, _factor_dtype(base, model), gates, role)
+            base = model.get_submodule(path) if found is None else found.base
+            role = LayerRole(path, is_head=found.role.is_head if found else base is head, is_routed=is_routed(path))
+            layers[path] = kind(base, _factor_dtype(base, model), gates, role)
     return layers
 
 
@@ -112,12 +130,34 @@ def _stack_b(factors: Sequence[Tensor], *, by_columns: bool) -> Tensor:
     return torch.cat([each.t() for each in factors]).t() if by_columns else torch.cat(list(factors), 1)
 
 
-def _same_input(layers: Mapping[str, BlendedLinear]) -> list[list[str]]:
-    """Group the paths of layers of one block that read the same input, judged by their names."""
+def _stack_vectors(vectors: Sequence[LayerVectors]) -> dict[str, Tensor]:
+    """Return the scales less 1 and the biases (K, size) of K adapters, by name; 0 where one has none."""
+    stacked: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for each in vectors for name in each.given):
+        given = [each.given.get(name) for each in vectors]
+        first = next(each for each in given if each is not None)
+        less = 0 if name == "bias" else 1
+        stacked[name] = torch.stack(
+            [torch.zeros_like(first).float() if each is None else each.float() - less for each in given]
+        )
+    return stacked
+
+
+def _sizes(base: nn.Module) -> tuple[int, int]:
+    """Return (in, out) of a layer with vectors: a linear one, or a norm with a bias."""
+    outer: Any = base
+    return linear_shape(base) or (len(outer.bias), len(outer.bias))
+
+
+def _same_input(layers: Mapping[str, BlendedLinear], with_factors: Collection[str]) -> list[list[str]]:
+    """Group the paths of layers of one block that read the same input, judged by their names.
+
+    A layer without factors makes no product, so it is in a group of its own.
+    """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path in sorted(layers):
         parent, _, child = path.rpartition(".")
-        names = next((names for names in SAME_INPUT if child in names), path)
+        names = next((names for names in SAME_INPUT if child in names and path in with_factors), path)
         groups.setdefault((parent, names, layers[path].dtype, layers[path].device), []).append(path)
     return list(groups.values())
 

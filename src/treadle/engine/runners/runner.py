@@ -116,7 +116,8 @@ class Runner:
 
     def run(self, given: PassInput) -> PassOutput:
         """Read the tokens, and append their keys and values to the cache."""
-        return next((each for each in self.own if each.takes(given)), self._forward).run(given)
+        own = () if self._blend.has_vectors else self.own  # our own passes add factors, and know no scales or biases
+        return next((each for each in own if each.takes(given)), self._forward).run(given)
 
     def unhooked(self) -> "Runner":
         """Return the runner to use now: without our own passes while a module has hooks."""

@@ -11,12 +11,15 @@ from safetensors import SafetensorError, safe_open
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from treadle.bundle.bundle import NAME, RESERVED, foreign_base
+from treadle.bundle.bundle import NAME, RESERVED
 from treadle.bundle.centroid_files import read_centroid
 from treadle.common.errors import LONGEST_NAME, AdapterError, TreadleError, problem_list, shown
 from treadle.common.files import folder_below
-from treadle.lora.adapter import TENSOR_NAME, WEIGHTS_FILE, Adapter, read_adapter
+from treadle.lora.adapter import Adapter, read_adapter
 from treadle.lora.compatibility import linear_shapes
+from treadle.lora.names import warn_of_bases
+from treadle.lora.peft_folder import WEIGHTS_FILE
+from treadle.lora.peft_tensors import TENSOR_NAME
 from treadle.lora.stacking import Stacks
 from treadle.routing.centroids import Centroids, Floats
 from treadle.routing.embedder import encode_views
@@ -92,7 +95,7 @@ def _cards(state: ServerState) -> list[Json]:
             "name": adapter.name,
             "source": str(adapter.source),
             "ranks": sorted({pair.rank for pair in adapter.pairs.values()}),
-            "modules": len(adapter.pairs),
+            "modules": len(adapter.modules),
             "bytes": adapter.num_bytes(),
             "samples": counts[adapter.name],
         }
@@ -150,8 +153,7 @@ def _join(state: ServerState, name: str, folder: Path, own: Centroids | None, ch
     _check_shapes(folder, name, between_steps(lambda: linear_shapes(engine.model)).result())
     check()
     adapter = read_adapter(folder, name)
-    if problem := foreign_base(adapter, state.bundle.base_model):
-        raise AdapterError(problem)
+    warn_of_bases([adapter], state.bundle.base_model)
     own = own or read_centroid(folder, name)
     check()
     stacks = between_steps(partial(engine.adapters.plan_join, adapter)).result()

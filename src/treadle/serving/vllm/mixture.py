@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from treadle.bundle.bundle import NAME, RESERVED, Bundle, foreign_base, read_bundle
+from treadle.bundle.bundle import NAME, RESERVED, Bundle, read_bundle
 from treadle.bundle.centroid_files import read_centroid
 from treadle.common.errors import (
     LONGEST_NAME,
@@ -27,6 +27,7 @@ from treadle.common.errors import (
 )
 from treadle.common.params import RoutingParams, read_routing
 from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.names import warn_of_bases
 from treadle.routing.centroids import Centroids, Floats
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import centroid_of
@@ -178,6 +179,7 @@ def _problems(bundle: Bundle, params: PluginParams) -> Iterable[str]:
         )
     if params.max_adapters is not None and len(adapters) > params.max_adapters:
         yield f"it has {len(adapters)} adapters; max_adapters is {params.max_adapters}"
+    yield from filter(None, map(vector_problem, adapters))
     ranks = {adapter.name: largest_rank(adapter) for adapter in adapters}
     large = [f"{name} {rank}" for name, rank in ranks.items() if rank > (params.max_rank or rank)]
     if large:
@@ -229,11 +231,11 @@ def read_newcomer(
     """
     check_name(name, mixture.names)
     adapter = read_adapter(path, name)
-    problems = [foreign_base(adapter, base)]
+    warn_of_bases([adapter], base)
+    if problem := vector_problem(adapter):
+        raise AdapterError(problem)
     if params.max_rank is not None and largest_rank(adapter) > params.max_rank:
-        problems.append(f"adapter {name!r} has rank {largest_rank(adapter)}; max_rank is {params.max_rank}")
-    if any(problems):
-        raise AdapterError(problem_list("the adapter cannot join:", [problem for problem in problems if problem]))
+        raise AdapterError(f"adapter {name!r} has rank {largest_rank(adapter)}; max_rank is {params.max_rank}")
     embedder = mixture.router.embedder
     if samples:
         own = centroid_of(name, samples, embedder, tails=mixture.router.tails)
@@ -291,7 +293,17 @@ def main_scale(adapter: Adapter) -> float:
 
 def largest_rank(adapter: Adapter) -> int:
     """Return the largest rank of an adapter's factors."""
-    return max(pair.rank for pair in adapter.pairs.values())
+    return max((pair.rank for pair in adapter.pairs.values()), default=0)
+
+
+def vector_problem(adapter: Adapter) -> str | None:
+    """Return why an adapter cannot be blended in vLLM's layers, which add factors alone; None if it can."""
+    if not adapter.vectors:
+        return None
+    return (
+        f"adapter {adapter.name!r} scales or shifts outputs of {len(adapter.vectors)} modules (DoRA, IA3, bias); the "
+        "layers in vLLM add factors alone. treadle serve blends it"
+    )
 
 
 def _read_json(text: str) -> Any:

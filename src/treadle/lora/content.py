@@ -1,0 +1,45 @@
+"""The content of an adapter, whichever format its folder has, and the checks that all formats share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from treadle.lora.pair import LoraPair, range_problems
+from treadle.lora.vectors import LayerVectors
+
+
+@dataclass(frozen=True)
+class AdapterContent:
+    """The tensors of an adapter's folder, by module path inside the base model.
+
+    Attributes:
+        base_model: named in its config; "" if it names none.
+        pairs: the factors.
+        vectors: what it does beside them.
+        weights: whole weights (out, in) saved beside the factors; they must equal the base's.
+    """
+
+    base_model: str
+    pairs: Mapping[str, LoraPair]
+    vectors: Mapping[str, LayerVectors] = field(default_factory=dict[str, LayerVectors])
+    weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+def content_problems(pairs: Mapping[str, LoraPair], vectors: Mapping[str, LayerVectors]) -> list[str]:
+    """Return the problems of readable tensors: there are none, they overflow, or they change nothing."""
+    if not pairs and not vectors:
+        return ["it holds no factors"]
+    problems = range_problems(pairs, torch.float32)
+    if not any(pair.b.any() for pair in pairs.values()) and not any(each.has_effect for each in vectors.values()):
+        what = "all its B factors are zero" if pairs else "all its scales are 1"
+        problems.append(f"{what}: it changes nothing (was it saved before training?)")
+    return problems
+
+
+def number_problem(key: str, tensor: Tensor) -> str | None:
+    """Return why the numbers of a tensor cannot be used; None if they can."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return f"{key} is {tensor.dtype}; factors are float32, float16 or bfloat16"
+    return None if torch.isfinite(tensor).all() else f"{key} holds NaN or infinite values"

@@ -1,0 +1,191 @@
+"""Reads a PEFT folder, and refuses features that cannot be blended, by name.
+
+It reads only `adapter_config.json` and safetensors, so that PEFT itself, which takes seconds to import, is not needed.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from treadle.common.documents import is_file, read_object
+from treadle.common.errors import SHOWN, AdapterError, AdapterWarning, problem_list, shown
+from treadle.common.tensor_files import read_tensors
+from treadle.lora.content import AdapterContent, content_problems
+from treadle.lora.pair import LoraPair
+from treadle.lora.patterns import match_ends
+from treadle.lora.peft_tensors import PeftTensors, sort_tensors
+from treadle.lora.vectors import LayerVectors
+
+MAX_CONFIG_BYTES = 16 << 20
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+PEFT_TYPES = ("LORA", "IA3")
+REFUSED_FEATURES = {
+    "modules_to_save": "it replaces whole modules of the base model, which cannot be blended",
+    "trainable_token_indices": "it replaces rows of the embedding, which cannot be blended",
+    "layer_replication": "it changes the number of layers of the base model",
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens",
+    "use_qalora": "QA-LoRA pools its input; the factors do not fit the layer",
+    "use_bdlora": "BD-LoRA keeps its factors in blocks",
+    "arrow_config": "it is an Arrow router, not an adapter; name the adapters behind it",
+    "kasa_config": "KaSA changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its weights",
+}
+"""Fields of PEFT's configs that ask for more than factors and vectors, with the reason for refusing them."""
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of `init_lora_weights` that change the base weights too, so that the factors alone are not the update."""
+HARMLESS_FIELDS = frozenset(
+    "peft_type peft_version auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules "
+    "target_parameters exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora use_dora lora_bias "
+    "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core "
+    "loftq_config eva_config corda_config lora_ga_config velora_config qalora_group_size runtime_config "
+    "ensure_weight_tying feedforward_modules init_ia3_weights".split()
+)
+"""Fields that are read here, or that matter only to training."""
+
+
+def read_peft_folder(folder: Path, name: str) -> AdapterContent:
+    """Read a PEFT folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    `target_modules` and the like are what training asked for, and are not read: the tensors say what was trained.
+
+    Raises:
+        AdapterError: it is incomplete, damaged, or cannot be blended; lists every problem.
+    """
+    config = _read_config(folder, name)
+    unknown = sorted(key for key in config.keys() - HARMLESS_FIELDS - REFUSED_FEATURES.keys() if config[key])
+    if unknown:
+        what = f"adapter {name!r}: unknown fields that may matter: {', '.join(unknown)}"
+        warnings.warn(what, AdapterWarning, stacklevel=3)
+    found = sort_tensors(_read_tensors(folder, name))
+    pairs = _pairs(found, config)
+    vectors = _vectors(found, pairs, config)
+    tensor_problems = found.problems or content_problems(pairs, vectors)
+    if problems := [*_config_problems(config), *tensor_problems]:
+        raise AdapterError(problem_list(f"adapter {name!r} ({folder}) cannot be blended:", problems))
+    return AdapterContent(config.get("base_model_name_or_path") or "", pairs, vectors, found.weights)
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not is_file(file):
+        raise AdapterError(f"adapter {name!r}: {folder} is not a PEFT folder: it has no {CONFIG_FILE}.")
+    try:
+        config = read_object(file, AdapterError, MAX_CONFIG_BYTES)
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r}: {error}") from error
+    if (kind := config.get("peft_type", "LORA")) not in PEFT_TYPES:
+        allowed = " and ".join(PEFT_TYPES)
+        raise AdapterError(f"adapter {name!r}: its peft_type is {str(kind)[:SHOWN]}; {allowed} can be blended.")
+    if malformed := list(_malformed_fields(config)):
+        raise AdapterError(problem_list(f"adapter {name!r}: {file} is malformed:", malformed))
+    return config
+
+
+def _malformed_fields(config: dict[str, Any]) -> Iterator[str]:
+    """Yield a problem for each field whose value the rest of this module could not read."""
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        yield f"base_model_name_or_path must be a text, not {shown(base)}"
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or not all(map(_is_positive, value.values())) or "" in value:
+            yield f"{key} must map module names or regular expressions to positive numbers, not {shown(value)}"
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _config_problems(config: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{key}: {why}" for key, why in REFUSED_FEATURES.items() if config.get(key))
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        yield f"init_lora_weights={init!r} changes the base weights; convert it to a plain LoRA with PEFT first"
+    for key in ("r", "lora_alpha") if config.get("peft_type", "LORA") == "LORA" else ():
+        if not _is_positive(config.get(key)):
+            yield f"{key} must be a positive number, not {shown(config.get(key))}"
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    file = folder / WEIGHTS_FILE
+    if not is_file(file):
+        hint = ""
+        if is_file(folder / PICKLE_FILE):
+            hint = f" {PICKLE_FILE} is a pickle, which can run code: load it with PEFT and save it as safetensors."
+        raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}.{hint}")
+    try:
+        return read_tensors(file, AdapterError).tensors
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r}: {error}") from error
+
+
+def _pairs(found: PeftTensors, config: dict[str, Any]) -> dict[str, LoraPair]:
+    """Return the factor pairs of all modules; problems are added to `found`."""
+    sides = found.factors
+    try:
+        ranks = _by_pattern(config, "rank_pattern", "r", list(sides))
+        alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", list(sides))
+    except AdapterError as error:
+        found.problems.append(str(error))
+        return {}
+    pairs: dict[str, LoraPair] = {}
+    for (module, factors), rank, alpha in zip(sides.items(), ranks, alphas, strict=True):
+        if problem := _pair_problem(module, factors, rank):
+            found.problems.append(problem)
+        else:
+            pairs[module] = LoraPair(factors["A"], factors["B"], _scale(alpha, factors["A"].shape[0], config))
+    return pairs
+
+
+def _vectors(found: PeftTensors, pairs: Mapping[str, LoraPair], config: dict[str, Any]) -> dict[str, LayerVectors]:
+    """Return the vectors of all modules; problems are added to `found`."""
+    switches = {"magnitude": "use_dora", "update_bias": "lora_bias"}
+    vectors: dict[str, LayerVectors] = {}
+    for module, given in found.vectors.items():
+        for name, switch in switches.items():
+            if name in given and (not config.get(switch) or module not in pairs):
+                why = f"its config does not say {switch}" if module in pairs else "it has no factors beside it"
+                found.problems.append(f"{module}: {name.replace('_', ' ')}: {why}")
+        made = dict[str, Tensor | None](magnitude=given.get("magnitude"), whole_bias=given.get("whole_bias"))
+        if "update_bias" in given and module in pairs:
+            made["bias"] = given["update_bias"].float() * pairs[module].scale
+        if (scale := given.get("ia3")) is not None:
+            made["in_scale" if len(scale) == 1 else "out_scale"] = scale.flatten()  # (1, in) or (out, 1)
+        vectors[module] = LayerVectors(**made)
+    if config.get("use_dora"):
+        bare = [module for module in pairs if "magnitude" not in found.vectors.get(module, {})]
+        found.problems.extend(f"{module}: use_dora: lora_magnitude_vector is missing" for module in bare)
+    return vectors
+
+
+def _pair_problem(module: str, factors: dict[str, Tensor], expected: Any) -> str | None:
+    if len(factors) < 2:
+        missing = "B" if "A" in factors else "A"
+        return f"{module}: lora_{missing} is missing"
+    a, b = factors["A"], factors["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        return f"{module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit: need (r, in), (out, r)"
+    if a.shape[0] != expected:
+        return f"{module}: its factors have rank {a.shape[0]}, its config says {expected}"
+    return None
+
+
+def _scale(alpha: Any, rank: int, config: dict[str, Any]) -> float:
+    if not _is_positive(alpha):
+        return 1.0  # reported by _config_problems
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(config: dict[str, Any], field: str, otherwise: str, modules: Sequence[str]) -> list[Any]:
+    """Return for each module the value of the first matching pattern of `field`, or the value of `otherwise`."""
+    patterns: dict[str, Any] = config.get(field) or {}
+    values, default = list(patterns.values()), config.get(otherwise)
+    try:
+        return [default if first is None else values[first] for first in match_ends(list(patterns), modules)]
+    except AdapterError as error:
+        raise AdapterError(f"{field}: {error}") from error
