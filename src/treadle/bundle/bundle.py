@@ -147,6 +147,7 @@ def save_bundle(
         collect(problems, [router.check_states])
     if set(adapters) != set(router.names):
         problems.append(f"the router knows {', '.join(router.names)}; the adapters are {', '.join(adapters)}")
+    problems += [f"adapter {name!r} has no samples; a bundle holds adapters with samples" for name in router.unrouted]
     problems += [unknown_name("adapter in samples", name, adapters) for name in samples or {} if name not in adapters]
     read = collect(problems, [lambda n=n, p=p: read_adapter(p, n) for n, p in adapters.items()])
     collect(problems, [lambda: warn_of_bases(read, base)])

@@ -89,9 +89,10 @@ def explanation_table(explanation: "Explanation") -> Table:
         table.add_column(heading, justify="left" if heading == "adapter" else "right")
     scores = explanation.scores or (float("nan"),) * len(explanation.names)
     for index, name in enumerate(explanation.names):
-        cosine, weight = explanation.cosines[index], explanation.weights[index]
+        cosine, score, weight = explanation.cosines[index], scores[index], explanation.weights[index]
         style = "bold" if weight == max(explanation.weights) > 0 else ""
-        table.add_row(Text(name, colour(index)), f"{cosine:.3f}", f"{scores[index]:.2f}", f"{weight:.3f}", style=style)
+        told = ("no samples", "") if cosine is None or score is None else (f"{cosine:.3f}", f"{score:.2f}")
+        table.add_row(Text(name, colour(index)), *told, f"{weight:.3f}", style=style)
     if explanation.base > 0:
         table.add_row("the base", "", "", f"{explanation.base:.3f}")
     if explanation.words:
@@ -123,7 +124,7 @@ def report_tables(report: "BundleReport") -> list[Table]:
     for heading in ("adapter", "rank", "targets", "modules", "norm", "change (nats)", "samples"):
         table.add_column(heading)
     cosines = Table(title="cosines between the centroids", title_justify="left")
-    for heading in ("", *(adapter.name for adapter in report.adapters)):
+    for heading in ("", *(adapter.name for adapter in report.adapters if adapter.cosines)):
         cosines.add_column(heading, justify="right" if heading else "left")
     for index, adapter in enumerate(report.adapters):
         name = Text(adapter.name, colour(index))
@@ -136,8 +137,9 @@ def report_tables(report: "BundleReport") -> list[Table]:
             f"{adapter.change:.4f}",
             str(adapter.samples) if adapter.samples else "none: probe text",
         )
-        cosines.add_row(name, *(f"{cosine:.3f}" for cosine in adapter.cosines))
-    return [table, cosines]
+        if adapter.cosines:
+            cosines.add_row(name, *(f"{cosine:.3f}" for cosine in adapter.cosines))
+    return [table, cosines] if cosines.rows else [table]
 
 
 def results_table(task: str, results: Sequence["EvalResult"]) -> Table:

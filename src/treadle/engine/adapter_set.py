@@ -81,7 +81,7 @@ class AdapterSet:
         """
         self.check_new(adapter.name)
         joined = self.router.join(centroids, states)
-        if joined.names != (*self.router.names, adapter.name):
+        if joined.centroids.names != (*self.router.centroids.names, adapter.name):
             raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")
         router = self._able(joined, [*self._used(), adapter])
         if stacks is None or not self.blend.is_current(stacks):
@@ -143,7 +143,8 @@ class AdapterSet:
         """Return a changed router if its default routing can decide; an AdapterError where all requests would fail."""
         try:
             check_combine(router.params.combine, [each for each in adapters if each.name in router.names])
-            self.check_routing([router.params], router)
+            if not router.lacks_samples:  # then each request says who acts
+                self.check_routing([router.params], router)
         except OptionError as error:
             names = ", ".join(router.names)
             raise AdapterError(f"the default routing is not possible with the adapters {names}: {error}") from error

@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from treadle.bundle.bundle import read_bundle
+from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.params import RoutingParams
 from treadle.engine.engine import Engine, load
 from treadle.engine.tokenization import prompt_ids
@@ -32,7 +32,7 @@ class AdapterReport:
         norm: Frobenius norm of the factors' whole update, scale included; vectors (DoRA, IA3, bias) are not in it.
         change: mean over its samples' tokens of the Kullback-Leibler divergence from base to adapter, in nats.
         samples: how many of its own texts were read; 0 = the probe text.
-        cosines: of its centroid with those of all adapters.
+        cosines: of its centroid with those of all adapters that have samples; () = it has none.
     """
 
     name: str
@@ -61,7 +61,7 @@ class BundleReport:
 
 
 def examine(
-    path: str | Path,
+    bundle: Bundle | str | Path,
     *,
     samples: Mapping[str, Sequence[str]] | None = None,
     device: str | None = None,
@@ -70,7 +70,7 @@ def examine(
     """Load a bundle strictly and measure it.
 
     Args:
-        path: the bundle's folder.
+        bundle: its folder, or the bundle that was read from it.
         samples: adapter name -> texts to read instead of those that the bundle keeps.
         device: see `treadle.load`.
         dtype: see `treadle.load`.
@@ -78,13 +78,14 @@ def examine(
     Raises:
         TreadleError: the bundle does not load.
     """
-    bundle = read_bundle(path)
+    bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     engine = load(bundle, device=device, dtype=dtype)
     texts = {**bundle.samples, **(samples or {})}
-    cosines = bundle.router.centroids.cosines(bundle.router.centroids.means)  # (N, N)
+    centroids = engine.router.centroids
+    cosines = dict(zip(centroids.names, centroids.cosines(centroids.means).tolist(), strict=True))
     reports = tuple(
-        _examine_adapter(engine, adapter, texts.get(adapter.name, ()), tuple(row.tolist()))
-        for adapter, row in zip(bundle.adapters, cosines, strict=True)
+        _examine_adapter(engine, adapter, texts.get(adapter.name, ()), tuple(cosines.get(adapter.name, ())))
+        for adapter in engine.blend.adapters
     )
     base_step, blended_step = _step_times(engine)
     states = bundle.router.states
@@ -140,6 +141,8 @@ def _divergence(engine: Engine, name: str, text: str) -> float:
 def _step_times(engine: Engine) -> tuple[float, float]:
     """Return the median seconds of a decoding step of the base alone and of the blend, measured in turn."""
     blended = RoutingParams(every=1) if engine.router.params.rule == "fixed" else engine.router.params
+    if engine.router.lacks_samples:
+        blended = RoutingParams.uniform(engine.adapter_names)
     ids, warm_up = prompt_ids(engine.tokenizer, PROBE_TEXT), 2
     arms = {"base": RoutingParams.base(), "blended": blended}
     steps = {

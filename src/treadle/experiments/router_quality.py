@@ -51,10 +51,11 @@ def route_quality(router: Router, examples: Mapping[str, Sequence[Example]], par
     """Route held-out examples of each adapter's domain and count which adapter came nearest.
 
     Args:
-        router: centroids and embedder.
+        router: centroids and embedder; adapters without samples are left out.
         examples: adapter -> examples that it was not fitted on; adapters without examples get rows of zeros.
         params: only the score is read.
     """
+    router = router.among(router.centroids.names)  # adapters without samples are never the nearest
     unknown = [unknown_name("adapter", name, router.names) for name in examples if name not in router.names]
     if unknown or not examples:
         raise OptionError("; ".join(unknown) or "give examples of at least one adapter's domain")

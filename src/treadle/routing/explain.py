@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 
 from treadle.common.params import RoutingParams
+from treadle.routing.centroids import Floats
 from treadle.routing.embedder import WORD, StaticEmbedder
 from treadle.routing.router import Router
 from treadle.routing.schedule import Seen
@@ -24,8 +25,8 @@ class Explanation:
 
     Attributes:
         names: (N) of the adapters.
-        cosines: (N) of the text with each centroid.
-        scores: (N) by the params' score; empty under fixed weights.
+        cosines: (N) of the text with each centroid; None where an adapter has no samples.
+        scores: (N) by the params' score, None there, too; empty under fixed weights.
         weights: (N).
         base: the base's share.
         words: the words that raised the nearest adapter's score most over the second's, with how much: in the score's
@@ -34,8 +35,8 @@ class Explanation:
     """
 
     names: tuple[str, ...]
-    cosines: tuple[float, ...]
-    scores: tuple[float, ...]
+    cosines: tuple[float | None, ...]
+    scores: tuple[float | None, ...]
     weights: tuple[float, ...]
     base: float = 0.0
     words: tuple[tuple[str, float], ...] = ()
@@ -51,13 +52,18 @@ def explain(router: Router, text: str, params: RoutingParams | None = None) -> E
     weights = router.weights([text], params)[0]  # (N,)
     return Explanation(
         names=router.names,
-        cosines=tuple(compared.cosines[0].tolist()),
-        scores=() if is_fixed else tuple(compared.scores[0].tolist()),
+        cosines=_known(compared.cosines[0]),
+        scores=() if is_fixed else _known(compared.scores[0]),
         weights=tuple(weights.tolist()),
         base=max(0.0, 1.0 - float(weights.sum())),
-        words=() if is_fixed or len(router.names) < 2 else _words(router, text, params),
+        words=() if is_fixed or len(router.centroids.names) < 2 else _words(router, text, params),
         provisional=uses_states(router.states, params),
     )
+
+
+def _known(numbers: Floats) -> tuple[float | None, ...]:
+    """Return numbers (N,), with None for NaN."""
+    return tuple(None if np.isnan(number) else number for number in numbers.tolist())
 
 
 def _words(router: Router, text: str, params: RoutingParams) -> tuple[tuple[str, float], ...]:
@@ -77,7 +83,8 @@ def _words(router: Router, text: str, params: RoutingParams) -> tuple[tuple[str,
         sums += [embedder.sum_words(_last_without(everything, word, tail)) for tail in router.tails]
     views = embedder.finish(sums).reshape(1 + len(words), -1, embedder.dim)
     is_running = np.full(len(views), params.prefill == "causal")
-    scores = router.compare(Seen(views, is_running), params).scores  # (1 + words, N)
+    routed = len(router.centroids.names)
+    scores = router.compare(Seen(views, is_running), params).scores[:, :routed]  # (1 + words, adapters with samples)
     second, first = np.argsort(scores[0])[-2:]
     lead = scores[:, first] - scores[:, second]
     order = np.argsort(lead[1:] - lead[0])[:MAX_LISTED_WORDS]

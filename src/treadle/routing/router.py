@@ -18,14 +18,19 @@ from treadle.routing.running_sum import Tails
 from treadle.routing.schedule import DecisionCursor, Seen, Views, finish_views
 from treadle.routing.states import StateClasses, check_state_params, wants_states
 
+NO_SAMPLES = (
+    "no adapter has sample texts, so nothing can be routed: choose an adapter by its name, give fixed weights (such as "
+    "{}=1), or put samples.txt or samples.jsonl into the adapters' folders."
+)
+
 
 @dataclass(frozen=True)
 class Comparison:
     """How near texts are to each adapter, as their weights were made from it.
 
     Attributes:
-        cosines: (..., N) with the centroids.
-        scores: (..., N) by the params' score, before any rule.
+        cosines: (..., N) with the centroids; NaN where an adapter has no samples.
+        scores: (..., N) by the params' score, before any rule; NaN there, too.
     """
 
     cosines: Floats
@@ -42,12 +47,14 @@ class Router:
         params: the default.
         states: classes over the base model's states, which decide once the model has read the text; None = the text
             alone decides. Adapters that joined without states are missing: then params with `states` are refused.
+        unrouted: names of adapters without samples. No text chooses them; they act under `fixed` weights alone.
     """
 
     centroids: Centroids
     embedder: Embedder = field(repr=False)
     params: RoutingParams = RoutingParams()
     states: StateClasses | None = None
+    unrouted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse an embedder other than the one that made the centroids."""
@@ -57,16 +64,23 @@ class Router:
                 "fit them again with this embedder, or load theirs."
             )
         known = self.states.centroids.names if self.states is not None else ()
-        if known != tuple(name for name in self.names if name in known):
+        if known != tuple(name for name in self.centroids.names if name in known):
             raise OptionError(
-                f"the classes of states are of {', '.join(known)}, the centroids of {', '.join(self.names)}; fit both "
-                "on the same adapters."
+                f"the classes of states are of {', '.join(known)}, the centroids of {', '.join(self.centroids.names)}; "
+                "fit both on the same adapters."
             )
+        if len(set(self.names)) < len(self.names):
+            raise AdapterError(f"adapters have the same name: {', '.join(self.names)}.")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters' names, in the order of every N axis."""
-        return self.centroids.names
+        """The adapters' names, in the order of every N axis: those without samples come last."""
+        return (*self.centroids.names, *self.unrouted)
+
+    @property
+    def lacks_samples(self) -> bool:
+        """Whether there are adapters and none has samples: then nothing but `fixed` weights can decide."""
+        return bool(self.unrouted) and not self.centroids.names
 
     @property
     def tails(self) -> Tails:
@@ -99,8 +113,10 @@ class Router:
 
         A text without any known word goes to the base, or weighs all adapters alike if the base has no share.
         """
-        if params.score != "lda" or not self.names:
-            return _without_base(self._finite(self._cosines(seen, params.score)), seen, params)
+        if self.lacks_samples:
+            raise OptionError(NO_SAMPLES.format(self.unrouted[0]))
+        if params.score != "lda" or not self.centroids.names:
+            return self._over_all(_without_base(self._finite(self._cosines(seen, params.score)), seen, params), 0)
         return self._posterior(self.centroids, seen, params)
 
     def weigh_states(self, seen: Seen, params: RoutingParams) -> Floats:
@@ -113,28 +129,39 @@ class Router:
         evidence = self._finite(centroids.evidence(seen.views, seen.is_running))  # (B, N or N + 1)
         temperatures = centroids.temperatures(seen.is_running)
         if centroids.general is None or not params.fallback:
-            return _without_base(evidence[:, : len(self.names)], seen, params, temperatures)
-        return apply_rule_beside_base(evidence, params, temperatures)
+            return self._over_all(_without_base(evidence[:, : len(centroids.names)], seen, params, temperatures), 0)
+        return self._over_all(apply_rule_beside_base(evidence, params, temperatures), 0)
+
+    def _over_all(self, routed: Floats, value: float) -> Floats:
+        """Return numbers (..., adapters with samples) as (..., N), with a value for the adapters without."""
+        if not self.unrouted:
+            return routed
+        rest = np.full((*routed.shape[:-1], len(self.unrouted)), value, np.float32)
+        return np.concatenate([routed, rest], -1)
 
     def compare(self, seen: Seen, params: RoutingParams) -> Comparison:
         """Compare texts with the centroids, each result (B, N): `weigh` makes weights from these."""
         cosines = self._cosines(seen, "cosine")
-        if params.score != "lda" or not self.names:
-            return Comparison(cosines, self._cosines(seen, params.score))
-        evidence = self.centroids.evidence(seen.views, seen.is_running)[:, : len(self.names)]
-        return Comparison(cosines, log_softmax(evidence))
+        if params.score != "lda" or not self.centroids.names:
+            return self._comparison(cosines, self._cosines(seen, params.score))
+        evidence = self.centroids.evidence(seen.views, seen.is_running)[:, : len(self.centroids.names)]
+        return self._comparison(cosines, log_softmax(evidence))
+
+    def _comparison(self, cosines: Floats, scores: Floats) -> Comparison:
+        return Comparison(self._over_all(cosines, np.nan), self._over_all(scores, np.nan))
 
     def compare_states(self, seen: Seen) -> Comparison:
         """Compare the base model's states with their classes, each result (B, N)."""
         assert self.states is not None
         centroids = self.states.centroids
-        evidence = centroids.evidence(seen.views, seen.is_running)[:, : len(self.names)]
-        return Comparison(centroids.cosines(seen.views[:, 0]), log_softmax(evidence))
+        evidence = centroids.evidence(seen.views, seen.is_running)[:, : len(centroids.names)]
+        return self._comparison(centroids.cosines(seen.views[:, 0]), log_softmax(evidence))
 
     def among(self, names: Collection[str]) -> "Router":
         """Return the router of some adapters."""
         states = self.states and self.states.among(names)
-        return replace(self, centroids=self.centroids.among(names), states=states)
+        unrouted = tuple(name for name in self.unrouted if name in names)
+        return replace(self, centroids=self.centroids.among(names), states=states, unrouted=unrouted)
 
     def join(self, own: Centroids, states: Centroids | None = None) -> "Router":
         """Return the router with one more adapter, whose states may be unknown."""
@@ -153,7 +180,7 @@ class Router:
         if self.states is None:
             return
         check_state_params(params)
-        missing = [name for name in self.names if name not in self.states.centroids.names]
+        missing = [name for name in self.centroids.names if name not in self.states.centroids.names]
         if missing and wants_states(params):
             raise OptionError(
                 f"the base model's states are unknown for {', '.join(missing)}: fit the bundle again, or give states = "

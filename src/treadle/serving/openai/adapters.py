@@ -88,7 +88,9 @@ def _check_admin(request: Request) -> None:
 
 
 def _cards(state: ServerState) -> list[Json]:
-    counts = dict(zip(state.engine.adapter_names, state.engine.router.centroids.counts.tolist(), strict=True))
+    router = state.engine.router
+    counts = dict.fromkeys(router.names, 0)
+    counts |= zip(router.centroids.names, router.centroids.counts.tolist(), strict=True)
     present = [adapter for adapter in state.engine.blend.adapters if adapter.name in counts]
     return [
         {

@@ -4,6 +4,7 @@ import time
 import uuid
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import Any, cast
 
 from pydantic_core import to_json
@@ -185,11 +186,12 @@ class Answer:
         return places
 
 
-def _rounded(values: Floats) -> list[float]:
-    return [round(float(value), 6) for value in values]
+def _rounded(values: Floats) -> list[float | None]:
+    """Return numbers with six digits; NaN, of an adapter without samples, is None."""
+    return [round(value, 6) if isfinite(value) else None for value in map(float, values)]
 
 
-def _repeated(rows: Floats | None, length: int) -> list[list[float] | None]:
+def _repeated(rows: Floats | None, length: int) -> list[list[float | None] | None]:
     """Return the rows of (length, N), or `length` times the row of (1, N); None gives `length` times None."""
     if rows is None or not length:
         return [None] * length

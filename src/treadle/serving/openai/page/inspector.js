@@ -36,6 +36,7 @@ function table({ names, places, weights, cosines, scores }) {
 }
 
 function written(value, digits) {
+  if (value === null) return ""; // of an adapter without samples
   const text = value.toFixed(digits);
   return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
 }
