@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import openai
 
-from treadle.bundle.bundle import read_bundle
-from treadle.common.params import SamplingParams
-from treadle.engine.engine import Engine, load
+from treadle.common.params import RoutingParams, SamplingParams
+from treadle.engine.engine import Engine
+from treadle.engine.loading import load
+from treadle.engine.preparing import open_bundle
 from treadle.serving.openai.keys import Keyring
 from treadle.serving.openai.params import ServeParams
 from treadle.serving.openai.protocol import HttpProtocol
@@ -95,12 +96,13 @@ class Serving:
 
 
 @contextmanager
-def serving(bundle: Path, http: type[HttpProtocol] = HttpProtocol, **params: Any) -> Generator[Serving]:
-    """Serve a bundle until the end of the block."""
-    read = read_bundle(bundle)
-    engine = load(read)
-    engine.generate("x", sampling=SamplingParams(max_tokens=1))  # a broken engine fails its test here, not in waiting
+def serving(bundle: Path | None, http: type[HttpProtocol] = HttpProtocol, **params: Any) -> Generator[Serving]:
+    """Serve a bundle, or the base and the adapters that `params` name, until the end of the block."""
     options = ServeParams(port=0, **params)
+    read = open_bundle(bundle, options)
+    engine = load(read)
+    # a broken engine fails its test here, not in waiting
+    engine.generate("x", sampling=SamplingParams(max_tokens=1), routing=RoutingParams.base())
     server = Server(read, engine, options, Keyring(options), http)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -213,7 +213,11 @@ def test_fit_lists_everything_that_is_missing(run: Run, bundle: Path, tmp_path: 
     missing = ["--adapter", f"code={bundle / 'adapters' / 'code'}", "--samples", "code=no.jsonl"]
     code, _, err = run("fit", "--base", "b", *adapters, *missing, "-o", tmp_path / "new")
     assert code == 1
-    for part in ("'a': nowhere is not a PEFT folder", "give sample texts of 'math'", "no.jsonl: no such file"):
+    for part in (
+        "adapter 'a': 'nowhere' is no folder, and no hub id such as org/name",
+        "give sample texts of 'math'",
+        "no.jsonl: no such file",
+    ):
         assert part in err
     assert not (tmp_path / "new").exists()
 
@@ -271,7 +275,7 @@ def test_fit_lists_every_bad_adapter_file_and_option(
     for part in (
         "math has no adapter_model.safetensors",
         "use_dora",
-        "gone is not a PEFT folder",
+        "gone' is no folder, and no hub id such as org/name",
         "missing.txt: no such file",
         "--samples names math, code, other",
         "every must be a whole number",

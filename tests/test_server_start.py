@@ -13,7 +13,8 @@ import pytest
 from treadle.bundle.base_model import load_model
 from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import OptionError
-from treadle.engine.engine import Engine, load
+from treadle.engine.engine import Engine
+from treadle.engine.loading import load
 from treadle.serving.openai.params import ServeParams
 from treadle.serving.openai.serve import serve
 from treadle.serving.openai.start import bound, check_start

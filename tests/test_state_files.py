@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.bundle.centroid_files import read_states, write_states
+from treadle.bundle.token_embedder import token_embedder
 from treadle.common.errors import BundleError, ModelError, OptionError
 from treadle.common.params import RoutingParams
-from treadle.engine.engine import load
 from treadle.engine.hf import routed
+from treadle.engine.loading import load
 from treadle.routing.explain import explain
 from treadle.routing.router import Router
 from treadle.routing.schedule import Seen
@@ -190,13 +191,20 @@ def test_fit_takes_states_behind_an_embedder_of_texts(
     assert load(read).generate("add three").weights.shape[1] == 3
 
 
+def test_states_alone_stand_behind_the_token_vectors_of_the_base(
+    run: Run, tmp_path: Path, base: Path, adapter_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREADLE_HOME", str(tmp_path / "home"))
+    code, _, err = run("fit", *fit_arguments(tmp_path, base, adapter_folders, "base"))
+    assert code == 0, err
+    read = read_bundle(tmp_path / "fitted").router
+    assert read.states is not None
+    assert read.embedder.id == token_embedder(str(base)).id
+
+
 def test_fit_refuses_what_states_cannot_do_before_anything_is_loaded(
     run: Run, tmp_path: Path, base: Path, words: str, adapter_folders: dict[str, Path]
 ) -> None:
-    for given in ("base", "base+"):
-        code, _, err = run("fit", *fit_arguments(tmp_path, base, adapter_folders, given))
-        assert code == 1
-        assert "write base+FOLDER" in err
     arguments = fit_arguments(tmp_path, tmp_path / "no-base", adapter_folders, f"base+{words}")
     code, _, err = run("fit", *arguments[:-2], "--prefill", "causal")
     assert code == 1

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     )
     from treadle.common.params import RoutingParams, SamplingParams
     from treadle.engine.completion import Completion, GenerationError
-    from treadle.engine.engine import Engine, load
+    from treadle.engine.engine import Engine
+    from treadle.engine.loading import load
     from treadle.engine.sequence import TokenEvent
     from treadle.lora.adapter import Adapter, LoraPair, read_adapter
     from treadle.lora.blend import Blend, attach
@@ -44,7 +45,8 @@ _PUBLIC = {
         "OptionError",
         "TreadleError",
     ),
-    "engine.engine": ("Engine", "load"),
+    "engine.engine": ("Engine",),
+    "engine.loading": ("load",),
     "common.params": ("RoutingParams", "SamplingParams"),
     "routing.fitting": ("fit",),
     "routing.router": ("Router",),

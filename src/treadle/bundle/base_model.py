@@ -55,6 +55,23 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
+def load_outline(name: str) -> "PreTrainedModel":
+    """Return the causal LM `name` without weights: layers and their shapes, on torch's device `meta`.
+
+    Raises:
+        ModelError: its configuration cannot be found or read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _load(AutoConfig.from_pretrained, name, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()  # type: ignore[no-any-return]
+    except ValueError as error:  # a configuration of no causal LM
+        raise ModelError(f"base model {name!r} cannot be loaded: {reason_of(error)}") from error
+
+
 def check_device(device: str) -> None:
     """Raise an OptionError if this machine has no such torch device."""
     import torch

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -66,6 +66,8 @@ class Bundle:
         adapters: in the order of every N axis.
         router: centroids, embedder and default params.
         samples: adapter name -> a few texts, where the bundle keeps some.
+        left_out: name -> why an adapter is missing, of adapters that were taken from folders.
+        is_strict: False = adapters that do not fit the loaded model are left out, too.
     """
 
     folder: Path
@@ -73,6 +75,8 @@ class Bundle:
     adapters: tuple[Adapter, ...]
     router: Router
     samples: Mapping[str, Sequence[str]]
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    is_strict: bool = True
 
 
 def read_bundle(path: str | Path) -> Bundle:
@@ -140,7 +144,7 @@ def save_bundle(
     finish_replacing(folder)
     if has_bundle(folder) and not overwrite:
         raise BundleError(f"{folder} holds a bundle already; name another folder, or overwrite it.")
-    problems = _name_problems(list(adapters))
+    problems = name_problems(list(adapters))
     if router.states and router.states.centroids.names != router.names:
         problems.append(f"the router's states know {', '.join(router.states.centroids.names)} only; fit it again")
     else:
@@ -209,7 +213,7 @@ def _document_problems(document: dict[str, Any], folder: Path) -> list[str]:
             problems += _key_problems(cast(dict[str, Any], entry), ADAPTER_KEYS, f"adapters[{index}]")
     if problems:
         return problems
-    problems += _name_problems([entry["name"] for entry in entries])
+    problems += name_problems([entry["name"] for entry in entries])
     for entry in entries:
         if not is_inside(folder, entry["path"]):
             problems.append(f"adapter {entry['name']!r}: path {shown(entry['path'])} leaves the bundle's folder")
@@ -230,7 +234,8 @@ def _key_problems(given: dict[str, Any], expected: dict[str, type], where: str) 
     return problems
 
 
-def _name_problems(names: Sequence[str]) -> list[str]:
+def name_problems(names: Sequence[str]) -> list[str]:
+    """Return a problem for each name that adapters of one bundle may not have."""
     problems = [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
     problems += [
         f"adapter name {shown(name)}: use letters, digits, '.', '_' and '-', at most {LONGEST_NAME}"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from treadle.bundle.centroid_files_0_1 import read_old
-from treadle.common.documents import is_file, parse_json
+from treadle.common.documents import is_file, parse_json, read_object
 from treadle.common.errors import AdapterError, BundleError, OptionError, problem_list, shown
 from treadle.common.tensor_files import read_tensors
 from treadle.common.version import __version__
@@ -66,6 +66,14 @@ def read_centroid(folder: Path, name: str) -> Centroids:
     if len(centroids.names) != 1:
         raise AdapterError(f"{file} holds {len(centroids.names)} centroids, not one")
     return replace(centroids, names=(name,))
+
+
+def recorded_embedder(folder: Path) -> str | None:
+    """Return the name of the embedder that made the centroid in a PEFT folder; None where nothing says it."""
+    if not is_file(folder / RECORD_FILE):
+        return None
+    name = read_object(folder / RECORD_FILE, AdapterError).get("embedder")
+    return name if isinstance(name, str) else None
 
 
 def read_centroids(file: Path) -> Centroids:

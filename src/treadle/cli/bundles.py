@@ -4,20 +4,21 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.cli.flags import Device, Dtype, Json, Strict, takes
+from treadle.cli.flags import Device, Dtype, Json, MaybeBundle, Strict, open_source, takes
 from treadle.common.errors import OptionError, TreadleError, collect, problem_list, unknown_name
-from treadle.common.options import read_options
-from treadle.common.params import RoutingParams, read_routing
+from treadle.common.options import named, read_options
+from treadle.common.params import RoutingParams, SourceParams, read_routing
 from treadle.experiments.params import TrainParams
 
 if TYPE_CHECKING:
+    from treadle.lora.adapter import Adapter
     from treadle.routing.calibration import FitReport
     from treadle.routing.centroids import Centroids
     from treadle.routing.router import Router
@@ -32,18 +33,24 @@ app = typer.Typer()
 @takes(routing=RoutingParams)
 def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     base: Annotated[str, typer.Option(help="folder or hub id of the base model")],
-    adapter: Annotated[list[str], typer.Option(help="name=PATH of a PEFT folder; once for each adapter")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="name=PATH or name=HUB_ID of an adapter; once for each adapter")
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="folder; each sub-folder with an adapter is one, samples.txt or .jsonl in it")
+    ] = None,
     samples: Annotated[
         list[str] | None,
-        typer.Option(help="name=FILE of its sample texts (.txt, .jsonl, .jsonl.gz); not for adapters whose training "
-                          "left a centroid beside them"),
+        typer.Option(help="name=FILE of its sample texts (.txt, .jsonl, .jsonl.gz); not needed where they lie in the "
+                          "adapter's folder or training left a centroid there"),
     ] = None,
     embedder: Annotated[
         str,
-        typer.Option(help="model2vec folder, static:NAME, or sentence-transformers name; base+ before it lets the base "
-                          "model's own states decide finally"),
-    ] = "sentence-transformers/all-MiniLM-L6-v2",
+        typer.Option(help="tokens (made of the base's own token vectors), model2vec folder, a bundle's folder, "
+                          "static:NAME, or sentence-transformers name; base+ before it lets the base model's own "
+                          "states decide finally"),
+    ] = "tokens",
     keep_samples: Annotated[int, typer.Option(help="samples of each adapter that the bundle keeps for doctor")] = 3,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a bundle that is there")] = False,
     strict: Strict = False,
@@ -56,31 +63,23 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     from treadle.bundle.bundle import save_bundle
     from treadle.bundle.bundle_files import finish_replacing
     from treadle.common.writing import check_writable
-    from treadle.routing.fitting import fit_with_report
+    from treadle.engine.preparing import fit_router, is_by_states, text_embedder
 
     started = time.perf_counter()
     check_writable(output / "bundle.json")  # now, not after the samples are embedded
     finish_replacing(output)  # its own adapters may be among those that are given
-    folders, files = _pairs(adapter, "--adapter"), _pairs(samples or [], "--samples")
+    quiet_libraries()
     problems: list[str] = []
-    if not set(files) <= set(folders):
-        problems.append(f"--adapter names {', '.join(folders)}; --samples names {', '.join(files)}")
     params = collect(problems, [partial(read_routing, routing, RoutingParams())])
-    has_states = embedder == "base" or embedder.startswith("base+")
-    embedders = collect(problems, [partial(_text_embedder, embedder)])
-    texts, fitted = _fitting(folders, files, problems, params[0] if has_states and params else None)
-    router, report = fit_with_report(texts, embedders[0], params[0], fitted=fitted)
-    by_states: FitReport | None = None
-    if has_states:
-        from treadle.engine.state_fitting import fit_base_states
-        from treadle.lora.adapter import read_adapter
-
-        quiet_libraries()
-        adapters = [read_adapter(folders[name], name) for name in router.names]
-        states, by_states = fit_base_states(base, texts, adapters)
-        router = replace(router, states=states)
+    with_states = is_by_states(embedder)
+    places, files = _places(adapters, adapter or [], samples or [], problems)
+    read, texts, fitted = _fitting(places, files, problems, params[0] if with_states and params else None)
+    own = text_embedder(embedder, base)
+    fit = fit_router(base, read, texts, own, params[0], fitted=fitted, with_states=with_states)
+    router, report, by_states = fit.router, fit.report, fit.by_states
     wholes = {name: [each.whole for each in given[:keep_samples]] for name, given in texts.items()}
     kept = wholes if keep_samples else None
+    folders = {each.name: each.source for each in read}
     save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
     if as_json:
         rows = {name: len(given) for name, given in texts.items()}
@@ -111,51 +110,63 @@ def _print_fit(title: str, router: "Router", report: "FitReport", by_states: "Fi
             console.print(f"note: {warning}")
 
 
-def _text_embedder(embedder: str) -> str:
-    """Return the embedder of texts; `base+E` names it behind the base model's states."""
-    if embedder.rstrip("+") == "base":
-        raise OptionError(
-            "embedder base: write base+FOLDER (or base+static:NAME). The embedder of texts in FOLDER decides until the "
-            "base model has read a prompt; then its states decide."
-        )
-    return embedder.removeprefix("base+")
-
-
 def _report_document(report: "FitReport") -> dict[str, Any]:
     return {key: value for key, value in asdict(report).items() if key != "calibrations"}
 
 
+def _places(
+    folder: Path | None, single: Sequence[str], files: Sequence[str], problems: list[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the place of each adapter, and the files of samples that are given, by name."""
+    from treadle.bundle.adapter_places import adapters_below
+
+    below = collect(problems, [lambda: adapters_below(folder)[0]] if folder else [])
+    places = (below[0] if below else {}) | named(single, "--adapter")
+    if not places and not problems:
+        problems.append("no adapter is given: name a folder of them (--adapters), or each (--adapter name=PATH)")
+    chosen = named(files, "--samples")
+    if not set(chosen) <= set(places):
+        problems.append(f"--adapter names {', '.join(places)}; --samples names {', '.join(chosen)}")
+    return places, chosen
+
+
 def _fitting(
-    folders: dict[str, str], files: dict[str, str], problems: list[str], for_states: RoutingParams | None
-) -> "tuple[dict[str, list[Sample]], list[Centroids]]":
-    """Return the samples of the adapters that have some and the centroids of the others.
+    places: dict[str, str], files: dict[str, str], problems: list[str], for_states: RoutingParams | None
+) -> "tuple[list[Adapter], dict[str, list[Sample]], list[Centroids]]":
+    """Return the adapters, the samples of those that have some and the centroids of the others.
 
     Every adapter is read, too, before anything is embedded; one error lists all `problems`, those found here included.
     `for_states` are the routing's params if the base model's states decide, which need samples of every adapter.
     """
+    from treadle.bundle.adapter_places import adapter_place, samples_beside
     from treadle.bundle.centroid_files import read_centroid
     from treadle.engine.sample_files import load_samples
     from treadle.lora.adapter import read_adapter
     from treadle.routing.states import check_state_params
 
-    adapters = collect(problems, [partial(read_adapter, path, name) for name, path in folders.items()])
-    good = {adapter.name for adapter in adapters}
-    sampled = [name for name in folders if name in files]
-    trained = [name for name in folders if name not in files and name in good]
+    def read(name: str) -> "Adapter":
+        return read_adapter(adapter_place(places[name], name), name)
+
+    adapters: list[Adapter] = collect(problems, [partial(read, name) for name in places])
+    beside = {each.name: str(file) for each in adapters if (file := samples_beside(each.source))}
+    files = {name: file for name, file in (beside | files).items() if name in places}
+    trained = [adapter for adapter in adapters if adapter.name not in files]
+    sampled = [name for name in places if name in files]
     texts = collect(problems, [partial(load_samples, files[name]) for name in sampled])
     if for_states:
         collect(problems, [partial(check_state_params, for_states)])
-        problems += [f"adapter {name!r}: the base model's states need sample texts of it" for name in trained]
+        problems += [f"adapter {each.name!r}: the base model's states need sample texts of it" for each in trained]
         trained = []
-    fitted = collect(problems, [partial(read_centroid, Path(folders[name]), name) for name in trained])
+    fitted = collect(problems, [partial(read_centroid, each.source, each.name) for each in trained])
     if problems:
         raise OptionError(problem_list("no bundle can be made:", problems))
-    return dict(zip(sampled, texts, strict=True)), fitted
+    return adapters, dict(zip(sampled, texts, strict=True)), fitted
 
 
 @app.command()
+@takes(source=SourceParams)
 def doctor(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
-    bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle", metavar="BUNDLE")] = None,
+    bundle: MaybeBundle = None,
     samples: Annotated[
         list[str] | None, typer.Option(help="name=FILE of texts to use instead of those that the bundle keeps")
     ] = None,
@@ -164,11 +175,16 @@ def doctor(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     vllm: Annotated[bool, typer.Option("--vllm", help="examine the installed vLLM instead of a bundle")] = False,
     strict: Strict = False,
     as_json: Json = False,
+    *,
+    source: dict[str, Any],
 ) -> None:
-    """Examine a bundle: load it strictly, check that each adapter acts, time a step. Exit 1 if something is wrong."""
-    if vllm == (bundle is not None):
-        raise typer.BadParameter("give a BUNDLE, or --vllm")
-    if bundle is None:
+    """Examine a bundle, or a base and a folder of adapters: check that each adapter acts, time a step.
+
+    Exit 1 if something is wrong.
+    """
+    if vllm == (bundle is not None or bool(source)):
+        raise typer.BadParameter("give a BUNDLE, or --base and --adapters, or --vllm")
+    if vllm:
         _doctor_vllm(as_json)
         return
     from treadle.bundle.base_model import quiet_libraries
@@ -176,8 +192,8 @@ def doctor(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     from treadle.experiments.doctor import examine
 
     quiet_libraries()
-    texts = {name: load_texts(file)[:8] for name, file in _pairs(samples or [], "--samples").items()}
-    report = examine(bundle, samples=texts, device=device, dtype=dtype)
+    texts = {name: load_texts(file)[:8] for name, file in named(samples or [], "--samples").items()}
+    report = examine(open_source(bundle, source, strict=strict), samples=texts, device=device, dtype=dtype)
     if as_json:
         print(json.dumps(asdict(report)))
     else:
@@ -279,13 +295,3 @@ def _doctor_vllm(as_json: bool) -> None:
                   f"the adapters change it by {report.change:.1e}")  # fmt: skip
     if report.problems:
         raise TreadleError("; ".join(report.problems))
-
-
-def _pairs(entries: Sequence[str], flag: str) -> dict[str, str]:
-    split = [entry.partition("=") for entry in entries]
-    if bad := [entry for entry, (name, _, value) in zip(entries, split, strict=True) if not name or not value]:
-        raise OptionError(f"{flag} takes name=PATH, not {', '.join(map(repr, bad))}.")
-    names = [name for name, _, _ in split]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise OptionError(f"{flag} names {', '.join(repeated)} twice.")
-    return {name: value for name, _, value in split}

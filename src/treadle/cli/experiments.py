@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.cli.flags import BundlePath, Device, Dtype, Json, Pack, Strict, takes
+from treadle.cli.flags import BundlePath, Device, Dtype, Json, MaybeBundle, Pack, Strict, open_source, takes
 from treadle.common.errors import OptionError, collect, raise_all
 from treadle.common.files import make_folder
 from treadle.common.options import read_options
+from treadle.common.params import SourceParams
 from treadle.common.version import __version__
 from treadle.experiments.params import BenchParams, EvalParams
 
@@ -33,9 +34,10 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="folder of results;
 
 
 @app.command(name="eval")
-@takes(evaluation=EvalParams)
-def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
-    bundle: BundlePath,
+@takes(source=SourceParams, evaluation=EvalParams)
+def eval_command(  # noqa: PLR0913 a command's parameters are its flags
+    bundle: MaybeBundle = None,
+    *,
     tasks: Annotated[
         list[str], typer.Option(help="math, science, code, reading, mbpp: TASK=FILE, or alone for the hub's rows; a "
                                      "task's .json file; stream and conversation join the others; repeatable")
@@ -55,7 +57,7 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     dtype: Dtype = None,
     strict: Strict = False,
     as_json: Json = False,
-    *,
+    source: dict[str, Any],
     evaluation: dict[str, Any],
 ) -> None:  # fmt: skip
     """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept.
@@ -64,13 +66,12 @@ def eval_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     sandbox: such a program can read, change and send what you can. Run models that you do not trust in a container.
     """
     from treadle.bundle.base_model import check_dtype
-    from treadle.bundle.bundle import read_bundle
     from treadle.experiments.arms import choose_arms
 
     problems: list[str] = []
     params = collect(problems, [partial(read_options, EvalParams, evaluation)])
     collect(problems, [partial(check_dtype, dtype)])
-    found = read_bundle(bundle)
+    found = open_source(bundle, source, strict=strict)
     router, wanted = found.router, _split(arms or ["base,oracle,uniform,routed"])
     chosen = collect(problems, [lambda: choose_arms(wanted, router.names, router.params)])
     asked = params[0] if params else EvalParams()
@@ -114,9 +115,9 @@ def plot(
 
 
 @app.command()
-@takes(options=BenchParams)
+@takes(source=SourceParams, options=BenchParams)
 def bench(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
-    bundle: BundlePath,
+    bundle: MaybeBundle = None,
     suite: Annotated[
         list[str] | None,
         typer.Option(help="decode, prefill, router, memory; repeatable, or with commas"),
@@ -130,11 +131,11 @@ def bench(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     strict: Strict = False,
     as_json: Json = False,
     *,
+    source: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
     """Measure speed and memory side by side: interleaved runs in one process, medians, ratios to the base."""
     from treadle.bundle.base_model import quiet_libraries
-    from treadle.bundle.bundle import read_bundle
     from treadle.experiments.results import write_bench
     from treadle.experiments.suites import check_lab, check_suites, measure
     from treadle.experiments.timing import markdown
@@ -147,7 +148,7 @@ def bench(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     params = collect(problems, [lambda: read_options(BenchParams, options)])
     collect(problems, [lambda: make_folder(output)] if output else [])
     raise_all(problems)
-    lab = Lab.open(read_bundle(bundle), device, dtype, params[0], pack=pack)
+    lab = Lab.open(open_source(bundle, source, strict=strict), device, dtype, params[0], pack=pack)
     check_lab(lab, names)
     if not as_json:
         print(lab.about)
@@ -205,7 +206,7 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
 def open_engine(bundle: "Bundle", device: str | None, dtype: str | None, pack: bool | None = None) -> "Engine":
     """Load the base of a bundle that has been read."""
     from treadle.bundle.base_model import quiet_libraries
-    from treadle.engine.engine import load
+    from treadle.engine.loading import load
 
     quiet_libraries()
     return load(bundle, device=device, dtype=dtype, pack=pack)

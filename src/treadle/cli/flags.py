@@ -2,20 +2,29 @@
 
 import inspect
 import json
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, cast, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hints
 
 import typer
 
 from treadle.common.errors import AdapterWarning
-from treadle.common.options import meanings
+from treadle.common.options import meanings, read_options
+from treadle.common.params import SourceParams
+
+if TYPE_CHECKING:
+    from treadle.bundle.bundle import Bundle
 
 Command = Callable[..., None]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(help="folder of a bundle", metavar="BUNDLE")]
+MaybeBundle = Annotated[
+    Path | None, typer.Argument(help="folder of a bundle; or give --base and --adapters instead", metavar="BUNDLE")
+]
 Device = Annotated[str | None, typer.Option(help="torch device; default: CUDA where there is one")]
 Pack = Annotated[
     bool | None,
@@ -38,7 +47,8 @@ Strict = Annotated[
     typer.Option(
         "--strict",
         callback=_refuse_warnings,
-        help="refuse adapters that are otherwise a warning: another base's name, modules that the base lacks",
+        help="refuse adapters that are otherwise left out or a warning: damaged ones, another base's name, modules that "
+        "the base lacks",
     ),
 ]
 Chat = Annotated[
@@ -58,6 +68,32 @@ def chat_messages(text: str) -> list[dict[str, Any]]:
     if entries and all(isinstance(entry, dict) and {"role", "content"} <= entry.keys() for entry in entries):
         return entries
     return [{"role": "user", "content": text}]
+
+
+@contextmanager
+def _told_on_stderr() -> Generator[None]:
+    """Write to standard error what is logged of adapters."""
+    log, handler = logging.getLogger("treadle.adapters"), logging.StreamHandler()
+    before, log.propagate = log.level, False
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        log.propagate = True
+
+
+def open_source(bundle: Path | None, source: dict[str, Any], *, strict: bool = False) -> "Bundle":
+    """Return the bundle that a command is given, read or made; what was found goes to stderr."""
+    from treadle.bundle.base_model import quiet_libraries
+    from treadle.engine.preparing import open_bundle
+
+    if source:
+        quiet_libraries()
+    with _told_on_stderr():
+        return open_bundle(bundle, read_options(SourceParams, source), strict=strict)
 
 
 def takes(**options: type) -> Callable[[Command], Command]:

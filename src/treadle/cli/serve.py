@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from treadle.cli.flags import BundlePath, Strict, takes
+from treadle.cli.flags import MaybeBundle, Strict, takes
 from treadle.common.errors import OptionError
 from treadle.serving.openai.params import ServeParams, print_settings, read_settings
 
@@ -16,14 +16,17 @@ app = typer.Typer()
 @app.command(name="serve")
 @takes(serving=ServeParams)
 def serve_command(
-    bundle: BundlePath,
+    bundle: MaybeBundle = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options as keys; or TREADLE_CONFIG")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="print all options and end")] = False,
     strict: Strict = False,
     *,
     serving: dict[str, Any],
 ) -> None:
-    """Serve a bundle to clients of OpenAI's API. Every option is also an environment variable (TREADLE_PORT ...)."""
+    """Serve a bundle, or a base and a folder of adapters, to clients of OpenAI's API.
+
+    Every option is also an environment variable (TREADLE_PORT ...).
+    """
     params, origins = read_settings(serving, os.environ, config)
     if print_config:
         print(print_settings(params, origins))
@@ -35,4 +38,4 @@ def serve_command(
     from treadle.bundle.base_model import quiet_libraries
 
     quiet_libraries()
-    serve(str(bundle), params)
+    serve(None if bundle is None else str(bundle), params, strict=strict)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.experiments import open_engine, route_eval
-from treadle.cli.flags import BundlePath, Chat, Device, Dtype, Json, Pack, Strict, chat_messages, takes
+from treadle.cli.flags import Chat, Device, Dtype, Json, MaybeBundle, Pack, Strict, chat_messages, open_source, takes
 from treadle.common.errors import OptionError, collect, raise_all
 from treadle.common.options import read_options
-from treadle.common.params import RoutingParams, SamplingParams, read_routing
+from treadle.common.params import RoutingParams, SamplingParams, SourceParams, read_routing
 
 if TYPE_CHECKING:
     from treadle.engine.engine import Engine
@@ -22,9 +22,10 @@ app = typer.Typer()
 
 
 @app.command()
-@takes(sampling=SamplingParams, routing=RoutingParams)
-def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
-    bundle: BundlePath,
+@takes(source=SourceParams, sampling=SamplingParams, routing=RoutingParams)
+def generate(  # noqa: PLR0913 a command's parameters are its flags
+    bundle: MaybeBundle = None,
+    *,
     prompt: Annotated[str, typer.Option(help="text to continue; - reads standard input")],
     chat: Chat = False,
     trace: Annotated[Path | None, typer.Option(help="write tokens, log-probabilities and weights to this file")] = None,
@@ -33,18 +34,17 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     pack: Pack = None,
     strict: Strict = False,
     as_json: Json = False,
-    *,
+    source: dict[str, Any],
     sampling: dict[str, Any],
     routing: dict[str, Any],
 ) -> None:
     """Generate from a prompt; the text streams in the colours of its leading adapters."""
     from treadle.bundle.base_model import check_dtype
-    from treadle.bundle.bundle import read_bundle
     from treadle.common.writing import check_writable, write_text
 
     problems: list[str] = []
     options = collect(problems, [partial(read_options, SamplingParams, sampling)])
-    found = collect(problems, [partial(read_bundle, bundle)])
+    found = collect(problems, [partial(open_source, bundle, source, strict=strict)])
     default = found[0].router.params if found else RoutingParams()
     params = collect(problems, [partial(read_routing, routing, default)])
     collect(problems, [partial(check_dtype, dtype)])
@@ -63,9 +63,9 @@ def generate(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 
 
 @app.command(name="route")
-@takes(routing=RoutingParams)
+@takes(source=SourceParams, routing=RoutingParams)
 def route_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
-    bundle: BundlePath,
+    bundle: MaybeBundle = None,
     text: Annotated[str | None, typer.Option(help="the text to route; - reads standard input")] = None,
     chat: Chat = False,
     evaluate: Annotated[bool, typer.Option("--eval", help="accuracy and confusion on held-out examples")] = False,
@@ -75,16 +75,16 @@ def route_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flag
     strict: Strict = False,
     as_json: Json = False,
     *,
+    source: dict[str, Any],
     routing: dict[str, Any],
 ) -> None:
     """Show how the router weighs a text and why, or how often it is right. The base model is not loaded."""
-    from treadle.bundle.bundle import read_bundle
     from treadle.engine.chat import contents_of, joined
     from treadle.routing.explain import explain
 
     if evaluate != bool(tasks) or evaluate != (text is None) or (evaluate and chat):
         raise typer.BadParameter("give --text (and --chat), or --eval with --tasks")
-    router = read_bundle(bundle).router
+    router = open_source(bundle, source, strict=strict).router
     params = read_routing(routing, router.params)
     if evaluate:
         if routing:

@@ -28,6 +28,7 @@ MOVED = {
 }
 PARTLY_MOVED = {
     "treadle.data": ("treadle.engine.sample_files",),
+    "treadle.generate": ("treadle.engine.loading",),
     "treadle.params": ("treadle.experiments.params",),
 }
 """Modules that have some names of an old module, beside the one that MOVED names."""

@@ -243,3 +243,14 @@ def _parsed(kind: Any, value: Any) -> Any:
         return kind(value) if kind in (int, float) else value
     except ValueError:
         return value
+
+
+def named(entries: Sequence[str], flag: str) -> dict[str, str]:
+    """Return entries of the form name=VALUE as a mapping; an OptionError says which have another form."""
+    split = [entry.partition("=") for entry in entries]
+    if bad := [entry for entry, (name, _, value) in zip(entries, split, strict=True) if not name or not value]:
+        raise OptionError(f"{flag} takes name=PATH, not {', '.join(map(repr, bad))}.")
+    names = [name for name, _, _ in split]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise OptionError(f"{flag} names {', '.join(repeated)} twice.")
+    return {name: value for name, _, value in split}

@@ -137,6 +137,39 @@ def read_routing(given: Mapping[str, Any], onto: RoutingParams) -> RoutingParams
 
 
 @dataclass(frozen=True)
+class SourceParams:
+    """Where a base and its adapters are, instead of a bundle that was made before."""
+
+    base: str | None = option(None, "folder or hub id of a base model; with it no bundle is needed")
+    adapters: str | None = option(
+        None,
+        "with base: a folder; each sub-folder with an adapter is one, routed by samples.txt or samples.jsonl in it",
+    )
+    adapter: tuple[str, ...] = option((), "with base: name=PATH or name=HUB_ID of one more adapter")
+    embedder: str | None = option(
+        None,
+        "with base: of the samples, as in treadle fit, or a bundle's folder; none = the one that made the centroids "
+        "beside adapters, else tokens",
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field; one message lists all problems."""
+        raise_problems("options of the adapters:", self.source_problems())
+
+    def source_problems(self) -> list[OptionProblem]:
+        """Return the problems of all fields by themselves, and of these fields together."""
+        problems = check_fields(self)
+        if problems:
+            return problems
+        given = [name for name in ("adapters", "adapter", "embedder") if getattr(self, name)]
+        if self.base is None and given:
+            problems.append(OptionProblem(("base",), f"{', '.join(given)} need a base: name its folder or hub id"))
+        if self.base is not None and not self.adapters and not self.adapter:
+            problems.append(OptionProblem(("adapters",), "base needs adapters: a folder, or adapter name=PATH"))
+        return problems
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a row ends."""
 

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from treadle.bundle.base_model import load_model, load_tokenizer
-from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import OptionError, problem_list
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.adapter_set import AdapterSet
@@ -321,26 +319,6 @@ class Engine:
         given: list[Any] = [getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id]
         ids: list[Any] = [each for entry in given for each in (entry if isinstance(entry, list) else [entry])]
         return frozenset(int(each) for each in ids if each is not None)
-
-
-def load(
-    bundle: Bundle | str | Path, *, device: str | None = None, dtype: str | None = None, pack: bool | None = None
-) -> Engine:
-    """Load a bundle's base model and attach its adapters.
-
-    Args:
-        bundle: its folder, or the bundle that was read from it (`treadle.read_bundle`).
-        device: a torch device; None takes CUDA where there is one, else the CPU.
-        dtype: `float32`, `bfloat16` or `float16`; None takes float32 on a CPU and the checkpoint's own elsewhere.
-        pack: as `Engine` takes it.
-
-    Raises:
-        TreadleError: the bundle is damaged, or its base model cannot be loaded.
-    """
-    read = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
-    tokenizer = load_tokenizer(read.base_model)
-    model = load_model(read.base_model, device=device, dtype=dtype)
-    return Engine(model, tokenizer, read.adapters, read.router, pack=pack)
 
 
 def _each(given: Any, count: int, kind: type[Options], name: str) -> list[Options]:

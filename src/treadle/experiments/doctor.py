@@ -9,7 +9,8 @@ import torch
 
 from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.params import RoutingParams
-from treadle.engine.engine import Engine, load
+from treadle.engine.engine import Engine
+from treadle.engine.loading import load
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.timing import interleave
 from treadle.experiments.workbench import PROBE_TEXT, start_batch
@@ -87,6 +88,8 @@ def examine(
         _examine_adapter(engine, adapter, texts.get(adapter.name, ()), tuple(cosines.get(adapter.name, ())))
         for adapter in engine.blend.adapters
     )
+    misfits = [adapter.name for adapter in bundle.adapters if adapter.name not in engine.adapter_names]
+    left_out = {**bundle.left_out, **dict.fromkeys(misfits, "it does not fit the loaded model; the log says why")}
     base_step, blended_step = _step_times(engine)
     states = bundle.router.states
     return BundleReport(
@@ -96,10 +99,14 @@ def examine(
         adapters=reports,
         base_step=base_step,
         blended_step=blended_step,
-        problems=tuple(
-            f"adapter {report.name!r} changes nothing: its largest divergence from the base is {report.change:.1e} nats"
-            for report in reports
-            if not report.change > MIN_CHANGE_NATS
+        problems=(
+            *(f"adapter {name!r} is left out: {reason}" for name, reason in left_out.items()),
+            *(
+                f"adapter {report.name!r} changes nothing: its largest divergence from the base is {report.change:.1e} "
+                "nats"
+                for report in reports
+                if not report.change > MIN_CHANGE_NATS
+            ),
         ),
         state_layer=states and states.layer,
         state_spans=states.spans if states else (),

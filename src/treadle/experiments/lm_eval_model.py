@@ -25,7 +25,8 @@ from treadle.common.errors import OptionError, TreadleError, told
 from treadle.common.options import parse, read_options
 from treadle.common.params import RoutingParams, SamplingParams, read_routing
 from treadle.engine.chat import TokenPrompt
-from treadle.engine.engine import Engine, load
+from treadle.engine.engine import Engine
+from treadle.engine.loading import load
 from treadle.engine.rendered_chats import RenderedChats
 from treadle.engine.scoring import CPU_BATCH_ROWS, score_greedy
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from treadle.common.errors import TreadleError
 from treadle.common.files import locate
-from treadle.engine.engine import load
+from treadle.engine.loading import load
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.timing import Table, TableLine, lines
 from treadle.experiments.workbench import PROBE_TEXT, Lab, cache_bytes, start_batch, weight_bytes

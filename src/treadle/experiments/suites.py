@@ -5,6 +5,7 @@ Tokens are counted, not judged: no row ends before its time.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from treadle.bundle.bundle_files import has_bundle
 from treadle.common.errors import OptionError, problem_list, unknown_name
 from treadle.experiments.decode import decode, prefill
 from treadle.experiments.memory_use import memory
@@ -46,6 +47,8 @@ def check_lab(lab: Lab, names: Sequence[str]) -> None:
     longest: dict[str, int] = {}
     for flags, tokens in (each for name in names for each in texts[name]):
         longest[flags] = max(tokens, longest.get(flags, 0))
+    if "memory" in names and not has_bundle(lab.bundle.folder):
+        raise OptionError("the suite memory starts processes that load a bundle: make one by treadle fit, and name it.")
     check_texts(lab, longest)
 
 

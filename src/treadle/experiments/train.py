@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.bundle.base_model import load_model, load_tokenizer
 from treadle.bundle.centroid_files import save_centroid
+from treadle.bundle.token_embedder import find_embedder
 from treadle.common.errors import DataError, OptionError, TreadleError, problem_list, unknown_name
 from treadle.common.files import digest
 from treadle.common.writing import check_writable, put_all, workplace, write_text
@@ -24,7 +25,6 @@ from treadle.experiments.params import TrainParams
 from treadle.experiments.tasks import SEPARATOR, Example
 from treadle.lora.peft_folder import CONFIG_FILE
 from treadle.routing.centroids import Centroids
-from treadle.routing.embedder import load_embedder
 from treadle.routing.fitting import centroid_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def train_adapter(
         output: the PEFT folder to write; it must not hold an adapter yet.
         others: examples of other tasks, which appear in joined sequences without loss.
         params: the recipe.
-        embedder: a model2vec folder or the name of a sentence-transformers model.
+        embedder: its name, as `treadle fit` takes it.
     """
     _check_libraries()
     params = params or TrainParams()
@@ -78,7 +78,7 @@ def train_adapter(
     if is_done:  # and was killed before it could clean up
         _clean(output)
         return output
-    own = _centroid(output.name, examples, embedder) if embedder else None
+    own = _centroid(output.name, examples, embedder, base) if embedder else None
     model = load_model(base, device="cpu", dtype=params.dtype)  # the trainer knows this process's GPU
     _check_targets(model, params)
     trainer = _trainer(model, tokenizer, rows, output, params)
@@ -132,9 +132,9 @@ def _run(trainer: "SFTTrainer", checkpoints: Path) -> None:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
 
 
-def _centroid(name: str, examples: Sequence[Example], embedder: str) -> Centroids:
+def _centroid(name: str, examples: Sequence[Example], embedder: str, base: str) -> Centroids:
     """Return the centroid of an adapter's own examples."""
-    return centroid_of(name, examples, load_embedder(embedder))
+    return centroid_of(name, examples, find_embedder(embedder, base))
 
 
 def _save_losses(history: Sequence[dict[str, Any]], output: Path) -> None:

@@ -9,7 +9,8 @@ from treadle.bundle.base_model import load_model, load_tokenizer
 from treadle.bundle.bundle import Bundle
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.batch import Batch
-from treadle.engine.engine import Engine, load
+from treadle.engine.engine import Engine
+from treadle.engine.loading import load
 from treadle.engine.sequence import TokenSequence
 from treadle.engine.tokenization import prompt_ids
 from treadle.experiments.params import BenchParams

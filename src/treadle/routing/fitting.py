@@ -127,7 +127,20 @@ def fit_with_report(
     """Make a router as `fit` does, and tell how well it knows its own samples by cross-validation."""
     if not samples and not fitted:
         raise OptionError("fit needs sample texts of at least one adapter.")
-    loaded = load_embedder(embedder) if isinstance(embedder, str) else embedder
+    return _fit(samples, load_embedder(embedder) if isinstance(embedder, str) else embedder, params, fitted)
+
+
+def empty_router(embedder: Embedder) -> Router:
+    """Return a router that knows general text and no adapter yet; adapters may join it."""
+    return _fit({}, embedder, None, ())[0]
+
+
+def _fit(
+    samples: Mapping[str, Sequence[str | Sample]],
+    loaded: Embedder,
+    params: RoutingParams | None,
+    fitted: Sequence[Centroids],
+) -> tuple[Router, FitReport]:
     tails = loaded.tails
     problems: list[str] = []
 

@@ -11,7 +11,8 @@ from typing import Any, Literal, cast, get_origin, get_type_hints
 
 from treadle.common.documents import check_depth, read_text
 from treadle.common.errors import OptionError, OptionProblem, problem_list, unknown_name
-from treadle.common.options import check_fields, meanings, option, raise_problems, read_options
+from treadle.common.options import meanings, option, raise_problems, read_options
+from treadle.common.params import SourceParams
 from treadle.serving.openai.hosts import is_pattern
 
 SECRETS = ("api_key", "admin_key")
@@ -25,8 +26,8 @@ MAX_CONFIG_BRACKETS = 256
 
 
 @dataclass(frozen=True)
-class ServeParams:
-    """Options of the server: address, keys and limits."""
+class ServeParams(SourceParams):
+    """Options of the server: what it serves where there is no bundle, address, keys and limits."""
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 = any free one", at_least=0, at_most=65535)
@@ -87,7 +88,7 @@ class ServeParams:
 
     def __post_init__(self) -> None:
         """Check every field; one message lists all problems."""
-        problems = check_fields(self)
+        problems = self.source_problems()
         wrong = {problem.options[0] for problem in problems}
         if not {"tls_cert", "tls_key", *SECRETS} & wrong:
             problems += [OptionProblem((), text) for text in self._key_problems()]

@@ -13,8 +13,10 @@ from types import FrameType
 
 import uvicorn
 
-from treadle.bundle.bundle import Bundle, read_bundle
-from treadle.engine.engine import Engine, load
+from treadle.bundle.bundle import Bundle
+from treadle.engine.engine import Engine
+from treadle.engine.loading import load
+from treadle.engine.preparing import open_bundle
 from treadle.serving.openai.app import make_app
 from treadle.serving.openai.keys import Keyring
 from treadle.serving.openai.params import ServeParams
@@ -112,10 +114,14 @@ class JsonLines(logging.Formatter):
         return json.dumps(line if record.exc_info is None else {**line, "error": self.formatException(record.exc_info)})
 
 
-def serve(folder: str, params: ServeParams, load: Callable[..., Engine] = load) -> None:
-    """Load a bundle by `load` and serve it until SIGTERM or SIGINT; a TreadleError says why that cannot be."""
-    bundle = read_bundle(folder)
+def serve(folder: str | None, params: ServeParams, load: Callable[..., Engine] = load, *, strict: bool = False) -> None:
+    """Load a bundle by `load` and serve it until SIGTERM or SIGINT; a TreadleError says why that cannot be.
+
+    Where `folder` is None, the bundle is made of the base and the adapters that `params` name, and `strict` refuses bad
+    ones.
+    """
     _set_up_log(params)
+    bundle = open_bundle(folder, params, strict=strict)
     keys = check_start(bundle, params)
     with bound(params.host, params.port) as sockets:
         # in a thread that ends: OpenMP keeps workers for every living thread that computed. If these are more than

@@ -1,0 +1,67 @@
+"""The command `treadle export`."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from treadle.cli.flags import Json, MaybeBundle, Strict, open_source, takes
+from treadle.common.errors import OptionError, collect, raise_all
+from treadle.common.params import RoutingParams, SourceParams, read_routing
+
+app = typer.Typer()
+
+
+@app.command(name="export")
+@takes(source=SourceParams)
+def export_command(  # noqa: PLR0913 a command's parameters are its flags
+    bundle: MaybeBundle = None,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the PEFT folder to write")],
+    fixed: Annotated[
+        str | None,
+        typer.Option(help="name=weight pairs, such as math=0.7,code=0.3; default: the bundle's own"),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="largest rank of a module, by SVD; default: all ranks side by side, exact"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an adapter that is there")] = False,
+    strict: Strict = False,
+    as_json: Json = False,
+    source: dict[str, Any],
+) -> None:
+    """Write a fixed mixture as one ordinary PEFT adapter, for PEFT, vLLM and others; the error is printed."""
+    from treadle.lora.mixture import mix, save_mixture
+
+    found = open_source(bundle, source, strict=strict)
+    problems: list[str] = []
+    given = {} if fixed is None else {"fixed": fixed}
+    params = collect(problems, [partial(read_routing, given, found.router.params)])
+    raise_all(problems)
+    weights = _weights(params[0])
+    mixture = mix(found.adapters, weights, rank)
+    save_mixture(mixture, output, found.base_model, overwrite=overwrite)
+    ranks = sorted({pair.rank for pair in mixture.pairs.values()})
+    if as_json:
+        told = {"adapter": str(output), "weights": dict(weights), "modules": len(mixture.pairs), "ranks": ranks}
+        print(json.dumps({**told, "error": mixture.error, "worst": mixture.worst}))
+        return
+    shown = ", ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
+    print(f"wrote {output}: {shown}; {len(mixture.pairs)} modules of rank {', '.join(map(str, ranks))}")
+    if mixture.worst is None:
+        print("exact: the factors stand side by side" if rank is None else "exact: no module has a larger rank")
+    else:
+        print(f"relative error of the update: {mixture.error:.2%}; largest of one module: {mixture.worst[1]:.2%} "
+              f"({mixture.worst[0]})")  # fmt: skip
+
+
+def _weights(params: RoutingParams) -> dict[str, float]:
+    """Return the fixed weights of params; an OptionError where they are not a fixed sum."""
+    if params.rule != "fixed":
+        raise OptionError("one adapter has fixed weights; give --fixed name=weight pairs, such as math=0.7,code=0.3.")
+    if params.combine != "sum":
+        raise OptionError(f"combine {params.combine!r} is not a sum of updates; export writes combine 'sum' only.")
+    return dict(params.fixed or {})
