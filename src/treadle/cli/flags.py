@@ -47,8 +47,8 @@ Strict = Annotated[
     typer.Option(
         "--strict",
         callback=_refuse_warnings,
-        help="refuse adapters that are otherwise left out or a warning: damaged ones, another base's name, modules that "
-        "the base lacks",
+        help="refuse adapters that are otherwise left out or a warning: damaged ones, another base's name, modules "
+        "that the base lacks",
     ),
 ]
 Chat = Annotated[
