@@ -4,7 +4,7 @@
     centroids.safetensors     what is known of each adapter's samples (`treadle.bundle.centroid_files`)
     states.safetensors        optional: the same of the base model's own states
     samples.json              optional: a few texts of each adapter, for `treadle doctor`
-    adapters/<name>/          plain PEFT folders
+    adapters/<name>/          folders that PEFT or mlx-lm wrote
     embedder/                 optional: the embedder's own folder
 
 Everything is checked before anything is used, and one message lists every problem. Only safetensors are read.
@@ -37,10 +37,9 @@ from treadle.common.errors import LONGEST_NAME, BundleError, collect, problem_li
 from treadle.common.options import read_options
 from treadle.common.params import RoutingParams
 from treadle.common.version import __version__
-from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.adapter import Adapter, files_of, read_adapter
 from treadle.lora.compatibility import check_combine
 from treadle.lora.names import warn_of_bases
-from treadle.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import load_embedder
 from treadle.routing.router import Router
@@ -132,7 +131,7 @@ def save_bundle(
     Args:
         path: the folder to write.
         base: folder or hub id of the base model.
-        adapters: name -> PEFT folder, for each adapter that the router knows.
+        adapters: name -> folder, for each adapter that the router knows.
         router: its params become the bundle's default routing.
         samples: name -> a few texts to keep for `treadle doctor`; everybody who gets the bundle can read them.
         overwrite: replace a bundle that is there.
@@ -171,8 +170,8 @@ def _write(
     for name in router.names:
         target = folder / ADAPTERS / name
         target.mkdir(parents=True)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(adapters[name] / file, target / file)
+        for file in files_of(adapters[name]):
+            shutil.copyfile(file, target / file.name)
     write_centroids(folder / CENTROIDS_FILE, router.centroids)
     if router.states is not None:
         write_states(folder / STATES_FILE, router.states)

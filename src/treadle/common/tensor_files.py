@@ -1,8 +1,12 @@
-"""Reads safetensors files that somebody else wrote: the header is judged before any tensor is touched."""
+"""Reads files of tensors that somebody else wrote: the header is judged before any tensor is touched."""
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +20,10 @@ MOST_HEADER = 32 << 20
 """Bytes of a header; one of 300,000 tensors is shorter."""
 LONGEST_NAME = 1000
 """Characters of a tensor's name."""
+
+
+MOST_EXPANSION = 100
+"""How many times its own size a compressed file may hold."""
 
 
 class TensorFile(NamedTuple):
@@ -43,3 +51,24 @@ def read_tensors(file: Path, error_type: type[TreadleError]) -> TensorFile:
             return TensorFile(copies, dict(tensors.metadata() or {}))
     except (SafetensorError, OSError) as error:
         raise error_type(f"{file} cannot be read: {error}") from error
+
+
+def read_npz(file: Path, error_type: type[TreadleError]) -> TensorFile:
+    """Read numpy's archive of arrays, without pickles; an error of `error_type` says why it cannot be read."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        with open_file(file, error_type) as opened, zipfile.ZipFile(opened) as archive:
+            size, held = file.stat().st_size, sum(entry.file_size for entry in archive.infolist())
+            if held > MOST_EXPANSION * size:
+                raise error_type(f"{file} cannot be read: it holds {held} bytes in {size}")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as arrays:
+                for name in arrays.files:
+                    array = arrays[name]
+                    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+                        kind = array.dtype if isinstance(array, np.ndarray) else "no array"
+                        raise error_type(f"{file} cannot be read: {shown(name)} is {kind}; save it as safetensors")
+                    tensors[name] = torch.from_numpy(np.ascontiguousarray(array))
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise error_type(f"{file} cannot be read: {error}") from error
+    return TensorFile(tensors, {})

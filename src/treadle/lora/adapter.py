@@ -12,8 +12,10 @@ from uuid import uuid4
 
 import torch
 
+from treadle.common.documents import is_file
+from treadle.lora.mlx_folder import MLX_FILES, mlx_file, read_mlx_folder
 from treadle.lora.pair import LoraPair
-from treadle.lora.peft_folder import read_peft_folder
+from treadle.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
 from treadle.lora.vectors import LayerVectors
 
 __all__ = ["Adapter", "LoraPair", "read_adapter"]
@@ -55,7 +57,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
     """Read an adapter's folder.
 
     Args:
-        path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        path: a folder that PEFT or mlx-lm wrote.
         name: of the adapter; None takes the folder's name.
 
     Raises:
@@ -63,7 +65,8 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
     """
     folder = Path(path)
     name = name or folder.resolve().name
-    content = read_peft_folder(folder, name)
+    mlx = None if is_file(folder / WEIGHTS_FILE) else mlx_file(folder)
+    content = read_mlx_folder(folder, mlx, name) if mlx else read_peft_folder(folder, name)
     return Adapter(
         name=name,
         base_model=content.base_model,
@@ -73,6 +76,13 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
         weights=content.weights,
         identity=_identity(content.pairs, content.vectors),
     )
+
+
+def files_of(adapter: Path) -> tuple[Path, ...]:
+    """Return the files in an adapter's folder that make the adapter; none if the folder holds no adapter."""
+    tensors = [adapter / name for name in (WEIGHTS_FILE, *MLX_FILES) if is_file(adapter / name)][:1]
+    config = adapter / CONFIG_FILE
+    return (config, *tensors) if is_file(config) else tuple(tensors)
 
 
 def _identity(pairs: Mapping[str, LoraPair], vectors: Mapping[str, LayerVectors]) -> str:
