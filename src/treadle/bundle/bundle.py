@@ -143,6 +143,19 @@ def save_bundle(
     finish_replacing(folder)
     if has_bundle(folder) and not overwrite:
         raise BundleError(f"{folder} holds a bundle already; name another folder, or overwrite it.")
+    if problems := _write_problems(base, adapters, router, samples or {}):
+        raise BundleError(problem_list("the bundle cannot be written:", problems))
+
+    sources = {name: Path(source) for name, source in adapters.items()}
+    write = partial(_write, base=base, adapters=sources, router=router, samples=samples or {})
+    replace_bundle(folder, write, overwrite=overwrite)
+    return folder
+
+
+def _write_problems(
+    base: str, adapters: Mapping[str, str | Path], router: Router, samples: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return what does not fit together in a bundle to write."""
     problems = name_problems(list(adapters))
     if router.states and router.states.centroids.names != router.names:
         problems.append(f"the router's states know {', '.join(router.states.centroids.names)} only; fit it again")
@@ -151,16 +164,10 @@ def save_bundle(
     if set(adapters) != set(router.names):
         problems.append(f"the router knows {', '.join(router.names)}; the adapters are {', '.join(adapters)}")
     problems += [f"adapter {name!r} has no samples; a bundle holds adapters with samples" for name in router.unrouted]
-    problems += [unknown_name("adapter in samples", name, adapters) for name in samples or {} if name not in adapters]
+    problems += [unknown_name("adapter in samples", name, adapters) for name in samples if name not in adapters]
     read = collect(problems, [lambda n=n, p=p: read_adapter(p, n) for n, p in adapters.items()])
     collect(problems, [lambda: warn_of_bases(read, base)])
-    if problems:
-        raise BundleError(problem_list("the bundle cannot be written:", problems))
-
-    sources = {name: Path(source) for name, source in adapters.items()}
-    write = partial(_write, base=base, adapters=sources, router=router, samples=samples or {})
-    replace_bundle(folder, write, overwrite=overwrite)
-    return folder
+    return problems
 
 
 def _write(

@@ -38,6 +38,12 @@ def passes(program: str, tests: Sequence[str], *, seconds: float = TIMEOUT_SECON
         encoded = source.encode()
     except UnicodeEncodeError:  # a lone surrogate is no Python
         return False
+    code, output = _run(encoded, seconds, memory)
+    return code == 0 and done.encode() in output  # bytes: it may print any
+
+
+def _run(source: bytes, seconds: float, memory: int) -> tuple[int, bytes]:
+    """Run a program within the limits; return its exit code, -1 if it took too long, and what it printed."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
@@ -46,7 +52,7 @@ def passes(program: str, tests: Sequence[str], *, seconds: float = TIMEOUT_SECON
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         file = Path(folder, "program.py")  # an argument may hold 128 KiB at most
-        file.write_bytes(encoded)
+        file.write_bytes(source)
         process = subprocess.Popen(
             [sys.executable, "-I", str(file)],
             cwd=folder,
@@ -65,7 +71,7 @@ def passes(program: str, tests: Sequence[str], *, seconds: float = TIMEOUT_SECON
             _kill_group(process.pid)
             process.wait()
         output.seek(0)
-        return code == 0 and done.encode() in output.read()  # bytes: it may print any
+        return code, output.read()
 
 
 def _kill_group(pid: int) -> None:
