@@ -155,7 +155,7 @@ def save_bundle(
 def _write_problems(
     base: str, adapters: Mapping[str, str | Path], router: Router, samples: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Return what does not fit together in a bundle to write."""
+    """Name each part that does not fit the others of a bundle to write."""
     problems = name_problems(list(adapters))
     if router.states and router.states.centroids.names != router.names:
         problems.append(f"the router's states know {', '.join(router.states.centroids.names)} only; fit it again")

@@ -58,7 +58,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
 
     Args:
         path: a folder that PEFT or mlx-lm wrote.
-        name: of the adapter; None takes the folder's name.
+        name: the adapter's name; None takes the folder's name.
 
     Raises:
         AdapterError: it is incomplete, damaged, or cannot be blended; lists every problem.

@@ -299,7 +299,7 @@ def attach(
     Args:
         model: the base.
         adapters: the order gives the N axis of weights.
-        combine: of the adapters' updates, where weights are set without one.
+        combine: how the adapters' updates are combined where weights are set without a combine.
         always_active_rows: on a CPU, adapters whose ranks sum to more are computed only if some row uses them.
 
     Raises:

@@ -96,7 +96,7 @@ class LayerRole:
     """A layer's place in its model, which decides the shape of the tokens it reads.
 
     Attributes:
-        path: of the layer.
+        path: the layer's module path.
         is_head: it computes the logits, and may read the last tokens only.
         is_routed: it belongs to an expert, which reads only the tokens sent to it, in any order.
     """

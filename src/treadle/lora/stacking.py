@@ -26,8 +26,8 @@ class Stacks:
         adapters: the owners of the factors.
         layers: all that the adapters target, by path; some may not be in the model yet.
         attached: the adapters that the blend had when the stacks were planned.
-        layouts: of the layers' stacks, each with its slot.
-        stacked: each StackedA, and the paths of its layers.
+        layouts: the layouts of the layers' stacks, each with its slot.
+        stacked: each StackedA, with the paths of its layers.
     """
 
     def __init__(

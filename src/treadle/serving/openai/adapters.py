@@ -35,7 +35,7 @@ from treadle.serving.openai.reading import read, while_connected
 from treadle.serving.openai.state import ServerState
 
 SLICE_TEXTS = 16
-"""So many sample texts are embedded at a time."""
+"""The number of sample texts that are embedded at a time."""
 Shapes = Mapping[str, tuple[int, int]]
 """The (in, out) of linear layers, by path."""
 
@@ -201,7 +201,7 @@ async def _remove(request: Request, name: str, field: str) -> None:
         await state.between_steps(retire)
     except AdapterError as error:
         raise Failure(404, str(error), param=field, code="adapter_not_found") from error
-    with suppress(Failure):  # too much waits: the factors go with the next change
+    with suppress(Failure):  # the queue is full: the next change frees the factors
         await state.reading.run(state.drop_now, RequestContext.of(request).client)
 
 

@@ -1,7 +1,7 @@
 """The bodies of requests, as OpenAI's API has them.
 
-Each field's description says what is allowed: it is in the served OpenAPI document and in the refusal alike, where the
-server's own limits stand in the place of its options' names.
+A field's description says what is allowed. The OpenAPI document and the refusals show it, with the server's limits in
+place of the names of its options.
 """
 
 import re
@@ -148,7 +148,7 @@ class Message(NeutralMessageFields):
     name: Annotated[str | None, Field(description="a text, which the chat template may show")] = None
 
     def turn(self, *, has_developers: bool) -> dict[str, str]:
-        """Return the message for a chat template; without developers in it, a developer is the system."""
+        """Return the message for a chat template; without developers in the template, a developer is the system."""
         role = "system" if self.role == "developer" and not has_developers else self.role
         turn = {"role": role, "content": self.content}
         return turn if self.name is None else {**turn, "name": self.name}

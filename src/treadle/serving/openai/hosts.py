@@ -22,7 +22,7 @@ def is_loopback(host: str) -> bool:
 
 
 def can_be_a_web_site(name: str) -> bool:
-    """Return whether somebody on the internet can own a host's name: addresses and names without a dot they cannot."""
+    """Return whether somebody can own a host's name. Addresses and names without a dot have no owner."""
     *parents, last = name.split(".")
     return bool(parents) and not name.startswith("[") and not last.isdigit() and last not in RESERVED_ENDINGS
 

@@ -17,9 +17,9 @@ class Work:
 
     Attributes:
         prompts: token ids (T) of each sequence; a chat's also hold the text to route on.
-        sampling: of each sequence.
-        routing: of all sequences.
-        report: says what each sequence tells beyond its tokens.
+        sampling: the sampling of each sequence.
+        routing: the routing of all sequences.
+        report: what is told of a sequence beyond its tokens.
         adapters: names of the adapters that may take part; None = all.
         owner: sequences of one owner share the keys and values of common beginnings.
     """

@@ -132,7 +132,7 @@ class KvMemory:
         return others + wanted + reading <= self.usable
 
     def allow(self, batches: Sequence[Batch], reading: tuple[Batch, Reading] | None) -> None:
-        """Tell each buffer how far it may grow ahead of its needs, beside the future needs of the others."""
+        """Tell each buffer how far it may grow, so that the others still have room for their needs."""
         held = {batch: self._held(batch, batch.rows) for batch in batches}
         inside = 0  # bytes of rows that join running ones: they exist twice then
         if reading is not None:

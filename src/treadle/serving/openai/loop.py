@@ -106,7 +106,7 @@ class Loop:
                 router=self._router_among(work.adapters),
             )
             self._memory.check(job.rows)
-        except Exception as error:  # the thread lives on, whatever a request brings
+        except Exception as error:  # no request may end the thread
             if not isinstance(error, TreadleError):
                 logger.exception("a request could not be started")
                 error = EngineFailed("the request could not be started; the server's log says why.")
@@ -250,7 +250,7 @@ class Loop:
     def _attempt(
         self, batch: Batch, rows: Sequence[TokenSequence], run: Callable[[], Result], *, spoils: bool
     ) -> Result | None:
-        """Run a part of a step. If it fails, its rows are lost, and the whole batch if it `spoils` that."""
+        """Run a part of a step. If it fails, its rows are lost; with `spoils`, the whole batch is lost."""
         lost = [*rows, *(batch.rows if spoils else ())]
         try:
             result = run()

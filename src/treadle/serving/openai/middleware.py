@@ -1,4 +1,4 @@
-"""Every request passes here: id, origin, key, size and time of its body, log line and trace."""
+"""Does what every request needs: id, origin, key, limits of its body, log line and trace."""
 
 import asyncio
 import json

@@ -25,7 +25,7 @@ class Endpoint:
     """One endpoint of the server.
 
     Attributes:
-        method: of HTTP.
+        method: the HTTP method.
         path: as Starlette writes it.
         handler: answers the requests.
         summary: one line for the OpenAPI document; "" leaves the endpoint out of it.

@@ -62,14 +62,14 @@ class PagePolicy:
         if name is None:
             raise Failure(400, f"Host: got {shown(', '.join(given))}; allowed: one host", code="invalid_host")
         if self.is_strict and can_be_a_web_site(name) and not matches(name, self.hosts):
-            endings = ", ".join(f".{ending}" for ending in RESERVED_ENDINGS)  # the page may read this: no names of ours
+            endings = ", ".join(f".{ending}" for ending in RESERVED_ENDINGS)  # no names of ours: a page may read it
             allowed = f"IP addresses, names without a dot or that end with {endings}, treadle serve --allowed-host NAME"
             message = f"Host: got {shown(given[0])}; allowed: {allowed}"
             raise Failure(403, message, code="host_not_allowed")
         return given[0]
 
     def _check_origin(self, method: str, host: str, headers: Headers) -> None:
-        site = headers.get("sec-fetch-site")  # a browser's own word; a proxy may have changed Host meanwhile
+        site = headers.get("sec-fetch-site")  # browsers send it; a proxy may have changed Host on the way
         if site in ("same-origin", "none"):
             return
         foreign = [origin for origin in headers.getlist("origin") if not self._is_own(origin, host)]

@@ -39,7 +39,7 @@ class Pace:
         """Return how many tokens of prompts may be read before the next step.
 
         Several short prompts that wait are read together: the running sequences wait once, and the others start at
-        once. Read by twos and threes, all of them would wait for the steps between.
+        once. If they were read by twos and threes, all of them would wait for the steps between.
         """
         is_group = num_waiting > 1
         most = self._prompt_chunk * (GROUP_CHUNKS if is_group else 1)

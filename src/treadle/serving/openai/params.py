@@ -126,7 +126,7 @@ def read_settings(
 
     Args:
         flags: fields given on the command line.
-        environment: of the process.
+        environment: the variables of the process.
         file: YAML with fields as keys; None takes the one that TREADLE_CONFIG names, if any.
 
     Raises:

@@ -31,8 +31,8 @@ class ParsedRequest:
     """A validated request to generate.
 
     Attributes:
-        model: as the request named it.
-        work: for the scheduler; its sequences are n of the first prompt, n of the second ...
+        model: the name that the request gave.
+        work: the job for the scheduler: n sequences of the first prompt, then n of the second, and so on.
         is_chat: whether the answer is that of a chat.
         n: choices a prompt.
         likeliest: how many likeliest tokens come with each; None = no log-probabilities at all.
@@ -215,7 +215,7 @@ class RequestReader:
 
         Args:
             wanted: which fields of the request ask for values.
-            num_tokens: of all choices, with the prompts where they are echoed.
+            num_tokens: tokens of all choices, with the prompts where they are echoed.
             width: values of each token.
             problems: what is wrong with the request.
         """

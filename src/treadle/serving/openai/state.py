@@ -38,7 +38,14 @@ MAX_LARGEST_ANSWERS = 8
 
 @dataclass(frozen=True)
 class ServerState:
-    """The engine, its scheduler, the reader of requests, and the queues of work beside the event loop."""
+    """The engine, its scheduler, the reader of requests, and the queues of work beside the event loop.
+
+    Attributes:
+        preparing: prompts and sample texts are prepared here.
+        weighing: whole texts are embedded here, so that no prompt waits for them.
+        reading: folders of adapters are read here.
+        writing: long answers are written here.
+    """
 
     bundle: Bundle
     engine: Engine
@@ -51,11 +58,9 @@ class ServerState:
     tokens: TokenTexts
     values: Budget
     preparing: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-prepare"))
-    weighing: WorkQueue = field(
-        default_factory=lambda: WorkQueue("treadle-weigh")
-    )  # nobody's prompt waits for whole texts
-    reading: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-read", num_threads=1))  # of adapters' folders
-    writing: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-write"))  # of long answers
+    weighing: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-weigh"))
+    reading: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-read", num_threads=1))
+    writing: WorkQueue = field(default_factory=lambda: WorkQueue("treadle-write"))
 
     @classmethod
     def make(cls, bundle: Bundle, engine: Engine, params: ServeParams) -> "ServerState":

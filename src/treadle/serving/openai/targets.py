@@ -62,8 +62,8 @@ class Target:
     """How a request is routed.
 
     Attributes:
-        routing: of all its sequences.
-        adapters: names of those that may take part; None = all.
+        routing: the routing of all its sequences.
+        adapters: names of the adapters that may take part; None = all.
         has_trace: whether each choice carries its weights and what they were made from.
     """
 

@@ -104,7 +104,7 @@ class Schedule:
         self._mixture = mixture
         self._tokenizer = tokenizer
         self._lock = Lock()  # of all below; a request by itself belongs to one thread at a time
-        self._groups: dict[RoutingParams, RoutingGroup] = {}  # equal params once, so that requests are one product
+        self._groups: dict[RoutingParams, RoutingGroup] = {}  # requests of equal params share a product
         self._embedder = cast(StaticEmbedder, mixture.router.embedder)  # the bundle was checked
         self.request_type: type[RequestWeights] = RequestWeights
         self._pools: weakref.WeakValueDictionary[Tails, TextPool] = weakref.WeakValueDictionary()
@@ -173,7 +173,7 @@ class Schedule:
         return pool
 
     def _decide_alone(self, needs: Sequence[Need]) -> int:
-        """Decide all positions that prompts need, and texts seen in a window; return how many decisions it were."""
+        """Decide all positions that prompts need, and texts seen in a window; return the number of decisions."""
         due: dict[RoutingGroup, tuple[list[OpenDecision], list[Views]]] = {}
         for request, token_ids, end in needs:
             for start, views in request.due(token_ids, end):
@@ -185,13 +185,13 @@ class Schedule:
         return sum(len(places) for places, _ in due.values())
 
     def _decide_together(self, pool: TextPool, needs: Sequence[Need]) -> int:
-        """Decide the next position of each running text; return how many decisions it were."""
+        """Decide the next position of each running text; return the number of decisions."""
         due: dict[RoutingGroup, tuple[list[OpenDecision], list[int]]] = {}
         rows: list[int] = []
         pieces: list[list[str]] = []
         for request, token_ids, _ in needs:
             start, news = request.next_in_pool(token_ids)
-            if news:  # else it comes late, and was made from just as many tokens
+            if news:  # else no text has come since the decision that stands
                 rows.append(request.row)
                 pieces.append(news)
                 places, group_rows = due.setdefault(request.group, ([], []))
