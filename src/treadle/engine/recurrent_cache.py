@@ -55,7 +55,7 @@ class RecurrentCache(RowCache):
         """Start empty, with the layers that the model needs."""
         super().__init__()
         self.layer_class_to_replicate = None
-        self.layers = cast(list[Any], [self._new(each) for each in _layers(model)])
+        self.layers = [self._new(each) for each in _layers(model)]
         self._columns = 0
 
     def _new(self, like: Any) -> Any:
