@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from treadle.bundle.bundle import read_bundle
 from treadle.common.errors import AdapterError, OptionError
 from treadle.lora.adapter import read_adapter
 from treadle.lora.blend import attach
-from treadle.lora.mixture import mix, save_mixture
+from treadle.lora.mixture import Mixture, mix, save_mixture
+from treadle.lora.other_formats import save_gguf, save_mlx
 
 from conftest import BASE, Run, save_adapter, tiny_llama
 
@@ -117,3 +119,82 @@ def test_the_command_writes_it(run: Run, bundle: Path, peft_model: Any, tmp_path
     code, _, err = run("export", bundle, "--fixed", "maths=1", "-o", tmp_path / "four")
     assert (code, "Did you mean 'math'" in err) == (1, True)
     assert not (tmp_path / "four").exists()
+
+
+# Other formats
+
+
+def updates_of(folders: dict[str, Path], weights: dict[str, float]) -> dict[str, torch.Tensor]:
+    """The whole update (out, in) of each module, added up adapter by adapter."""
+    sums: dict[str, torch.Tensor] = {}
+    for name, folder in folders.items():
+        for module, pair in read_adapter(folder, name).pairs.items():
+            own = weights.get(name, 0.0) * pair.scale * (pair.b @ pair.a)
+            sums[module] = sums.get(module, 0) + own
+    return {module: each for module, each in sums.items() if each.any()}
+
+
+def test_gguf_holds_the_update_in_the_order_of_llama_cpp(adapter_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Rows of queries and keys are put back by transformers' own reader of GGUF files."""
+    gguf = pytest.importorskip("gguf")
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+    config = tiny_llama().config
+    save_gguf(mix([read_adapter(f, n) for n, f in adapter_folders.items()], WEIGHTS), tmp_path, config)
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    text = {key: reader.get_field(key).contents() for key in ("general.type", "general.architecture", "adapter.type")}
+    assert text == {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+    alpha = reader.get_field("adapter.lora.alpha").contents()
+    tensors = {each.name: torch.tensor(each.data) for each in reader.tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    back = LlamaTensorProcessor({})._reverse_permute_weights
+    expected = updates_of(adapter_folders, WEIGHTS)
+    assert len(tensors) == 2 * len(expected)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for module, update in expected.items():
+        name = names.get_name(f"{module}.weight", (".weight",))
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        whole = alpha / a.shape[0] * (b @ a)  # as llama.cpp scales it
+        kind = module.rpartition(".")[2]
+        if kind in heads:
+            assert not torch.allclose(whole, update, atol=1e-5)
+            whole = torch.tensor(back(whole.numpy(), heads[kind], heads[kind]))
+        torch.testing.assert_close(whole, update, atol=1e-5, rtol=1e-4)
+
+
+def test_mlx_holds_the_update(adapter_folders: dict[str, Path], tmp_path: Path) -> None:
+    save_mlx(mix([read_adapter(f, n) for n, f in adapter_folders.items()], WEIGHTS), tmp_path, tiny_llama().config)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    parameters = config["lora_parameters"]
+    assert (config["fine_tune_type"], config["num_layers"], parameters["rank"]) == ("lora", 2, 7)
+    assert parameters["keys"] == ["mlp.down_proj", "mlp.gate_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    tensors = load_file(tmp_path / "adapters.safetensors")
+    for module, update in updates_of(adapter_folders, WEIGHTS).items():
+        a, b = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
+        assert (a.shape[1], b.shape[0]) == (7, 7)
+        torch.testing.assert_close(parameters["scale"] * (a @ b).T, update, atol=1e-5, rtol=1e-4)
+
+
+def test_other_formats_refuse_what_they_have_no_place_for(
+    adapter_folders: dict[str, Path], tmp_path: Path, run: Run, bundle: Path
+) -> None:
+    mixture = mix([read_adapter(f, n) for n, f in adapter_folders.items()], WEIGHTS)
+    config = tiny_llama().config
+    outside = Mixture({"lm_head": next(iter(mixture.pairs.values()))})
+    with pytest.raises(OptionError, match="these are none:\n  - lm_head"):
+        save_mlx(outside, tmp_path, config)
+    with pytest.raises(OptionError, match="no name for these modules of the base:\n  - odd"):
+        save_gguf(Mixture({"odd": outside.pairs["lm_head"]}), tmp_path, config)
+    config.model_type = "odd"
+    with pytest.raises(OptionError, match="a base of type 'odd' is not written; known are llama"):
+        save_gguf(mixture, tmp_path, config)
+    given = ["export", bundle, "--fixed", "math=1", "-o", tmp_path / "out"]
+    for form, file in (("gguf", "adapter.gguf"), ("mlx", "adapters.safetensors")):
+        code, _, err = run(*given, "--format", form)
+        assert code == 0, err
+        assert (tmp_path / "out" / file).is_file()
+        code, _, err = run(*given, "--format", form)
+        assert (code, "exists already" in err) == (1, True)
+        assert run(*given, "--format", form, "--overwrite")[0] == 0
+    code, _, err = run(*given, "--format", "gguff")
+    assert (code, "Did you mean 'gguf'" in err) == (1, True)

@@ -396,7 +396,7 @@ def test_hub_ids_are_fetched_with_the_samples_beside_them(base: str, folder: Pat
     done = subprocess.run([*command, *given], env=hub, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "adapter math: routed by 4 samples (samples.jsonl)" in done.stderr
-    assert "adapter gone: LEFT OUT: adapter 'gone': 'org/gone' is no folder, and the hub says: " in done.stderr
+    assert "adapter gone: LEFT OUT: 'org/gone' is no folder, and the hub says: " in done.stderr
     assert not any("pickled" in path for path in HubHandler.asked)
     here = prepare(base, {name: str(folder / name) for name in ("math", "code")}).router
     np.testing.assert_allclose(json.loads(done.stdout)["weights"], here.weights(["add the sum"])[0], atol=1e-6)

@@ -3,15 +3,19 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treadle.cli.flags import Json, MaybeBundle, Strict, open_source, takes
-from treadle.common.errors import OptionError, collect, raise_all
+from treadle.common.errors import OptionError, collect, raise_all, unknown_name
 from treadle.common.params import RoutingParams, SourceParams, read_routing
 
+if TYPE_CHECKING:
+    from treadle.lora.mixture import Mixture
+
 app = typer.Typer()
+FORMATS = ("peft", "gguf", "mlx")
 
 
 @app.command(name="export")
@@ -19,7 +23,7 @@ app = typer.Typer()
 def export_command(  # noqa: PLR0913 a command's parameters are its flags
     bundle: MaybeBundle = None,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="the PEFT folder to write")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the folder to write")],
     fixed: Annotated[
         str | None,
         typer.Option(help="name=weight pairs, such as math=0.7,code=0.3; default: the bundle's own"),
@@ -28,14 +32,19 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
         int | None,
         typer.Option(help="largest rank of a module, by SVD; default: all ranks side by side, exact"),
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="peft; gguf (adapter.gguf of llama.cpp); or mlx (a folder of mlx-lm)")
+    ] = "peft",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an adapter that is there")] = False,
     strict: Strict = False,
     as_json: Json = False,
     source: dict[str, Any],
 ) -> None:
     """Write a fixed mixture as one ordinary PEFT adapter, for PEFT, vLLM and others; the error is printed."""
-    from treadle.lora.mixture import mix, save_mixture
+    from treadle.lora.mixture import mix
 
+    if form not in FORMATS:
+        raise OptionError(unknown_name("format", form, FORMATS))
     found = open_source(bundle, source, strict=strict)
     problems: list[str] = []
     given = {} if fixed is None else {"fixed": fixed}
@@ -43,7 +52,7 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
     raise_all(problems)
     weights = _weights(params[0])
     mixture = mix(found.adapters, weights, rank)
-    save_mixture(mixture, output, found.base_model, overwrite=overwrite)
+    _save(form, mixture, output, found.base_model, overwrite=overwrite)
     ranks = sorted({pair.rank for pair in mixture.pairs.values()})
     if as_json:
         told = {"adapter": str(output), "weights": dict(weights), "modules": len(mixture.pairs), "ranks": ranks}
@@ -56,6 +65,19 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
     else:
         print(f"relative error of the update: {mixture.error:.2%}; largest of one module: {mixture.worst[1]:.2%} "
               f"({mixture.worst[0]})")  # fmt: skip
+
+
+def _save(form: str, mixture: "Mixture", folder: Path, base: str, *, overwrite: bool) -> None:
+    """Write a mixture in one of the FORMATS."""
+    from treadle.bundle.base_model import load_outline
+    from treadle.lora.mixture import save_mixture
+    from treadle.lora.other_formats import save_gguf, save_mlx
+
+    if form == "peft":
+        save_mixture(mixture, folder, base, overwrite=overwrite)
+        return
+    save = save_gguf if form == "gguf" else save_mlx
+    save(mixture, folder, load_outline(base).config, overwrite=overwrite)
 
 
 def _weights(params: RoutingParams) -> dict[str, float]:

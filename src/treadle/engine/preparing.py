@@ -167,7 +167,7 @@ def prepare(
         try:
             _read_one(found, name, place, base)
         except TreadleError as error:
-            found.left_out[name] = str(error)
+            found.left_out[name] = str(error).removeprefix(f"adapter {name!r}: ")
     if found.adapters:
         _leave_misfits_out(found, base, strict=strict)
         _doubt_bases(found, base, strict=strict)
