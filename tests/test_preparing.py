@@ -27,7 +27,6 @@ from treadle.bundle.centroid_files import save_centroid
 from treadle.bundle.token_embedder import token_embedder
 from treadle.common.errors import AdapterWarning, BundleError, OptionError, TreadleError
 from treadle.common.params import RoutingParams, SamplingParams
-from treadle.engine import preparing
 from treadle.engine.loading import load
 from treadle.engine.preparing import prepare
 from treadle.routing.fitting import centroid_of, fit
@@ -75,20 +74,6 @@ def places(folder: Path) -> dict[str, str]:
     return {each.name: str(each) for each in sorted(folder.iterdir())}
 
 
-@pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """The names of the samples of each fit that is made."""
-    made: list[tuple[str, ...]] = []
-
-    def counting(samples: Any, *rest: Any, **options: Any) -> Any:
-        made.append(tuple(samples))
-        return fit_with_report(samples, *rest, **options)
-
-    fit_with_report = preparing.fit_with_report
-    monkeypatch.setattr(preparing, "fit_with_report", counting)
-    return made
-
-
 def test_the_cache_routes_as_fit_does(base: str, folder: Path, run: Run, tmp_path: Path) -> None:
     """Law: made of the folder, taken from the cache, fitted in Python and by the command: the same weights."""
     own = fit({name: SAMPLES[name] for name in sorted(SAMPLES)}, token_embedder(base)).weights(TEXTS)
@@ -105,23 +90,28 @@ def test_the_cache_routes_as_fit_does(base: str, folder: Path, run: Run, tmp_pat
 
 
 def test_a_second_start_takes_the_cache_and_a_change_does_not(
-    base: str, folder: Path, home: Path, fits: list[tuple[str, ...]]
+    base: str, folder: Path, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "treadle.adapters")
+
+    def fits() -> int:
+        return caplog.messages.count("router: fitting it to the samples of 3 adapters ...")
+
     write_samples(folder / "math", ["add four", "the sum of three", "plus plus four"])
     names = ("code", "math", "science")
     first = prepare(base, places(folder)).router.weights(TEXTS)
-    assert fits == [names]
+    assert fits() == 1
     np.testing.assert_array_equal(prepare(base, places(folder)).router.weights(TEXTS), first)
-    assert fits == [names]
+    assert fits() == 1
     save_adapter(folder / "more", seed=9)  # without samples: nothing to fit
     assert prepare(base, places(folder)).router.names == (*names, "more")
-    assert fits == [names]
+    assert fits() == 1
     write_samples(folder / "math", ["add four", "the sum of three", "plus plus three"])
     assert (prepare(base, places(folder)).router.weights(TEXTS)[:, :3] != first).any()
-    assert fits == [names] * 2
+    assert fits() == 2
     save_adapter(folder / "math", seed=11)
     prepare(base, places(folder))
-    assert fits == [names] * 3
+    assert fits() == 3
     entries = sorted((home / "routers").iterdir())
     assert all({file.name for file in entry.iterdir()} == {"centroids.safetensors", "fit.json"} for entry in entries)
 
