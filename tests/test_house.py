@@ -30,6 +30,7 @@ FOREIGN_PRIVATES = {
     "_exit",  # of os
     "_forward_hooks", "_forward_pre_hooks",  # torch's, of a module that must have none
     "_is_stateful",  # how transformers marks a model with a recurrent state
+    "_reverse_permute_weights",  # transformers', which reads what llama.cpp's files hold
     "_reset_state",  # accelerate's, of processes that are forked
     "_preempt_request",  # vLLM's, which counts
 }  # fmt: skip
