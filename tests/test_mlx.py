@@ -16,6 +16,7 @@ from test_vectors import assert_close, llama, logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from treadle.bundle.adapter_places import adapters_below
 from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.common.errors import AdapterError, AdapterWarning
 from treadle.lora.adapter import files_of, read_adapter
@@ -119,6 +120,14 @@ def test_an_mlx_adapter_shares_a_batch_and_a_bundle_with_peft_s(
         rows = logits(model)
     assert_close(rows[1], by_peft(peft)[1])
     assert_close(rows[0], by_peft(adapter_folders["math"])[0])
+
+
+def test_folders_of_mlx_are_found_beside_those_of_peft(tmp_path: Path) -> None:
+    peft = peft_folder(tmp_path / "shelf" / "peft")
+    as_mlx(peft, tmp_path / "shelf" / "old", npz=True)
+    (tmp_path / "shelf" / "old" / "adapter_config.json").unlink()
+    as_mlx(peft, tmp_path / "shelf" / "new")
+    assert list(adapters_below(tmp_path / "shelf")[0]) == ["new", "old", "peft"]
 
 
 def without(*keys: str) -> Callable[[Tensors], Tensors]:

@@ -13,9 +13,10 @@ from treadle.bundle.bundle_files import BUNDLE_FILE
 from treadle.bundle.centroid_files import CENTROID_FILE, RECORD_FILE
 from treadle.common.documents import is_file
 from treadle.common.errors import AdapterError, OptionError, first_of, reason_of
+from treadle.lora.mlx_folder import MLX_FILES
 from treadle.lora.peft_folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *MLX_FILES, PICKLE_FILE)
 """One of these says that a folder is meant to hold an adapter, if perhaps a damaged one."""
 SAMPLES_FILES = ("samples.jsonl", "samples.jsonl.gz", "samples.txt")
 """The first that is there counts."""
@@ -70,7 +71,7 @@ def adapter_place(given: str | Path, name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    wanted = [*ADAPTER_FILES[:2], *SAMPLES_FILES, CENTROID_FILE, RECORD_FILE]
+    wanted = [*ADAPTER_FILES[:-1], *SAMPLES_FILES, CENTROID_FILE, RECORD_FILE]
     try:
         return Path(snapshot_download(text, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
