@@ -231,9 +231,10 @@ WRITTEN_BY_PEFT: dict[str, tuple[dict[str, object], str]] = {
     "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save: it replaces whole modules"),
     "saved tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: it replaces rows of the embedding"),
     "aLoRA": ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens: an activated LoRA acts only after"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
-    "fast PiSSA": ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights='pissa_niter_2' changes the base"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base weights"),
+    "fast PiSSA": (
+        {"init_lora_weights": "pissa_niter_2"},
+        "init_lora_weights='pissa_niter_2': its initial factors were",
+    ),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "factors of an embedding, not of a linear layer"),
 }
 
@@ -252,7 +253,8 @@ def test_what_is_not_a_sum_of_updates_is_refused_by_name(
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication: it changes the number of layers"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA pools its input"),
         ({"arrow_config": {"top_k": 2}}, "arrow_config: it is an Arrow router, not an adapter"),
-        ({"init_lora_weights": "LoftQ"}, "init_lora_weights='LoftQ' changes the base weights"),
+        ({"init_lora_weights": "LoftQ"}, "init_lora_weights='LoftQ': training began from a quantised base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda': its initial factors follow from data"),
         ({"r": 0}, "r must be a positive number, not 0"),
         ({"lora_alpha": True}, "lora_alpha must be a positive number, not true"),
         ({"rank_pattern": {"[": 2}}, "rank_pattern: '[' is no regular expression: error: "),
@@ -409,10 +411,10 @@ def test_a_rank_that_disagrees_with_the_config_is_refused(folder: Path) -> None:
 
 
 def test_all_problems_are_in_one_message(folder: Path) -> None:
-    edit_config(folder, use_qalora=True, layer_replication=[[0, 2]], init_lora_weights="pissa")
+    edit_config(folder, use_qalora=True, layer_replication=[[0, 2]], init_lora_weights="corda")
     edit_tensors(folder, lambda tensors: without(tensors, Q_B) | {V_A: tensors[V_A] / 0, "extra": torch.ones(1)})
     named = {re.split(r":? ", problem)[0] for problem in problems_of(folder)}
-    assert named == {"use_qalora", "layer_replication", "init_lora_weights='pissa'", V_A, "extra", Q}
+    assert named == {"use_qalora", "layer_replication", "init_lora_weights='corda'", V_A, "extra", Q}
 
 
 # --- fields that this version does not know -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from uuid import uuid4
 import torch
 
 from treadle.common.documents import is_file
+from treadle.lora.content import AdapterContent
 from treadle.lora.mlx_folder import MLX_FILES, mlx_file, read_mlx_folder
 from treadle.lora.pair import LoraPair
 from treadle.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
@@ -31,6 +32,7 @@ class Adapter:
         pairs: module path inside the base model -> its factors.
         source: the folder it was read from.
         vectors: module path -> what it does beside the factors, as DoRA, IA3 and trained biases do.
+        initial: how training began from a part of the base's weight (`treadle.lora.initial`); "" = it did not.
         weights: module path -> whole weight (out, in) saved beside the factors; it must equal the base's.
         identity: a digest of factors and scales, whatever the name; unique for an adapter made in memory.
     """
@@ -40,6 +42,7 @@ class Adapter:
     pairs: Mapping[str, LoraPair]
     source: Path
     vectors: Mapping[str, LayerVectors] = field(default_factory=dict[str, LayerVectors], compare=False, repr=False)
+    initial: str = ""
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor], compare=False, repr=False)
     identity: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
 
@@ -73,8 +76,9 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
         pairs=content.pairs,
         source=folder,
         vectors=content.vectors,
+        initial=content.initial,
         weights=content.weights,
-        identity=_identity(content.pairs, content.vectors),
+        identity=_identity(content),
     )
 
 
@@ -85,10 +89,10 @@ def files_of(adapter: Path) -> tuple[Path, ...]:
     return (config, *tensors) if is_file(config) else tuple(tensors)
 
 
-def _identity(pairs: Mapping[str, LoraPair], vectors: Mapping[str, LayerVectors]) -> str:
+def _identity(content: AdapterContent) -> str:
     """Return a digest of all tensors and scales."""
-    digest = hashlib.sha256()
-    for name, tensor in _tensors(pairs, vectors):
+    digest = hashlib.sha256(content.initial.encode())
+    for name, tensor in _tensors(content.pairs, content.vectors):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)  # hashed without a copy
     return digest.hexdigest()

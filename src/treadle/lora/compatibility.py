@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from treadle.common.errors import AdapterError, AdapterWarning, OptionError, OptionProblem, problem_list, unknown_name
 from treadle.common.params import COMBINES
 from treadle.lora.adapter import Adapter
+from treadle.lora.initial import without_initial
 from treadle.lora.layer import BlendedLinear
 from treadle.lora.names import with_paths
-from treadle.lora.pair import range_problems
+from treadle.lora.pair import LoraPair, range_problems
 from treadle.lora.vectors import LayerVectors, resolve
 
 MISFIT = "the adapters do not fit the model:"
@@ -65,23 +66,27 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
 
 def _resolve(model: nn.Module, adapter: Adapter) -> Adapter:
     """Return an adapter whose tensors do not depend on the base's weights any more; an AdapterError if that fails."""
-    if not adapter.vectors:
+    if not adapter.vectors and not adapter.initial:
         return adapter
-    pairs, vectors, problems = dict(adapter.pairs), dict[str, LayerVectors](), list[str]()
-    for path, each in adapter.vectors.items():
-        layer = model.get_submodule(path)
+    pairs, vectors, problems = dict[str, LoraPair](), dict[str, LayerVectors](), list[str]()
+    for path in adapter.modules:
+        layer, pair, found = model.get_submodule(path), adapter.pairs.get(path), adapter.vectors.get(path)
+        base = layer.base if isinstance(layer, BlendedLinear) else layer
         try:
-            pair, found = resolve(layer.base if isinstance(layer, BlendedLinear) else layer, pairs.get(path), each)
+            if pair is not None and adapter.initial:
+                pair = without_initial(base, pair, adapter.initial)
+            if found is not None:
+                pair, found = resolve(base, pair, found)
         except AdapterError as error:
             problems.append(f"{adapter.name}: {path}: {error}")
             continue
         if pair is not None:
             pairs[path] = pair
-        if found.has_effect:  # a saved bias may be the base's own
+        if found is not None and found.has_effect:  # a saved bias may be the base's own
             vectors[path] = found
     if problems:
         raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
-    return replace(adapter, pairs=pairs, vectors=vectors)
+    return replace(adapter, pairs=pairs, vectors=vectors, initial="")
 
 
 def weight_problem(module: nn.Module, weight: Tensor) -> str | None:

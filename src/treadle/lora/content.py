@@ -18,12 +18,14 @@ class AdapterContent:
         base_model: named in its config; "" if it names none.
         pairs: the factors.
         vectors: what it does beside them.
+        initial: how training began from a part of the base's weight (`treadle.lora.initial`); "" = it did not.
         weights: whole weights (out, in) saved beside the factors; they must equal the base's.
     """
 
     base_model: str
     pairs: Mapping[str, LoraPair]
     vectors: Mapping[str, LayerVectors] = field(default_factory=dict[str, LayerVectors])
+    initial: str = ""
     weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 

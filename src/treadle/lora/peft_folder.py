@@ -15,6 +15,7 @@ from treadle.common.documents import is_file, read_object
 from treadle.common.errors import SHOWN, AdapterError, AdapterWarning, problem_list, shown
 from treadle.common.tensor_files import read_tensors
 from treadle.lora.content import AdapterContent, content_problems
+from treadle.lora.initial import KNOWN_INITS
 from treadle.lora.pair import LoraPair
 from treadle.lora.patterns import match_ends
 from treadle.lora.peft_tensors import PeftTensors, sort_tensors
@@ -36,8 +37,15 @@ REFUSED_FEATURES = {
     "monteclora_config": "MonteCLoRA samples its weights",
 }
 """Fields of PEFT's configs that ask for more than factors and vectors, with the reason for refusing them."""
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of `init_lora_weights` that change the base weights too, so that the factors alone are not the update."""
+REFUSED_INITS = {
+    "pissa": "its initial factors were found by a random method, so they cannot be found again",
+    "corda": "its initial factors follow from data, which the folder does not hold",
+    "loftq": "training began from a quantised base, so the factors alone are not the update",
+}
+"""Beginnings of `init_lora_weights` that change the base weights too, with the reason for refusing them.
+
+PEFT reloads EVA and LoRA-GA as plain LoRA, and so they are read.
+"""
 HARMLESS_FIELDS = frozenset(
     "peft_type peft_version auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules "
     "target_parameters exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora use_dora lora_bias "
@@ -67,7 +75,19 @@ def read_peft_folder(folder: Path, name: str) -> AdapterContent:
     tensor_problems = found.problems or content_problems(pairs, vectors)
     if problems := [*_config_problems(config), *tensor_problems]:
         raise AdapterError(problem_list(f"adapter {name!r} ({folder}) cannot be blended:", problems))
-    return AdapterContent(config.get("base_model_name_or_path") or "", pairs, vectors, found.weights)
+    base = config.get("base_model_name_or_path") or ""
+    return AdapterContent(base, pairs, vectors, _initial(config) or "", found.weights)
+
+
+def _initial(config: dict[str, Any]) -> str | None:
+    """Return how training began, if the initial factors follow from the base's weights alone; else None."""
+    init = str(config.get("init_lora_weights")).lower()
+    return init if init in KNOWN_INITS else None
+
+
+def _by_beginning(reasons: Mapping[str, str], init: Any) -> str | None:
+    """Return the reason for refusing an `init_lora_weights`; None if it is not refused."""
+    return next((why for name, why in reasons.items() if str(init).lower().startswith(name)), None)
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -104,8 +124,9 @@ def _is_positive(value: Any) -> bool:
 def _config_problems(config: dict[str, Any]) -> Iterator[str]:
     yield from (f"{key}: {why}" for key, why in REFUSED_FEATURES.items() if config.get(key))
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        yield f"init_lora_weights={init!r} changes the base weights; convert it to a plain LoRA with PEFT first"
+    reason = _by_beginning(REFUSED_INITS, init)
+    if reason and _initial(config) is None:
+        yield f"init_lora_weights={init!r}: {reason}; save it as a plain LoRA with PEFT first"
     for key in ("r", "lora_alpha") if config.get("peft_type", "LORA") == "LORA" else ():
         if not _is_positive(config.get(key)):
             yield f"{key} must be a positive number, not {shown(config.get(key))}"

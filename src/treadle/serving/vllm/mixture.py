@@ -298,6 +298,11 @@ def largest_rank(adapter: Adapter) -> int:
 
 def vector_problem(adapter: Adapter) -> str | None:
     """Return why an adapter cannot be blended in vLLM's layers, which add factors alone; None if it can."""
+    if adapter.initial:
+        return (
+            f"adapter {adapter.name!r} began from a part of the base's weights ({adapter.initial}), which the plugin "
+            "does not compute again. treadle serve blends it"
+        )
     if not adapter.vectors:
         return None
     return (
