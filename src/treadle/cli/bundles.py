@@ -18,10 +18,10 @@ from treadle.common.params import RoutingParams, SourceParams, read_routing
 from treadle.experiments.params import TrainParams
 
 if TYPE_CHECKING:
+    from treadle.engine.preparing import Fitted
     from treadle.lora.adapter import Adapter
     from treadle.routing.calibration import FitReport
     from treadle.routing.centroids import Centroids
-    from treadle.routing.router import Router
     from treadle.routing.samples import Sample
 
 OTHERS = 2000
@@ -76,38 +76,42 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     read, texts, fitted = _fitting(places, files, problems, params[0] if with_states and params else None)
     own = text_embedder(embedder, base)
     fit = fit_router(base, read, texts, own, params[0], fitted=fitted, with_states=with_states)
-    router, report, by_states = fit.router, fit.report, fit.by_states
     wholes = {name: [each.whole for each in given[:keep_samples]] for name, given in texts.items()}
     kept = wholes if keep_samples else None
     folders = {each.name: each.source for each in read}
-    save_bundle(output, base=base, adapters=folders, router=router, samples=kept, overwrite=overwrite)
+    save_bundle(output, base=base, adapters=folders, router=fit.router, samples=kept, overwrite=overwrite)
+    seconds = time.perf_counter() - started
     if as_json:
         rows = {name: len(given) for name, given in texts.items()}
-        told = _report_document(report)
-        if router.states and by_states:
-            found = {"layer": router.states.layer, "spans": router.states.spans, **_report_document(by_states)}
-            told["states"] = found
-        print(json.dumps({"bundle": str(output), "samples": rows, **told, "seconds": time.perf_counter() - started}))
-        return
-    _print_fit(f"wrote {output} after {time.perf_counter() - started:.0f} s", router, report, by_states)
+        print(json.dumps({"bundle": str(output), "samples": rows, **_fit_document(fit), "seconds": seconds}))
+    else:
+        _print_fit(f"wrote {output} after {seconds:.0f} s", fit)
 
 
-def _print_fit(title: str, router: "Router", report: "FitReport", by_states: "FitReport | None") -> None:
+def _print_fit(title: str, fit: "Fitted") -> None:
     """Print the cross-validation of texts and, if there is one, of the base model's states."""
     from treadle.cli.console import fit_table, new_console
 
     console = new_console()
     console.print(title)
-    told = [("", report, router.centroids)]
-    if router.states and by_states:
-        layer = router.states.layer
-        told.append((f"the base model's states, after layer {layer}:", by_states, router.states.centroids))
+    told = [("", fit.report, fit.router.centroids)]
+    states = fit.router.states
+    if states and fit.by_states:
+        told.append((f"the base model's states, after layer {states.layer}:", fit.by_states, states.centroids))
     for heading, each, centroids in told:
         if heading:
             console.print(heading)
         console.print(fit_table(each, centroids))
         for warning in each.warnings():
             console.print(f"note: {warning}")
+
+
+def _fit_document(fit: "Fitted") -> dict[str, Any]:
+    """Return the cross-validations as JSON: of texts and, under "states", of the base model's states."""
+    told, states = _report_document(fit.report), fit.router.states
+    if states and fit.by_states:
+        told["states"] = {"layer": states.layer, "spans": states.spans, **_report_document(fit.by_states)}
+    return told
 
 
 def _report_document(report: "FitReport") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Examines a bundle: loading, each adapter's effect, the router's centroids, and the cost of a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -99,18 +99,20 @@ def examine(
         adapters=reports,
         base_step=base_step,
         blended_step=blended_step,
-        problems=(
-            *(f"adapter {name!r} is left out: {reason}" for name, reason in left_out.items()),
-            *(
-                f"adapter {report.name!r} changes nothing: its largest divergence from the base is {report.change:.1e} "
-                "nats"
-                for report in reports
-                if not report.change > MIN_CHANGE_NATS
-            ),
-        ),
+        problems=(*_problems(reports, left_out),),
         state_layer=states and states.layer,
         state_spans=states.spans if states else (),
     )
+
+
+def _problems(reports: Sequence[AdapterReport], left_out: Mapping[str, str]) -> Iterator[str]:
+    """Yield why adapters are left out, and which change nothing."""
+    for name, reason in left_out.items():
+        yield f"adapter {name!r} is left out: {reason}"
+    for report in reports:
+        if not report.change > MIN_CHANGE_NATS:
+            change = f"its largest divergence from the base is {report.change:.1e} nats"
+            yield f"adapter {report.name!r} changes nothing: {change}"
 
 
 def _examine_adapter(
