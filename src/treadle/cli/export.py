@@ -41,8 +41,10 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
     source: dict[str, Any],
 ) -> None:
     """Write a fixed mixture as one ordinary PEFT adapter, for PEFT, vLLM and others; the error is printed."""
+    from treadle.bundle.base_model import quiet_libraries
     from treadle.lora.mixture import mix
 
+    quiet_libraries()
     if form not in FORMATS:
         raise OptionError(unknown_name("format", form, FORMATS))
     found = open_source(bundle, source, strict=strict)
