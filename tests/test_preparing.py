@@ -238,25 +238,30 @@ def test_samples_that_cannot_be_read_cost_the_routing_only(
 
 
 def test_a_centroid_that_training_left_is_taken_with_its_embedder(
-    base: str, folder: Path, embedder: Any, tmp_path: Path
+    base: str, folder: Path, embedder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedder.save(tmp_path)
+    words = str(tmp_path / "embedder")
     for name in SAMPLES:
         (folder / name / "samples.jsonl").unlink()
         own = centroid_of(name, SAMPLES[name], embedder, tails=embedder.tails)
-        save_centroid(folder / name, own, str(tmp_path / "embedder"), {})
-    bundle = prepare(base, places(folder))
+        save_centroid(folder / name, own, words, {})
+    bundle = prepare(base, places(folder), embedder=words)
     assert bundle.router.embedder.id == embedder.id
     assert bundle.router.centroids.names == ("code", "math", "science")
-    np.testing.assert_array_equal(
-        bundle.router.centroids.means[1], centroid_of("math", SAMPLES["math"], embedder).means[0]
-    )
-    told = prepare(base, places(folder), embedder="tokens")  # another one than theirs
-    assert told.router.unrouted == ("code", "math", "science")
-    with pytest.raises(BundleError, match=r"centroid\.safetensors was made by another embedder"):
-        prepare(base, places(folder), embedder="tokens", strict=True)
-    shutil.rmtree(tmp_path / "embedder")
+    mine = centroid_of("math", SAMPLES["math"], embedder)
+    np.testing.assert_array_equal(bundle.router.centroids.means[1], mine.means[0])
+    monkeypatch.setattr("treadle.bundle.token_embedder.load_embedder", pytest.fail)  # whoever wrote the name
     assert prepare(base, places(folder)).router.lacks_samples
+    with pytest.raises(BundleError, match=rf"made by the embedder '{words[:20]}.*, not by this one"):
+        prepare(base, places(folder), strict=True)
+    (folder / "math" / "treadle.json").write_text("{")
+    with pytest.raises(BundleError, match=r"math: its centroid\.safetensors was made by the embedder 'static:"):
+        prepare(base, places(folder), strict=True)
+    tokens = token_embedder(base)
+    own = centroid_of("code", SAMPLES["code"], tokens, tails=tokens.tails)
+    save_centroid(folder / "code", own, "tokens", {})
+    assert prepare(base, places(folder)).router.centroids.names == ("code",)
 
 
 def test_the_embedder_of_a_bundle_can_be_named(base: str, folder: Path, bundle_folder: Path) -> None:
@@ -455,6 +460,14 @@ def test_every_command_takes_a_base_and_a_folder(base: str, folder: Path, run: R
     assert [each["name"] for each in report["adapters"]] == ["code", "science", "math"]
     assert [len(each["cosines"]) for each in report["adapters"]] == [2, 2, 0]
     assert run("doctor", *given)[0] == 1
+    for name in ("code", "science"):
+        (folder / name / "samples.jsonl").unlink()
+    unsampled = ["--base", base, "--adapter", f"math={folder / 'math'}", "--adapter", f"code={folder / 'code'}"]
+    code, out, err = run("doctor", *unsampled)
+    assert code == 0, err
+    assert "cosines between the centroids" not in out
+    for name in ("code", "science"):
+        write_samples(folder / name, SAMPLES[name])
     single = ["--base", base, "--adapter", f"sum={folder / 'math'}", "--adapter", f"loop={folder / 'code'}"]
     code, out, err = run("generate", *single, "--prompt", "add", "--max-tokens", 2, "--json", "--fixed", "sum=0.5")
     assert code == 0, err

@@ -148,8 +148,7 @@ class SourceParams:
     adapter: tuple[str, ...] = option((), "with base: name=PATH or name=HUB_ID of one more adapter")
     embedder: str | None = option(
         None,
-        "with base: of the samples, as in treadle fit, or a bundle's folder; none = the one that made the centroids "
-        "beside adapters, else tokens",
+        "with base: of the samples, as in treadle fit; none = tokens, the base's own token vectors",
     )
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ def load(  # noqa: PLR0913 either the first, or base and adapters with their opt
         base: instead of a bundle, the folder or hub id of a base model.
         adapters: with `base`, a folder whose sub-folders are adapters, or name -> folder or hub id. Those with
             `samples.txt` or `samples.jsonl` beside them are routed; the others act by name or fixed weights.
-        embedder: with `base`, the name of the embedder of samples; None = as `treadle.engine.preparing.prepare`.
+        embedder: with `base`, the name of the embedder of samples, as `treadle fit` takes it; None = `tokens`.
         strict: with `base`, raise where a bad adapter would be left out; the log says which and why.
         device: a torch device; None takes CUDA where there is one, else the CPU.
         dtype: `float32`, `bfloat16` or `float16`; None takes float32 on a CPU and the checkpoint's own elsewhere.

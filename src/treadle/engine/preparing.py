@@ -33,7 +33,7 @@ from treadle.bundle.centroid_files import (
 )
 from treadle.bundle.token_embedder import TOKENS, find_embedder
 from treadle.common.documents import is_file, read_object
-from treadle.common.errors import AdapterWarning, BundleError, OptionError, TreadleError, first_of, problem_list
+from treadle.common.errors import AdapterWarning, BundleError, OptionError, TreadleError, first_of, problem_list, shown
 from treadle.common.files import digest, home
 from treadle.common.options import named
 from treadle.common.params import RoutingParams, SourceParams
@@ -154,8 +154,7 @@ def prepare(
     Args:
         base: folder or hub id of the base model.
         places: name of each adapter -> its folder or hub id.
-        embedder: of sample texts, as `treadle fit` takes it; None = the one that made the centroids beside adapters,
-            else one of the base's own token vectors.
+        embedder: of sample texts, as `treadle fit` takes it; None = `tokens`, the base's own token vectors.
         strict: refuse where an adapter would be left out or is doubtful.
         folder: what the bundle is called by.
 
@@ -171,7 +170,7 @@ def prepare(
     if found.adapters:
         _leave_misfits_out(found, base, strict=strict)
         _doubt_bases(found, base, strict=strict)
-    name = embedder or _own_embedder(base, found)
+    name = embedder or TOKENS
     chosen, with_states = text_embedder(name, base), is_by_states(name)
     _check_centroids(found, chosen, with_states)
     _refuse(found, strict)
@@ -239,31 +238,26 @@ def text_embedder(name: str, base: str) -> Embedder:
     return find_embedder(own or TOKENS, base)
 
 
-def _own_embedder(base: str, found: _Found) -> str:
-    """Return the name of the embedder that made all centroids beside adapters, else of the base's token vectors."""
-    recorded = {recorded_embedder(found.adapters[name].source) for name in found.centroids}
-    name = recorded.pop() if len(recorded) == 1 else None
-    if name is None:
-        return TOKENS
-    try:
-        find_embedder(name, base)
-    except TreadleError as error:
-        logger.warning("the embedder %r of the centroids beside adapters cannot be used: %s", name, error)
-        return TOKENS
-    return name
-
-
 def _check_centroids(found: _Found, embedder: Embedder, with_states: bool) -> None:
     """Set aside centroids that do not go with the embedder."""
     for name, own in list(found.centroids.items()):
         if with_states:
             doubt = "the base model's states need sample texts of it, and training left only a centroid"
         elif (own.embedder_id, own.tails) != (embedder.id, embedder.tails):
-            doubt = f"its {CENTROID_FILE} was made by another embedder ({own.embedder_id}); name that by --embedder"
+            maker = shown(_maker(found.adapters[name].source) or own.embedder_id)
+            doubt = f"its {CENTROID_FILE} was made by the embedder {maker}, not by this one; name it by --embedder"
         else:
             continue
         del found.centroids[name]
         found.doubts[name] = doubt
+
+
+def _maker(folder: Path) -> str | None:
+    """Return the embedder that an adapter's folder names; it is not loaded, as anybody may have written it."""
+    try:
+        return recorded_embedder(folder)
+    except TreadleError:
+        return None
 
 
 def _refuse(found: _Found, strict: bool) -> None:
