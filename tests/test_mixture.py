@@ -1,6 +1,7 @@
 """A fixed mixture in one adapter: real PEFT, with it alone, answers as treadle does with all of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,10 @@ def test_what_cannot_be_mixed_is_named(adapter_folders: dict[str, Path], tmp_pat
     with pytest.raises(OptionError, match="rank must be at least 1"):
         mix(adapters, WEIGHTS, 0)
     dora = read_adapter(save_adapter(tmp_path / "dora", use_dora=True), "dora")
-    with pytest.raises(AdapterError, match="dora: a DoRA"):
-        mix([*adapters, dora], {"math": 1, "dora": 0.5})
+    pissa = replace(adapters[0], name="pissa", initial="pissa")
+    for more in (dora, pissa):
+        with pytest.raises(AdapterError, match=f"{more.name}: a DoRA, IA3, PiSSA"):
+            mix([*adapters, more], {"math": 1, more.name: 0.5})
     assert mix([*adapters, dora], {"math": 1}).pairs
     save_mixture(mix(adapters, WEIGHTS), tmp_path / "one", BASE)
     with pytest.raises(OptionError, match="holds an adapter already"):
@@ -173,6 +176,9 @@ def test_mlx_holds_the_update(adapter_folders: dict[str, Path], tmp_path: Path) 
         a, b = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
         assert (a.shape[1], b.shape[0]) == (7, 7)
         torch.testing.assert_close(parameters["scale"] * (a @ b).T, update, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(  # and our own reader of such folders agrees
+        blended({"one": tmp_path}, {"one": 1.0}), blended(adapter_folders, WEIGHTS), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_other_formats_refuse_what_they_have_no_place_for(

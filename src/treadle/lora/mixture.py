@@ -51,8 +51,9 @@ def mix(adapters: Sequence[Adapter], weights: Mapping[str, float], rank: int | N
     acting = [(adapter, weights[adapter.name]) for adapter in adapters if weights.get(adapter.name)]
     if not acting:
         raise OptionError("no adapter has a weight above 0; give fixed weights such as math=0.7,code=0.3.")
-    if more := [adapter.name for adapter, _ in acting if adapter.vectors]:
-        raise AdapterError(f"{', '.join(more)}: a DoRA, IA3 or trained biases; a plain LoRA holds factors alone.")
+    if more := [adapter.name for adapter, _ in acting if adapter.vectors or adapter.initial]:
+        kinds = "a DoRA, IA3, PiSSA, OLoRA or trained biases"
+        raise AdapterError(f"{', '.join(more)}: {kinds}, whose update is more than the factors; export plain LoRA.")
     if rank is not None and rank < 1:
         raise OptionError(f"rank must be at least 1, or none, not {rank}.")
     modules = dict.fromkeys(module for adapter, _ in acting for module in adapter.pairs)
