@@ -228,14 +228,13 @@ def test_modules_without_tensors_are_left_alone_as_by_peft(folder: Path) -> None
 # --- features that are refused by name ------------------------------------------------------------------------------
 
 WRITTEN_BY_PEFT: dict[str, tuple[dict[str, object], str]] = {
-    "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save: it replaces whole modules"),
     "saved tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: it replaces rows of the embedding"),
     "aLoRA": ({"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens: an activated LoRA acts only after"),
     "fast PiSSA": (
         {"init_lora_weights": "pissa_niter_2"},
         "init_lora_weights='pissa_niter_2': its initial factors were",
     ),
-    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "factors of an embedding, not of a linear layer"),
+    "saved norms": ({"modules_to_save": ["norm"]}, "layernorm.weight: a whole weight that is no matrix (modules_to_s"),
 }
 
 
@@ -388,7 +387,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "embedding": (
         lambda t: t | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 260)},
-        "base_model.model.model.embed_tokens.lora_embedding_A: factors of an embedding, not of a linear layer",
+        "model.embed_tokens: lora_B is missing",
     ),
     "empty": (lambda _: {}, "it holds no factors"),
 }

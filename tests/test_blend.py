@@ -728,9 +728,3 @@ def test_everything_that_does_not_fit_the_model_is_one_message_and_nothing_is_at
         "  - math: the model has no module model.layers.9.self_attn.q_proj",
     ]
     assert all(now is before for now, before in zip(model.modules(), modules, strict=True))
-
-
-def test_an_adapter_on_an_embedding_is_refused(model: PreTrainedModel, unequal: list[Adapter], attach: Attach) -> None:
-    pair = LoraPair(torch.ones(2, 260), torch.ones(32, 2), 1.0)
-    with pytest.raises(AdapterError, match=r"no linear layer model\.embed_tokens"):
-        attach(model, [replace(unequal[0], pairs={"model.embed_tokens": pair})])

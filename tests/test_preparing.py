@@ -213,14 +213,13 @@ def test_bad_adapters_are_left_out_with_their_reasons(
 def test_an_adapter_that_the_loaded_weights_refuse_is_left_out(
     base: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether saved weights are the base's own is seen only once these are loaded."""
-    file = save_adapter(folder / "trained-head", seed=1) / "adapter_model.safetensors"
-    head = torch.full_like(tiny_llama().lm_head.weight, 0.5)
-    save_file({**load_file(file), "base_model.model.lm_head.weight": head.detach()}, file)
-    write_samples(folder / "trained-head", ["the list of heat", "planet plus list"])
+    """Whether rows of a resized head are the base's own is seen only once these are loaded."""
+    file = save_adapter(folder / "resized-head", seed=1) / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.lm_head.weight": torch.full((261, 32), 0.5)}, file)
+    write_samples(folder / "resized-head", ["the list of heat", "planet plus list"])
     engine = load(base=base, adapters=folder)
     assert engine.adapter_names == ("code", "math", "science")
-    assert any("trained-head: LEFT OUT" in message and "lm_head.weight" in message for message in caplog.messages)
+    assert any("resized-head: LEFT OUT" in message and "lm_head.weight" in message for message in caplog.messages)
     engine.generate("add", sampling=SAMPLING)
     with pytest.raises(TreadleError, match=r"lm_head\.weight"):
         load(base=base, adapters=folder, strict=True)

@@ -7,6 +7,7 @@ which reads a folder into an `AdapterContent`.
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from uuid import uuid4
 
@@ -33,7 +34,7 @@ class Adapter:
         source: the folder it was read from.
         vectors: module path -> what it does beside the factors, as DoRA, IA3 and trained biases do.
         initial: how training began from a part of the base's weight (`treadle.lora.initial`); "" = it did not.
-        weights: module path -> whole weight (out, in) saved beside the factors; it must equal the base's.
+        weights: module path -> whole weight as the base stores it; the base's own is dropped, another one is blended.
         identity: a digest of factors and scales, whatever the name; unique for an adapter made in memory.
     """
 
@@ -92,7 +93,8 @@ def files_of(adapter: Path) -> tuple[Path, ...]:
 def _identity(content: AdapterContent) -> str:
     """Return a digest of all tensors and scales."""
     digest = hashlib.sha256(content.initial.encode())
-    for name, tensor in _tensors(content.pairs, content.vectors):
+    weights = sorted((f"{path} weight", weight) for path, weight in content.weights.items())
+    for name, tensor in chain(_tensors(content.pairs, content.vectors), weights):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)  # hashed without a copy
     return digest.hexdigest()

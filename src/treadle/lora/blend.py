@@ -123,7 +123,7 @@ class Blend:
 
     @property
     def has_vectors(self) -> bool:
-        """True if an adapter does more than add factors; only the model's own `forward` computes that."""
+        """True if adapters do more than add factors to linear layers; only the model's own `forward` computes that."""
         return self._has_vectors
 
     @property
@@ -271,7 +271,7 @@ class Blend:
         self._stacked = [(each, [self._layers[path].slot for path in paths]) for each, paths in stacks.stacked]
         self.adapters = stacked_views(stacks.adapters, self._layers)
         self._layouts = list(stacks.layouts)
-        self._has_vectors = any(adapter.vectors for adapter in stacks.adapters)
+        self._has_vectors = any(type(layer) is not BlendedLinear for layer in self._layers.values())
         # many adapters are activated by the first step
         self._copy_active(None if self._keeps_all_active(self._ranks) else frozenset())
         self._combinable.clear()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from treadle.common.errors import AdapterError, AdapterWarning, OptionError, OptionProblem, problem_list, unknown_name
 from treadle.common.params import COMBINES
@@ -15,6 +15,7 @@ from treadle.lora.initial import without_initial
 from treadle.lora.layer import BlendedLinear
 from treadle.lora.names import with_paths
 from treadle.lora.pair import LoraPair, range_problems
+from treadle.lora.saved_weights import resized, weight_problem, with_differences
 from treadle.lora.vectors import LayerVectors, resolve
 
 MISFIT = "the adapters do not fit the model:"
@@ -43,17 +44,19 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
         for adapter in adapters
     }
     fitting = [with_paths(adapter, lambda path: path if path in modules else None) for adapter in adapters]
-    problems = _misfits(linear_shapes(model), fitting, _norm_sizes(modules))
+    embeddings = {path: base for path, each in modules.items() if isinstance(base := _base(each), nn.Embedding)}
+    shapes = {path: (each.num_embeddings, each.embedding_dim) for path, each in embeddings.items()}
+    problems = _misfits(linear_shapes(model) | shapes, fitting, _norm_sizes(modules))
     problems += [
         f"{whole.name}: the model has no module {path}"
         for whole, part in zip(adapters, fitting, strict=True)
         for path in ([] if part.modules else whole.modules)
     ]
     problems += [
-        f"{adapter.name}: it replaces {path}.weight {problem}; only the base's own can be dropped"
+        f"{adapter.name}: it replaces {path}.weight {problem}"
         for adapter in fitting
         for path, weight in adapter.weights.items()
-        if (problem := weight_problem(modules[path], weight))
+        if (problem := weight_problem(modules[path], weight, is_alone=_is_alone(adapter, path)))
     ]
     if problems:
         raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
@@ -61,7 +64,10 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
         lines = _by_pattern([f"{name}: {path}" for name, paths in missing.items() for path in paths])
         head = "the model lacks some modules of adapters, which act without them:"
         warnings.warn(problem_list(head, lines), AdapterWarning, stacklevel=3)
-    return tuple(_resolve(model, adapter) for adapter in fitting)
+    if lines := [f"{each.name}: {path}.weight" for each in fitting for path in resized(modules, each)]:
+        head = "adapters come from another size of vocabulary; rows that both have are equal, and others do not act:"
+        warnings.warn(problem_list(head, _by_pattern(lines)), AdapterWarning, stacklevel=3)
+    return tuple(with_differences(modules, _resolve(model, adapter)) for adapter in fitting)
 
 
 def _resolve(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -70,8 +76,7 @@ def _resolve(model: nn.Module, adapter: Adapter) -> Adapter:
         return adapter
     pairs, vectors, problems = dict[str, LoraPair](), dict[str, LayerVectors](), list[str]()
     for path in adapter.modules:
-        layer, pair, found = model.get_submodule(path), adapter.pairs.get(path), adapter.vectors.get(path)
-        base = layer.base if isinstance(layer, BlendedLinear) else layer
+        base, pair, found = _base(model.get_submodule(path)), adapter.pairs.get(path), adapter.vectors.get(path)
         try:
             if pair is not None and adapter.initial:
                 pair = without_initial(base, pair, adapter.initial)
@@ -87,23 +92,6 @@ def _resolve(model: nn.Module, adapter: Adapter) -> Adapter:
     if problems:
         raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
     return replace(adapter, pairs=pairs, vectors=vectors, initial="")
-
-
-def weight_problem(module: nn.Module, weight: Tensor) -> str | None:
-    """Return how a saved weight (out, in) differs from the base's; None if it is equal.
-
-    They are compared in the coarser of both dtypes, because training and running may use different ones.
-    """
-    own = getattr(module, "weight", None)
-    if not isinstance(own, Tensor):
-        return "which this module does not have"
-    if own.shape != weight.shape:
-        return f"of shape {tuple(own.shape)} by one of {tuple(weight.shape)} (was the vocabulary resized?)"
-    if not own.is_floating_point() or own.element_size() < 2:
-        return "which is quantised, so that nothing tells whether it is the base's own"
-    dtypes = sorted({own.dtype, weight.dtype}, key=lambda dtype: (dtype.itemsize, dtype == torch.float16))
-    saved, held = (each.to(own.device, dtypes[0]) for each in (weight, own.detach()))
-    return None if torch.equal(saved, held) else "by another one (was it trained too?)"
 
 
 def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]) -> None:
@@ -212,10 +200,18 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def _is_alone(adapter: Adapter, path: str) -> bool:
+    """Return whether nothing else of a module was trained against its saved weight."""
+    return not adapter.initial and path not in adapter.vectors
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, BlendedLinear) else module
+
+
 def _norm_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return the size of each norm that has a bias, by path; adapters may change it."""
-    bases = {path: each.base if isinstance(each, BlendedLinear) else each for path, each in modules.items()}
-    norms = {path: each for path, each in bases.items() if isinstance(each, nn.LayerNorm)}
+    norms = {path: base for path, each in modules.items() if isinstance(base := _base(each), nn.LayerNorm)}
     return {path: len(bias) for path, each in norms.items() if (bias := getattr(each, "bias", None)) is not None}
 
 

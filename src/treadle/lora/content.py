@@ -19,7 +19,7 @@ class AdapterContent:
         pairs: the factors.
         vectors: what it does beside them.
         initial: how training began from a part of the base's weight (`treadle.lora.initial`); "" = it did not.
-        weights: whole weights (out, in) saved beside the factors; they must equal the base's.
+        weights: whole weights as the base stores them, saved beside the factors or trained in their place.
     """
 
     base_model: str
@@ -29,11 +29,15 @@ class AdapterContent:
     weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-def content_problems(pairs: Mapping[str, LoraPair], vectors: Mapping[str, LayerVectors]) -> list[str]:
+def content_problems(
+    pairs: Mapping[str, LoraPair], vectors: Mapping[str, LayerVectors], weights: Mapping[str, Tensor] | None = None
+) -> list[str]:
     """Return the problems of readable tensors: there are none, they overflow, or they change nothing."""
-    if not pairs and not vectors:
+    if not pairs and not vectors and not weights:
         return ["it holds no factors"]
     problems = range_problems(pairs, torch.float32)
+    if weights:
+        return problems  # the base's own, or trained ones: the base tells
     if not any(pair.b.any() for pair in pairs.values()) and not any(each.has_effect for each in vectors.values()):
         what = "all its B factors are zero" if pairs else "all its scales are 1"
         problems.append(f"{what}: it changes nothing (was it saved before training?)")

@@ -198,7 +198,11 @@ class BlendedLinear(nn.Module):
         if gates is None:
             return None
         # (B, T, R), or with the model's own shape of tokens
-        return self.apply_gates(gates, self.stacked_a.product(x, self.index))
+        return self.apply_gates(gates, self.product(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return A x (B, T, R) of x (B, T, in)."""
+        return self.stacked_a.product(x, self.index)
 
     def apply_gates(self, gates: Gates, h: Tensor) -> Tensor:
         """Return the gated `h` (B, T, R), or (..., R) where the model has its own shape of tokens."""

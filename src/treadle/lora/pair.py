@@ -34,6 +34,11 @@ class LoraPair:
         """Return factors of rank 0, which add nothing."""
         return cls(torch.zeros(0, size_in), torch.zeros(size_out, 0), 1.0)
 
+    def joined(self, other: "LoraPair") -> "LoraPair":
+        """Return factors that add what both add."""
+        b = torch.cat([self.b.float(), other.b.float() * (other.scale / self.scale)], 1)
+        return LoraPair(torch.cat([self.a.float(), other.a.float()]), b, self.scale)
+
     @property
     def rank(self) -> int:
         """The number of rows of `a`."""

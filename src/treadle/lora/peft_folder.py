@@ -26,7 +26,6 @@ CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.s
 
 PEFT_TYPES = ("LORA", "IA3")
 REFUSED_FEATURES = {
-    "modules_to_save": "it replaces whole modules of the base model, which cannot be blended",
     "trainable_token_indices": "it replaces rows of the embedding, which cannot be blended",
     "layer_replication": "it changes the number of layers of the base model",
     "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens",
@@ -49,8 +48,8 @@ PEFT reloads EVA and LoRA-GA as plain LoRA, and so they are read.
 HARMLESS_FIELDS = frozenset(
     "peft_type peft_version auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules "
     "target_parameters exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora use_dora lora_bias "
-    "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core "
-    "loftq_config eva_config corda_config lora_ga_config velora_config qalora_group_size runtime_config "
+    "modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config "
+    "megatron_core loftq_config eva_config corda_config lora_ga_config velora_config qalora_group_size runtime_config "
     "ensure_weight_tying feedforward_modules init_ia3_weights".split()
 )
 """Fields that are read here, or that matter only to training."""
@@ -72,7 +71,7 @@ def read_peft_folder(folder: Path, name: str) -> AdapterContent:
     found = sort_tensors(_read_tensors(folder, name))
     pairs = _pairs(found, config)
     vectors = _vectors(found, pairs, config)
-    tensor_problems = found.problems or content_problems(pairs, vectors)
+    tensor_problems = found.problems or content_problems(pairs, vectors, found.weights)
     if problems := [*_config_problems(config), *tensor_problems]:
         raise AdapterError(problem_list(f"adapter {name!r} ({folder}) cannot be blended:", problems))
     base = config.get("base_model_name_or_path") or ""

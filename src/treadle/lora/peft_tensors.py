@@ -10,6 +10,8 @@ from treadle.lora.content import number_problem
 PREFIX, ADAPTER = r"^(?:base_model\.model\.)?(?P<module>.+)", r"(?:\.(?!weight$|bias$)[^.]+)?"
 """The beginning of a name, and the adapter's name inside it, which older releases wrote."""
 TENSOR_NAME = re.compile(rf"{PREFIX}\.lora_(?P<side>[AB]){ADAPTER}\.weight$")
+EMBEDDING_NAME = re.compile(rf"{PREFIX}\.lora_embedding_(?P<side>[AB]){ADAPTER}$")
+"""Factors of an embedding: A (r, vocabulary) and B (size of a vector, r)."""
 VECTOR_NAMES = {
     "magnitude": re.compile(rf"{PREFIX}\.lora_magnitude_vector{ADAPTER}(?:\.weight)?$"),
     "update_bias": re.compile(rf"{PREFIX}\.lora_B{ADAPTER}\.bias$"),
@@ -43,7 +45,7 @@ def sort_tensors(tensors: dict[str, Tensor]) -> PeftTensors:
     """Sort the tensors of a file by their names and shapes."""
     found = PeftTensors()
     for key, tensor in tensors.items():
-        if factor := TENSOR_NAME.match(key):
+        if factor := TENSOR_NAME.match(key) or EMBEDDING_NAME.match(key):
             found.factors.setdefault(factor["module"], {})[factor["side"]] = tensor
         elif vector := _vector_name(key, tensor):
             name, module = vector
@@ -68,6 +70,6 @@ def _vector_name(key: str, tensor: Tensor) -> tuple[str, str] | None:
 
 
 def _foreign_tensor(key: str) -> str:
-    if "lora_embedding_" in key:
-        return f"{key}: factors of an embedding, not of a linear layer"
+    if ".lora_" not in key and BASE_WEIGHT.match(key):
+        return f"{key}: a whole weight that is no matrix (modules_to_save), which cannot be blended"
     return f"{key}: not a LoRA factor"

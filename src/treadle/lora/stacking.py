@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from treadle.lora.adapter import Adapter
 from treadle.lora.compatibility import is_routed, linear_shape
+from treadle.lora.embedding import BlendedEmbedding
 from treadle.lora.gates import Gates, StackLayout
 from treadle.lora.layer import BlendedLinear, LayerRole, StackedA, VectorLinear
 from treadle.lora.pair import LoraPair
@@ -95,12 +96,13 @@ def new_layers(
     head = outer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers: dict[str, BlendedLinear] = {}
     for path in sorted({module for adapter in adapters for module in adapter.modules}):
-        kind = VectorLinear if any(path in adapter.vectors for adapter in adapters) else BlendedLinear
         found = known.get(path)
+        base = model.get_submodule(path) if found is None else found.base
+        has_vectors = any(path in adapter.vectors for adapter in adapters)
+        kind = BlendedEmbedding if isinstance(base, nn.Embedding) else VectorLinear if has_vectors else BlendedLinear
         if found is not None and type(found) is kind:
             layers[path] = found
         else:
-            base = model.get_submodule(path) if found is None else found.base
             role = LayerRole(path, is_head=found.role.is_head if found else base is head, is_routed=is_routed(path))
             layers[path] = kind(base, _factor_dtype(base, model), gates, role)
     return layers

@@ -62,6 +62,8 @@ def resolve(layer: nn.Module, pair: LoraPair | None, vectors: LayerVectors) -> t
     Raises:
         AdapterError: a row of the adapted weight is zero, or a bias is replaced that the layer does not have.
     """
+    if isinstance(layer, nn.Embedding):
+        raise AdapterError("DoRA and other vectors of an embedding cannot be blended")
     bias = _bias_of(layer)
     if vectors.whole_bias is not None:
         if bias is None:
