@@ -68,9 +68,8 @@ def token_embedder(base: str) -> StaticEmbedder:
     Raises:
         ModelError: the base or its tokenizer cannot be loaded, or gives no usable vectors.
     """
-    files = [file for name in (CONFIG_FILE, TOKENIZER_FILE) if (file := _base_file(base, name))]
     table = _table_place(base)
-    folder = home() / "embedders" / digest([FORMAT, base, *map(_identity, [*files, *(table[:1] if table else ())])])
+    folder = home() / "embedders" / digest([FORMAT, *base_identity(base)])
     if not folder.exists():
         made = _make(base, table)
         with workplace(folder.parent) as place:
@@ -79,6 +78,13 @@ def token_embedder(base: str) -> StaticEmbedder:
                 if not folder.exists():  # another process may have been faster
                     put(place / "embedder", folder)
     return StaticEmbedder.load(folder)  # also where it was just made: rounding and all
+
+
+def base_identity(base: str) -> list[Any]:
+    """Return the name of a base, with place, size and time of the files that tell it from another."""
+    files = [file for name in (CONFIG_FILE, TOKENIZER_FILE) if (file := _base_file(base, name))]
+    table = _table_place(base)
+    return [base, *map(_identity, [*files, *(table[:1] if table else ())])]
 
 
 def _make(base: str, table: tuple[Path, str] | None) -> StaticEmbedder:

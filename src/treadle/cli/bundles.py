@@ -18,7 +18,7 @@ from treadle.common.params import RoutingParams, SourceParams, read_routing
 from treadle.experiments.params import TrainParams
 
 if TYPE_CHECKING:
-    from treadle.engine.preparing import Fitted
+    from treadle.engine.router_cache import Fitted
     from treadle.lora.adapter import Adapter
     from treadle.routing.calibration import FitReport
     from treadle.routing.centroids import Centroids
@@ -63,7 +63,8 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     from treadle.bundle.bundle import save_bundle
     from treadle.bundle.bundle_files import finish_replacing
     from treadle.common.writing import check_writable
-    from treadle.engine.preparing import fit_router, is_by_states, text_embedder
+    from treadle.engine.preparing import is_by_states, text_embedder
+    from treadle.engine.router_cache import fit_router
 
     started = time.perf_counter()
     check_writable(output / "bundle.json")  # now, not after the samples are embedded

@@ -11,7 +11,8 @@ from treadle.bundle.base_model import load_model, load_tokenizer
 from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import AdapterError, AdapterWarning, OptionError
 from treadle.engine.engine import Engine
-from treadle.engine.preparing import logger, prepare
+from treadle.engine.preparing import prepare
+from treadle.engine.router_cache import logger
 from treadle.engine.runners.runner import is_plain_decoder
 from treadle.engine.supported import check_supported, rereading_layers
 from treadle.lora.adapter import Adapter

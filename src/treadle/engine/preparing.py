@@ -1,75 +1,41 @@
 """Makes a bundle of a base and a folder of adapters, for every command alike.
 
-Adapters stay where they are and are read from there. What is computed of their samples lies in treadle's cache:
-
-    routers/<key>/centroids.safetensors    as in a bundle; states.safetensors, too, where the base's states decide
-    routers/<key>/fit.json                 what cross-validation found, and which samples they were
-
-The key is made of the content of samples and adapters and of the embedder, so that a change of any makes a new router.
-A bad adapter is left out with its reason. An adapter without samples is loaded; no text chooses it.
+Adapters stay where they are and are read from there. What is computed of their samples lies in treadle's cache
+(`treadle.engine.router_cache`). A bad adapter is left out with its reason. An adapter without samples is loaded; no
+text chooses it.
 """
 
-import hashlib
-import json
-import logging
-import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from treadle.bundle.adapter_places import adapter_place, adapters_below, samples_beside
 from treadle.bundle.base_model import load_outline
 from treadle.bundle.bundle import Bundle, name_problems, read_bundle
-from treadle.bundle.bundle_files import CENTROIDS_FILE, STATES_FILE
 from treadle.bundle.centroid_files import (
     CENTROID_FILE,
     read_centroid,
-    read_centroids,
-    read_states,
     recorded_embedder,
-    write_centroids,
-    write_states,
 )
 from treadle.bundle.token_embedder import TOKENS, find_embedder
-from treadle.common.documents import is_file, read_object
+from treadle.common.documents import is_file
 from treadle.common.errors import AdapterWarning, BundleError, OptionError, TreadleError, first_of, problem_list, shown
-from treadle.common.files import digest, home
 from treadle.common.options import named
 from treadle.common.params import RoutingParams, SourceParams
-from treadle.common.version import __version__
-from treadle.common.writing import locked, put, workplace
+from treadle.engine.router_cache import FoundAdapters, cached_router, logger
 from treadle.engine.sample_files import load_samples
-from treadle.engine.state_fitting import fit_base_states
 from treadle.lora import compatibility
-from treadle.lora.adapter import Adapter, read_adapter
+from treadle.lora.adapter import read_adapter
 from treadle.lora.names import is_foreign, warn_of_bases, with_model_names
-from treadle.routing.calibration import FitReport
-from treadle.routing.centroids import Centroids
 from treadle.routing.embedder import Embedder
-from treadle.routing.fitting import empty_router, fit_with_report
 from treadle.routing.router import Router
-from treadle.routing.samples import Sample
 
-logger = logging.getLogger("treadle.adapters")
-
-FIT_FILE = "fit.json"
-FORMAT = 1
-"""Part of the cache's key: a router that is fitted in another way needs another number."""
 MAX_LISTED = 5
 KEPT_SAMPLES = 3
 """Samples of each adapter that a bundle keeps for `treadle doctor`."""
 STATES = "base"
 """In the name of an embedder, base+NAME: the base model's own states decide finally."""
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A router, and what cross-validation found of its texts and, if there are any, of the base model's states."""
-
-    router: Router
-    report: FitReport
-    by_states: FitReport | None = None
 
 
 def open_bundle(bundle: str | Path | None, source: SourceParams, *, strict: bool = False) -> Bundle:
@@ -93,54 +59,6 @@ def open_bundle(bundle: str | Path | None, source: SourceParams, *, strict: bool
     return prepare(source.base, below | single, embedder=source.embedder, strict=strict, folder=folder)
 
 
-def fit_router(  # noqa: PLR0913 each is one of the things that a router is made of
-    base: str,
-    adapters: Sequence[Adapter],
-    samples: Mapping[str, Sequence[Sample]],
-    embedder: Embedder,
-    params: RoutingParams,
-    *,
-    fitted: Sequence[Centroids] = (),
-    with_states: bool = False,
-) -> Fitted:
-    """Fit a router of adapters: the one way in which `treadle fit` and all other commands do it.
-
-    Args:
-        base: folder or hub id of the base model.
-        adapters: all that have samples, and perhaps others.
-        samples: of each adapter that has some.
-        embedder: of the texts.
-        params: become the router's default.
-        fitted: centroids of further adapters, by the same embedder.
-        with_states: fit classes over the base model's states, too.
-    """
-    router, report = fit_with_report(samples, embedder, params, fitted=fitted)
-    if not with_states:
-        return Fitted(router, report)
-    by_name = {adapter.name: adapter for adapter in adapters}
-    states, by_states = fit_base_states(base, samples, [by_name[name] for name in router.names])
-    return Fitted(replace(router, states=states), report, by_states)
-
-
-@dataclass
-class _Found:
-    """Adapters on their way into a bundle, and what is wrong.
-
-    Attributes:
-        adapters: that can be blended.
-        samples: files of sample texts, by adapter.
-        centroids: that training left, by adapter.
-        left_out: why an adapter is missing.
-        doubts: what a strict caller refuses though the adapter can be used.
-    """
-
-    adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
-    samples: dict[str, tuple[Path, list[Sample]]] = field(default_factory=dict[str, tuple[Path, list[Sample]]])
-    centroids: dict[str, Centroids] = field(default_factory=dict[str, Centroids])
-    left_out: dict[str, str] = field(default_factory=dict[str, str])
-    doubts: dict[str, str] = field(default_factory=dict[str, str])
-
-
 def prepare(
     base: str,
     places: Mapping[str, str | Path],
@@ -161,7 +79,7 @@ def prepare(
     Raises:
         TreadleError: the base or the embedder cannot be used, or no adapter is left; with `strict`, any fault.
     """
-    found = _Found()
+    found = FoundAdapters()
     for name, place in places.items():
         try:
             _read_one(found, name, place, base)
@@ -174,7 +92,7 @@ def prepare(
     chosen, with_states = text_embedder(name, base), is_by_states(name)
     _check_centroids(found, chosen, with_states)
     _refuse(found, strict)
-    router = _router_of(base, found, chosen, with_states)
+    router = cached_router(base, found, chosen, with_states)
     unrouted = tuple(name for name in found.adapters if name not in router.names)
     router = replace(router, unrouted=unrouted)
     if router.lacks_samples and len(unrouted) == 1:  # there is nothing to choose
@@ -185,7 +103,7 @@ def prepare(
     return Bundle(folder or Path("adapters"), base, adapters, router, kept, found.left_out, is_strict=strict)
 
 
-def _read_one(found: _Found, name: str, place: str | Path, base: str) -> None:
+def _read_one(found: FoundAdapters, name: str, place: str | Path, base: str) -> None:
     """Read an adapter and what lies beside it; an error says why it is to be left out."""
     if problems := name_problems([name]):
         raise BundleError(f"{problems[0]}; rename its folder, or name it by --adapter name=PATH")
@@ -201,7 +119,7 @@ def _read_one(found: _Found, name: str, place: str | Path, base: str) -> None:
         found.doubts[name] = f"its samples cannot be used: {error}"
 
 
-def _leave_misfits_out(found: _Found, base: str, *, strict: bool) -> None:
+def _leave_misfits_out(found: FoundAdapters, base: str, *, strict: bool) -> None:
     """Leave out adapters whose factors fit no layer of the base; its weights are not loaded."""
     model = load_outline(base)
     for name, adapter in list(found.adapters.items()):
@@ -217,7 +135,7 @@ def _leave_misfits_out(found: _Found, base: str, *, strict: bool) -> None:
                 group.pop(name, None)
 
 
-def _doubt_bases(found: _Found, base: str, *, strict: bool) -> None:
+def _doubt_bases(found: FoundAdapters, base: str, *, strict: bool) -> None:
     """Warn of adapters that name another base in one line; for a strict caller each is a doubt."""
     foreign = [adapter for adapter in found.adapters.values() if is_foreign(adapter, base)]
     if not strict:
@@ -238,7 +156,7 @@ def text_embedder(name: str, base: str) -> Embedder:
     return find_embedder(own or TOKENS, base)
 
 
-def _check_centroids(found: _Found, embedder: Embedder, with_states: bool) -> None:
+def _check_centroids(found: FoundAdapters, embedder: Embedder, with_states: bool) -> None:
     """Set aside centroids that do not go with the embedder."""
     for name, own in list(found.centroids.items()):
         if with_states:
@@ -260,7 +178,7 @@ def _maker(folder: Path) -> str | None:
         return None
 
 
-def _refuse(found: _Found, strict: bool) -> None:
+def _refuse(found: FoundAdapters, strict: bool) -> None:
     """Raise a BundleError where no adapter is left, or where a strict caller takes no fault."""
     faults = [f"{name}: {reason}" for name, reason in found.left_out.items()]
     if strict:
@@ -271,73 +189,7 @@ def _refuse(found: _Found, strict: bool) -> None:
         raise BundleError(problem_list("no adapter can be used:", faults or ["none was given"]))
 
 
-def _router_of(base: str, found: _Found, embedder: Embedder, with_states: bool) -> Router:
-    """Return the router of the adapters with samples: from the cache, or fitted and put there."""
-    routed = [*found.samples, *found.centroids]
-    contents = [[name, found.adapters[name].identity, _content(found, name)] for name in routed]
-    key = digest([FORMAT, __version__, embedder.id, embedder.tails, base if with_states else "", contents])
-    entry = home() / "routers" / key
-    if not entry.exists():
-        _make_entry(entry, base, found, embedder, with_states)
-    elif routed:
-        logger.info("router: from the cache, %s", entry)
-    try:
-        told = read_object(entry / FIT_FILE, BundleError)
-        states = read_states(entry / STATES_FILE) if with_states and routed else None
-        router = Router(read_centroids(entry / CENTROIDS_FILE), embedder, states=states)
-    except TreadleError as error:
-        raise BundleError(f"the cached router in {entry} cannot be used: {error}; delete that folder.") from error
-    for line in told.get("lines", ()):
-        logger.info("%s", line)
-    return router
-
-
-def _content(found: _Found, name: str) -> str:
-    """Return a digest of the file that an adapter is routed by."""
-    file = found.samples[name][0] if name in found.samples else found.adapters[name].source / CENTROID_FILE
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _make_entry(entry: Path, base: str, found: _Found, embedder: Embedder, with_states: bool) -> None:
-    """Fit a router and put it into the cache; of processes that do so at once, the first one's stays."""
-    started = time.perf_counter()
-    samples = {name: texts for name, (_, texts) in found.samples.items()}
-    if samples or found.centroids:
-        logger.info("router: fitting it to the samples of %d adapters ...", len(samples) + len(found.centroids))
-        adapters = [*found.adapters.values()]
-        fitted = fit_router(base, adapters, samples, embedder, RoutingParams(), fitted=[*found.centroids.values()],
-                              with_states=with_states)  # fmt: skip
-        lines = list(_lines(fitted))
-    else:
-        fitted, lines = Fitted(empty_router(embedder), FitReport((), {})), []
-    with workplace(entry.parent) as place:
-        made = place / "router"
-        made.mkdir()
-        write_centroids(made / CENTROIDS_FILE, fitted.router.centroids)
-        if fitted.router.states is not None:
-            write_states(made / STATES_FILE, fitted.router.states)
-        files = {name: str(file) for name, (file, _) in found.samples.items()}
-        told = {"treadle": __version__, "base_model": base, "samples": files, "lines": lines}
-        (made / FIT_FILE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-        with locked(entry.parent):
-            if not entry.exists():
-                put(made, entry)
-    if lines:
-        logger.info("router: fitted in %.0f s, kept in %s", time.perf_counter() - started, entry)
-
-
-def _lines(fitted: Fitted) -> list[str]:
-    """Return the findings of cross-validation, a line each."""
-    told: list[str] = []
-    for what, report in (("", fitted.report), ("the base model's states: ", fitted.by_states)):
-        if report is not None and report.accuracy is not None:
-            told.append(f"router: {what}{report.accuracy:.1%} of the samples' prompts are nearest to their own adapter")
-        told += [f"router: {what}{warning}" for warning in report.warnings()] if report is not None else []
-    return told
-
-
-def _tell(found: _Found, router: Router) -> None:
+def _tell(found: FoundAdapters, router: Router) -> None:
     """Log a line for each adapter."""
     for name in found.adapters:
         if name in found.samples:
