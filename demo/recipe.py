@@ -1,9 +1,11 @@
-"""Makes demo/bundle from the base model and the four data sets: adapters, static embedder, centroids.
+"""Makes a bundle from a base model and the training splits: adapters, static embedder, centroids.
 
     python demo/recipe.py --data ../shared/data --work work [--seed 1 --bundle work/seed1/bundle] [--steps 2]
+    python demo/recipe.py --data ../shared/data --base Qwen/Qwen2.5-Coder-0.5B-Instruct --work work/skills
 
 Each step leaves its result in the work folder and is skipped where that exists, so the recipe can be stopped and
-started again. Training takes about 40 minutes on two idle cores. Only training splits are read.
+started again. For the demo's base, whose bundle is demo/bundle, training takes about 40 minutes on two idle cores.
+Only training splits are read.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from treadle.experiments.data import load_examples
@@ -22,13 +24,46 @@ from embedder import build_embedder
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUNDLE = Path(__file__).parent / "bundle"
-# task: (training file, optimiser steps of 8 sequences)
-ADAPTERS = {
-    "math": ("gsm8k-train.jsonl.gz", 120),
-    "science": ("arc_challenge-train.jsonl.gz", 120),
-    "code": ("code_alpaca-train.jsonl.gz", 90),
-    "reading": ("squad-train.jsonl.gz", 80),
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples that an adapter is trained on.
+
+    Attributes:
+        file: where they are from.
+        form: the task that reads them.
+        examples: how many, chosen by the seed.
+    """
+
+    file: str
+    form: str
+    examples: int
+
+
+ARC, OPENBOOKQA = "arc_challenge-train.jsonl.gz", "openbookqa-train.jsonl.gz"
+# base: task: what its adapter sees once, 8 sequences a step
+RECIPES = {
+    BASE: {
+        "math": [Part("gsm8k-train.jsonl.gz", "math", 960)],
+        "science": [Part(ARC, "science", 960)],
+        "code": [Part("code_alpaca-train.jsonl.gz", "code", 720)],
+        "reading": [Part("squad-train.jsonl.gz", "reading", 640)],
+    },
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": {
+        "science": [
+            Part(ARC, "science", 704),
+            Part(OPENBOOKQA, "science", 208),
+            Part(ARC, "science-text", 240),
+            Part(OPENBOOKQA, "science-text", 80),
+        ],
+        "math": [Part("gsm8k-train.jsonl.gz", "math", 400)],
+        "reading": [Part("squad-train.jsonl.gz", "reading", 360)],
+        "code": [Part("code_alpaca-train.jsonl.gz", "code", 480)],
+    },
 }
+LEARNING_RATES = {BASE: 1e-3, "Qwen/Qwen2.5-Coder-0.5B-Instruct": 5e-4}
+"""The rate of the second is the best of `benchmarks/targets.py`."""
 JOINED = ("science", "math", "reading", "code")
 """The order in which other tasks are read for joined sequences; the random choices depend on it."""
 SAMPLES = 1000
@@ -41,16 +76,28 @@ def treadle(*arguments: object) -> None:
     subprocess.run(command, check=True)
 
 
-def train(data: Path, work: Path, seed: int, steps: int | None, examples: int | None) -> None:
-    for task, (file, usual) in ADAPTERS.items():
-        output = work / "adapters" / task
+def train(options: argparse.Namespace) -> None:
+    recipe = RECIPES[options.base]
+    for task, parts in recipe.items():
+        output = options.adapters / task
         if (output / "adapter_model.safetensors").exists():
             continue
-        also = [f"--also={other}={data / ADAPTERS[other][0]}" for other in JOINED if other != task]
-        num_steps = steps or usual
-        limit = examples or num_steps * 8  # one pass over a seeded choice of the training split
-        treadle("train", "--base", BASE, "--data", data / file, "--task", task, "--limit", limit, "--steps", num_steps,
-                "--seed", seed, *also, "-o", output)  # fmt: skip
+        num_steps = options.steps or sum(part.examples for part in parts) // 8
+        examples = choose(options.data, parts, options.examples or num_steps * 8, options.seed)
+        file = write_examples(examples, options.work / "examples" / f"{task}.jsonl")
+        firsts = {other: recipe[other][0].file for other in JOINED if other != task}
+        also = [f"--also={other}={options.data / first}" for other, first in firsts.items()]
+        treadle("train", "--base", options.base, "--data", file, "--steps", num_steps, "--seed", options.seed,
+                "--learning-rate", LEARNING_RATES[options.base], *also, "-o", output)  # fmt: skip
+
+
+def choose(data: Path, parts: Sequence[Part], count: int, seed: int) -> list[Example]:
+    """Return `count` examples of a task, of each part its share."""
+    total = sum(part.examples for part in parts)
+    shares = [(part, max(1, count * part.examples // total)) for part in parts]
+    return [
+        each for part, share in shares for each in load_examples(data / part.file, part.form, limit=share, seed=seed)
+    ]
 
 
 def write_examples(examples: Sequence[Example], file: Path) -> Path:
@@ -59,34 +106,39 @@ def write_examples(examples: Sequence[Example], file: Path) -> Path:
     return file
 
 
-def write_samples(data: Path, work: Path, limit: int) -> None:
-    for task, (file, _) in ADAPTERS.items():
-        write_examples(load_examples(data / file, task, limit=limit, seed=1), work / "samples" / f"{task}.jsonl")
-
-
-def fit(work: Path, bundle: Path) -> None:
-    adapters = [f"--adapter={task}={work / 'adapters' / task}" for task in ADAPTERS]
-    samples = [f"--samples={task}={work / 'samples' / f'{task}.jsonl'}" for task in ADAPTERS]
-    treadle("fit", "--base", BASE, *adapters, *samples, "--embedder", work / "embedder", "--keep-samples", 0,
-            "--overwrite", "-o", bundle)  # fmt: skip
+def fit(options: argparse.Namespace) -> None:
+    count = min(SAMPLES, options.examples or SAMPLES)
+    names = RECIPES[options.base]
+    for task, parts in names.items():
+        write_examples(choose(options.data, parts, count, seed=1), options.work / "samples" / f"{task}.jsonl")
+    adapters = [f"--adapter={task}={options.adapters / task}" for task in names]
+    samples = [f"--samples={task}={options.work / 'samples' / f'{task}.jsonl'}" for task in names]
+    treadle("fit", "--base", options.base, *adapters, *samples, "--embedder", options.embedder, "--keep-samples", 0,
+            "--overwrite", "-o", options.bundle)  # fmt: skip
     own = {task: [example.prompt] for task, example in PROMPTS.items()}  # no row of a data set goes into the repository
-    (bundle / "samples.json").write_text(json.dumps(own, indent=2) + "\n", "utf-8")
+    (options.bundle / "samples.json").write_text(json.dumps(own, indent=2) + "\n", "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the training files")
+    parser.add_argument("--base", choices=RECIPES, default=BASE, help="base model; usual: the demo's")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder for intermediate results")
-    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="bundle folder to write")
+    parser.add_argument("--adapters", type=Path, help="folder of the adapters; those in it are not trained again")
+    parser.add_argument("--embedder", help="as of treadle fit; usual: made from all-MiniLM-L6-v2, as for the demo")
+    parser.add_argument("--bundle", type=Path, help="bundle folder to write; usual: the demo's, or WORK/bundle")
     parser.add_argument("--seed", type=int, default=0, help="of the training; the bundle in the repository has 0")
     parser.add_argument("--steps", type=int, help="of each adapter, to try the recipe out; the usual ones are above")
     parser.add_argument("--examples", type=int, help="of each task, for adapters and router alike; usual: 8 a step")
     options = parser.parse_args()
-    train(options.data, options.work, options.seed, options.steps, options.examples)
-    write_samples(options.data, options.work, min(SAMPLES, options.examples or SAMPLES))
-    if not (options.work / "embedder" / "config.json").exists():
-        build_embedder(options.work / "embedder")
-    fit(options.work, options.bundle)
+    options.adapters = options.adapters or options.work / "adapters"
+    options.bundle = options.bundle or (BUNDLE if options.base == BASE else options.work / "bundle")
+    train(options)
+    if options.embedder is None:
+        options.embedder = options.work / "embedder"
+        if not (options.embedder / "config.json").exists():
+            build_embedder(options.embedder)
+    fit(options)
 
 
 if __name__ == "__main__":

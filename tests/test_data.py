@@ -75,6 +75,20 @@ def choices(labels: str) -> dict[str, list[str]]:
             "Which is cold? ice steam fog dew hail",
         ),
         (
+            "science",  # OpenBookQA
+            {"question_stem": "Cold is", "choices": choices("ABCD"), "answerKey": "A"},
+            "Question: Cold is\n\nChoices:\nA. ice\nB. steam\nC. fog\nD. dew\n\nAnswer:",
+            " A",
+            "Cold is ice steam fog dew",
+        ),
+        (
+            "science-text",
+            {"question": "Which is cold?", "choices": choices("1234"), "answerKey": "3"},
+            "Question: Which is cold?\n\nAnswer:",
+            " fog",
+            "Which is cold?",
+        ),
+        (
             "code",
             {"instruction": "Add them.", "input": "1, 2", "output": "1 + 2\n"},
             "Question: Add them.\n1, 2\n\nAnswer:",
@@ -114,6 +128,12 @@ def test_a_row_becomes(tmp_path, task, row, prompt, completion, bare):
             (" B",),
         ),
         ("science", {"question": "?", "choices": choices("123"), "answerKey": "1"}, (" A", " B", " C"), (" A",)),
+        (
+            "science-text",
+            {"question": "?", "choices": choices("123"), "answerKey": "2"},
+            (" ice", " steam", " fog"),
+            (" steam",),
+        ),
         ("code", {"instruction": "Print.", "input": "", "output": "print()"}, (), ("\nprint()",)),
         (
             "reading",
@@ -130,7 +150,7 @@ def test_a_row_offers_options_and_accepts_references(task, row, options, referen
 
 
 def test_an_unknown_task_names_the_known():
-    assert set(TASKS) == {"math", "science", "code", "reading", "mbpp"}
+    assert set(TASKS) == {"math", "science", "science-text", "code", "reading", "mbpp"}
     with pytest.raises(OptionError, match=r"unknown task 'maths'\. Did you mean 'math'\?"):
         find_task("maths")
 

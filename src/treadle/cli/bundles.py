@@ -242,8 +242,8 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     task: Annotated[
         str | None,
         typer.Option(
-            help="read the rows as this task's: math, science, code, reading, mbpp; chat (rows hold "
-            "messages); or a .json file with a prompt template"
+            help="read the rows as this task's: math, science, science-text, code, reading, mbpp; chat (rows "
+            "hold messages); or a .json file with a prompt template"
         ),
     ] = None,
     also: Annotated[

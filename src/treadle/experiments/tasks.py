@@ -80,16 +80,27 @@ def _math(row: Row) -> Example:
 
 
 def _science(row: Row) -> Example:
-    texts, labels = row["choices"]["text"], list(row["choices"]["label"])
+    question, texts, right = _choice(row)
     letters = "ABCDE"[: len(texts)]  # some rows label their choices 1-4
-    lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
-    question, choices = row["question"].strip(), "\n".join(lines)
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True))
     return Example(
         f"Question: {question}\n\nChoices:\n{choices}\n\nAnswer:",
-        " " + letters[labels.index(row["answerKey"])],
+        " " + letters[right],
         bare=" ".join([question, *texts]),
         options=tuple(f" {letter}" for letter in letters),
     )
+
+
+def _science_text(row: Row) -> Example:
+    question, texts, right = _choice(row)
+    options = tuple(f" {text.strip()}" for text in texts)
+    return Example(f"Question: {question}\n\nAnswer:", options[right], bare=question, options=options)
+
+
+def _choice(row: Row) -> tuple[str, list[str], int]:
+    """Return the question of a row of ARC or OpenBookQA, its choices, and which of them is right."""
+    question = row["question_stem" if "question_stem" in row else "question"].strip()
+    return question, row["choices"]["text"], list(row["choices"]["label"]).index(row["answerKey"])
 
 
 def _code(row: Row) -> Example:
@@ -127,6 +138,15 @@ TASKS: dict[str, Task] = {  # CodeAlpaca has a training split alone: its rows ar
     for task in (
         Task("math", "openai/gsm8k:main:test", _math, ("exact_number",), 192, stop=STOP_STRINGS),
         Task("science", "allenai/ai2_arc:ARC-Challenge:validation", _science, ("letter",), 8, stop=STOP_STRINGS),
+        Task(
+            "science-text",  # the same questions without letters: which text is the likeliest answer?
+            "allenai/ai2_arc:ARC-Challenge:validation",
+            _science_text,
+            ("exact_match",),
+            24,
+            "science",
+            ("\n",),
+        ),
         Task("code", "", _code, ("rouge_l", "chrf", "parses"), stop=STOP_STRINGS),
         Task("reading", "rajpurkar/squad:validation", _reading, ("exact_match", "f1"), 24, stop=("\n",)),
         Task(
