@@ -16,19 +16,28 @@ from treadle.experiments.results import NUM_RESAMPLES, Fraction, difference, fra
 from treadle.experiments.sets import STREAM_TASKS
 from treadle.experiments.tasks import PAPER_TASKS
 
-PRIMARY_METRICS = {"math": "exact_number", "science": "letter", "code": "rouge_l", "reading": "f1", "mbpp": "pass_at_1"}
-"""The metric that stands for a task where texts were generated."""
+PRIMARY_METRICS = {
+    "math": "exact_number",
+    "science": "option",
+    "science-text": "option",
+    "code": "rouge_l",
+    "reading": "f1",
+    "mbpp": "pass_at_1",
+}
+"""The metric that stands for a task; `option` is the share of rows whose right option is the likeliest."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--metric", default="nll", help="nll, or primary: each task's own (exact_number, letter ...)")
+    parser.add_argument("--metric", default="nll", help="nll, or primary: each task's own (exact_number, option ...)")
     parser.add_argument("--routed", default="routed", help="the arm that the claims are about")
     options = parser.parse_args()
     cells = read_cells(options.folders)
     table = ArmTable(cells, options.metric)
     table.print()
+    print()
+    print_seconds(options.folders)
     for task in [task for task in table.tasks if task in STREAM_TASKS]:
         print()
         print_by_domain(table, task)
@@ -86,6 +95,17 @@ class ArmTable:
             cells = [format_cell(bootstrap(row)) if row else "" for row in rows]
             average = self.average(arm)
             print(f"| {arm} | " + " | ".join([*cells, "" if average is None else format_cell(average)]) + " |")
+
+
+def print_seconds(folders: Sequence[Path]) -> None:
+    """Print how long each cell took, in seconds, likelihoods and texts together."""
+    seconds = {(each.arm, each.task): each.seconds for folder in folders for each in read_results(folder)}
+    tasks = list(dict.fromkeys(task for _, task in seconds))
+    print("| seconds of the cell | " + " | ".join(tasks) + " |")
+    print("|---" * (len(tasks) + 1) + "|")
+    for arm in dict.fromkeys(arm for arm, _ in seconds):
+        row = [f"{seconds[arm, task]:.0f}" if (arm, task) in seconds else "" for task in tasks]
+        print(f"| {arm} | " + " | ".join(row) + " |")
 
 
 def print_by_domain(table: ArmTable, task: str) -> None:

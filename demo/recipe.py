@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from treadle.experiments.data import load_examples
+from treadle.experiments.params import TrainParams
 from treadle.experiments.tasks import Example
 
 from demo import PROMPTS
@@ -42,7 +43,7 @@ class Part:
 
 
 ARC, OPENBOOKQA = "arc_challenge-train.jsonl.gz", "openbookqa-train.jsonl.gz"
-# base: task: what its adapter sees once, 8 sequences a step
+# base: task: what its adapter sees once
 RECIPES = {
     BASE: {
         "math": [Part("gsm8k-train.jsonl.gz", "math", 960)],
@@ -52,18 +53,18 @@ RECIPES = {
     },
     "Qwen/Qwen2.5-Coder-0.5B-Instruct": {
         "science": [
-            Part(ARC, "science", 704),
-            Part(OPENBOOKQA, "science", 208),
-            Part(ARC, "science-text", 240),
-            Part(OPENBOOKQA, "science-text", 80),
+            Part(ARC, "science", 144),
+            Part(OPENBOOKQA, "science", 48),
+            Part(ARC, "science-text", 36),
+            Part(OPENBOOKQA, "science-text", 12),
         ],
-        "math": [Part("gsm8k-train.jsonl.gz", "math", 400)],
-        "reading": [Part("squad-train.jsonl.gz", "reading", 360)],
-        "code": [Part("code_alpaca-train.jsonl.gz", "code", 480)],
+        "math": [Part("gsm8k-train.jsonl.gz", "math", 128)],
+        "reading": [Part("squad-train.jsonl.gz", "reading", 112)],
+        "code": [Part("code_alpaca-train.jsonl.gz", "code", 160)],
     },
 }
-LEARNING_RATES = {BASE: 1e-3, "Qwen/Qwen2.5-Coder-0.5B-Instruct": 5e-4}
-"""The rate of the second is the best of `benchmarks/targets.py`."""
+TRAINING = {BASE: TrainParams(), "Qwen/Qwen2.5-Coder-0.5B-Instruct": TrainParams(learning_rate=5e-4, max_tokens=256)}
+"""By base; a step of the second takes 5 GB."""
 JOINED = ("science", "math", "reading", "code")
 """The order in which other tasks are read for joined sequences; the random choices depend on it."""
 SAMPLES = 1000
@@ -77,18 +78,18 @@ def treadle(*arguments: object) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    recipe = RECIPES[options.base]
+    recipe, params = RECIPES[options.base], TRAINING[options.base]
     for task, parts in recipe.items():
         output = options.adapters / task
         if (output / "adapter_model.safetensors").exists():
             continue
-        num_steps = options.steps or sum(part.examples for part in parts) // 8
-        examples = choose(options.data, parts, options.examples or num_steps * 8, options.seed)
+        num_steps = options.steps or sum(part.examples for part in parts) // params.batch_size
+        examples = choose(options.data, parts, options.examples or num_steps * params.batch_size, options.seed)
         file = write_examples(examples, options.work / "examples" / f"{task}.jsonl")
         firsts = {other: recipe[other][0].file for other in JOINED if other != task}
         also = [f"--also={other}={options.data / first}" for other, first in firsts.items()]
-        treadle("train", "--base", options.base, "--data", file, "--steps", num_steps, "--seed", options.seed,
-                "--learning-rate", LEARNING_RATES[options.base], *also, "-o", output)  # fmt: skip
+        flags = ("--steps", num_steps, "--max-tokens", params.max_tokens, "--learning-rate", params.learning_rate)
+        treadle("train", "--base", options.base, "--data", file, "--seed", options.seed, *flags, *also, "-o", output)
 
 
 def choose(data: Path, parts: Sequence[Part], count: int, seed: int) -> list[Example]:
@@ -129,7 +130,9 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="bundle folder to write; usual: the demo's, or WORK/bundle")
     parser.add_argument("--seed", type=int, default=0, help="of the training; the bundle in the repository has 0")
     parser.add_argument("--steps", type=int, help="of each adapter, to try the recipe out; the usual ones are above")
-    parser.add_argument("--examples", type=int, help="of each task, for adapters and router alike; usual: 8 a step")
+    parser.add_argument(
+        "--examples", type=int, help="of each task, for adapters and router alike; usual: as many as its steps need"
+    )
     options = parser.parse_args()
     options.adapters = options.adapters or options.work / "adapters"
     options.bundle = options.bundle or (BUNDLE if options.base == BASE else options.work / "bundle")

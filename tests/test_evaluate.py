@@ -103,6 +103,26 @@ def test_shots_stand_before_every_prompt_and_are_not_asked(specs: list[str]) -> 
     assert [each.prompt for each in shown.examples] == [before + each.prompt for each in asked]
 
 
+def test_a_chat_asks_by_the_template_what_the_prompt_asks(engine: Engine, specs: list[str], tmp_path: Path) -> None:
+    params = replace(QUICK, chat=True)
+    sets, plain = load_sets(specs, params), load_sets(specs, QUICK)
+    evaluate(engine, sets, arms(engine, "base", "routed"), tmp_path / "out", params)
+    for each, other in zip(sets, plain, strict=True):
+        contents = [example.prompt.removesuffix("\n\nAnswer:") for example in other.examples]
+        chats = [[{"role": "user", "content": content}] for content in contents]
+        completions = [example.completion.lstrip() for example in other.examples]
+        for arm, routing in (("base", RoutingParams.base()), ("routed", None)):
+            scores = engine.score(chats, completions, routing=routing)
+            rows = read_cell(tmp_path / "out", arm, each.name)
+            assert [row["values"]["nll"][0] for row in rows] == pytest.approx([-float(each.sum()) for each in scores])
+            max_tokens = SamplingParams(max_tokens=5, stop=each.task.stop if each.task else ())
+            done = engine.generate(chats, sampling=max_tokens, routing=routing)
+            assert [row["text"] for row in rows] == [each.text for each in done]
+    assert sets[1].examples[0].options == ("A", "B", "C")
+    with pytest.raises(DataError, match="a running text has no chat template"):
+        load_sets([*specs, "stream"], params)
+
+
 # Streams
 
 

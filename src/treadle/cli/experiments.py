@@ -40,7 +40,8 @@ def eval_command(  # noqa: PLR0913 a command's parameters are its flags
     *,
     tasks: Annotated[
         list[str], typer.Option(help="math, science, science-text, code, reading, mbpp: TASK=FILE, or alone for the "
-                                     "hub's rows; a task's .json file; stream and conversation join the others; repeatable")
+                                     "hub's rows; a task's .json file; stream and conversation join the "
+                                     "others; repeatable")
     ],
     output: Output,
     arms: Annotated[

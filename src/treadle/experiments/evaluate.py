@@ -21,7 +21,7 @@ from treadle.common.errors import OptionError, collect, problem_list
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.common.writing import write_text
 from treadle.engine.scoring import Pair, check_context
-from treadle.engine.tokenization import completion_ids, prompt_ids
+from treadle.engine.tokenization import Prompt, completion_ids, prompt_ids
 from treadle.experiments.arms import Arm, read_routers
 from treadle.experiments.metrics import METRICS, check_libraries
 from treadle.experiments.params import EvalParams
@@ -58,6 +58,8 @@ class Cell:
     generation_seconds: float = 0.0
 
 
+Asked = tuple[Prompt, Example]
+"""An example and its prompt, which is a chat where that was wanted."""
 Progress = Callable[[str, int, bool], None]
 """Takes the name of a finished cell, its number of examples, and whether an earlier run measured it."""
 
@@ -110,7 +112,7 @@ def _check_sets(engine: "Engine", sets: Sequence[EvalSet], params: EvalParams) -
     """Refuse texts that the model cannot read and metrics whose library is missing, before hours of other cells."""
     problems: list[str] = []
     for each in sets:
-        pairs = [pair for example in each.examples for pair in _scored(engine, example)]
+        pairs = [pair for example in each.examples for pair in _scored(engine, example, params)]
         collect(found := [], [lambda pairs=pairs: check_context(engine, pairs)])
         problems += [f"task {each.name}: {problem}" for problem in found]
         if params.generate and each.task is not None:
@@ -119,9 +121,9 @@ def _check_sets(engine: "Engine", sets: Sequence[EvalSet], params: EvalParams) -
         raise OptionError("\n".join(dict.fromkeys(problems)))
 
 
-def _scored(engine: "Engine", example: Example) -> list[Pair]:
+def _scored(engine: "Engine", example: Example, params: EvalParams) -> list[Pair]:
     """Return (prompt ids, completion ids) for each completion of an example that is scored."""
-    prompt = prompt_ids(engine.tokenizer, example.prompt)
+    prompt = prompt_ids(engine.tokenizer, _prompt(example, params))
     return [(prompt, completion_ids(engine.tokenizer, choice)) for choice in example.options or (example.completion,)]
 
 
@@ -149,29 +151,32 @@ def measure(engine: "Engine", arm: Arm, each: EvalSet, params: EvalParams) -> Ce
     if each.task is None:
         return _measure_streams(engine, arm, each)
     cell, routing = Cell(), arm.params_for(each.adapter)
-    examples = each.examples
-    prompts = [example.prompt for example in examples]
-    if all(example.options for example in examples):
-        _measure_options(engine, examples, routing, cell)
+    asked = [(_prompt(example, params), example) for example in each.examples]
+    if all(example.options for _, example in asked):
+        _measure_options(engine, asked, routing, cell)
     else:
-        scores = engine.score(prompts, [example.completion for example in examples], routing=routing)
-        cell.values["nll"] = [_nll(row) for row in scores]
+        prompts, completions = [prompt for prompt, _ in asked], [example.completion for _, example in asked]
+        cell.values["nll"] = [_nll(row) for row in engine.score(prompts, completions, routing=routing)]
     if params.generate and each.task.metrics:
-        _measure_texts(engine, each.task, examples, routing, params, cell)
+        _measure_texts(engine, each.task, asked, routing, params, cell)
     return cell
+
+
+def _prompt(example: Example, params: EvalParams) -> Prompt:
+    return [{"role": "user", "content": example.prompt}] if params.chat else example.prompt
 
 
 def _nll(logprobs: Floats) -> Fraction:
     return -float(logprobs.sum()), float(len(logprobs))
 
 
-def _measure_options(engine: "Engine", examples: Sequence[Example], routing: RoutingParams, cell: Cell) -> None:
+def _measure_options(engine: "Engine", asked: Sequence[Asked], routing: RoutingParams, cell: Cell) -> None:
     """Score every option of every example: the reference's gives the NLL, the likeliest (a token) the choice."""
-    pairs = [(example, choice) for example in examples for choice in example.options]
-    scores = engine.score([example.prompt for example, _ in pairs], [choice for _, choice in pairs], routing=routing)
+    pairs = [(prompt, choice) for prompt, example in asked for choice in example.options]
+    scores = engine.score([prompt for prompt, _ in pairs], [choice for _, choice in pairs], routing=routing)
     rows = iter(scores)
     cell.values |= {"nll": [], "option": []}
-    for example in examples:
+    for _, example in asked:
         found = dict(zip(example.options, rows, strict=False))
         cell.values["nll"].append(_nll(found[example.completion]))
         best = max(found, key=lambda choice: float(found[choice].mean()))
@@ -179,16 +184,16 @@ def _measure_options(engine: "Engine", examples: Sequence[Example], routing: Rou
 
 
 def _measure_texts(
-    engine: "Engine", task: Task, examples: Sequence[Example], routing: RoutingParams, params: EvalParams, cell: Cell
+    engine: "Engine", task: Task, asked: Sequence[Asked], routing: RoutingParams, params: EvalParams, cell: Cell
 ) -> None:
     """Generate an answer to every example, greedily, and judge it."""
     sampling = SamplingParams(max_tokens=params.max_tokens or task.max_tokens, stop=task.stop)
     started = time.perf_counter()
-    done = engine.generate([example.prompt for example in examples], sampling=sampling, routing=routing)
+    done = engine.generate([prompt for prompt, _ in asked], sampling=sampling, routing=routing)
     cell.generation_seconds = time.perf_counter() - started
     cell.tokens = sum(len(each.token_ids) for each in done)
     for name in task.metrics:
-        points = [METRICS[name](each.text, example) for each, example in zip(done, examples, strict=True)]
+        points = [METRICS[name](each.text, example) for each, (_, example) in zip(done, asked, strict=True)]
         cell.values[name] = [(point or 0.0, float(point is not None)) for point in points]
     cell.texts = [
         {"text": each.text, "finish_reason": each.finish_reason, "weights": _rounded(each.weights)} for each in done

@@ -15,6 +15,7 @@ class EvalParams:
     limit: int = option(300, "examples per task, chosen by the seed", at_least=1)
     seed: int = option(0, "seed of the examples, shots, streams and bootstrap samples", at_least=0)
     shots: int = option(0, "solved examples of the same task before each prompt", at_least=0)
+    chat: bool = option(False, "ask each prompt as a user's message, by the base's chat template")
     generate: bool = option(True, "generate texts and judge them; otherwise only likelihoods are measured")
     max_tokens: int | None = option(None, "tokens to generate at most; none = the task's own number", at_least=1)
 

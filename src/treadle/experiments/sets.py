@@ -23,7 +23,7 @@ from treadle.engine.scoring import Pair, score_ids, score_under
 from treadle.engine.tokenization import completion_ids, prompt_ids
 from treadle.experiments.data import load_examples
 from treadle.experiments.params import EvalParams
-from treadle.experiments.tasks import SEPARATOR, Example, Task, find_task
+from treadle.experiments.tasks import ANSWER_CUE, SEPARATOR, Example, Task, find_task
 from treadle.routing.centroids import Floats
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def load_sets(specs: Sequence[str], params: EvalParams, only: Sequence[str] = ()
     pools: dict[str, tuple[Example, ...]] = {}
     for each in sets.values():
         pools[each.adapter] = pools.get(each.adapter, ()) + each.plain
+    if mixed and params.chat:
+        problems.append(f"{', '.join(mixed)}: a running text has no chat template; leave chat out")
     if mixed and len(pools) < 2 and not problems:
         problems.append(f"{', '.join(mixed)}: name the tasks whose examples are joined, two at least")
     if problems:
@@ -135,7 +137,19 @@ def _load_set(spec: str, params: EvalParams) -> EvalSet:
         raise DataError(f"{source}: {len(rows)} examples are not more than the {params.shots} shots")
     before = "".join(f"{shot.prompt}{shot.completion}{SEPARATOR}" for shot in shots)
     shown = [replace(each, prompt=before + each.prompt) for each in examples]
+    if params.chat:
+        shown = [_message(each) for each in shown]
     return EvalSet(task.name, source, task, tuple(shown), plain=tuple(examples))
+
+
+def _message(example: Example) -> Example:
+    """Return an example as somebody asks it in a chat: without the cue at the prompt's end and the answer's blank."""
+    return replace(
+        example,
+        prompt=example.prompt.removesuffix(ANSWER_CUE),
+        completion=example.completion.lstrip(),
+        options=tuple(option.lstrip() for option in example.options),
+    )
 
 
 def join_streams(

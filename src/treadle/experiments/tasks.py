@@ -164,6 +164,8 @@ WIDE_FORMAT_PATTERN = re.compile(r"\d{4}")
 """A width or precision of a format that is surely a mistake."""
 MAX_TASK_BYTES = 1 << 20
 """Bytes of a task's file."""
+ANSWER_CUE = "\n\nAnswer:"
+"""The end of every built-in prompt."""
 SEPARATOR = "\n\n"
 """Separates the examples of a joined text: training sequences, mixed streams, shots before a prompt."""
 PAPER_TASKS = ("math", "science", "code", "reading")
