@@ -143,7 +143,7 @@ def _load_set(spec: str, params: EvalParams) -> EvalSet:
 
 
 def _message(example: Example) -> Example:
-    """Return an example as somebody asks it in a chat: without the cue at the prompt's end and the answer's blank."""
+    """Return an example as somebody asks it in a chat, without the prompt's cue and the answer's blank."""
     return replace(
         example,
         prompt=example.prompt.removesuffix(ANSWER_CUE),
