@@ -1,7 +1,7 @@
 """Measures the second base, its four adapters and the router: every cell of docs/results.md by one resumable command.
 
     python benchmarks/skills.py --data ../shared/data                       # goes on where it was stopped
-    python benchmarks/skills.py --data ../shared/data --only arc --arms base --rows 100 --seed 7    # one cell, minutes
+    python benchmarks/skills.py --data ../shared/data --only arc --tasks science --arms base --rows 100 --seed 0   # one cell
     python benchmarks/skills.py --show                                      # the tables of what is there
 
 It fetches the base, makes the bundles from the adapters of benchmarks/skills (training those that are missing), and
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the data files; not needed to show")
     parser.add_argument("--work", type=Path, default=Path("work/skills"), help="folder of bundles and texts")
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="studies; usual: all")
+    parser.add_argument("--tasks", nargs="+", help="of the studies; usual: all")
     parser.add_argument("--arms", nargs="+", help="usual: those of each study")
     parser.add_argument("--rows", type=int, help="of each task; usual: those of each study")
     parser.add_argument("--seed", type=int, nargs="+", default=SEEDS, help="of the rows; usual: 0 and 1")
@@ -87,33 +88,46 @@ def main() -> None:
 def measure_all(options: argparse.Namespace) -> None:
     """Measure whatever is missing, seed after seed and study after study."""
     print(f"base: {fetch(options.work / 'parts')}", flush=True)
-    bundles = {name: options.work / name for name in ("bundle", "states")}
-    embedder = ROOT / "demo" / "bundle" / "embedder"
-    for name, text in (("bundle", embedder), ("states", f"base+{embedder}")):
-        if not (bundles[name] / "bundle.json").exists():
-            run(ROOT / "demo" / "recipe.py", "--data", options.data, "--base", BASE, "--work", options.work,
-                "--adapters", ADAPTERS, "--embedder", text, "--bundle", bundles[name])  # fmt: skip
-    arms = options.work / "states.toml"
-    arms.write_text(f"[arms.states]\nbundle = {json.dumps(str(bundles['states']))}\n", "utf-8")
     for seed in options.seed:
         for name in options.only:
-            study = STUDIES[name]
-            for group in [options.arms] if options.arms else [study.arms] if study.arms else [CORE, MORE]:
-                wanted = [str(arms) if arm == "states" else arm for arm in group]
-                measure(options, bundles["bundle"], name, seed, wanted)
+            arms = STUDIES[name].arms
+            for group in [options.arms] if options.arms else [arms] if arms else [CORE, MORE]:
+                measure(options, name, seed, group)
 
 
-def measure(options: argparse.Namespace, bundle: Path, name: str, seed: int, arms: Sequence[str]) -> None:
+def make_bundle(options: argparse.Namespace, name: str, before: str = "") -> Path:
+    """Return the bundle of the adapters, made where it is not there; `before` stands before the embedder's name."""
+    bundle = options.work / name
+    if not (bundle / "bundle.json").exists():
+        embedder = before + str(ROOT / "demo" / "bundle" / "embedder")
+        run(ROOT / "demo" / "recipe.py", "--data", options.data, "--base", BASE, "--work", options.work,
+            "--adapters", ADAPTERS, "--embedder", embedder, "--bundle", bundle)  # fmt: skip
+    return bundle
+
+
+def arm_of(options: argparse.Namespace, name: str) -> str:
+    """Return an arm as `treadle eval` takes it; `states` is a file that names a bundle with the base's states."""
+    if name != "states":
+        return name
+    file = options.work / "states.toml"
+    bundle = make_bundle(options, "states", "base+")
+    file.write_text(f"[arms.states]\nbundle = {json.dumps(str(bundle))}\n", "utf-8")
+    return str(file)
+
+
+def measure(options: argparse.Namespace, name: str, seed: int, arms: Sequence[str]) -> None:
     """Measure arms on the tasks of a study, and keep the numbers."""
     study, folder = STUDIES[name], folder_of(options, name, seed)
     output = options.work / "results" / folder.name
     if folder.exists() and not output.exists():
         shutil.copytree(folder, output)
-    mixed = [task for task in study.tasks if task not in FILES]
-    named = ["science", "math", "reading", "code"] if mixed else study.tasks
+    wanted = [task for task in study.tasks if task in (options.tasks or study.tasks)]
+    mixed = [task for task in wanted if task not in FILES]
+    named = ["science", "math", "reading", "code"] if mixed else wanted
     tasks = [f"--tasks={task}={options.data / FILES[task]}" for task in named]
     tasks += [flag for task in mixed for flag in ("--tasks", task, "--only", task)]
-    run("-m", "treadle", "eval", bundle, *tasks, "--arms", ",".join(arms), "--limit", options.rows or study.rows,
+    bundle, named_arms = make_bundle(options, "bundle"), ",".join(arm_of(options, arm) for arm in arms)
+    run("-m", "treadle", "eval", bundle, *tasks, "--arms", named_arms, "--limit", options.rows or study.rows,
         "--seed", seed, *study.flags, "--dtype", "bfloat16", "-o", output)  # fmt: skip
     keep_numbers(output, folder)
 
