@@ -1,10 +1,10 @@
 """Measures the second base, its four adapters and the router: every cell of docs/results.md by one resumable command.
 
-    python benchmarks/skills.py --data ../shared/data                       # goes on where it was stopped
-    python benchmarks/skills.py --data ../shared/data --only arc --tasks science --arms base --rows 100 --seed 0   # one cell
-    python benchmarks/skills.py --show                                      # the tables of what is there
+    python benchmarks/skills.py --data ../shared/data      # goes on where it was stopped
+    python benchmarks/skills.py --data ../shared/data --only arc --tasks science --arms base --rows 100 --seed 0
+    python benchmarks/skills.py --show                     # the tables of what is there
 
-It fetches the base, makes the bundles from the adapters of benchmarks/skills (training those that are missing), and
+The second line measures one cell in minutes; --show takes the same --only, --rows and --seed. It fetches the base, makes the bundles from the adapters of benchmarks/skills (training those that are missing), and
 measures study after study, the most telling arms first. Finished cells are in benchmarks/skills/results, without
 the texts: numbers alone may be committed.
 """
@@ -122,6 +122,8 @@ def measure(options: argparse.Namespace, name: str, seed: int, arms: Sequence[st
     if folder.exists() and not output.exists():
         shutil.copytree(folder, output)
     wanted = [task for task in study.tasks if task in (options.tasks or study.tasks)]
+    if not wanted:
+        return
     mixed = [task for task in wanted if task not in FILES]
     named = ["science", "math", "reading", "code"] if mixed else wanted
     tasks = [f"--tasks={task}={options.data / FILES[task]}" for task in named]
