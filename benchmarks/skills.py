@@ -4,9 +4,10 @@
     python benchmarks/skills.py --data ../shared/data --only arc --tasks science --arms base --rows 100 --seed 0
     python benchmarks/skills.py --show                     # the tables of what is there
 
-The second line measures one cell in minutes; --show takes the same --only, --rows and --seed. It fetches the base, makes the bundles from the adapters of benchmarks/skills (training those that are missing), and
-measures study after study, the most telling arms first. Finished cells are in benchmarks/skills/results, without
-the texts: numbers alone may be committed.
+The second line measures one cell in minutes; --show takes the same --only, --rows and --seed. It fetches the base,
+makes the bundles from the adapters of benchmarks/skills (training those that are missing), and measures study after
+study, the most telling arms first. Finished cells are in benchmarks/skills/results, without the texts: numbers alone
+may be committed.
 """
 
 import argparse
