@@ -53,10 +53,10 @@ RECIPES = {
     },
     "Qwen/Qwen2.5-Coder-0.5B-Instruct": {
         "science": [
-            Part(ARC, "science", 144),
-            Part(OPENBOOKQA, "science", 48),
-            Part(ARC, "science-text", 36),
-            Part(OPENBOOKQA, "science-text", 12),
+            Part(ARC, "science", 420),
+            Part(OPENBOOKQA, "science", 160),
+            Part(ARC, "science-text", 45),
+            Part(OPENBOOKQA, "science-text", 15),
         ],
         "math": [Part("gsm8k-train.jsonl.gz", "math", 128)],
         "reading": [Part("squad-train.jsonl.gz", "reading", 112)],
