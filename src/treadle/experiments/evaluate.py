@@ -21,7 +21,7 @@ from treadle.common.errors import OptionError, collect, problem_list
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.common.writing import write_text
 from treadle.engine.scoring import Pair, check_context
-from treadle.engine.tokenization import Prompt, completion_ids, prompt_ids
+from treadle.engine.tokenization import completion_ids, prompt_ids
 from treadle.experiments.arms import Arm, read_routers
 from treadle.experiments.metrics import METRICS, check_libraries
 from treadle.experiments.params import EvalParams
@@ -42,7 +42,7 @@ from treadle.routing.centroids import Floats
 from treadle.routing.router import Router
 
 if TYPE_CHECKING:
-    from treadle.engine.engine import Engine
+    from treadle.engine.engine import Engine, Prompts
 
 SHARED_VERSIONS = ("base", "embedder", "fingerprint", "dtype", "device")
 """Versions that all results of a folder share."""
@@ -58,8 +58,6 @@ class Cell:
     generation_seconds: float = 0.0
 
 
-Asked = tuple[Prompt, Example]
-"""An example and its prompt, which is a chat where that was wanted."""
 Progress = Callable[[str, int, bool], None]
 """Takes the name of a finished cell, its number of examples, and whether an earlier run measured it."""
 
@@ -123,7 +121,7 @@ def _check_sets(engine: "Engine", sets: Sequence[EvalSet], params: EvalParams) -
 
 def _scored(engine: "Engine", example: Example, params: EvalParams) -> list[Pair]:
     """Return (prompt ids, completion ids) for each completion of an example that is scored."""
-    prompt = prompt_ids(engine.tokenizer, _prompt(example, params))
+    prompt = prompt_ids(engine.tokenizer, _prompts([example], params)[0])
     return [(prompt, completion_ids(engine.tokenizer, choice)) for choice in example.options or (example.completion,)]
 
 
@@ -151,32 +149,38 @@ def measure(engine: "Engine", arm: Arm, each: EvalSet, params: EvalParams) -> Ce
     if each.task is None:
         return _measure_streams(engine, arm, each)
     cell, routing = Cell(), arm.params_for(each.adapter)
-    asked = [(_prompt(example, params), example) for example in each.examples]
-    if all(example.options for _, example in asked):
-        _measure_options(engine, asked, routing, cell)
+    examples = each.examples
+    if all(example.options for example in examples):
+        _measure_options(engine, examples, routing, params, cell)
     else:
-        prompts, completions = [prompt for prompt, _ in asked], [example.completion for _, example in asked]
-        cell.values["nll"] = [_nll(row) for row in engine.score(prompts, completions, routing=routing)]
+        completions = [example.completion for example in examples]
+        scores = engine.score(_prompts(examples, params), completions, routing=routing)
+        cell.values["nll"] = [_nll(row) for row in scores]
     if params.generate and each.task.metrics:
-        _measure_texts(engine, each.task, asked, routing, params, cell)
+        _measure_texts(engine, each.task, examples, routing, params, cell)
     return cell
 
 
-def _prompt(example: Example, params: EvalParams) -> Prompt:
-    return [{"role": "user", "content": example.prompt}] if params.chat else example.prompt
+def _prompts(examples: Sequence[Example], params: EvalParams) -> "Prompts":
+    """Return the prompts of examples: texts, or chats of one message each."""
+    texts = [example.prompt for example in examples]
+    return [[{"role": "user", "content": text}] for text in texts] if params.chat else texts
 
 
 def _nll(logprobs: Floats) -> Fraction:
     return -float(logprobs.sum()), float(len(logprobs))
 
 
-def _measure_options(engine: "Engine", asked: Sequence[Asked], routing: RoutingParams, cell: Cell) -> None:
+def _measure_options(
+    engine: "Engine", examples: Sequence[Example], routing: RoutingParams, params: EvalParams, cell: Cell
+) -> None:
     """Score every option of every example: the reference's gives the NLL, the likeliest (a token) the choice."""
-    pairs = [(prompt, choice) for prompt, example in asked for choice in example.options]
-    scores = engine.score([prompt for prompt, _ in pairs], [choice for _, choice in pairs], routing=routing)
+    pairs = [(example, choice) for example in examples for choice in example.options]
+    prompts = _prompts([example for example, _ in pairs], params)
+    scores = engine.score(prompts, [choice for _, choice in pairs], routing=routing)
     rows = iter(scores)
     cell.values |= {"nll": [], "option": []}
-    for _, example in asked:
+    for example in examples:
         found = dict(zip(example.options, rows, strict=False))
         cell.values["nll"].append(_nll(found[example.completion]))
         best = max(found, key=lambda choice: float(found[choice].mean()))
@@ -184,16 +188,16 @@ def _measure_options(engine: "Engine", asked: Sequence[Asked], routing: RoutingP
 
 
 def _measure_texts(
-    engine: "Engine", task: Task, asked: Sequence[Asked], routing: RoutingParams, params: EvalParams, cell: Cell
+    engine: "Engine", task: Task, examples: Sequence[Example], routing: RoutingParams, params: EvalParams, cell: Cell
 ) -> None:
     """Generate an answer to every example, greedily, and judge it."""
     sampling = SamplingParams(max_tokens=params.max_tokens or task.max_tokens, stop=task.stop)
     started = time.perf_counter()
-    done = engine.generate([prompt for prompt, _ in asked], sampling=sampling, routing=routing)
+    done = engine.generate(_prompts(examples, params), sampling=sampling, routing=routing)
     cell.generation_seconds = time.perf_counter() - started
     cell.tokens = sum(len(each.token_ids) for each in done)
     for name in task.metrics:
-        points = [METRICS[name](each.text, example) for each, (_, example) in zip(done, asked, strict=True)]
+        points = [METRICS[name](each.text, example) for each, example in zip(done, examples, strict=True)]
         cell.values[name] = [(point or 0.0, float(point is not None)) for point in points]
     cell.texts = [
         {"text": each.text, "finish_reason": each.finish_reason, "weights": _rounded(each.weights)} for each in done
