@@ -237,7 +237,7 @@ def test_samples_that_cannot_be_read_cost_the_routing_only(
 
 
 def test_a_centroid_that_training_left_is_taken_with_its_embedder(
-    base: str, folder: Path, embedder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, folder: Path, embedder: Any, tmp_path: Path
 ) -> None:
     embedder.save(tmp_path)
     words = str(tmp_path / "embedder")
@@ -250,8 +250,7 @@ def test_a_centroid_that_training_left_is_taken_with_its_embedder(
     assert bundle.router.centroids.names == ("code", "math", "science")
     mine = centroid_of("math", SAMPLES["math"], embedder)
     np.testing.assert_array_equal(bundle.router.centroids.means[1], mine.means[0])
-    monkeypatch.setattr("treadle.bundle.token_embedder.load_embedder", pytest.fail)  # whoever wrote the name
-    assert prepare(base, places(folder)).router.lacks_samples
+    assert prepare(base, places(folder)).router.lacks_samples  # it is there, but anybody may have written its name
     with pytest.raises(BundleError, match=rf"made by the embedder '{words[:20]}.*, not by this one"):
         prepare(base, places(folder), strict=True)
     (folder / "math" / "treadle.json").write_text("{")
