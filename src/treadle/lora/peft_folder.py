@@ -99,7 +99,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise AdapterError(f"adapter {name!r}: {error}") from error
     if (kind := config.get("peft_type", "LORA")) not in PEFT_TYPES:
         allowed = " and ".join(PEFT_TYPES)
-        raise AdapterError(f"adapter {name!r}: its peft_type is {str(kind)[:SHOWN]}; {allowed} can be blended.")
+        what = f"adapter {name!r}: its peft_type is {str(kind)[:SHOWN]}; {allowed} can be blended."
+        raise AdapterError(f"{what} PEFT's save_as_lora turns many other kinds into a LoRA, with some error.")
     if malformed := list(_malformed_fields(config)):
         raise AdapterError(problem_list(f"adapter {name!r}: {file} is malformed:", malformed))
     return config
