@@ -71,7 +71,7 @@ def _differences(modules: Mapping[str, nn.Module], adapter: Adapter) -> Iterator
         module, own = _base(modules[path]), _own(modules[path])
         if own.shape != weight.shape or is_own(own, weight):
             continue
-        change = weight.to(own.device).float() - own.float()
+        change = weight.float() - own.float().cpu()  # where adapters are read to
         if isinstance(module, nn.Embedding):
             made = LoraPair(change.t(), torch.eye(own.shape[1]), 1.0)  # (H, V), (H, H)
         else:

@@ -87,19 +87,19 @@ def resolve(layer: nn.Module, pair: LoraPair | None, vectors: LayerVectors) -> t
 
 @torch.no_grad()
 def weight_of(layer: nn.Module) -> Tensor:
-    """Return W (out, in) of a linear layer in float32; a quantised layer is asked for its columns."""
+    """Return W (out, in) of a linear layer, float32 on the CPU; a quantised layer is asked for it."""
     layer_: Any = layer
     weight = layer_.weight
     if type(layer) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
-        return weight.detach().float()
+        return weight.detach().float().cpu()
     size = layer_.nx if hasattr(layer, "nx") else layer_.in_features
     parameter = next(each for each in (*layer.parameters(), *layer.buffers()))
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    columns = layer(torch.eye(size, device=parameter.device, dtype=dtype)).float()  # (in, out)
+    columns = layer(torch.eye(size, device=parameter.device, dtype=dtype)).float().cpu()  # (in, out)
     bias = _bias_of(layer)
     return (columns if bias is None else columns - bias).t()
 
 
 def _bias_of(layer: nn.Module) -> Tensor | None:
     bias = getattr(layer, "bias", None)
-    return bias.detach().float() if isinstance(bias, Tensor) else None
+    return bias.detach().float().cpu() if isinstance(bias, Tensor) else None
