@@ -16,7 +16,7 @@ from treadle.lora.blend import attach
 from treadle.lora.mixture import Mixture, mix, save_mixture
 from treadle.lora.other_formats import save_gguf, save_mlx
 
-from conftest import BASE, Run, save_adapter, tiny_llama
+from conftest import BASE, Run, byte_tokenizer, save_adapter, tiny_llama
 
 IDS = torch.tensor([[5, 9, 77, 200, 31, 8]])
 WEIGHTS = {"math": 0.7, "science": 0.0, "code": 1.3}
@@ -91,7 +91,8 @@ def test_what_cannot_be_mixed_is_named(adapter_folders: dict[str, Path], tmp_pat
         mix(adapters, WEIGHTS, 0)
     dora = read_adapter(save_adapter(tmp_path / "dora", use_dora=True), "dora")
     pissa = replace(adapters[0], name="pissa", initial="pissa")
-    for more in (dora, pissa):
+    head = replace(adapters[0], name="head", weights={"lm_head": tiny_llama().lm_head.weight})
+    for more in (dora, pissa, head):
         with pytest.raises(AdapterError, match=f"{more.name}: a DoRA, IA3, PiSSA"):
             mix([*adapters, more], {"math": 1, more.name: 0.5})
     assert mix([*adapters, dora], {"math": 1}).pairs
@@ -122,6 +123,18 @@ def test_the_command_writes_it(run: Run, bundle: Path, peft_model: Any, tmp_path
     code, _, err = run("export", bundle, "--fixed", "maths=1", "-o", tmp_path / "four")
     assert (code, "Did you mean 'math'" in err) == (1, True)
     assert not (tmp_path / "four").exists()
+
+
+def test_factors_of_an_embedding_are_refused(run: Run, tmp_path: Path) -> None:
+    """PEFT keeps these under other names, and would leave out what it does not know."""
+    tiny_llama().save_pretrained(tmp_path / BASE)
+    byte_tokenizer().save_pretrained(tmp_path / BASE)
+    words = save_adapter(tmp_path / "words", target_modules=["embed_tokens", "q_proj"])
+    given = ["--base", tmp_path / BASE, "--adapter", f"words={words}", "--fixed", "words=1", "-o", tmp_path / "out"]
+    code, _, err = run("export", *given)
+    assert code == 1
+    assert "these modules of the base are none:\n  - model.embed_tokens" in err
+    assert not (tmp_path / "out").exists()
 
 
 # Other formats

@@ -41,8 +41,10 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
     source: dict[str, Any],
 ) -> None:
     """Write a fixed mixture as one ordinary PEFT adapter, for PEFT, vLLM and others; the error is printed."""
-    from treadle.bundle.base_model import quiet_libraries
-    from treadle.lora.mixture import mix
+    from treadle.bundle.base_model import load_outline, quiet_libraries
+    from treadle.lora.compatibility import linear_shapes
+    from treadle.lora.mixture import check_linear, mix
+    from treadle.lora.names import with_model_names
 
     quiet_libraries()
     if form not in FORMATS:
@@ -53,8 +55,10 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
     params = collect(problems, [partial(read_routing, given, found.router.params)])
     raise_all(problems)
     weights = _weights(params[0])
-    mixture = mix(found.adapters, weights, rank)
-    _save(form, mixture, output, found.base_model, overwrite=overwrite)
+    outline = load_outline(found.base_model)
+    mixture = mix([with_model_names(outline, adapter) for adapter in found.adapters], weights, rank)
+    check_linear(mixture, linear_shapes(outline))
+    _save(form, mixture, output, (found.base_model, outline.config), overwrite=overwrite)
     ranks = sorted({pair.rank for pair in mixture.pairs.values()})
     if as_json:
         told = {"adapter": str(output), "weights": dict(weights), "modules": len(mixture.pairs), "ranks": ranks}
@@ -69,17 +73,18 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
               f"({mixture.worst[0]})")  # fmt: skip
 
 
-def _save(form: str, mixture: "Mixture", folder: Path, base: str, *, overwrite: bool) -> None:
-    """Write a mixture in one of the FORMATS."""
-    from treadle.bundle.base_model import load_outline
+def _save(form: str, mixture: "Mixture", folder: Path, base: tuple[str, Any], *, overwrite: bool) -> None:
+    """Write a mixture in one of the FORMATS, for a base of this name and configuration."""
     from treadle.lora.mixture import save_mixture
     from treadle.lora.other_formats import save_gguf, save_mlx
 
+    name, config = base
     if form == "peft":
-        save_mixture(mixture, folder, base, overwrite=overwrite)
-        return
-    save = save_gguf if form == "gguf" else save_mlx
-    save(mixture, folder, load_outline(base).config, overwrite=overwrite)
+        save_mixture(mixture, folder, name, overwrite=overwrite)
+    elif form == "gguf":
+        save_gguf(mixture, folder, config, overwrite=overwrite)
+    else:
+        save_mlx(mixture, folder, config, overwrite=overwrite)
 
 
 def _weights(params: RoutingParams) -> dict[str, float]:

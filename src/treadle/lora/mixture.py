@@ -4,14 +4,14 @@ Factors of several adapters side by side, the scales and weights in B, are the s
 smaller rank it is the nearest sum: the largest singular values of each module's update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from treadle.common.errors import AdapterError, OptionError, unknown_name
+from treadle.common.errors import AdapterError, OptionError, problem_list, unknown_name
 from treadle.common.writing import check_writable, put_all, workplace
 from treadle.lora.adapter import Adapter
 from treadle.lora.pair import LoraPair
@@ -51,8 +51,9 @@ def mix(adapters: Sequence[Adapter], weights: Mapping[str, float], rank: int | N
     acting = [(adapter, weights[adapter.name]) for adapter in adapters if weights.get(adapter.name)]
     if not acting:
         raise OptionError("no adapter has a weight above 0; give fixed weights such as math=0.7,code=0.3.")
-    if more := [adapter.name for adapter, _ in acting if adapter.vectors or adapter.initial]:
-        kinds = "a DoRA, IA3, PiSSA, OLoRA or trained biases"
+    more = [adapter.name for adapter, _ in acting if adapter.vectors or adapter.initial or adapter.weights]
+    if more:
+        kinds = "a DoRA, IA3, PiSSA, OLoRA, trained biases or whole weights"
         raise AdapterError(f"{', '.join(more)}: {kinds}, whose update is more than the factors; export plain LoRA.")
     if rank is not None and rank < 1:
         raise OptionError(f"rank must be at least 1, or none, not {rank}.")
@@ -62,6 +63,12 @@ def mix(adapters: Sequence[Adapter], weights: Mapping[str, float], rank: int | N
         for module in modules
     }
     return Mixture(exact) if rank is None else _cut(exact, rank)
+
+
+def check_linear(mixture: Mixture, linear: Collection[str]) -> None:
+    """Raise an AdapterError that lists the modules whose paths are none of the base's `linear` layers."""
+    if others := [module for module in mixture.pairs if module not in linear]:
+        raise AdapterError(problem_list("export writes linear layers; these modules of the base are none:", others))
 
 
 def _side_by_side(weighted: Sequence[tuple[LoraPair, float]]) -> LoraPair:
