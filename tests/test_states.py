@@ -14,7 +14,8 @@ from treadle.common.errors import ModelError, OptionError
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.batch import Batch
 from treadle.engine.engine import Engine
-from treadle.engine.prefix_cache import PrefixCache
+from treadle.engine.kv_cache import RowCache
+from treadle.engine.prefix_cache import PrefixCache, PrefixText
 from treadle.engine.runners.passes import PassInput, PassOutput
 from treadle.engine.runners.runner import Runner
 from treadle.engine.scoring import score_ids
@@ -142,14 +143,22 @@ def test_reading_in_chunks_is_reading_at_once(engine: Engine, routing: RoutingPa
 
 @pytest.mark.parametrize("columns", [None, 9])
 def test_a_beginning_that_is_known_changes_nothing(engine: Engine, columns: int | None) -> None:
-    prefixes, reused, again = PrefixCache(1 << 28), 0, 0
+    class Counted(PrefixCache):
+        found = 0
+
+        def fill(self, cache: RowCache, text: PrefixText, num_unread: int = 1) -> int:
+            self.found = super().fill(cache, text, num_unread)
+            return self.found
+
+    prefixes, reused, again = Counted(1 << 28), 0, 0
     for prompt in [*PROMPTS, "sum add three " * 6, "def loop return " * 6]:
         alone = run_row(engine, prompt)
         for _ in range(2):
             row = run_row(engine, prompt, columns=columns, prefixes=prefixes)
             assert_same(row, alone)
+            assert row.reused == (0 if row.is_reread else prefixes.found)  # what is read again is not reused
             reused += row.reused
-            again += row.reused > 0 and row.is_reread
+            again += prefixes.found > 0 and row.is_reread
     assert reused
     assert again
 

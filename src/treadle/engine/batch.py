@@ -50,7 +50,11 @@ class Batch:
     @torch.inference_mode()
     def join(self, rows: Sequence[TokenSequence]) -> Events:
         """Read the prompts of new rows and give each its first token."""
-        return self.read(self.begin(rows))
+        reading = self.begin(rows)
+        events = self.read(reading)
+        while not reading.is_finished:  # some prompts are read again
+            events += self.read(reading)
+        return events
 
     @torch.inference_mode()
     def begin(self, rows: Sequence[TokenSequence]) -> Reading:
@@ -71,7 +75,8 @@ class Batch:
     def read(self, reading: Reading, num_columns: int | None = None) -> Events:
         """Read on, at most `num_columns` of each row; with the last the rows join and get their first tokens.
 
-        A reading that is finished cannot go on.
+        Rows whose states move their weights far do not join yet: the reading begins anew with them. A reading that is
+        finished cannot go on.
         """
         assert not reading.is_finished
         if not self._runner.reads_in_parts or (self._runner.is_recurrent and any(reading.pads)):
@@ -164,7 +169,12 @@ class Batch:
             self._keep([row for row in self.rows if row not in again])
             for row in again:
                 row.generator = new_generator(row.sampling, self._runner.device)  # nothing has been drawn
-            found |= self._read_whole(again)
+                row.prompt_scores.clear()
+                row.reused = 0
+                del found[row]
+            reading.start(again, self._runner.new_cache())
+            if self._prefixes and len(reading.rows) == 1:
+                reading.copy = PrefixCopy(reading.length, self._prefixes.max_bytes)
         return found
 
     def _settle(self, reading: Reading, found: Draws) -> Draws:
@@ -190,7 +200,10 @@ class Batch:
             if not row.events:
                 row.prompt_scores.clear()
         reading = Reading(rows, self._runner.new_cache(), is_again=is_again)
-        return self._finish(reading, reading.length)
+        found = self._finish(reading, reading.length)
+        while not reading.is_finished:  # some prompts are read again
+            found |= self._finish(reading, reading.length)
+        return found
 
     def _read_newest(self) -> Draws:
         """Read the newest token of every row; where that fails, find out whose fault it is."""

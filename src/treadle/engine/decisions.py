@@ -173,10 +173,11 @@ def is_to_reread(row: TokenSequence) -> bool:
     """
     if row.events or row.is_reread or not row.has_states:
         return False
-    weights = row.router.weigh_states(row.state_views(), row.routing)[0]
-    row.is_reread = bool((abs(weights - row.weights) > REREAD_BOUND).any())
+    seen = row.state_views()
+    weights = row.router.weigh_states(seen, row.routing)
+    row.is_reread = bool((abs(weights[0] - row.weights) > REREAD_BOUND).any())
     if row.is_reread:
-        row.weights = weights
+        _settle([(row, seen)], weights, row.router.compare_states)
     return row.is_reread
 
 

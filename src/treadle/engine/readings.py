@@ -35,6 +35,15 @@ class Reading:
             lost: rows that came with the others and cannot be weighed.
         """
         self.is_again = is_again
+        self.start(rows, cache, lost)
+
+    def start(
+        self,
+        rows: Sequence[TokenSequence],
+        cache: RowCache,
+        lost: Mapping[TokenSequence, SequenceError] | None = None,
+    ) -> None:
+        """Start at the first column with these rows and no others; arguments as above."""
         self.rows: list[TokenSequence] = []  # those that are read
         self.lost = dict(lost or {})  # those that cannot be, as the end of the reading will tell
         self.weights: list[Floats] = []  # of each row (T, N), or (1, N) for all T alike

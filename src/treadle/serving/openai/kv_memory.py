@@ -128,7 +128,9 @@ class KvMemory:
         """Return whether rows fit into a batch beside the future needs of all batches."""
         others = sum(self._held(each, each.rows) for each in batches if each is not batch)
         wanted = self._held(batch, [*batch.rows, *group])
-        reading = self._bytes(len(group), max(len(row.ids) for row in group)) if batch.rows else 0
+        # rows are read beside those that run; so are rows whose states ask for it, beside those they came with
+        is_beside = bool(batch.rows) or (len(group) > 1 and any(row.trail for row in group))
+        reading = self._bytes(len(group), max(len(row.ids) for row in group)) if is_beside else 0
         return others + wanted + reading <= self.usable
 
     def allow(self, batches: Sequence[Batch], reading: tuple[Batch, Reading] | None) -> None:

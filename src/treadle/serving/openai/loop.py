@@ -128,7 +128,7 @@ class Loop:
         self._batches = [batch for batch in self._batches if batch.rows]
         self._waiting = deque(row for row in self._waiting if row not in rows)
         if self._reading is not None and not any(id(row) in self._owners for row in self._reading[1].members):
-            self._end_reading()
+            self._end_reading(self._reading[0], self._reading[1].members, None)
         # with others, they leave and let go of their adapters when all have been read
         still_read = self._reading[1].members if self._reading is not None else []
         self._release([row for row in rows if row not in still_read])
@@ -214,38 +214,38 @@ class Loop:
         return self._engine.new_batch(prefixes=self._prefixes)
 
     def _read_on(self, batch: Batch, reading: Reading) -> Events:
-        """Read one chunk of prompts; after the last chunk their rows run."""
-        num_rows = len(reading.rows)
+        """Read one chunk of prompts; after the last chunk their rows run, but for those that are read again."""
+        members, rows = reading.members, reading.rows
         # several prompts are only begun if a chunk holds them
-        num_columns = reading.length if num_rows > 1 else self._pace.chunk_tokens(num_running=self._num_running)
-        before = reading.done
+        num_columns = reading.length if len(rows) > 1 else self._pace.chunk_tokens(num_running=self._num_running)
+        before, length = reading.done, reading.length
         started = time.perf_counter()
-        is_last = before + num_columns >= reading.length
-        events = self._attempt(batch, reading.members, lambda: batch.read(reading, num_columns), spoils=is_last)
+        is_last = before + num_columns >= length
+        events = self._attempt(batch, members, lambda: batch.read(reading, num_columns), spoils=is_last)
         if events is None:
             return []
-        seconds, num_tokens = time.perf_counter() - started, (reading.done - before) * num_rows
-        self._pace.observe_chunk(num_tokens, seconds, num_running=self._num_running)
-        if reading.is_finished:
-            if batch not in self._batches:
-                self._batches.append(batch)
-            self._end_reading()
-            self._metrics.count_prompts(reading.rows)
+        is_again = reading.rows is not rows  # it has begun anew with those that are read again
+        seconds, num_columns = time.perf_counter() - started, (length if is_again else reading.done) - before
+        self._pace.observe_chunk(num_columns * len(rows), seconds, num_running=self._num_running)
+        if is_again or reading.is_finished:
+            self._metrics.count_prompts([row for row in rows if not is_again or row not in reading.rows])
+            self._end_reading(batch, members, reading if is_again else None)
         return events
 
     def _release(self, rows: Sequence[TokenSequence]) -> None:
         if self._engine.adapters.release(rows):
             self.on_unused()
 
-    def _end_reading(self) -> None:
-        """Forget the reading, and drop its rows that were given up meanwhile."""
-        assert self._reading is not None
-        batch, reading = self._reading
-        self._reading = None
+    def _end_reading(self, batch: Batch, members: Sequence[TokenSequence], again: Reading | None) -> None:
+        """Let the rows of a reading run, but for those that are read `again`, and drop those given up meanwhile."""
+        self._reading = (batch, again) if again is not None else None
         self._has_moved = True
-        given_up = [row for row in reading.members if id(row) not in self._owners]
+        ended = [row for row in members if again is None or row not in again.members]
+        given_up = [row for row in ended if id(row) not in self._owners]
         batch.leave(given_up)
         self._release(given_up)
+        if batch.rows and batch not in self._batches:
+            self._batches.append(batch)
 
     def _attempt(
         self, batch: Batch, rows: Sequence[TokenSequence], run: Callable[[], Result], *, spoils: bool
