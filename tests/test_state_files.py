@@ -16,7 +16,6 @@ from treadle.bundle.centroid_files import read_states, write_states
 from treadle.bundle.token_embedder import token_embedder
 from treadle.common.errors import BundleError, ModelError, OptionError
 from treadle.common.params import RoutingParams
-from treadle.engine.hf import routed
 from treadle.engine.loading import load
 from treadle.routing.explain import explain
 from treadle.routing.router import Router
@@ -25,8 +24,7 @@ from treadle.routing.states import StateClasses
 from treadle.serving.vllm.mixture import open_bundle
 from treadle.serving.vllm.params import PluginParams
 
-from conftest import BASE, SAMPLES, Run, byte_tokenizer, save_adapter, tiny_llama
-from serving import serving
+from conftest import BASE, SAMPLES, Run, byte_tokenizer, tiny_llama
 
 Damage = Callable[[dict[str, np.ndarray], dict[str, str]], None]
 FILE = "states.safetensors"
@@ -236,15 +234,6 @@ def test_an_explanation_is_final_where_the_text_decides(router: Router, classes:
 # Those who cannot use states
 
 
-def test_routed_needs_the_text_to_decide(save: Any) -> None:
-    model = tiny_llama()
-    with pytest.raises(OptionError, match="states=False"), routed(model, save()):
-        pass
-    with routed(model, save(), routing=BY_TEXT) as handle:
-        model(input_ids=byte_tokenizer()("add three", return_tensors="pt").input_ids)
-        assert handle.weights.shape == (1, 3)
-
-
 def test_vllm_serves_the_text_views_alone(save: Any) -> None:
     with pytest.raises(BundleError, match=r'(?s)cannot be blended in vLLM.*"states": false'):
         open_bundle(PluginParams(bundle=str(save())))
@@ -253,30 +242,3 @@ def test_vllm_serves_the_text_views_alone(save: Any) -> None:
     assert mixture.read_request("math") == RoutingParams.one("math")
     with pytest.raises(OptionError, match="use states = false"):
         mixture.read_request({"states": True})
-
-
-@pytest.mark.parametrize("decide", [True, False])
-def test_an_adapter_joins_a_server_where_the_text_decides(save: Any, tmp_path: Path, decide: bool) -> None:
-    save_adapter(tmp_path / "shelf" / "poetry", seed=9)
-    folder = save(RoutingParams() if decide else BY_TEXT)
-    body = {"name": "poetry", "path": "poetry", "samples": ["heat the loop", "the loop"]}
-    headers = {"Authorization": "Bearer root"}
-    with serving(folder, admin_key="root", adapter_dir=str(tmp_path / "shelf")) as served:
-        answer = served.post("/v1/adapters", body, headers=headers)
-        text = served.post("/v1/route", {"text": "loop"}).json()
-        assert text["provisional"] is decide
-        if decide:
-            assert answer.status_code == 400
-            assert answer.json()["error"]["code"] == "states_unknown"
-            assert "fit the bundle again" in answer.json()["error"]["message"]
-            assert len(text["names"]) == 3
-            return
-        assert answer.status_code == 200
-        assert len(text["names"]) == 4
-        asked = {"prompt": "add", "max_tokens": 2, "model": "auto", "treadle": {"states": True}}
-        refused = served.post("/v1/completions", asked)
-        assert refused.status_code == 400
-        assert "unknown for poetry" in refused.json()["error"]["message"]
-        assert served.post("/v1/completions", {**asked, "treadle": {}}).status_code == 200
-        assert served.request("DELETE", "/v1/adapters/poetry", headers=headers).status_code == 200
-        assert served.post("/v1/completions", asked).status_code == 200

@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from treadle.common.errors import ModelError, OptionError
@@ -343,6 +344,32 @@ def test_a_newcomer_is_read_by_the_plain_base(make: Callable[..., Engine], tmp_p
         assert engine.router.states is not None
         means.append(engine.router.states.centroids.means[3])
     np.testing.assert_array_equal(*means)
+
+
+def test_what_a_newcomer_does_to_states_is_scatter(make: Callable[..., Engine], tmp_path: Path) -> None:
+    traces: list[float] = []
+    for size in (1e-4, 1.0):  # of what the adapter changes
+        folder = save_adapter(tmp_path / str(size), seed=9)
+        weights = load_file(folder / "adapter_model.safetensors")
+        scaled = {name: each * (size if ".lora_B." in name else 1.0) for name, each in weights.items()}
+        save_file(scaled, folder / "adapter_model.safetensors", {"format": "pt"})
+        engine = make()
+        engine.add_adapter("poetry", folder, ["poem rose", "moon rose", "the moon"])
+        assert engine.router.states is not None
+        traces.append(float(np.trace(engine.router.states.centroids.stages["prompt"].keep([3]).scatter())))
+    assert traces[0] < traces[1]
+
+
+def test_a_newcomer_whose_samples_cannot_be_read_changes_nothing(engine: Engine, tmp_path: Path) -> None:
+    before = engine.router
+    folder = save_adapter(tmp_path / "poetry", seed=9)
+    hook = engine.model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.add_adapter("poetry", folder, ["poem rose"])
+    hook.remove()
+    assert engine.router is before
+    assert engine.blend.names == before.names
+    engine.add_adapter("poetry", folder, ["poem rose"])
 
 
 def test_a_newcomer_without_states_is_refused_where_states_decide(

@@ -1,15 +1,29 @@
 """The server where the base model's states decide: prompts that are read again, and adapters that come."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from test_server_loop import Case, FixedPace
-from test_states import GREEDY, PROMPTS, SURE, adapters, classes, ids_of, make, run_row  # noqa: F401 - fixtures
+from test_states import GREEDY, PROMPTS, SURE, ids_of, make, run_row  # noqa: F401 - a fixture
 
-from treadle.common.params import SamplingParams
+from treadle.bundle.bundle import save_bundle
+from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
+from treadle.routing.router import Router
+from treadle.routing.samples import STAGES
+from treadle.routing.states import StateClasses
 from treadle.serving.openai.jobs import Job, News, Work
 
+from conftest import BASE, byte_tokenizer, save_adapter, tiny_llama
+from serving import Serving, serving
+
+ADMIN = {"Authorization": "Bearer root"}
+POETRY = ["poem rose moon", "the moon rose", "rose poem the moon", "moon moon poem"]
 LONG = "add three plus " * 20
 """A prompt of 300 tokens that is read again."""
 
@@ -105,3 +119,71 @@ def test_one_of_several_prompts_is_given_up_while_all_are_read(engine: Engine) -
         if job not in gone:
             row = run_row(engine, prompt)
             assert tokens_of(job) == [row.ids[row.prompt_tokens :]]
+
+
+# Adapters that come and go
+
+
+@pytest.fixture
+def serve(
+    tmp_path: Path, adapter_folders: dict[str, Path], router: Router, classes: StateClasses
+) -> Callable[[RoutingParams], AbstractContextManager[Serving]]:
+    """Serve a bundle with states and the routing that is given, beside a shelf with one more adapter."""
+    save_adapter(tmp_path / "shelf" / "poetry", seed=9)
+    tiny_llama().save_pretrained(tmp_path / BASE)
+    byte_tokenizer().save_pretrained(tmp_path / BASE)
+
+    def start(params: RoutingParams) -> AbstractContextManager[Serving]:
+        given = replace(router, params=params, states=classes)
+        folder = save_bundle(
+            tmp_path / "bundle", base=str(tmp_path / BASE), adapters=adapter_folders, router=given, overwrite=True
+        )
+        return serving(folder, admin_key="root", adapter_dir=str(tmp_path / "shelf"))
+
+    return start
+
+
+def add(served: Serving, **changes: Any) -> Any:
+    body = {"name": "poetry", "path": "poetry", "samples": POETRY, **changes}
+    return served.post("/v1/adapters", body, headers=ADMIN)
+
+
+@pytest.mark.parametrize("params", [RoutingParams(), RoutingParams(states=False)], ids=["states", "text"])
+def test_an_adapter_joins_with_its_states(
+    serve: Callable[..., Any], engine: Engine, tmp_path: Path, params: RoutingParams
+) -> None:
+    engine.add_adapter("poetry", tmp_path / "shelf" / "poetry", POETRY)
+    assert engine.router.states is not None
+    with serve(params) as served:
+        running = served.client().completions.create(model="auto", prompt="add", max_tokens=300, stream=True)
+        next(iter(running))
+        assert add(served).status_code == 200
+        states = served.engine.router.states
+        assert states is not None
+        np.testing.assert_allclose(states.centroids.means, engine.router.states.centroids.means, atol=1e-5)
+        for stage in STAGES:
+            one, other = (each.centroids.stages[stage].scatter() for each in (states, engine.router.states))
+            np.testing.assert_allclose(one, other, atol=1e-3)
+        asked = {"prompt": "the moon", "max_tokens": 4, "temperature": 0, "model": "auto", "treadle": {"states": True}}
+        assert served.post("/v1/completions", asked).status_code == 200
+        assert served.request("DELETE", "/v1/adapters/poetry", headers=ADMIN).status_code == 200
+        assert served.post("/v1/completions", asked).status_code == 200
+        running.close()
+
+
+def test_a_newcomer_without_samples_is_refused_where_states_decide(serve: Callable[..., Any]) -> None:
+    with serve(RoutingParams()) as served:
+        answer = add(served, samples=None)
+        assert answer.status_code == 400
+        assert "samples: missing" in answer.json()["error"]["message"]
+        assert served.engine.blend.names == ("math", "science", "code")
+
+
+def test_an_adapter_whose_states_cannot_be_read_leaves_nothing_behind(serve: Callable[..., Any]) -> None:
+    with serve(RoutingParams()) as served:
+        layer = served.engine.model.model.layers[0].self_attn
+        hook = layer.register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        assert add(served).status_code == 500
+        hook.remove()
+        served.wait_until(lambda: served.engine.blend.names == ("math", "science", "code"))
+        assert add(served).status_code == 200

@@ -48,6 +48,7 @@ class AdapterSet:
         self.blend = attach(model, sorted(adapters, key=lambda adapter: router.names.index(adapter.name)))
         self._running: list[TokenSequence] = []
         self._retired: set[str] = set()  # adapters out of the router whose factors are still attached
+        self._joining: set[str] = set()  # adapters that are attached before the router knows them
 
     @property
     def running(self) -> tuple[TokenSequence, ...]:
@@ -79,16 +80,32 @@ class AdapterSet:
         On an error nothing has changed. `stacks` are used unless other adapters have come or gone since their plan.
         `states` is the centroid of the base model's states; without it no states can decide from then on.
         """
-        self.check_new(adapter.name)
+        if adapter.name not in self._joining:
+            self.check_new(adapter.name)
         joined = self.router.join(centroids, states)
         if joined.centroids.names != (*self.router.centroids.names, adapter.name):
             raise AdapterError(f"the centroid is of {', '.join(centroids.names)}; the adapter is {adapter.name}.")
-        router = self._able(joined, [*self._used(), adapter])
+        others = [each for each in self._used() if each.name != adapter.name]
+        router = self._able(joined, [*others, adapter])
+        if adapter.name not in self._joining:
+            self.attach(adapter, stacks)
+        self._joining.discard(adapter.name)
+        self.router = router
+
+    def attach(self, adapter: Adapter, stacks: Stacks | None = None) -> None:
+        """Attach an adapter that no row uses yet: until it joins, or is given up. `stacks` as in `join`."""
+        self.check_new(adapter.name)
         if stacks is None or not self.blend.is_current(stacks):
             stacks = self.plan_join(adapter)
         self._take(stacks)
         self._retired.discard(adapter.name)
-        self.router = router
+        self._joining.add(adapter.name)
+
+    def give_up(self, name: str) -> None:
+        """Let an adapter that has not joined go with the next `drop_retired`; nothing happens to any other."""
+        if name in self._joining:
+            self._joining.discard(name)
+            self._retired.add(name)
 
     def retire(self, name: str) -> None:
         """Hide an adapter from new rows; its factors stay until `drop_retired`."""

@@ -14,7 +14,7 @@ from treadle.routing.centroids import Floats
 from treadle.routing.embedder import Embedder
 from treadle.routing.router import Comparison
 from treadle.routing.schedule import Seen, Views
-from treadle.routing.states import REREAD_BOUND
+from treadle.routing.states import is_far
 
 Found = TypeVar("Found")
 
@@ -175,7 +175,7 @@ def is_to_reread(row: TokenSequence) -> bool:
         return False
     seen = row.state_views()
     weights = row.router.weigh_states(seen, row.routing)
-    row.is_reread = bool((abs(weights[0] - row.weights) > REREAD_BOUND).any())
+    row.is_reread = is_far(weights[0], row.weights)
     if row.is_reread:
         _settle([(row, seen)], weights, row.router.compare_states)
     return row.is_reread

@@ -16,6 +16,8 @@ from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.runners.runner import check_pack, is_plain_decoder, new_runner
 from treadle.engine.sequence import OutputOptions, SequenceError, TokenEvent, TokenSequence
 from treadle.engine.state_fitting import check_states_fit, state_centroid
+from treadle.engine.state_reading import read_views
+from treadle.engine.state_texts import ReadText, texts_of_samples, texts_read_twice
 from treadle.engine.supported import check_supported, rereading_layers
 from treadle.engine.tokenization import Prompt, check_known, is_one_prompt
 from treadle.lora.adapter import Adapter, read_adapter
@@ -197,11 +199,33 @@ class Engine:
         self.adapters.check_new(name)
         adapter = read_adapter(path, name)
         own = centroid_of(name, samples, self.router.embedder, tails=self.router.tails)
-        states = None
-        if self.router.states is not None:
-            with self.blend.using(None):  # the classes are of the plain base's states
-                states = state_centroid(self.model, self.tokenizer, name, samples, self.router.states)
-        self.adapters.join(adapter, own, states=states)
+        if self.router.states is None:
+            self.adapters.join(adapter, own)
+            return
+        texts = texts_of_samples(self.tokenizer, samples)
+        plain = self.read_states(texts)
+        try:
+            self.adapters.attach(adapter)
+            under = self.read_states(texts_read_twice(texts), name)
+            self.adapters.join(adapter, own, states=state_centroid(name, texts, plain, under, self.router.states))
+        except BaseException:
+            self.adapters.give_up(name)
+            self.adapters.drop_retired()
+            raise
+
+    def read_states(self, texts: Sequence[ReadText], under: str | None = None) -> Floats:
+        """Return the views (places, K, H) of texts' states, by the plain base or under an adapter.
+
+        Args:
+            texts: at whose places states are taken.
+            under: name of an attached adapter, which acts alone; None = the base.
+        """
+        classes = self.router.states
+        if classes is None:
+            raise OptionError("this router reads no states: fit one with base+EMBEDDER.")
+        weights = None if under is None else [float(name == under) for name in self.blend.names]
+        with self.blend.using(weights):
+            return read_views(self.model, texts, [classes.layer], classes.spans)[:, 0]
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out: new rows no longer see it, running rows finish with it."""

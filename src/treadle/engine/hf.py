@@ -6,7 +6,7 @@ gates; the one after it notes which cache holds which rows. Nothing is patched, 
 
 import inspect
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -21,24 +21,20 @@ from treadle.bundle.bundle import Bundle, read_bundle
 from treadle.common.errors import ModelError, OptionError
 from treadle.common.params import RoutingParams
 from treadle.common.transformers_names import find_cache
-from treadle.engine.chat import only, prompt_cursor
+from treadle.engine.cached_rows import LOST_ROWS, CachedRow, Source, marks, places_of
 from treadle.engine.rendered_chats import RenderedChats
+from treadle.engine.runners.blocks import blocks_of, outputs_of
 from treadle.engine.runners.rope import LengthRope
-from treadle.engine.tokenization import Detokenizer
+from treadle.engine.state_fitting import check_states_fit
+from treadle.engine.state_reading import read_states
 from treadle.lora.blend import Blend, attach
 from treadle.routing.centroids import Floats
-from treadle.routing.router import Router
-from treadle.routing.schedule import Decision, DecisionCursor
-from treadle.routing.states import uses_states
+from treadle.routing.schedule import Seen
+from treadle.routing.states import StateClasses, is_far, uses_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOST_ROWS = (
-    "the rows of this cache are not those of its last pass, so treadle cannot tell which text each row continues. "
-    "Beam search and other code that moves, repeats or drops whole rows of one cache between passes is followed; "
-    "a copied cache, one filled outside routed(), and a cropped or quantized one of several rows are not."
-)
 JUMPS = (
     "position_ids jump inside a row, so it holds several texts; routed() follows one text a row: leave position_ids "
     "out, or give each text a row of its own."
@@ -47,83 +43,39 @@ CROSSED = (
     "this model (longrope) reads texts of more than {limit} tokens with other factors; routed() follows passes whose "
     "texts are all on one side of that from their beginning. Let treadle's Engine generate, or keep texts shorter."
 )
-
-
-Source = tuple[Router, RoutingParams, "PreTrainedTokenizerBase", RenderedChats]
-"""A router, its params, the model's tokenizer, and the reader of rendered chats."""
-
-
-class CachedRow:
-    """One row of a cache: its columns, its tokens, and the cursor over its text.
-
-    Attributes:
-        weights: (N,) of the newest token.
-        is_real: of each column, whether it is a token, and not padding.
-        ids: of the tokens.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._router, self._params, tokenizer, self._chats = source
-        self.weights: Floats = self._router.fixed_weights(self._params)
-        self.is_real: list[bool] = []
-        self.ids: list[int] = []
-        self.cursor: DecisionCursor | None = None  # from the first pass on
-        self._text = Detokenizer(tokenizer)
-        self._own: list[str] = []  # the text that each token adds
-
-    def read(self, ids: Sequence[int], is_real: Sequence[bool], prompt_tokens: int) -> int:
-        """Append the columns of one pass, padding included; return how many tokens there were before.
-
-        Args:
-            ids: (T,) of the pass.
-            is_real: (T,) which of them are tokens.
-            prompt_tokens: of the first pass, how many of the tokens are the prompt.
-        """
-        start = len(self.ids)
-        self.is_real += is_real
-        new = [token_id for token_id, real in zip(ids, is_real, strict=True) if real]
-        self.ids += new
-        self._own += [self._text.push(token_id) for token_id in new]
-        pieces = self._own[start:]
-        if self.cursor is None:
-            chat = self._chats.read(self.ids[:prompt_tokens])
-            self.cursor = prompt_cursor(self._router, self._params, pieces[:prompt_tokens], chat)
-            pieces = pieces[prompt_tokens:]
-        elif len(new) > 1 and self.cursor.ends is not None:  # a chat that goes on in its cache
-            pieces = only(self._own, self._chats.contents(self.ids) or [])[start:]
-        self.cursor.add(pieces)
-        return start
-
-    def decide(self) -> list[Decision]:
-        """Return the decisions that the newest tokens need; none under fixed weights."""
-        if self.cursor is None or self._params.rule == "fixed":
-            return []
-        return self.cursor.decide(len(self.ids))
-
-    def copy(self, columns: int) -> "CachedRow":
-        """Return another row with the first `columns` columns of this one."""
-        row = CachedRow(self._source)
-        row.is_real = self.is_real[:columns]
-        row.ids = self.ids[: sum(row.is_real)]
-        row._own = [row._text.push(token_id) for token_id in row.ids]
-        row.cursor = self.cursor and self.cursor.first(len(row.ids))
-        row.weights = self.weights
-        return row
+ONE_BY_ONE = (
+    "where the base model's states decide, routed() reads the prompt in one pass and then one token of each row at a "
+    "time, in a cache that grows: no chunks of a prompt, no candidates of assisted decoding, no cropped cache. Give "
+    "routing with states=False to route by the text alone."
+)
 
 
 class Routed:
     """The weights of the newest forward pass; `routed` yields it."""
 
-    def __init__(self, model: nn.Module, blend: Blend, source: Source) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", blend: Blend, source: Source, states: dict[int, Tensor] | None = None
+    ) -> None:
+        """Follow the passes of a model.
+
+        Args:
+            model: with the blend attached.
+            blend: gets the weights.
+            source: of all rows.
+            states: by layer, the states (B, T, H) that the newest pass has left; None = the text decides.
+        """
+        self._model = model
+        self._states = states
         self._blend = blend
         self._source = source
         self._router, self._params, tokenizer, _ = source
         pad_id: Any = tokenizer.pad_token_id
         self._pads = {0, pad_id}  # what stands for padding where no mask tells
         self._rope = LengthRope.of(model)
+        self._layer = self._router.states.layer if self._router.states is not None else 0
         self._signature = inspect.signature(model.forward)
         self._rows: list[CachedRow] = []
+        self._is_real: list[list[bool]] = []  # of each row, which columns of the newest pass are tokens
         self._cached: WeakKeyDictionary[Cache, tuple[list[CachedRow], Tensor | None]] = WeakKeyDictionary()
 
     @property
@@ -158,6 +110,8 @@ class Routed:
             rows = self._continued(cache, past, len(ids))
         else:
             rows = [CachedRow(self._source) for _ in is_real]
+        if self._states is not None and (ahead or (past and any(sum(real) > 1 for real in is_real))):
+            raise OptionError(ONE_BY_ONE)
         prompts = [sum(real[: len(real) - ahead]) for real in is_real]
         starts = [
             row.read(own, real, prompt)
@@ -167,8 +121,11 @@ class Routed:
             self._rope, rows, starts, is_again=not past and call.get("use_cache") is not False
         ):
             raise OptionError(CROSSED.format(limit=self._rope.limit))
+        self._decide_by_states([row for row in rows if row.is_due_by_states()])
         weights = self._weigh(rows, starts, is_real)  # (B, 1|T, N)
-        self._rows = rows
+        if self._states is not None and not past:
+            weights = self._look_ahead(rows, is_real, call, weights)
+        self._rows, self._is_real = rows, is_real
         self._blend.set_weights(weights if weights.any() else None, self._params.combine)
 
     def after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -177,8 +134,40 @@ class Routed:
         if output is None:  # the pass has failed
             return
         values = output if isinstance(output, tuple) else tuple(output.values())
+        if self._states is not None:
+            for row, real, own in zip(self._rows, self._is_real, self._states.pop(self._layer), strict=True):
+                row.put_states(real, own)
         for cache in {value for value in (*args, *kwargs.values(), *values) if isinstance(value, Cache)}:
-            self._cached[cache] = self._rows, _marks(cache)
+            self._cached[cache] = self._rows, marks(cache)
+
+    def _decide_by_states(self, rows: Sequence[CachedRow]) -> list[Floats]:
+        """Give rows the weights of their states; return those that they had."""
+        before = [row.weights for row in rows]
+        if rows:
+            each = [row.state_views() for row in rows]
+            seen = Seen(np.concatenate([one.views for one in each]), np.concatenate([one.is_running for one in each]))
+            for row, weights in zip(rows, self._router.weigh_states(seen, self._params), strict=True):
+                row.weights = weights
+        return before
+
+    def _look_ahead(
+        self, rows: Sequence[CachedRow], is_real: list[list[bool]], call: dict[str, Any], weights: Floats
+    ) -> Floats:
+        """Read prompts as far as their states need it, under the weights (B, 1, N) that their text gave.
+
+        Returns:
+            the weights (B, 1, N) under which they are read to their end: those of their states where these are far
+            from the others.
+        """
+        inputs: dict[str, Any] = {name: call.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
+        with torch.no_grad(), self._blend.using(weights if weights.any() else None, self._params.combine):
+            states = read_states(self._model, [self._layer], **inputs)[:, 0]  # (B, T, H)
+        for row, real, own in zip(rows, is_real, states, strict=True):
+            row.put_states(real, own)
+        some = [row for row in rows if row.has_states]
+        for row, before in zip(some, self._decide_by_states(some), strict=True):
+            row.weights = row.weights if is_far(row.weights, before) else before
+        return np.stack([row.weights for row in rows])[:, None]
 
     def _crosses(self, rope: LengthRope, rows: list[CachedRow], starts: list[int], *, is_again: bool) -> bool:
         """Return whether texts have grown beyond the limit of short factors, or are beside others that have.
@@ -206,15 +195,17 @@ class Routed:
         """Return the row that each of `num_rows` rows of a cache of `past` columns continues, in the cache's order."""
         rows, old = self._cached.get(cache, ([], None))
         columns = len(rows[0].is_real) if rows else 0
-        new = _marks(cache)
+        new = marks(cache)
         if past > columns or not rows:
             raise OptionError(LOST_ROWS)
+        if past < columns and self._states is not None:
+            raise OptionError(ONE_BY_ONE)
         if len(rows) == 1 and (past < columns or new is None):
             places = [0] * num_rows
         elif past < columns or old is None or new is None or len(new) != num_rows:
             raise OptionError(LOST_ROWS)
         else:
-            places = _places(old.to(new.device), new)
+            places = places_of(old.to(new.device), new)
         moved: list[CachedRow] = []
         for index, place in enumerate(places):
             is_free = past == columns and place not in places[:index]
@@ -263,8 +254,12 @@ def routed(
     alone, as `Engine.generate` routes messages. Of a chat that another template has made, all words count: give the
     tokenizer that has this template.
 
+    Where the base model's states decide, each prompt is read twice as far as the layer that they come from, so that
+    their decision is there before the pass: that of `Engine.generate`, whose second readings are rarer.
+
     Refused, because the text cannot be followed: several texts in one row (`position_ids` that jump), and, of models
-    whose rotary factors depend on the length (longrope), texts on both sides of the limit.
+    whose rotary factors depend on the length (longrope), texts on both sides of the limit. Where states decide, also
+    several new tokens of a row after its prompt, and cropped caches.
 
     Use the model from one thread at a time.
 
@@ -282,25 +277,30 @@ def routed(
     """
     bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     router, params = bundle.router, routing or bundle.router.params
-    if uses_states(router.states, params):
-        raise OptionError("routed() decides before a pass, from the text: give routing with states=False.")
     _check_followed(model, params)
     tokenizer = tokenizer or load_tokenizer(bundle.base_model)
     source: Source = (router, params, tokenizer, RenderedChats(tokenizer))
     CachedRow(source)  # refuses unknown names and slow tokenizers before anything is attached
     router.check(params)
-    blend = attach(model, sorted(bundle.adapters, key=lambda each: router.names.index(each.name)), params.combine)
-    handle = Routed(model, blend, source)
-    hooks = [
-        model.register_forward_pre_hook(handle.before, with_kwargs=True),
-        model.register_forward_hook(handle.after, with_kwargs=True, always_call=True),
-    ]
-    try:
+    classes = router.states if uses_states(router.states, params) else None
+    with ExitStack() as left:
+        found = left.enter_context(_states_of(model, classes)) if classes is not None else None
+        adapters = sorted(bundle.adapters, key=lambda each: router.names.index(each.name))
+        blend = attach(model, adapters, params.combine)
+        left.callback(blend.detach)
+        handle = Routed(model, blend, source, found)
+        left.callback(model.register_forward_pre_hook(handle.before, with_kwargs=True).remove)
+        left.callback(model.register_forward_hook(handle.after, with_kwargs=True, always_call=True).remove)
         yield handle
-    finally:
-        for hook in hooks:
-            hook.remove()
-        blend.detach()
+
+
+def _states_of(model: "PreTrainedModel", classes: StateClasses) -> AbstractContextManager[dict[int, Tensor]]:
+    """Return the context in which each pass leaves the states that classes read."""
+    check_states_fit(model, classes)
+    blocks = blocks_of(model)
+    if blocks is None:
+        raise ModelError(f"{type(model).__name__}: its layers are not where states can be taken from them.")
+    return outputs_of(blocks, [classes.layer])
 
 
 def _check_followed(model: "PreTrainedModel", params: RoutingParams) -> None:
@@ -318,20 +318,3 @@ def _jumps(positions: Any, is_real: list[list[bool]]) -> bool:
     steps = positions.diff().expand(len(is_real), -1)  # (B, T - 1)
     real = torch.tensor(is_real, device=steps.device)
     return bool(((steps != 1) & real[:, 1:] & real[:, :-1]).any())
-
-
-def _marks(cache: Cache) -> Tensor | None:
-    """Return the last layer's states of the newest column, (B, F); rows are equal if their texts are."""
-    for layer in reversed(cache.layers):
-        states = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if all(torch.is_tensor(each) and each.dim() == 4 and each.shape[2] for each in states):
-            return torch.cat([each[:, :, -1].detach().flatten(1) for each in states if each is not None], 1)
-    return None
-
-
-def _places(old: Tensor, new: Tensor) -> list[int]:
-    """Return the row of `old` (B, F) that each row of `new` (C, F) equals, its own place first."""
-    equal = (new[:, None] == old).all(-1).tolist()  # (C, B)
-    if not all(any(row) for row in equal):
-        raise OptionError(LOST_ROWS)
-    return [index if index < len(row) and row[index] else row.index(True) for index, row in enumerate(equal)]

@@ -18,8 +18,8 @@ from treadle.engine.chat import TokenPrompt, prompt_cursor, token_prompt
 from treadle.engine.tokenization import Detokenizer, StopStrings, stop_ids
 from treadle.routing.centroids import Floats
 from treadle.routing.router import Comparison, Router
-from treadle.routing.schedule import Seen, Views
-from treadle.routing.states import StateTrail, uses_states
+from treadle.routing.schedule import Seen, Views, is_due_by_states
+from treadle.routing.states import new_trail
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ class TokenSequence:
         self.cursor = prompt_cursor(router, replace(routing, lag=0), self.prompt_pieces, prompt.chat)
         self.ahead: LateDecision | None = None  # what decides next, if that takes effect a decision late
         # the base model's states of its last tokens, if these decide
-        self.trail = StateTrail(router.states.spans) if uses_states(router.states, routing) and router.states else None
+        self.trail = new_trail(router.states, routing)
         self.is_reread = False  # its prompt has been read again, under the weights that its states gave
         self.forced: Sequence[int] = ()  # the tokens that it has to generate: their probability is asked
 
@@ -174,8 +174,8 @@ class TokenSequence:
         return bool(self.events) and self.has_states
 
     def is_due_by_states(self) -> bool:
-        """Count the newest decision as made; return whether it was due: with the first token one always is."""
-        return self.cursor.pass_by(len(self.ids)) or len(self.events) == 1
+        """Return whether its states decide anew before its newest token is read."""
+        return is_due_by_states(len(self.ids), self.prompt_tokens, self.routing)
 
     def state_views(self) -> Seen:
         """Return the views (1, K, H) of its states, which it has."""

@@ -26,10 +26,12 @@ from treadle.experiments.workbench import (
     start_batch,
     time_steps,
 )
+from treadle.routing.states import uses_states
 
 GENERATE_ARM = "transformers generate, base"
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDE_ARM = "every 1, rank 8 on all linear layers"
+BY_TEXT_ARM = "treadle, every 2, states off"
 PROMPT_QUARTERS = (4, 3, 2, 1)
 """Quarters of the prompt that the rows of a batch keep in turn, where their lengths differ."""
 
@@ -54,7 +56,7 @@ def call_title(lab: Lab) -> str:
 
 def _calls(lab: Lab, plain: nn.Module, batch: int) -> list[TableLine]:
     prompts, tokens = lab.prompts(batch, lab.params.prompt), lab.params.tokens
-    own = routings(lab.routing) | late(lab)
+    own = routings(lab.routing) | by_text(lab) | late(lab)
     arms: dict[str, Unit] = {GENERATE_ARM: partial(transformers_generate, plain, prompts, tokens)}
     arms |= {name: partial(run_call, lab.engine, prompts, tokens, each) for name, each in own.items()}
     seconds = interleave(arms, lab.params.rounds)
@@ -74,11 +76,18 @@ def transformers_generate(model: Any, prompts: Sequence[Sequence[int]], tokens: 
         raise TreadleError(f"generate gave {tuple(output.shape)} tokens")
 
 
+def by_text(lab: Lab) -> dict[str, RoutingParams]:
+    """Return the arm whose text alone decides, for a bundle whose base model's states decide otherwise."""
+    own = lab.routing
+    has_states = uses_states(lab.engine.router.states, own)
+    return {BY_TEXT_ARM: replace(own, every=2, states=False)} if has_states else {}
+
+
 def late(lab: Lab) -> dict[str, RoutingParams]:
     """Return arms of weights that come a decision late, for an embedder that takes long."""
     own = lab.routing
     can = lab.is_slow and own.rule != "fixed" and own.prefill == "prompt"
-    return {"treadle, every 2, lag 1": replace(own, every=2, lag=1)} if can else {}
+    return {"treadle, every 2, lag 1": replace(own, every=2, lag=1, states=False)} if can else {}
 
 
 def steps(lab: Lab) -> Table:
@@ -96,7 +105,7 @@ def _steps(lab: Lab, wide: Engine | str, batch: int) -> list[TableLine]:
     def ready(routing: RoutingParams, engine: Engine = lab.engine, rows: Sequence[Sequence[int]] = prompts) -> Steps:
         return Steps(engine, start_batch(engine, rows, tokens + SPARE_TOKENS, routing))
 
-    arms = {name: ready(each) for name, each in routings(lab.routing).items()}
+    arms = {name: ready(each) for name, each in (routings(lab.routing) | by_text(lab)).items()}
     combined, missing = _combines(lab)
     arms |= {name: ready(each) for name, each in combined.items()}
     if isinstance(wide, Engine):
@@ -153,15 +162,18 @@ def prefill(lab: Lab) -> list[Table]:
     made: list[TableLine] = []
     for batch in lab.params.batch:
         prompts = lab.prompts(batch, length)
-        units = {name: partial(run_call, lab.engine, prompts, 1, each) for name, each in _readings(lab.routing).items()}
+        units = {name: partial(run_call, lab.engine, prompts, 1, each) for name, each in _readings(lab).items()}
         made += lines(interleave(units, max(lab.params.rounds, 5)), lab.setting(batch), tokens=batch * length)
     return [Table("prefill", f"Reading a prompt of {length} tokens a row, its first token included", tuple(made))]
 
 
-def _readings(own: RoutingParams) -> Mapping[str, RoutingParams]:
+def _readings(lab: Lab) -> Mapping[str, RoutingParams]:
     """Return the ways to read a prompt."""
+    own = lab.routing
     arms = {OFF_ARM: RoutingParams.base(), "blended": replace(own, prefill="prompt")}
     if own.rule == "fixed":
         return arms
-    causal = replace(own, prefill="causal", every=own.every or 2, lag=0, past="keep")
+    if by_text(lab):
+        arms["blended, states off"] = replace(own, prefill="prompt", states=False)
+    causal = replace(own, prefill="causal", every=own.every or 2, lag=0, past="keep", states=False)
     return arms | {"blended, prefill causal": causal}

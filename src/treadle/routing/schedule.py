@@ -63,6 +63,12 @@ def next_decision(position: int, prompt_tokens: int, params: RoutingParams) -> i
     return prompt_tokens - 1 + (decisions + 1) * params.every
 
 
+def is_due_by_states(num_tokens: int, prompt_tokens: int, params: RoutingParams) -> bool:
+    """Return whether states decide anew before the last of so many tokens is read: also with the first new one."""
+    lengths = {decision_length(num_tokens - back, prompt_tokens, params) for back in (1, 2)}
+    return num_tokens == prompt_tokens + 1 or len(lengths) > 1
+
+
 def decisions_from(position: int, prompt_tokens: int, params: RoutingParams) -> Iterator[tuple[int, int, int]]:
     """Walk over the decisions from `position` on, without end.
 
@@ -179,21 +185,12 @@ class DecisionCursor:
 
     def decide_last(self, end: int) -> Views | None:
         """Return the views of the decision for position `end` - 1; None = it is made already."""
-        length = self._next_length(end)
-        return None if length is None else self._read(num_pieces(length, self.ends))
-
-    def pass_by(self, end: int) -> bool:
-        """Count the decision for position `end` - 1 as made, without reading its text; return whether it was due."""
-        return self._next_length(end) is not None
-
-    def _next_length(self, end: int) -> int | None:
-        """Move on to the decision for position `end` - 1 and return its tokens; None = it is made already."""
         if end <= self.decided:
             return None
         if end - 1 > self.decided:
             self.walk = decisions_from(end - 1, self.prompt_tokens, self._params)
         _, length, self.decided = next(self.walk)
-        return length
+        return self._read(num_pieces(length, self.ends))
 
     def tokens_needed(self, end: int) -> int:
         """Return how many tokens of text the decisions for the positions below `end` need."""

@@ -85,6 +85,12 @@ class StateTrail:
         """Whether no token but the first has been read."""
         return not len(self._states)
 
+    def copy(self) -> "StateTrail":
+        """Return the trail of a text that has been the same so far."""
+        trail = StateTrail(self._spans)
+        trail._states, trail.end = self._states, self.end
+        return trail
+
     def views(self) -> Floats:
         """Return the K views (K, H) of a text that is not empty."""
         means = np.stack([self._states[-span:].mean(0, dtype=np.float64) for span in self._spans])
@@ -95,6 +101,16 @@ def unit(means: NDArray[np.float64]) -> Floats:
     """Return means of states (..., H), each brought to length 1."""
     lengths = np.linalg.norm(means, axis=-1, keepdims=True)
     return (means / np.maximum(lengths, 1e-12)).astype(np.float32)
+
+
+def new_trail(classes: StateClasses | None, params: RoutingParams) -> StateTrail | None:
+    """Return a trail for a new text; None = its states decide nothing."""
+    return StateTrail(classes.spans) if classes is not None and wants_states(params) else None
+
+
+def is_far(weights: Floats, others: Floats) -> bool:
+    """Return whether weights (N,) that states give are so far from those in force that a prompt is read again."""
+    return bool((abs(weights - others) > REREAD_BOUND).any())
 
 
 def uses_states(classes: StateClasses | None, params: RoutingParams) -> bool:

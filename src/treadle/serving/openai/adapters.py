@@ -1,6 +1,6 @@
 """The routes of adapters: list them, and add or remove one while requests run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,8 @@ from treadle.bundle.bundle import NAME, RESERVED
 from treadle.bundle.centroid_files import read_centroid
 from treadle.common.errors import LONGEST_NAME, AdapterError, TreadleError, problem_list, shown
 from treadle.common.files import folder_below
+from treadle.engine.state_fitting import state_centroid
+from treadle.engine.state_texts import ReadText, texts_of_samples, texts_read_twice
 from treadle.lora.adapter import Adapter, read_adapter
 from treadle.lora.compatibility import linear_shapes
 from treadle.lora.names import warn_of_bases
@@ -25,17 +27,24 @@ from treadle.routing.centroids import Centroids, Floats
 from treadle.routing.embedder import encode_views
 from treadle.routing.fitting import centroid_from, known_texts, texts_of
 from treadle.routing.router import Router
-from treadle.routing.states import uses_states
+from treadle.routing.states import StateClasses, uses_states
 from treadle.routing.statistics import EmbeddedTexts
 from treadle.serving.openai.bodies import NAMING, AdapterBody, Json, LoadBody, UnloadBody
 from treadle.serving.openai.failures import Failure, Problem, Problems, refusal
 from treadle.serving.openai.middleware import RequestContext
 from treadle.serving.openai.queues import Check, Client
 from treadle.serving.openai.reading import read, while_connected
+from treadle.serving.openai.scheduler import ShuttingDown
 from treadle.serving.openai.state import ServerState
 
 SLICE_TEXTS = 16
 """The number of sample texts that are embedded at a time."""
+STATE_TEXTS = 2
+"""The number of sample texts that the base model reads between two steps."""
+NO_SAMPLES = (
+    "samples: missing; allowed: a list of texts of the kind the adapter was trained for. This bundle routes by the "
+    "base model's states, which are read from them"
+)
 Shapes = Mapping[str, tuple[int, int]]
 """The (in, out) of linear layers, by path."""
 
@@ -121,24 +130,20 @@ async def _add(request: Request, new: NewAdapter, problems: Problems) -> None:
     state, client = ServerState.of(request), RequestContext.of(request).client
     if state.params.adapter_dir is None:
         raise Failure(403, "adapters cannot be added: start the server with --adapter-dir", code="no_adapter_dir")
-    if uses_states(state.engine.router.states, state.engine.router.params):
-        message = (
-            "adapters cannot be added: this bundle routes by the base model's states, and a newcomer's would have to "
-            "be read between the requests; fit the bundle again with it, or serve one whose routing has states = false"
-        )
-        raise Failure(400, message, code="states_unknown")
     wrong = {problem.place for problem in problems}
     if new.name_field not in wrong:
         problems += _name_problems(state, new)
     folder = folder_below(Path(state.params.adapter_dir), new.path)
     if folder is None and new.path_field not in wrong:
         problems.append(Problem.of(new.path_field, new.path, "a folder below --adapter-dir"))
+    if new.samples is None and uses_states(state.engine.router.states, state.engine.router.params):
+        problems.append(Problem("samples", NO_SAMPLES))
     if folder is None or problems:
         raise refusal(problems)
     name, samples = new.name, new.samples
     try:
         own = None if samples is None else await _centroid(state, name, samples, client)
-        await state.reading.run(partial(_join, state, name, folder, own), client)
+        await state.reading.run(partial(_join, state, new, folder, own), client)
     except TreadleError as error:
         raise Failure(400, str(error), param=new.path_field, code="adapter_refused") from error
     except OSError as error:  # a folder that may not be read
@@ -146,12 +151,12 @@ async def _add(request: Request, new: NewAdapter, problems: Problems) -> None:
         raise Failure(400, message, param=new.path_field) from error
 
 
-def _join(state: ServerState, name: str, folder: Path, own: Centroids | None, check: Check) -> None:
+def _join(state: ServerState, new: NewAdapter, folder: Path, own: Centroids | None, check: Check) -> None:
     """Read an adapter, stack it, and attach it between two steps; its shapes are checked before its factors are read.
 
     One thread does all of it, so nobody else waits while a large adapter is freed.
     """
-    engine, between_steps = state.engine, state.scheduler.call
+    engine, between_steps, name = state.engine, state.scheduler.call, new.name
     _check_shapes(folder, name, between_steps(lambda: linear_shapes(engine.model)).result())
     check()
     adapter = read_adapter(folder, name)
@@ -161,7 +166,35 @@ def _join(state: ServerState, name: str, folder: Path, own: Centroids | None, ch
     stacks = between_steps(partial(engine.adapters.plan_join, adapter)).result()
     stacks.build()
     check()
-    between_steps(partial(_attach, state, adapter, own, stacks)).result()
+    if new.samples is None or engine.router.states is None:
+        between_steps(partial(_attach, state, adapter, own, stacks)).result()
+        return
+    try:
+        between_steps(partial(engine.adapters.attach, adapter, stacks)).result()
+        states = _state_centroid(state, name, new.samples, engine.router.states, check)
+        between_steps(partial(_attach, state, adapter, own, states=states)).result()
+    except BaseException:  # WorkAbandoned, too
+        with suppress(ShuttingDown):
+            between_steps(partial(engine.adapters.give_up, name)).result()
+        state.drop_now(check)
+        raise
+
+
+def _state_centroid(
+    state: ServerState, name: str, samples: list[str], classes: StateClasses, check: Check
+) -> Centroids:
+    """Return the class of an attached adapter's states, read a few texts at a time between the steps."""
+    texts = texts_of_samples(state.engine.tokenizer, samples)
+
+    def read_states(texts: Sequence[ReadText], under: str | None) -> Floats:
+        views: list[Floats] = []
+        for start in range(0, len(texts), STATE_TEXTS):
+            check()
+            some = texts[start : start + STATE_TEXTS]
+            views.append(state.scheduler.call(partial(state.engine.read_states, some, under)).result())
+        return np.concatenate(views)
+
+    return state_centroid(name, texts, read_states(texts, None), read_states(texts_read_twice(texts), name), classes)
 
 
 async def _centroid(state: ServerState, name: str, samples: list[str], client: Client) -> Centroids:
@@ -183,8 +216,14 @@ async def _centroid(state: ServerState, name: str, samples: list[str], client: C
     return await state.weighing.run(fit, client, size)
 
 
-def _attach(state: ServerState, adapter: Adapter, own: Centroids, stacks: Stacks) -> None:
-    state.engine.adapters.join(adapter, own, stacks)
+def _attach(
+    state: ServerState,
+    adapter: Adapter,
+    own: Centroids,
+    stacks: Stacks | None = None,
+    states: Centroids | None = None,
+) -> None:
+    state.engine.adapters.join(adapter, own, stacks, states=states)
     state.metrics.set_adapters(state.engine.adapter_names)
 
 
