@@ -378,7 +378,7 @@ def test_a_server_that_fails_or_is_gone_is_said(visit: Any, served: Serving) -> 
     engine, own = served.engine, served.engine.runner
     engine.runner = Runner(engine.model, engine.blend, [FailingSteps(MemoryError("no room"))])
     try:
-        generate(page)
+        generate(page, "No text before begins like this one, so its prompt is no single step.")
         expect(problem).to_contain_text("the forward pass failed")
         expect(page.locator(".token:not(.read)")).to_have_count(1)  # what had come stays
     finally:
