@@ -117,6 +117,12 @@ def is_recurrent(model: "PreTrainedModel") -> bool:
     return any(isinstance(each, LinearAttentionLayer) and hasattr(each, "conv_states") for each in _layers(model))
 
 
+def states_of(cache: RowCache) -> list[Tensor]:
+    """Return all recurrent states of a cache, layer by layer."""
+    layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+    return [state for layer in layers for state in layer.states if state is not None]
+
+
 def new_cache(model: "PreTrainedModel", layer_type: type[RowLayer] = RowLayer) -> RowCache:
     """Return an empty cache for a model."""
     return RecurrentCache(model) if is_recurrent(model) else RowCache(layer_type)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from treadle.common.errors import ModelError, problem_list, reason_of
 from treadle.common.transformers_names import CACHE_NAMES, cache_argument
-from treadle.engine.recurrent_cache import is_recurrent, new_cache
+from treadle.engine.recurrent_cache import is_recurrent, new_cache, states_of
 from treadle.lora.compatibility import linear_shape
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _cache_problems(model: "PreTrainedModel") -> Iterator[str]:
             yield f"it does not take the engine's cache: {reason_of(error)}"
         else:
             if not goes_on:
-                yield "with a cache it gives other logits than without, in this release of transformers"
+                yield "with a cache it gives other logits or states than without, in this release of transformers"
 
 
 def reads_in_parts(model: "PreTrainedModel") -> bool:
@@ -92,14 +92,22 @@ def reads_in_parts(model: "PreTrainedModel") -> bool:
 
 @torch.inference_mode()
 def _goes_on(model: "PreTrainedModel", parts: Sequence[int]) -> bool:
-    """Return whether a text in parts of so many tokens has the logits of the text at once."""
+    """Return whether a text in parts of so many tokens has the logits and states of the text at once.
+
+    Logits alone would not tell: a state that is forgotten may move them by little.
+    """
     ids = torch.arange(1, 1 + sum(parts), device=model.device)[None]  # (1, T)
-    cache, logits = new_cache(model), [model(input_ids=ids).logits[0, -1].float()]
-    for part in ids.split(list(parts), 1):
-        cache.begin_pass(part.shape[1])
-        read = model(input_ids=part, use_cache=True, **{cache_argument(model): cache})
-        logits.append(read.logits[0, -1].float())
-    return not _differ(model, logits[0], logits[-1])
+    logits: list[Tensor] = []
+    states: list[list[Tensor]] = []
+    for sizes in ([sum(parts)], list(parts)):
+        cache, read = new_cache(model), ids.new_empty(0)
+        for part in ids.split(sizes, 1):
+            cache.begin_pass(part.shape[1])
+            read = model(input_ids=part, use_cache=True, **{cache_argument(model): cache}).logits[0, -1]
+        logits.append(read.float())
+        states.append(states_of(cache))
+    pairs = zip(*states, strict=True)
+    return not _differ(model, *logits) and not any(_differ(model, one.float(), other.float()) for one, other in pairs)
 
 
 def _differ(model: "PreTrainedModel", one: Tensor, other: Tensor) -> bool:
