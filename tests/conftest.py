@@ -95,6 +95,17 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**TINY, max_position_embeddings=512, initializer_range=0.3)).eval()
 
 
+def calm(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model's weights smaller: logits near 1 keep rounding far below the tolerance of 1e-5."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(0.4)
+    return model
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte is a token, so characters span tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -17,21 +17,12 @@ from treadle.lora.adapter import Adapter, read_adapter
 from treadle.lora.blend import attach
 from treadle.lora.compatibility import check_range
 
-from conftest import BASE, edit_config, save_adapter, tiny_llama
+from conftest import BASE, calm, edit_config, save_adapter, tiny_llama
 
 IDS = torch.tensor([[5, 17, 40, 99, 3, 250, 61]])  # (B, T)
 LAYER = "base_model.model.model.layers.0.self_attn"
 Q_A, Q_B, V_A, V_B = (f"{LAYER}.{module}.lora_{side}.weight" for module in ("q_proj", "v_proj") for side in "AB")
 Tensors = dict[str, Tensor]
-
-
-def calm(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with smaller weights: its logits are near 1, so rounding stays far below the tolerance of 1e-5."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(0.4)
-    return model
 
 
 def logits(model: nn.Module) -> Tensor:

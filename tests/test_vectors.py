@@ -24,7 +24,7 @@ from treadle.lora.layer import BlendedLinear, VectorLinear
 from treadle.lora.vectors import weight_of
 from treadle.routing.fitting import fit
 
-from conftest import BASE, SAMPLES, save_adapter, tiny_llama
+from conftest import BASE, SAMPLES, calm, save_adapter, tiny_llama
 
 IDS = torch.tensor([[5, 17, 40, 99, 3, 250, 61], [8, 1, 77, 120, 200, 33, 90]])  # (B, T)
 FILE = "adapter_model.safetensors"
@@ -46,15 +46,6 @@ def gpt2() -> PreTrainedModel:
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.2)
     return calm(model)
-
-
-def calm(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with smaller weights, so that rounding stays far below the tolerance of 1e-5."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(0.4)
-    return model
 
 
 LORA, ON_GPT2 = {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj", "down_proj"]}, {"fan_in_fan_out": True}

@@ -211,9 +211,9 @@ class Batch:
             return {}
         length = self.cache.length
         found = drawn(self.rows, lambda: self._read_newest_of(self.rows, self.cache))
-        if len(self.rows) > 1 and self._runner.is_recurrent:
-            return found | self._read_anew([row for row in self.rows if isinstance(found[row], SequenceError)])
         if len(self.rows) > 1 and not are_whole(found):
+            if self._runner.is_recurrent:
+                return found | self._read_anew([row for row in self.rows if isinstance(found[row], SequenceError)])
             self.cache.cut(length)
             found |= self._shed()
             length = self.cache.length
@@ -228,7 +228,7 @@ class Batch:
         for row in self.rows:
             row.num_read += 1
         self._keep([row for row in self.rows if row not in bad])
-        return self._read_whole(bad, is_again=True) if bad else {}
+        return self._read_whole(bad, is_again=True)
 
     def _halve(self, first: int, end: int, found: Draws) -> Draws:
         """Read the newest token of each half of the rows from `first` to before `end`, and of halves of these.

@@ -111,7 +111,7 @@ def _goes_on(model: "PreTrainedModel", parts: Sequence[int]) -> bool:
 
 
 def _differ(model: "PreTrainedModel", one: Tensor, other: Tensor) -> bool:
-    """Return whether two logits (V,) differ by more than rounding."""
+    """Return whether two logits or states, of one shape, differ by more than rounding."""
     return bool((one - other).abs().max() > one.std() * (0.01 if model.dtype == torch.float32 else 0.1))
 
 
