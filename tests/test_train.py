@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from forking import start_command
 from killing import kills
-from transformers import TrainerCallback, TrainerState
+from peft import LoraConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, TrainerCallback, TrainerState
+from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from treadle.bundle.centroid_files import read_centroid
 from treadle.common.errors import AdapterError, DataError, OptionError
 from treadle.common.files import digest
 from treadle.experiments.checkpoints import MARK_FILE, CheckpointKeeper, keep_only, mark_whole, newest_whole
+from treadle.experiments.completion_loss import CompletionTrainer
 from treadle.experiments.tasks import Example
 from treadle.experiments.train import IGNORED_LABEL, TrainParams, train_adapter, training_rows
 from treadle.lora.adapter import read_adapter
@@ -29,7 +33,7 @@ from treadle.routing.embedder import StaticEmbedder, load_embedder
 from treadle.routing.fitting import fit
 from treadle.routing.samples import STAGES
 
-from conftest import BASE, Run, byte_tokenizer, tiny_llama
+from conftest import BASE, TINY, Run, byte_tokenizer, tiny_llama
 
 OWN = [Example(f"own question {index}?", f" own answer {index}") for index in range(12)]
 OTHERS = [Example(f"foreign question {index}?", f" foreign answer {index}") for index in range(12)]
@@ -161,7 +165,7 @@ def test_two_processes_train_one_adapter_each_on_its_share(tmp_path: Path) -> No
         process.join(30)
         assert process.exitcode == 0, said
     (alone,), (shared,) = (map(json.loads, (folder / "losses.jsonl").open()) for folder in (one, tmp_path / "two"))
-    assert shared["num_tokens"] > 1.8 * alone["num_tokens"]  # read by both, in as many steps
+    assert shared["num_input_tokens_seen"] > 1.8 * alone["num_input_tokens_seen"]  # read by both, in as many steps
     assert read_adapter(tmp_path / "two").pairs.keys() == read_adapter(one).pairs.keys()
 
 
@@ -177,15 +181,17 @@ def test_a_stopped_run_goes_on_and_leaves_losses_and_a_centroid(
     params = TrainParams(steps=24, batch_size=2, rank=2, dtype="float32")
     whole = train_adapter(str(base), OWN, tmp_path / "whole", params=params, embedder=name)
 
+    steps: list[int] = []
+
     class Stopped(TrainerCallback):
         def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-            if state.global_step == 13:
+            steps.append(state.global_step)
+            if len(steps) == 13:
                 raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "__init__", partialmethod(SFTTrainer.__init__, callbacks=[Stopped()]))
-        with pytest.raises(KeyboardInterrupt):
-            train_adapter(str(base), OWN, tmp_path / "again", params=params, embedder=name)
+    monkeypatch.setattr(SFTTrainer, "__init__", partialmethod(SFTTrainer.__init__, callbacks=[Stopped()]))
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(str(base), OWN, tmp_path / "again", params=params, embedder=name)
     with pytest.raises(OptionError, match="holds a run of another recipe"):
         train_adapter(str(base), OWN, tmp_path / "again", params=TrainParams(steps=30), embedder=name)
     with pytest.raises(OptionError, match="holds a run of another recipe"):
@@ -195,10 +201,10 @@ def test_a_stopped_run_goes_on_and_leaves_losses_and_a_centroid(
     assert {file.name for file in folder.iterdir()} == files
     losses, expected = ([json.loads(line) for line in (each / "losses.jsonl").open()] for each in (folder, whole))
     assert [entry["step"] for entry in losses] == [10, 20]
-    assert losses[0] == expected[0]  # from the checkpoint: these steps were not run again
+    assert steps == [*range(1, 14), *range(11, 25)], "it goes on from the checkpoint of step 10"
+    assert losses[0]["grad_norm"] == expected[0]["grad_norm"]
     assert losses[1]["learning_rate"] == expected[1]["learning_rate"]
     assert losses[1]["loss"] == pytest.approx(expected[1]["loss"], rel=0.02)  # the order within an epoch may differ
-    assert losses[1]["num_tokens"] < expected[1]["num_tokens"], "the second run read everything again"
     loaded = load_embedder(name)
     router = fit({}, loaded, fitted=[read_centroid(folder, "own")])
     fresh = fit({"own": OWN}, loaded)
@@ -323,6 +329,38 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path: Path) -> N
 def test_an_adapter_without_a_centroid_asks_for_samples(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"holds no centroid\.safetensors: give sample texts of 'math'"):
         read_centroid(tmp_path, "math")
+
+
+def capped_gemma() -> Gemma2ForCausalLM:
+    """A random Gemma 2, which caps its logits."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**TINY, final_logit_softcapping=2.0, initializer_range=0.3)
+    return Gemma2ForCausalLM(config)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [tiny_llama, capped_gemma])
+def test_the_loss_on_a_cpu_is_that_of_trl(tmp_path: Path, make: Callable[[], Any]) -> None:
+    rows = list(training_rows(TOKENIZER, OWN[:4], OTHERS, TrainParams(join=0.5)))
+    found = {}
+    for trainer_class in (SFTTrainer, CompletionTrainer):
+        args = SFTConfig(tmp_path, max_length=None, report_to="none", bf16=False, use_cpu=True)
+        lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        trainer = trainer_class(make(), args, train_dataset=Dataset.from_list(rows), processing_class=TOKENIZER,
+                                peft_config=lora)  # fmt: skip
+        torch.manual_seed(0)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(50))
+        loss.backward()
+        learned = [each.grad for each in trainer.model.parameters() if each.requires_grad]
+        found[trainer_class] = loss.detach(), learned
+    (expected, gradients), (actual, own) = found.values()
+    torch.testing.assert_close(actual, expected)
+    assert len(own) == 2 * 2
+    torch.testing.assert_close(own, gradients)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -110,9 +110,12 @@ def _trainer(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], output:
     from datasets import Dataset
     from trl.trainer.sft_trainer import SFTTrainer
 
-    return SFTTrainer(
+    from treadle.experiments.completion_loss import CompletionTrainer
+
+    args = _trainer_config(output, params)
+    return (CompletionTrainer if args.use_cpu else SFTTrainer)(
         model=model,
-        args=_trainer_config(output, params),
+        args=args,
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=tokenizer,
         peft_config=_lora(params),
@@ -211,6 +214,7 @@ def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),  # said, or several processes on CPUs would each train alone
         bf16=False,  # the base is loaded in params.dtype; autocast would convert it anew every step
+        include_num_input_tokens_seen="non_padding",
         logging_steps=min(10, params.steps),
         save_strategy="steps",
         save_steps=max(10, params.steps // 4),
