@@ -5,9 +5,10 @@ spells them.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the key-value cache in calls and outputs, newest first: transformers 5.24 renamed it."""
+
+WEIGHT = ".weight"
+"""The end of a parameter's name; the tables of old names are of parameters."""
+EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 
 
 def cache_argument(model: "nn.Module") -> str:
@@ -49,15 +54,61 @@ def checkpoint_renamer(model: "nn.Module") -> Callable[[str], str]:
 
     The table is the one by which transformers loads old checkpoints, and PEFT old adapters.
     """
-    from transformers import PreTrainedModel
-
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # another release, without a table
         return str
-    if not isinstance(model, PreTrainedModel):
-        return str
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    suffix = ".weight"  # the table is of parameters
-    return lambda path: rename_source_key(path + suffix, renamings, [])[0].removesuffix(suffix)
+    renamings = [each for each in _conversions(model) if isinstance(each, WeightRenaming)]
+    return lambda path: rename_source_key(path + WEIGHT, renamings, [])[0].removesuffix(WEIGHT)
+
+
+class FusedPlace(NamedTuple):
+    """The place of one expert's linear layer in a parameter of all experts.
+
+    Attributes:
+        path: of the parameter.
+        expert: number of the expert.
+        part: number of the layer among those that lie below one another there, such as 1 of gate and up.
+        num_parts: how many these are.
+    """
+
+    path: str
+    expert: int
+    part: int
+    num_parts: int
+
+
+def expert_fuser(model: "nn.Module") -> "Callable[[str], FusedPlace | None]":
+    """Return a function that finds the place of an older release's layer of one expert; None for other paths."""
+    try:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return lambda _: None
+    conversions = _conversions(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    kinds = {("MergeModulelist",), ("MergeModulelist", "Concatenate")}
+    converters = [
+        each
+        for each in conversions
+        if isinstance(each, WeightConverter) and tuple(type(op).__name__ for op in each.operations) in kinds
+    ]
+
+    def place(path: str) -> FusedPlace | None:
+        number = EXPERT_NUMBER.search(path)
+        if number is None:
+            return None
+        new, pattern = rename_source_key(path + WEIGHT, renamings, converters)
+        sources = next((each.source_patterns for each in converters if pattern in each.source_patterns), None)
+        if pattern is None or sources is None:
+            return None
+        return FusedPlace(new, int(number[1]), sources.index(pattern), len(sources))
+
+    return place
+
+
+def _conversions(model: "nn.Module") -> list[Any]:
+    """Return the table by which transformers loads checkpoints of other releases."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []

@@ -123,9 +123,9 @@ def _leave_misfits_out(found: FoundAdapters, base: str, *, strict: bool) -> None
     """Leave out adapters whose factors fit no layer of the base; its weights are not loaded."""
     model = load_outline(base)
     for name, adapter in list(found.adapters.items()):
-        # what else an adapter holds needs the base's weights
-        factors = replace(with_model_names(model, adapter), weights={}, vectors={}, initial="")
         try:
+            # what else an adapter holds needs the base's weights
+            factors = replace(with_model_names(model, adapter), weights={}, vectors={}, initial="")
             with warnings.catch_warnings():  # of what the base lacks; the loaded model gives them again
                 warnings.simplefilter("error" if strict else "ignore", AdapterWarning)
                 compatibility.fit_adapters(model, [factors])

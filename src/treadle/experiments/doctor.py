@@ -118,16 +118,13 @@ def _problems(reports: Sequence[AdapterReport], left_out: Mapping[str, str]) -> 
 def _examine_adapter(
     engine: Engine, adapter: Adapter, texts: Sequence[str], cosines: tuple[float, ...]
 ) -> AdapterReport:
-    squares = 0.0
-    for pair in adapter.pairs.values():
-        a, b = pair.a.float(), pair.b.float()
-        squares += pair.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())  # |s B A|^2 without the (out, in) product
+    pairs = adapter.pairs.values()
     return AdapterReport(
         name=adapter.name,
-        ranks=tuple(sorted({pair.rank for pair in adapter.pairs.values()})),
+        ranks=tuple(sorted({pair.rank // pair.num_experts for pair in pairs})),
         targets=tuple(sorted({module.rpartition(".")[2] for module in adapter.modules})),
         modules=len(adapter.modules),
-        norm=squares**0.5,
+        norm=sum(pair.norm() ** 2 for pair in pairs) ** 0.5,
         change=sum(_divergence(engine, adapter.name, text) for text in texts or [PROBE_TEXT])
         / len(texts or [PROBE_TEXT]),
         samples=len(texts),

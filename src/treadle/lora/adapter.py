@@ -52,6 +52,11 @@ class Adapter:
         """The paths of all modules that it changes."""
         return tuple(dict.fromkeys((*self.pairs, *self.vectors)))
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether it changes weights of fused experts."""
+        return any(pair.num_experts > 1 for pair in self.pairs.values())
+
     def num_bytes(self) -> int:
         """Return the size of all factors and vectors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(self.pairs, self.vectors))

@@ -17,6 +17,7 @@ from treadle.common.errors import AdapterError, OptionError, unknown_name
 from treadle.common.params import Combine
 from treadle.lora.adapter import Adapter
 from treadle.lora.compatibility import check_combine, check_range, fit_adapters
+from treadle.lora.experts import put_module
 from treadle.lora.gates import GateMaker, Gates, StackLayout
 from treadle.lora.layer import BlendedLinear, StackedA
 from treadle.lora.names import with_model_names
@@ -260,10 +261,10 @@ class Blend:
         """Attach the adapters of a plan and no others; if stacks cannot be built, nothing has changed."""
         stacks.build()
         for path in self._layers.keys() - stacks.layers.keys():
-            self._put(path, self._layers[path].base)
+            put_module(self.model, path, self._layers[path].base)
         for path, layer in stacks.layers.items():
             if layer is not self._layers.get(path):
-                self._put(path, layer)
+                put_module(self.model, path, layer)
         stacks.put()
         self._layers = stacks.layers
         self._names = tuple(adapter.name for adapter in stacks.adapters)
@@ -279,10 +280,6 @@ class Blend:
 
     def _replace_all(self, adapters: Sequence[Adapter]) -> None:
         self.take(self.plan(adapters))
-
-    def _put(self, path: str, module: nn.Module) -> None:
-        parent, _, child = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, module)
 
 
 def attach(

@@ -11,6 +11,7 @@ from torch import nn
 from treadle.common.errors import AdapterError, AdapterWarning, OptionError, OptionProblem, problem_list, unknown_name
 from treadle.common.params import COMBINES
 from treadle.lora.adapter import Adapter
+from treadle.lora.experts import ExpertWeight, modules_of, unknown_experts
 from treadle.lora.initial import without_initial
 from treadle.lora.layer import BlendedLinear
 from treadle.lora.names import with_paths
@@ -38,7 +39,7 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
     Raises:
         AdapterError: lists every way in which the adapters do not fit the model or each other.
     """
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     missing = {
         adapter.name: [path for path in dict.fromkeys((*adapter.modules, *adapter.weights)) if path not in modules]
         for adapter in adapters
@@ -46,11 +47,24 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
     fitting = [with_paths(adapter, lambda path: path if path in modules else None) for adapter in adapters]
     embeddings = {path: base for path, each in modules.items() if isinstance(base := _base(each), nn.Embedding)}
     shapes = {path: (each.num_embeddings, each.embedding_dim) for path, each in embeddings.items()}
-    problems = _misfits(linear_shapes(model) | shapes, fitting, _norm_sizes(modules))
+    problems = _misfits(layer_shapes(model) | shapes, fitting, _norm_sizes(modules))
     problems += [
         f"{whole.name}: the model has no module {path}"
         for whole, part in zip(adapters, fitting, strict=True)
         for path in ([] if part.modules else whole.modules)
+        if not unknown_experts(modules, path)
+    ]
+    problems += [
+        f"{name}: {path}: {kind} does not compute as transformers' other experts do, and cannot be blended"
+        for name, paths in missing.items()
+        for path in paths
+        if (kind := unknown_experts(modules, path))
+    ]
+    problems += [
+        f"{each.name}: {path} has {experts} experts, its factors are of {pair.num_experts}"
+        for each in fitting
+        for path, pair in each.pairs.items()
+        if (experts := _num_experts(modules[path])) != pair.num_experts
     ]
     problems += [
         f"{adapter.name}: it replaces {path}.weight {problem}"
@@ -67,16 +81,22 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
     if lines := [f"{each.name}: {path}.weight" for each in fitting for path in resized(modules, each)]:
         head = "adapters come from another size of vocabulary; rows that both have are equal, and others do not act:"
         warnings.warn(problem_list(head, _by_pattern(lines)), AdapterWarning, stacklevel=3)
-    return tuple(with_differences(modules, _resolve(model, adapter)) for adapter in fitting)
+    return tuple(with_differences(modules, _resolve(modules, adapter)) for adapter in fitting)
 
 
-def _resolve(model: nn.Module, adapter: Adapter) -> Adapter:
+def _num_experts(module: nn.Module) -> int:
+    """Return how many experts a place holds; 1 if it is a layer."""
+    base = _base(module)
+    return base.num_experts if isinstance(base, ExpertWeight) else 1
+
+
+def _resolve(modules: Mapping[str, nn.Module], adapter: Adapter) -> Adapter:
     """Return an adapter whose tensors do not depend on the base's weights any more; an AdapterError if that fails."""
     if not adapter.vectors and not adapter.initial:
         return adapter
     pairs, vectors, problems = dict[str, LoraPair](), dict[str, LayerVectors](), list[str]()
     for path in adapter.modules:
-        base, pair, found = _base(model.get_submodule(path)), adapter.pairs.get(path), adapter.vectors.get(path)
+        base, pair, found = _base(modules[path]), adapter.pairs.get(path), adapter.vectors.get(path)
         try:
             if pair is not None and adapter.initial:
                 pair = without_initial(base, pair, adapter.initial)
@@ -176,8 +196,9 @@ def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
         raise OptionError(unknown_name("combine", combine, COMBINES))
     if combine == "sum" or len(adapters) < 2:
         return
-    if others := [adapter.name for adapter in adapters if adapter.vectors]:
-        holders = f"{', '.join(others)} {'holds' if len(others) == 1 else 'hold'} scales or biases (DoRA, IA3, bias)"
+    if others := [adapter.name for adapter in adapters if adapter.vectors or adapter.has_experts]:
+        holds = "holds" if len(others) == 1 else "hold"
+        holders = f"{', '.join(others)} {holds} scales or biases (DoRA, IA3, bias) or factors of fused experts"
         text = f"combine={combine!r} combines factors alone; {holders}. Use combine='sum', which takes any."
         problem = OptionProblem(("combine",), text, combine, f"'sum'; {combine!r} with plain LoRA ({holders})")
         raise OptionError(text, [problem])
@@ -190,6 +211,13 @@ def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
         text = f"combine={combine!r} needs {needed}; {differ}. Use combine='sum', which takes any."
         problem = OptionProblem(("combine",), text, combine, f"'sum'; {combine!r} with {needed} ({differ})")
         raise OptionError(text, [problem])
+
+
+def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the path and (in, out) of each linear layer and of each weight of fused experts."""
+    bases = {path: _base(module) for path, module in modules_of(model).items()}
+    experts = {path: (each.size_in, each.size_out) for path, each in bases.items() if isinstance(each, ExpertWeight)}
+    return linear_shapes(model) | experts
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -27,6 +27,8 @@ def without_initial(layer: nn.Module, pair: LoraPair, kind: str) -> LoraPair:
     """
     if isinstance(layer, nn.Embedding):
         raise AdapterError(f"{kind} of an embedding cannot be blended")
+    if pair.num_experts > 1:
+        raise AdapterError(f"{kind} of fused experts cannot be blended")
     layer_: Any = layer
     if type(layer_.weight) not in (nn.Parameter, Tensor) or not layer_.weight.is_floating_point():
         raise AdapterError(f"{kind} needs the weight that training began with, and this one is quantised")

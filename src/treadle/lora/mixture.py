@@ -51,9 +51,9 @@ def mix(adapters: Sequence[Adapter], weights: Mapping[str, float], rank: int | N
     acting = [(adapter, weights[adapter.name]) for adapter in adapters if weights.get(adapter.name)]
     if not acting:
         raise OptionError("no adapter has a weight above 0; give fixed weights such as math=0.7,code=0.3.")
-    more = [adapter.name for adapter, _ in acting if adapter.vectors or adapter.initial or adapter.weights]
+    more = [each.name for each, _ in acting if each.vectors or each.initial or each.weights or each.has_experts]
     if more:
-        kinds = "a DoRA, IA3, PiSSA, OLoRA, trained biases or whole weights"
+        kinds = "a DoRA, IA3, PiSSA, OLoRA, trained biases, whole weights or fused experts"
         raise AdapterError(f"{', '.join(more)}: {kinds}, whose update is more than the factors; export plain LoRA.")
     if rank is not None and rank < 1:
         raise OptionError(f"rank must be at least 1, or none, not {rank}.")

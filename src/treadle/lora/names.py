@@ -15,6 +15,7 @@ from torch import nn
 from treadle.common.errors import AdapterError, AdapterWarning
 from treadle.common.transformers_names import checkpoint_renamer
 from treadle.lora.adapter import Adapter
+from treadle.lora.experts import modules_of, with_fused_experts
 
 T = TypeVar("T")
 LANGUAGE_PART = re.compile(
@@ -58,14 +59,16 @@ def with_model_names(model: nn.Module, adapter: Adapter) -> Adapter:
 
     A path that the model lacks gets the name that transformers' table of renamings has for it. Otherwise its beginning
     is exchanged for that of the model's language part: adapters of a model that reads images and of its text model
-    differ in it. A path stays if the model has no such name either.
+    differ in it. A path stays if the model has no such name either. Factors of single experts become factors of fused
+    ones, where the model has these.
 
     Raises:
-        AdapterError: two of its modules are one in this model.
+        AdapterError: two of its modules are one in this model, or factors of experts do not fit.
     """
-    known = {path for path, _ in model.named_modules()}
+    known = modules_of(model)
     if all(path in known for path in (*adapter.modules, *adapter.weights)):
         return adapter
+    adapter = with_fused_experts(model, adapter)
     candidates = (checkpoint_renamer(model), _language_renamer(model))
 
     def name(path: str) -> str:

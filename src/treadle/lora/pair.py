@@ -23,11 +23,14 @@ class LoraPair:
         a: (r, in), as stored on disk.
         b: (out, r), as stored on disk.
         scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        num_experts: of the fused experts whose weight is changed, each by its own rows of `a` and columns of `b`, one
+            expert after the other. 1 = the module is a layer.
     """
 
     a: Tensor
     b: Tensor
     scale: float
+    num_experts: int = 1
 
     @classmethod
     def empty(cls, size_in: int, size_out: int) -> "LoraPair":
@@ -41,8 +44,14 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
-        """The number of rows of `a`."""
+        """The number of rows of `a`, of all experts together."""
         return self.a.shape[0]
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of the whole update, scale included, without making its (out, in) product."""
+        a = self.a.float().view(self.num_experts, -1, self.a.shape[1])  # (E, r, in)
+        b = self.b.float().view(len(self.b), self.num_experts, -1).permute(1, 2, 0)  # (E, r, out)
+        return self.scale * float(((b @ b.mT) * (a @ a.mT)).sum()) ** 0.5
 
     def bound(self) -> float:
         """Return an upper bound of scale, B, A x and scale B A for |x| <= 1; inf beyond float32."""

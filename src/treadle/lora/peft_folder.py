@@ -15,6 +15,7 @@ from treadle.common.documents import is_file, read_object
 from treadle.common.errors import SHOWN, AdapterError, AdapterWarning, problem_list, shown
 from treadle.common.tensor_files import read_tensors
 from treadle.lora.content import AdapterContent, content_problems
+from treadle.lora.fused_names import fused_names, of_experts
 from treadle.lora.initial import KNOWN_INITS
 from treadle.lora.pair import LoraPair
 from treadle.lora.patterns import match_ends
@@ -111,6 +112,9 @@ def _malformed_fields(config: dict[str, Any]) -> Iterator[str]:
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         yield f"base_model_name_or_path must be a text, not {shown(base)}"
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
+        yield f"target_parameters must be a list of names, not {shown(targets)}"
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key) or {}
         if not isinstance(value, dict) or not all(map(_is_positive, value.values())) or "" in value:
@@ -147,7 +151,8 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def _pairs(found: PeftTensors, config: dict[str, Any]) -> dict[str, LoraPair]:
     """Return the factor pairs of all modules; problems are added to `found`."""
-    sides = found.factors
+    fused = fused_names(list(found.factors), config.get("target_parameters") or [])
+    sides = {fused.get(module, module): factors for module, factors in found.factors.items()}
     try:
         ranks = _by_pattern(config, "rank_pattern", "r", list(sides))
         alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", list(sides))
@@ -156,10 +161,11 @@ def _pairs(found: PeftTensors, config: dict[str, Any]) -> dict[str, LoraPair]:
         return {}
     pairs: dict[str, LoraPair] = {}
     for (module, factors), rank, alpha in zip(sides.items(), ranks, alphas, strict=True):
-        if problem := _pair_problem(module, factors, rank):
+        if problem := _pair_problem(module, factors, rank, is_fused=module in fused.values()):
             found.problems.append(problem)
-        else:
-            pairs[module] = LoraPair(factors["A"], factors["B"], _scale(alpha, factors["A"].shape[0], config))
+            continue
+        a, b, scale = factors["A"], factors["B"], _scale(alpha, rank, config)
+        pairs[module] = of_experts(a, b, scale, int(rank)) if module in fused.values() else LoraPair(a, b, scale)
     return pairs
 
 
@@ -184,19 +190,21 @@ def _vectors(found: PeftTensors, pairs: Mapping[str, LoraPair], config: dict[str
     return vectors
 
 
-def _pair_problem(module: str, factors: dict[str, Tensor], expected: Any) -> str | None:
+def _pair_problem(module: str, factors: dict[str, Tensor], expected: Any, *, is_fused: bool) -> str | None:
     if len(factors) < 2:
         missing = "B" if "A" in factors else "A"
         return f"{module}: lora_{missing} is missing"
     a, b = factors["A"], factors["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
         return f"{module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit: need (r, in), (out, r)"
+    if is_fused and _is_positive(expected) and a.shape[0] % expected == 0:
+        return None  # the rank is that of one expert
     if a.shape[0] != expected:
         return f"{module}: its factors have rank {a.shape[0]}, its config says {expected}"
     return None
 
 
-def _scale(alpha: Any, rank: int, config: dict[str, Any]) -> float:
+def _scale(alpha: Any, rank: Any, config: dict[str, Any]) -> float:
     if not _is_positive(alpha):
         return 1.0  # reported by _config_problems
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

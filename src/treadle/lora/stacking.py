@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from treadle.lora.adapter import Adapter
 from treadle.lora.compatibility import is_routed, linear_shape
 from treadle.lora.embedding import BlendedEmbedding
+from treadle.lora.experts import ExpertFactors, ExpertWeight, modules_of
 from treadle.lora.gates import Gates, StackLayout
 from treadle.lora.layer import BlendedLinear, LayerRole, StackedA, VectorLinear
 from treadle.lora.pair import LoraPair
@@ -70,6 +71,8 @@ class Stacks:
                 slot = self.layouts.setdefault(self._layout(path), len(self.layouts))
                 layer = self.layers[path]
                 layer.stack(self._b[path], stacked_a, index, slot)
+                if isinstance(layer, ExpertFactors):
+                    layer.put_ranks([pair.rank for pair in self._pairs_at(path)])
                 if isinstance(layer, VectorLinear):
                     holders = tuple((index, 1, 1.0) for index, each in enumerate(self.adapters) if path in each.vectors)
                     slot = self.layouts.setdefault(StackLayout(holders), len(self.layouts))
@@ -95,17 +98,24 @@ def new_layers(
     outer: Any = model
     head = outer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers: dict[str, BlendedLinear] = {}
+    modules = modules_of(model)
     for path in sorted({module for adapter in adapters for module in adapter.modules}):
         found = known.get(path)
-        base = model.get_submodule(path) if found is None else found.base
+        base = modules[path] if found is None else found.base
         has_vectors = any(path in adapter.vectors for adapter in adapters)
-        kind = BlendedEmbedding if isinstance(base, nn.Embedding) else VectorLinear if has_vectors else BlendedLinear
+        kind = _kind(base, has_vectors=has_vectors)
         if found is not None and type(found) is kind:
             layers[path] = found
         else:
             role = LayerRole(path, is_head=found.role.is_head if found else base is head, is_routed=is_routed(path))
             layers[path] = kind(base, _factor_dtype(base, model), gates, role)
     return layers
+
+
+def _kind(base: nn.Module, *, has_vectors: bool) -> type[BlendedLinear]:
+    if isinstance(base, ExpertWeight):
+        return ExpertFactors
+    return BlendedEmbedding if isinstance(base, nn.Embedding) else VectorLinear if has_vectors else BlendedLinear
 
 
 def stacked_views(adapters: Sequence[Adapter], layers: Mapping[str, BlendedLinear]) -> tuple[Adapter, ...]:

@@ -18,7 +18,7 @@ from treadle.common.files import folder_below
 from treadle.engine.state_fitting import state_centroid
 from treadle.engine.state_texts import ReadText, texts_of_samples, texts_read_twice
 from treadle.lora.adapter import Adapter, read_adapter
-from treadle.lora.compatibility import linear_shapes
+from treadle.lora.compatibility import layer_shapes
 from treadle.lora.names import warn_of_bases
 from treadle.lora.peft_folder import WEIGHTS_FILE
 from treadle.lora.peft_tensors import TENSOR_NAME
@@ -105,7 +105,7 @@ def _cards(state: ServerState) -> list[Json]:
         {
             "name": adapter.name,
             "source": str(adapter.source),
-            "ranks": sorted({pair.rank for pair in adapter.pairs.values()}),
+            "ranks": sorted({pair.rank // pair.num_experts for pair in adapter.pairs.values()}),
             "modules": len(adapter.modules),
             "bytes": adapter.num_bytes(),
             "samples": counts[adapter.name],
@@ -157,7 +157,7 @@ def _join(state: ServerState, new: NewAdapter, folder: Path, own: Centroids | No
     One thread does all of it, so nobody else waits while a large adapter is freed.
     """
     engine, between_steps, name = state.engine, state.scheduler.call, new.name
-    _check_shapes(folder, name, between_steps(lambda: linear_shapes(engine.model)).result())
+    _check_shapes(folder, name, between_steps(lambda: layer_shapes(engine.model)).result())
     check()
     adapter = read_adapter(folder, name)
     warn_of_bases([adapter], state.bundle.base_model)

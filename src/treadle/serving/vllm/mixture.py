@@ -303,6 +303,8 @@ def vector_problem(adapter: Adapter) -> str | None:
             f"adapter {adapter.name!r} began from a part of the base's weights ({adapter.initial}), which the plugin "
             "does not compute again. treadle serve blends it"
         )
+    if adapter.has_experts:
+        return f"adapter {adapter.name!r} changes fused experts, which the plugin does not. treadle serve blends it"
     if not adapter.vectors:
         return None
     return (
