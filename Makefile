@@ -9,6 +9,7 @@ RECIPE_ARGS ?=
 TEST_ARGS ?= -n 2
 LOCK_ARGS ?= --upgrade
 VLLM_VENV ?= .venv-vllm
+DOCS_VENV ?= .venv-docs
 VLLM_ARGS ?=
 # what runs on the oldest and on the newest packages: one-hot = PEFT, cached = uncached, batch = singles, detach = nothing
 LAWS := $(addprefix tests/test_,transformers_names.py blend.py hf.py generate.py batch.py bundle.py embed.py)
@@ -18,7 +19,7 @@ INSTALL := $(PYTHON) requirements/install.py
 STAGE := @$(MAKE) --silent --no-print-directory
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-vllm test-oldest test-newest test-pythons demo lint types unit bundle dist lock clean
+.PHONY: test test-vllm test-oldest test-newest test-pythons demo lint types unit docs bundle dist lock clean
 
 # pyright has one thread: beside the tests it takes the time in which a core would wait
 test:
@@ -67,6 +68,14 @@ test-pythons:
 	  else echo "Python $$version: does not run here, not tried"; fi; \
 	done
 
+# the site, in work/site; a dead link, a page outside the navigation or anything loaded from elsewhere is an error
+docs: $(DOCS_VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+$(DOCS_VENV)/.dev: $(LOCKS)
+	$(INSTALL) $(DOCS_VENV) docs
+	touch $@
+
 $(VLLM_VENV)/.dev: $(LOCKS)
 	$(INSTALL) $(VLLM_VENV) vllm models
 	touch $@
@@ -99,4 +108,4 @@ lock: $(VENV)/.tools
 	$(BIN)/python requirements/lock.py $(LOCK_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .venv-3.12 .venv-3.13 work dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-3.12 .venv-3.13 work dist .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def extras(found: Sequence[str]) -> list[str]:
     return [part for name in found for part in ("--extra", name)]
 
 
+def lock_docs(upgrade: bool) -> None:
+    """Write the lock of the documentation's tools alone: the site is built without treadle's own packages."""
+    project = tomllib.loads((HERE.parent / PROJECT).read_text("utf-8"))["project"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "docs.in"
+        source.write_text("\n".join(project["optional-dependencies"]["docs"]), "utf-8")
+        lock("docs.txt", str(source), upgrade=upgrade)
+
+
 def main() -> None:
     """Write all locks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,6 +101,7 @@ def main() -> None:
     upgrade = parser.parse_args().upgrade
     for name in ("build", "tools"):
         lock(f"{name}.txt", f"requirements/{name}.in", upgrade=upgrade)
+    lock_docs(upgrade)
     torch = torch_names()
     lock_torch(torch, upgrade)
     without_torch = [*left_out(torch), "--constraints", "requirements/torch.in"]

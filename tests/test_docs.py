@@ -39,6 +39,33 @@ def test_the_house_rules_name_every_package() -> None:
     assert {name for name in packages if f"| `{name}` |" not in house} == set()
 
 
+OUTSIDE = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "demo/README.md",
+    "benchmarks/skills/README.md",
+]
+"""Documents that are no pages of the site; `make docs` checks the links of the others."""
+
+
+def headings(file: Path) -> set[str]:
+    """Return the anchors of a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", file.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_links_between_documents_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", (ROOT / name).read_text("utf-8"))
+    found = [((ROOT / name).parent / path if path else ROOT / name, anchor) for path, anchor in links]
+    dead = [
+        f"{file}#{anchor}" for file, anchor in found if not file.exists() or (anchor and anchor not in headings(file))
+    ]
+    assert dead == []
+
+
 def docstrings(file: Path) -> Iterator[tuple[int, str]]:
     """Yield the line and the first sentence of each docstring in a file, those of constants too."""
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):

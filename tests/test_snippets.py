@@ -1,0 +1,121 @@
+"""The snippets of the documents run: on a tiny base, in a folder in which the names that they use exist."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from treadle.bundle.bundle import save_bundle
+from treadle.routing.router import Router
+
+from conftest import SAMPLES, Run, byte_tokenizer, edit_config, save_adapter, tiny_llama
+
+DOCS = Path(__file__).parents[1] / "docs"
+SERVED = {"server.md", "http.md"}
+"""Pages whose snippets ask a server that runs."""
+ELSEWHERE = {"vllm.md"}
+"""Pages whose snippets need what the tests do not install."""
+OTHER_PROGRAMS = {".", "make", "pip", "curl"}
+"""What a line of a shell snippet may begin with, besides treadle."""
+
+
+class Snippet(NamedTuple):
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def snippets(file: Path) -> Iterator[Snippet]:
+    text = file.read_text("utf-8")
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield Snippet(file.name, text.count("\n", 0, found.start()) + 1, found[1], found[2])
+
+
+SNIPPETS = [each for file in sorted(DOCS.glob("*.md")) for each in snippets(file)]
+PAGES = sorted({each.page for each in SNIPPETS if each.language in ("python", "bash")} - ELSEWHERE - SERVED)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, adapter_folders: dict[str, Path], router: Router, monkeypatch) -> Path:
+    """A folder with all that the snippets name: a base, bundles, adapters with and without samples, rows."""
+    base = tmp_path / "org" / "model"
+    tiny_llama().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    for name, folder in adapter_folders.items():
+        plain, mine = tmp_path / "plain-adapters" / name, tmp_path / "my-adapters" / name
+        shutil.copytree(folder, plain)
+        edit_config(plain, base_model_name_or_path="org/model")
+        shutil.copytree(plain, mine)
+        (mine / "samples.txt").write_text("\n".join(SAMPLES[name]))
+    save_adapter(tmp_path / "org" / "law-lora", base_model_name_or_path="org/model")
+    plain = {name: tmp_path / "plain-adapters" / name for name in adapter_folders}
+    save_bundle(tmp_path / "demo" / "bundle", base=str(base), adapters=plain, router=router, samples=SAMPLES)
+    write_rows(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TREADLE_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def write_rows(folder: Path) -> None:
+    rows = {
+        "math": [{"question": f"add {i} plus {i}?", "answer": f"sum {i}\n#### {2 * i}"} for i in range(8)],
+        "science": [
+            {
+                "question": f"which atom {i}?",
+                "choices": {"text": ["cell", "heat", "planet"], "label": ["A", "B", "C"]},
+                "answerKey": "ABC"[i % 3],
+            }
+            for i in range(8)
+        ],
+        "questions": [{"question": f"list of loop {i}", "query": f"select {i}"} for i in range(8)],
+        "sql": [{"prompt": f"list of loop {i}", "completion": f" select {i}"} for i in range(8)],
+    }
+    for name, each in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Yield the words of each command of a shell snippet."""
+    for line in text.replace("\\\n", " ").splitlines():
+        quoted = re.sub(r"\$'(.*?)'", lambda found: shlex.quote(found[1].replace("\\n", "\n")), line)
+        if words := shlex.split(quoted, comments=True):
+            yield words
+
+
+def run_shell(snippet: Snippet, run: Run) -> None:
+    for program, *words in commands(snippet.text):
+        assert program in {"treadle", *OTHER_PROGRAMS}, f"{snippet.page}:{snippet.line}"
+        if program == "treadle":
+            is_server = words[0] == "serve"  # would not end
+            code, out, err = run(*words, *(["--print-config"] if is_server else []))
+            assert code == 0, f"{snippet.page}:{snippet.line}: {' '.join(words)}\n{out}{err}"
+
+
+def run_python(snippet: Snippet, names: dict[str, object]) -> None:
+    exec(compile("\n" * snippet.line + snippet.text, str(DOCS / snippet.page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_snippets_of_a_page_run_in_their_order(page: str, workplace: Path, run: Run) -> None:
+    names: dict[str, object] = {"__name__": page}
+    files = iter(re.findall(r"(?:Write|file) `(\w+\.(?:json|toml))`", (DOCS / page).read_text("utf-8")))
+    for snippet in SNIPPETS:
+        if snippet.page != page:
+            continue
+        if snippet.language == "python":
+            run_python(snippet, names)
+        elif snippet.language == "bash":
+            run_shell(snippet, run)
+        elif snippet.language in ("json", "toml"):
+            (workplace / next(files)).write_text(snippet.text)
+
+
+def test_every_block_says_what_it_is() -> None:
+    known = {"python", "bash", "json", "toml", "yaml", "text"}
+    assert [each[:3] for each in SNIPPETS if each.language not in known] == []
