@@ -315,7 +315,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     "config a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "does not hold an object."),
     "config not text": (lambda f: (f / "adapter_config.json").write_bytes(b"\xff{}"), "it is not UTF-8 (byte 0)"),
     "no weights": (remove("adapter_model.safetensors"), "has no adapter_model.safetensors."),
-    "only a pickle": (only_pickle, "adapter_model.bin is a pickle, which can run code: load it with PEFT and save it"),
+    "only a pickle": (only_pickle, "adapter_model.bin is a pickle, which can run code: treadle convert "),
     "truncated": (truncate, "adapter_model.safetensors cannot be read: "),
     "empty file": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "cannot be read: "),
     "a pickle named safetensors": (pickle_in_disguise, "adapter_model.safetensors cannot be read: "),

@@ -205,7 +205,7 @@ def test_other_formats_refuse_what_they_have_no_place_for(
     with pytest.raises(OptionError, match="no name for these modules of the base:\n  - odd"):
         save_gguf(Mixture({"odd": outside.pairs["lm_head"]}), tmp_path, config)
     config.model_type = "odd"
-    with pytest.raises(OptionError, match="a base of type 'odd' is not written; known are llama"):
+    with pytest.raises(OptionError, match="a base of type 'odd' is not known; known are llama"):
         save_gguf(mixture, tmp_path, config)
     given = ["export", bundle, "--fixed", "math=1", "-o", tmp_path / "out"]
     for form, file in (("gguf", "adapter.gguf"), ("mlx", "adapters.safetensors")):

@@ -1,4 +1,4 @@
-"""The command `treadle export`."""
+"""The commands that write one ordinary adapter: `treadle export` and `treadle convert`."""
 
 import json
 from functools import partial
@@ -66,11 +66,56 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
         return
     shown = ", ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
     print(f"wrote {output}: {shown}; {len(mixture.pairs)} modules of rank {', '.join(map(str, ranks))}")
+    print(
+        _error_line(
+            mixture, f"exact: {'the factors stand side by side' if rank is None else 'no module has a larger rank'}"
+        )
+    )
+
+
+@app.command(name="convert")
+def convert_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
+    source: Annotated[Path, typer.Argument(help="folder or file of one adapter", metavar="IN")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the PEFT folder to write")],
+    base: Annotated[
+        str, typer.Option(help="folder or hub id of its base model; GGUF and most tuners of PEFT need it")
+    ] = "",
+    alpha: Annotated[float | None, typer.Option(help="lora_alpha of training, where no file says it")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="largest rank of a module made of another tuner, by SVD; default: as large as it takes"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an adapter that is there")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read one adapter of another program or PEFT tuner, and write it as an ordinary PEFT LoRA folder.
+
+    It reads .bin and other pickles (tensors alone, in a process that can open nothing), GGUF, mlx-lm, torchtune, NeMo
+    and Megatron, old names of PEFT and diffusers, and LoHa, LoKr, VeRA, OFT, AdaLoRA and others.
+    """
+    from treadle.bundle.base_model import quiet_libraries
+    from treadle.bundle.conversion import ConvertParams, convert_adapter
+
+    quiet_libraries()
+    made = convert_adapter(source, output, ConvertParams(base, alpha, rank), overwrite=overwrite)
+    ranks = sorted({pair.rank for pair in made.content.pairs.values()})
+    mixture = made.mixture
+    if as_json:
+        told = {"adapter": str(output), "kind": made.kind, "modules": len(made.content.pairs), "ranks": ranks}
+        print(json.dumps({**told, "error": mixture and mixture.error, "worst": mixture and mixture.worst}))
+        return
+    size = f"{len(made.content.pairs)} modules of rank {', '.join(map(str, ranks))}" if ranks else "no factors"
+    print(f"wrote {output}: {made.kind}; {size}")
+    if mixture:
+        print(_error_line(mixture, "exact: the ranks are as large as it takes"))
+
+
+def _error_line(mixture: "Mixture", exact: str) -> str:
+    """Return the line that tells the error of a smaller rank; `exact` where there is none."""
     if mixture.worst is None:
-        print("exact: the factors stand side by side" if rank is None else "exact: no module has a larger rank")
-    else:
-        print(f"relative error of the update: {mixture.error:.2%}; largest of one module: {mixture.worst[1]:.2%} "
-              f"({mixture.worst[0]})")  # fmt: skip
+        return exact
+    module, largest = mixture.worst
+    return f"relative error of the update: {mixture.error:.2%}; largest of one module: {largest:.2%} ({module})"
 
 
 def _save(form: str, mixture: "Mixture", folder: Path, base: tuple[str, Any], *, overwrite: bool) -> None:

@@ -40,6 +40,32 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
         AdapterError: lists every way in which the adapters do not fit the model or each other.
     """
     modules = modules_of(model)
+    fitting, missing, problems = find_places(model, adapters)
+    problems += [
+        f"{adapter.name}: it replaces {path}.weight {problem}"
+        for adapter in fitting
+        for path, weight in adapter.weights.items()
+        if (problem := weight_problem(modules[path], weight, is_alone=_is_alone(adapter, path)))
+    ]
+    if problems:
+        raise AdapterError(problem_list(MISFIT, alike(problems)))
+    if any(missing.values()):
+        lines = alike([f"{name}: {path}" for name, paths in missing.items() for path in paths])
+        head = "the model lacks some modules of adapters, which act without them:"
+        warnings.warn(problem_list(head, lines), AdapterWarning, stacklevel=3)
+    if lines := [f"{each.name}: {path}.weight" for each in fitting for path in resized(modules, each)]:
+        head = "adapters come from another size of vocabulary; rows that both have are equal, and others do not act:"
+        warnings.warn(problem_list(head, alike(lines)), AdapterWarning, stacklevel=3)
+    return tuple(with_differences(modules, _resolve(modules, adapter)) for adapter in fitting)
+
+
+def find_places(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[list[Adapter], dict[str, list[str]], list[str]]:
+    """Compare adapters with a model's modules by path and shape; its weights are not looked at.
+
+    Returns:
+        the adapters with what the model has modules for, the other paths by adapter, and a problem for each misfit.
+    """
+    modules = modules_of(model)
     missing = {
         adapter.name: [path for path in dict.fromkeys((*adapter.modules, *adapter.weights)) if path not in modules]
         for adapter in adapters
@@ -66,22 +92,7 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
         for path, pair in each.pairs.items()
         if (experts := _num_experts(modules[path])) != pair.num_experts
     ]
-    problems += [
-        f"{adapter.name}: it replaces {path}.weight {problem}"
-        for adapter in fitting
-        for path, weight in adapter.weights.items()
-        if (problem := weight_problem(modules[path], weight, is_alone=_is_alone(adapter, path)))
-    ]
-    if problems:
-        raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
-    if any(missing.values()):
-        lines = _by_pattern([f"{name}: {path}" for name, paths in missing.items() for path in paths])
-        head = "the model lacks some modules of adapters, which act without them:"
-        warnings.warn(problem_list(head, lines), AdapterWarning, stacklevel=3)
-    if lines := [f"{each.name}: {path}.weight" for each in fitting for path in resized(modules, each)]:
-        head = "adapters come from another size of vocabulary; rows that both have are equal, and others do not act:"
-        warnings.warn(problem_list(head, _by_pattern(lines)), AdapterWarning, stacklevel=3)
-    return tuple(with_differences(modules, _resolve(modules, adapter)) for adapter in fitting)
+    return fitting, missing, problems
 
 
 def _num_experts(module: nn.Module) -> int:
@@ -110,7 +121,7 @@ def _resolve(modules: Mapping[str, nn.Module], adapter: Adapter) -> Adapter:
         if found is not None and found.has_effect:  # a saved bias may be the base's own
             vectors[path] = found
     if problems:
-        raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
+        raise AdapterError(problem_list(MISFIT, alike(problems)))
     return replace(adapter, pairs=pairs, vectors=vectors, initial="")
 
 
@@ -121,7 +132,7 @@ def check_fit(shapes: Mapping[str, tuple[int, int]], adapters: Sequence[Adapter]
         f"{each.name}: it holds {path}.weight, which is not compared here" for each in adapters for path in each.weights
     ]
     if problems:
-        raise AdapterError(problem_list(MISFIT, _by_pattern(problems)))
+        raise AdapterError(problem_list(MISFIT, alike(problems)))
 
 
 def _misfits(
@@ -153,12 +164,12 @@ def _misfits(
     return problems
 
 
-def _by_pattern(problems: Sequence[str]) -> list[str]:
+def alike(problems: Sequence[str]) -> list[str]:
     """Merge problems that differ only in numbers of layers or experts: the first one, and their count."""
-    alike: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for problem in problems:
-        alike.setdefault(NUMBER.sub("*", problem), []).append(problem)
-    return [f"{first} (and {len(more)} more like it)" if more else first for first, *more in alike.values()]
+        groups.setdefault(NUMBER.sub("*", problem), []).append(problem)
+    return [f"{first} (and {len(more)} more like it)" if more else first for first, *more in groups.values()]
 
 
 def check_range(adapters: Sequence[Adapter], dtype: torch.dtype) -> None:

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from treadle.common.errors import AdapterError, OptionError, problem_list, unknown_name
-from treadle.common.writing import check_writable, put_all, workplace
 from treadle.lora.adapter import Adapter
 from treadle.lora.pair import LoraPair
-from treadle.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from treadle.lora.peft_writing import check_free, factor_tensors, lora_config, save_peft
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,14 @@ class Mixture:
     pairs: Mapping[str, LoraPair]
     error: float = 0.0
     worst: tuple[str, float] | None = None
+
+    @classmethod
+    def with_losses(cls, pairs: Mapping[str, LoraPair], squares: Mapping[str, tuple[float, float]]) -> "Mixture":
+        """Return a mixture with its error; `squares` are each module's squared norms of what was cut, and of all."""
+        off, total = (sum(each[index] for each in squares.values()) for index in (0, 1))
+        own = {module: (lost / whole) ** 0.5 for module, (lost, whole) in squares.items() if lost}
+        worst = max(own, key=lambda module: own[module]) if own else None
+        return cls(pairs, (off / total) ** 0.5 if total else 0.0, (worst, own[worst]) if worst else None)
 
 
 def mix(adapters: Sequence[Adapter], weights: Mapping[str, float], rank: int | None = None) -> Mixture:
@@ -94,10 +100,7 @@ def _cut(exact: Mapping[str, LoraPair], rank: int) -> Mixture:
         b = left @ (u[:, :rank] * root)  # (out, rank)
         cut[module] = LoraPair(a.float(), b.float(), 1.0)
         squares[module] = float((values[rank:] ** 2).sum()), float((values**2).sum())
-    off, total = (sum(each[index] for each in squares.values()) for index in (0, 1))
-    own = {module: (lost / all_of_it) ** 0.5 for module, (lost, all_of_it) in squares.items() if lost}
-    worst = max(own, key=lambda module: own[module]) if own else None
-    return Mixture(cut, (off / total) ** 0.5 if total else 0.0, (worst, own[worst]) if worst else None)
+    return Mixture.with_losses(cut, squares)
 
 
 def _core(pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -119,32 +122,5 @@ def save_mixture(mixture: Mixture, folder: Path, base: str, *, overwrite: bool =
     Raises:
         OptionError: the system refuses to write there, or an adapter is there.
     """
-    from peft import LoraConfig, TaskType
-
-    check_writable(folder / CONFIG_FILE)
-    if not overwrite and any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
-        raise OptionError(f"{folder} holds an adapter already; name another folder, or --overwrite it.")
-    ranks = {module: pair.rank for module, pair in mixture.pairs.items()}
-    most = max(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != most}
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
-        r=most,
-        lora_alpha=most,  # a scale of 1: scales and weights are in B
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=sorted(ranks),
-        inference_mode=True,
-    )
-    tensors = {
-        f"base_model.model.{module}.lora_{side}.weight": factor.contiguous()
-        for module, pair in mixture.pairs.items()
-        for side, factor in (("A", pair.a), ("B", pair.b))
-    }
-    with workplace(folder) as place:
-        made = place / "adapter"
-        made.mkdir()
-        config.save_pretrained(str(made))
-        save_file(tensors, made / WEIGHTS_FILE, {"format": "pt"})
-        put_all(made, folder, CONFIG_FILE)
+    check_free(folder, overwrite=overwrite)
+    save_peft(folder, lora_config(mixture.pairs, base), factor_tensors(mixture.pairs))

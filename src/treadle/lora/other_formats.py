@@ -8,19 +8,19 @@ Both have one scale for all modules; here it is 1, and what a module needs is in
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
 from treadle.common.errors import OptionError, problem_list
 from treadle.common.writing import check_writable, put, put_all, workplace
 from treadle.lora.mixture import Mixture
+from treadle.lora.rotary_rows import num_heads, to_pairs
 
 GGUF_FILE, MLX_FILE, MLX_CONFIG_FILE = "adapter.gguf", "adapters.safetensors", "adapter_config.json"
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
@@ -40,31 +40,24 @@ def save_gguf(mixture: Mixture, folder: Path, config: Any, *, overwrite: bool = 
     Raises:
         OptionError: the base's kind is not known here, a module has no name in GGUF, or the file cannot be written.
     """
-    if find_spec("gguf") is None:
-        raise OptionError("writing GGUF files needs: pip install 'treadle[gguf]'")
+    _check_free(folder / GGUF_FILE, overwrite)
+    architecture, found = gguf_names(list(mixture.pairs), config)
     import gguf
 
-    _check_free(folder / GGUF_FILE, overwrite)
-    kind = str(config.model_type)
-    if kind not in ARCHITECTURES:
-        raise OptionError(f"GGUF: a base of type {kind!r} is not written; known are {', '.join(ARCHITECTURES)}.")
-    architecture = gguf.MODEL_ARCH[ARCHITECTURES[kind]]
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    found = {module: names.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in mixture.pairs}
     if unknown := [module for module, name in found.items() if name is None]:
         raise OptionError(problem_list("GGUF has no name for these modules of the base:", unknown))
     most = max(pair.rank for pair in mixture.pairs.values())
     with workplace(folder) as place:
-        writer = gguf.GGUFWriter(place / GGUF_FILE, gguf.MODEL_ARCH_NAMES[architecture])
+        writer = gguf.GGUFWriter(place / GGUF_FILE, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(most))
         for module, pair in mixture.pairs.items():
-            b = (pair.b * (pair.rank / most)).numpy()  # llama.cpp multiplies by alpha / rank of each module
-            if architecture == gguf.MODEL_ARCH.LLAMA:
-                b = _reordered(module, b, config)
+            b = pair.b * (pair.rank / most)  # llama.cpp multiplies by alpha / rank of each module
+            if architecture == "llama" and (heads := num_heads(module, config)):
+                b = to_pairs(b, heads)
             writer.add_tensor(f"{found[module]}.lora_a", pair.a.contiguous().numpy())
-            writer.add_tensor(f"{found[module]}.lora_b", np.ascontiguousarray(b))
+            writer.add_tensor(f"{found[module]}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -72,12 +65,23 @@ def save_gguf(mixture: Mixture, folder: Path, config: Any, *, overwrite: bool = 
         put(place / GGUF_FILE, folder / GGUF_FILE)
 
 
-def _reordered(module: str, b: NDArray[np.float32], config: Any) -> NDArray[np.float32]:
-    """Return the rows of B (out, r) in the order of llama.cpp's rotary halves, which differs for queries and keys."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.rpartition(".")[2])
-    if heads is None:
-        return b
-    return b.reshape(heads, 2, len(b) // heads // 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
+def gguf_names(modules: Sequence[str], config: Any) -> tuple[str, dict[str, str | None]]:
+    """Return llama.cpp's name of a base's architecture, and module path -> name in GGUF; None where it has none.
+
+    Raises:
+        OptionError: the base's kind is not known here, or the package gguf is missing.
+    """
+    if find_spec("gguf") is None:
+        raise OptionError("GGUF files need: pip install 'treadle[gguf]'")
+    import gguf
+
+    kind = str(config.model_type)
+    if kind not in ARCHITECTURES:
+        raise OptionError(f"GGUF: a base of type {kind!r} is not known; known are {', '.join(ARCHITECTURES)}.")
+    architecture = gguf.MODEL_ARCH[ARCHITECTURES[kind]]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    found = {module: names.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules}
+    return gguf.MODEL_ARCH_NAMES[architecture], found
 
 
 def save_mlx(mixture: Mixture, folder: Path, config: Any, *, overwrite: bool = False) -> None:

@@ -24,6 +24,8 @@ from treadle.lora.vectors import LayerVectors
 
 MAX_CONFIG_BYTES = 16 << 20
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FOREIGN_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
+"""Endings of files that only `treadle convert` reads."""
 
 PEFT_TYPES = ("LORA", "IA3")
 REFUSED_FEATURES = {
@@ -65,16 +67,26 @@ def read_peft_folder(folder: Path, name: str) -> AdapterContent:
         AdapterError: it is incomplete, damaged, or cannot be blended; lists every problem.
     """
     config = _read_config(folder, name)
+    check_config(config, name, folder / CONFIG_FILE)
+    return peft_content(config, _read_tensors(folder, name), name, folder)
+
+
+def peft_content(config: dict[str, Any], tensors: dict[str, Tensor], name: str, place: Path) -> AdapterContent:
+    """Return the content of an adapter whose config `check_config` has checked; `place` is named in errors.
+
+    Raises:
+        AdapterError: it is damaged, or cannot be blended; lists every problem.
+    """
     unknown = sorted(key for key in config.keys() - HARMLESS_FIELDS - REFUSED_FEATURES.keys() if config[key])
     if unknown:
         what = f"adapter {name!r}: unknown fields that may matter: {', '.join(unknown)}"
-        warnings.warn(what, AdapterWarning, stacklevel=3)
-    found = sort_tensors(_read_tensors(folder, name))
+        warnings.warn(what, AdapterWarning, stacklevel=4)
+    found = sort_tensors(tensors)
     pairs = _pairs(found, config)
     vectors = _vectors(found, pairs, config)
     tensor_problems = found.problems or content_problems(pairs, vectors, found.weights)
     if problems := [*_config_problems(config), *tensor_problems]:
-        raise AdapterError(problem_list(f"adapter {name!r} ({folder}) cannot be blended:", problems))
+        raise AdapterError(problem_list(f"adapter {name!r} ({place}) cannot be blended:", problems))
     base = config.get("base_model_name_or_path") or ""
     return AdapterContent(base, pairs, vectors, _initial(config) or "", found.weights)
 
@@ -93,18 +105,32 @@ def _by_beginning(reasons: Mapping[str, str], init: Any) -> str | None:
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not is_file(file):
-        raise AdapterError(f"adapter {name!r}: {folder} is not a PEFT folder: it has no {CONFIG_FILE}.")
+        what = f"adapter {name!r}: {folder} is not a PEFT folder: it has no {CONFIG_FILE}."
+        raise AdapterError(what + convert_hint(folder))
     try:
-        config = read_object(file, AdapterError, MAX_CONFIG_BYTES)
+        return read_object(file, AdapterError, MAX_CONFIG_BYTES)
     except AdapterError as error:
         raise AdapterError(f"adapter {name!r}: {error}") from error
+
+
+def check_config(config: dict[str, Any], name: str, file: Path) -> None:
+    """Raise an AdapterError if a config, read from `file`, is of another kind than PEFT_TYPES, or malformed."""
     if (kind := config.get("peft_type", "LORA")) not in PEFT_TYPES:
         allowed = " and ".join(PEFT_TYPES)
         what = f"adapter {name!r}: its peft_type is {str(kind)[:SHOWN]}; {allowed} can be blended."
-        raise AdapterError(f"{what} PEFT's save_as_lora turns many other kinds into a LoRA, with some error.")
+        way = f"treadle convert {file.parent} -o NEW --base BASE makes a LoRA of most kinds, and tells the error"
+        raise AdapterError(f"{what} What to do: {way}.")
     if malformed := list(_malformed_fields(config)):
         raise AdapterError(problem_list(f"adapter {name!r}: {file} is malformed:", malformed))
-    return config
+
+
+def convert_hint(folder: Path) -> str:
+    """Return the way to read another program's files in a folder; "" if it holds none."""
+    others = [each.name for each in sorted(folder.glob("*")) if each.suffix in FOREIGN_SUFFIXES and is_file(each)]
+    if not others:
+        return ""
+    pickle = " is a pickle, which can run code" if others[0] == PICKLE_FILE else " is another program's"
+    return f" {others[0]}{pickle}: treadle convert {folder} -o NEW makes a PEFT folder of it."
 
 
 def _malformed_fields(config: dict[str, Any]) -> Iterator[str]:
@@ -139,10 +165,7 @@ def _config_problems(config: dict[str, Any]) -> Iterator[str]:
 def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     file = folder / WEIGHTS_FILE
     if not is_file(file):
-        hint = ""
-        if is_file(folder / PICKLE_FILE):
-            hint = f" {PICKLE_FILE} is a pickle, which can run code: load it with PEFT and save it as safetensors."
-        raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}.{hint}")
+        raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}.{convert_hint(folder)}")
     try:
         return read_tensors(file, AdapterError).tensors
     except AdapterError as error:

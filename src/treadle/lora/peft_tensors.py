@@ -21,6 +21,8 @@ VECTOR_NAMES = {
 """Names of vectors, by what they are."""
 BASE_WEIGHT = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight$")
 """A whole weight. PEFT saves the base's own beside factors of the head, or if the vocabulary was resized."""
+FOREIGN_NAME = re.compile(r"lora_[ab]\b|\blinear_(?:in|out)\b|\blora_?\w*\.(?:down|up)\b|lora_(?:down|up)\b|\.alpha$")
+"""In names that `treadle.lora.foreign_keys` knows."""
 MATRIX_AXES = 2
 
 
@@ -72,4 +74,5 @@ def _vector_name(key: str, tensor: Tensor) -> tuple[str, str] | None:
 def _foreign_tensor(key: str) -> str:
     if ".lora_" not in key and BASE_WEIGHT.match(key):
         return f"{key}: a whole weight that is no matrix (modules_to_save), which cannot be blended"
-    return f"{key}: not a LoRA factor"
+    hint = "; it is named as another program does: try treadle convert" if FOREIGN_NAME.search(key) else ""
+    return f"{key}: not a LoRA factor{hint}"
