@@ -1,6 +1,7 @@
 """The documents name what there is."""
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -31,6 +32,16 @@ def test_the_command_line_document_has_every_flag(name: str) -> None:
     columns = re.findall(r"^  (-.*?)(?:  |<|$)", sections()[name], flags=re.MULTILINE)  # before the type and the help
     written = {flag for column in columns for flag in re.findall(r"-[\w-]+", column)}
     assert written == flags | {"--help"}, "run: python docs/make_cli.py"
+
+
+def test_what_the_server_says_of_itself_is_in_its_documents() -> None:
+    spec = importlib.util.spec_from_file_location("make_server", ROOT / "docs" / "make_server.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    stale = [name for name, make in module.PAGES.items() if (ROOT / "docs" / name).read_text("utf-8") != make()]
+    assert stale == [], "run: python docs/make_server.py"
 
 
 def test_the_house_rules_name_every_package() -> None:

@@ -1,5 +1,6 @@
 """The snippets of the documents run: on a tiny base, in a folder in which the names that they use exist."""
 
+import argparse
 import json
 import re
 import shlex
@@ -8,18 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import pytest
 
 from treadle.bundle.bundle import save_bundle
 from treadle.routing.router import Router
 
 from conftest import SAMPLES, Run, byte_tokenizer, edit_config, save_adapter, tiny_llama
+from serving import Serving, serving
 
 DOCS = Path(__file__).parents[1] / "docs"
 SERVED = {"server.md", "http.md"}
 """Pages whose snippets ask a server that runs."""
 ELSEWHERE = {"vllm.md"}
 """Pages whose snippets need what the tests do not install."""
+ADMIN = "admin-key"
 OTHER_PROGRAMS = {".", "make", "pip", "curl"}
 """What a line of a shell snippet may begin with, besides treadle."""
 
@@ -114,6 +118,38 @@ def test_the_snippets_of_a_page_run_in_their_order(page: str, workplace: Path, r
             run_shell(snippet, run)
         elif snippet.language in ("json", "toml"):
             (workplace / next(files)).write_text(snippet.text)
+
+
+def ask(words: list[str], served: Serving) -> httpx.Response:
+    """Ask a server what a command of curl asks."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("-d", dest="data")
+    parser.add_argument("-H", dest="header")
+    parser.add_argument("-X", dest="method")
+    asked = parser.parse_args(words)
+    headers = {"Content-Type": "application/x-www-form-urlencoded"} if asked.data else {}
+    if asked.header:
+        headers["Authorization"] = asked.header.split(": ", 1)[1].replace("$ADMIN", ADMIN)
+    method = asked.method or ("POST" if asked.data else "GET")
+    return served.request(method, asked.address.removeprefix("localhost:8000"), content=asked.data, headers=headers)
+
+
+@pytest.mark.parametrize("page", sorted(SERVED))
+def test_a_server_answers_the_snippets_of_its_pages(page: str, workplace: Path, run: Run) -> None:
+    for name in ("poetry", "folder"):
+        shutil.copytree(workplace / "plain-adapters" / "code", workplace / "below" / name)
+    own = [each for each in SNIPPETS if each.page == page]
+    with serving(Path("demo/bundle"), admin_key=ADMIN, adapter_dir=str(workplace / "below")) as served:
+        for snippet in own:
+            if snippet.language == "bash":
+                run_shell(snippet, run)
+                for program, *words in commands(snippet.text):
+                    if program == "curl":
+                        answer = ask(words, served)
+                        assert answer.status_code < 400, f"{page}:{snippet.line}: {words}: {answer.text}"
+            elif snippet.language == "python":
+                run_python(snippet._replace(text=snippet.text.replace("http://localhost:8000", served.url)), {})
 
 
 def test_every_block_says_what_it_is() -> None:

@@ -76,26 +76,50 @@ async def openapi(request: Request) -> Response:
     return JSONResponse(document(ENDPOINTS))
 
 
+GENERATE, MODELS, ADAPTERS, OPERATE = "Generate", "Models", "Adapters", "Operate"
+"""Groups of endpoints in the OpenAPI document."""
 ENDPOINTS = (
-    Endpoint("GET", "/live", live, "The process answers"),
-    Endpoint("GET", "/health", health, "Requests are accepted"),
-    Endpoint("GET", "/metrics", metrics, "Figures for Prometheus"),
+    Endpoint("GET", "/live", live, "The process answers", tag=OPERATE),
+    Endpoint("GET", "/health", health, "Requests are accepted", tag=OPERATE),
+    Endpoint("GET", "/metrics", metrics, "Figures for Prometheus", tag=OPERATE),
     Endpoint("GET", "/openapi.json", openapi),
-    Endpoint("GET", "/v1/models", models, "Names that a request may give as model"),
-    Endpoint("GET", "/v1/models/{name:path}", model, "One of them"),
+    Endpoint("GET", "/v1/models", models, "Names that a request may give as model", tag=MODELS),
+    Endpoint("GET", "/v1/models/{name:path}", model, "One of them", tag=MODELS),
     Endpoint(
-        "POST", "/v1/chat/completions", generating.chat, "Answer a chat, whole or as server-sent events", ChatBody
+        "POST",
+        "/v1/chat/completions",
+        generating.chat,
+        "Answer a chat, whole or as server-sent events",
+        ChatBody,
+        GENERATE,
     ),
     Endpoint(
-        "POST", "/v1/completions", generating.complete, "Continue texts, whole or as server-sent events", CompletionBody
+        "POST",
+        "/v1/completions",
+        generating.complete,
+        "Continue texts, whole or as server-sent events",
+        CompletionBody,
+        GENERATE,
     ),
-    Endpoint("POST", "/v1/route", route.explain_text, "Explain how a text is weighed", RouteBody),
-    Endpoint("GET", "/v1/adapters", adapters.adapters, "The adapters that are loaded (admin key)"),
-    Endpoint("POST", "/v1/adapters", adapters.add, "Add an adapter (admin key)", AdapterBody),
-    Endpoint("DELETE", "/v1/adapters/{name:path}", adapters.remove, "Remove an adapter (admin key)"),
-    Endpoint("POST", "/v1/load_lora_adapter", adapters.load, "Add an adapter, as vLLM has it (admin key)", LoadBody),
+    Endpoint("POST", "/v1/route", route.explain_text, "Explain how a text is weighed", RouteBody, GENERATE),
+    Endpoint("GET", "/v1/adapters", adapters.adapters, "The adapters that are loaded (admin key)", tag=ADAPTERS),
+    Endpoint("POST", "/v1/adapters", adapters.add, "Add an adapter (admin key)", AdapterBody, ADAPTERS),
+    Endpoint("DELETE", "/v1/adapters/{name:path}", adapters.remove, "Remove an adapter (admin key)", tag=ADAPTERS),
     Endpoint(
-        "POST", "/v1/unload_lora_adapter", adapters.unload, "Remove an adapter, as vLLM has it (admin key)", UnloadBody
+        "POST",
+        "/v1/load_lora_adapter",
+        adapters.load,
+        "Add an adapter, as vLLM has it (admin key)",
+        LoadBody,
+        ADAPTERS,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/unload_lora_adapter",
+        adapters.unload,
+        "Remove an adapter, as vLLM has it (admin key)",
+        UnloadBody,
+        ADAPTERS,
     ),
 )
 """A new endpoint is a line here, its body in `bodies`, and its handler in a file beside this one."""

@@ -265,7 +265,7 @@ class RouteBody(Body):
 class AdapterBody(Body):
     """POST /v1/adapters."""
 
-    EXAMPLE: ClassVar[Json] = {"name": "name", "path": "folder"}
+    EXAMPLE: ClassVar[Json] = {"name": "name", "path": "folder", "samples": ["a text", "another"]}
 
     name: Annotated[str, Field(description=NAMING)]
     path: Annotated[str, Field(description="a PEFT folder below --adapter-dir")]
@@ -275,7 +275,7 @@ class AdapterBody(Body):
 class LoadBody(Body):
     """POST /v1/load_lora_adapter, as vLLM has it; `samples` is treadle's."""
 
-    EXAMPLE: ClassVar[Json] = {"lora_name": "name", "lora_path": "folder"}
+    EXAMPLE: ClassVar[Json] = {"lora_name": "name", "lora_path": "folder", "samples": ["a text", "another"]}
 
     lora_name: Annotated[str, Field(description=NAMING)]
     lora_path: Annotated[str, Field(description="a PEFT folder below --adapter-dir")]

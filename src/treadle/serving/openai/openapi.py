@@ -30,6 +30,7 @@ class Endpoint:
         handler: answers the requests.
         summary: one line for the OpenAPI document; "" leaves the endpoint out of it.
         body: the model of the request's body, if it has one.
+        tag: the group in the OpenAPI document.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Endpoint:
     handler: Handler
     summary: str = ""
     body: type[Body] | None = None
+    tag: str = ""
 
 
 NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -116,11 +118,13 @@ def _operation(endpoint: Endpoint, *, has_name: bool) -> Json:
     refused = {"description": "Refused: the message says what was given and what is allowed", "content": error}
     operation: Json = {
         "summary": endpoint.summary,
+        "tags": [endpoint.tag],
         "responses": {"200": {"description": "Done"}, "4XX": refused, "5XX": refused},
     }
     if has_name:
         operation["parameters"] = [NAME]
     if endpoint.body is not None:
-        reference = {"schema": {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}}
-        operation["requestBody"] = {"required": True, "content": {"application/json": reference}}
+        schema = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
+        content = {"schema": schema, "example": endpoint.body.EXAMPLE}
+        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
     return operation
