@@ -31,6 +31,8 @@ collect_ignore = [] if find_spec("vllm") else ["vllm_plugin"]
 # pytest's workers share the cores: tiny products on two threads each take five times as long as on one, and a vLLM on
 # two threads beside other programs many times as long. Read when PyTorch is imported, here and in processes of tests
 os.environ["OMP_NUM_THREADS"] = "1"
+# no test needs the network, and none may wait for it; read when huggingface_hub is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # workers and the processes that tests start would otherwise compile the tests and the package each time
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

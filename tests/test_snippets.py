@@ -152,6 +152,54 @@ def test_a_server_answers_the_snippets_of_its_pages(page: str, workplace: Path, 
                 run_python(snippet._replace(text=snippet.text.replace("http://localhost:8000", served.url)), {})
 
 
+ERRORS = {
+    "base model": "generate --base org/none --adapters plain-adapters --prompt x",
+    "nowhere is not": "generate nowhere --prompt x",
+    "no adapter has": "generate --base org/model --adapters plain-adapters --prompt x",
+    "- plain-adapters": "fit --base org/model --adapters plain-adapters -o new",
+    "- other": "generate --base org/model --adapter other=other --prompt x --strict",
+    "unknown adapter": "generate demo/bundle --prompt x --fixed maths=1",
+    "- rule boosted": "generate demo/bundle --prompt x --rule boosted",
+    "sentence embedder": "fit --base org/model --adapters my-adapters --embedder all-MiniLM-L6-v2 -o new",
+    "- openai/gsm8k": "eval demo/bundle -o results --tasks math --arms base",
+    "Host: got": "",
+}
+"""How each message of the FAQ begins, and the command that provokes it; the last one is a server's."""
+MESSAGES = {
+    start: each.text.strip()
+    for each in SNIPPETS
+    if each.page == "faq.md" and each.language == "text"
+    for start in ERRORS
+    if each.text.startswith(start)
+}
+
+
+def test_the_faq_has_ten_messages() -> None:
+    assert MESSAGES.keys() == ERRORS.keys()
+    assert len(ERRORS) == 10
+
+
+@pytest.mark.parametrize("start", [start for start in ERRORS if ERRORS[start]])
+def test_a_message_of_the_faq_is_what_treadle_says(start: str, workplace: Path, run: Run) -> None:
+    shutil.copytree(workplace / "plain-adapters" / "code", workplace / "other")
+    edit_config(workplace / "other", base_model_name_or_path="other/base")
+    code, _, said = run(*shlex.split(ERRORS[start]))
+    assert code == 1
+    assert says(MESSAGES[start], said), said
+
+
+def test_the_server_says_what_the_faq_has(workplace: Path) -> None:
+    with serving(Path("demo/bundle")) as served:
+        answer = served.request("GET", "/v1/models", headers={"Host": "ai.example.org"})
+    assert answer.status_code == 403
+    assert says(MESSAGES["Host: got"], answer.json()["error"]["message"])
+
+
+def says(message: str, text: str) -> bool:
+    """Return whether a text holds a message in which an ellipsis stands for anything."""
+    return re.search(re.escape(message).replace("…", ".+"), text) is not None
+
+
 def test_every_block_says_what_it_is() -> None:
     known = {"python", "bash", "json", "toml", "yaml", "text"}
     assert [each[:3] for each in SNIPPETS if each.language not in known] == []
