@@ -23,6 +23,7 @@ PRIMARY_METRICS = {
     "code": "rouge_l",
     "reading": "f1",
     "mbpp": "pass_at_1",
+    "conversation": "answer",
 }
 """The metric that stands for a task; `option` is the share of rows whose right option is the likeliest."""
 
@@ -163,7 +164,8 @@ def stream_verdicts(table: ArmTable, routed: str) -> list[str]:
             theirs = table.get(other, task)
             if ours and theirs:
                 found = difference(ours, theirs, seed=0)
-                lines.append(f"{routed} better than {other} on {task}: {verdict(found, -1)}")
+                sign = -1 if table.metric(task) == "nll" else 1
+                lines.append(f"{routed} better than {other} on {task}: {verdict(found, sign)}")
     return lines
 
 

@@ -61,7 +61,8 @@ STUDIES = {
     "chat": Study(("science", "math", "reading", "mbpp", "code"), 200, ("--chat", "--max-tokens", "256"), ("base",)),
     "answers": Study(("reading", "math", "mbpp", "code"), 200),
     "few-shot": Study(("math",), 200, ("--shots", "4"), ("base", "oracle", "routed")),
-    "mixed": Study(("stream", "conversation"), 100, ("--no-generate",), MIXED),
+    "stream": Study(("stream",), 100, ("--no-generate",), MIXED),
+    "conversation": Study(("conversation",), 60, (), MIXED),
 }
 """In the order in which they are measured."""
 SEEDS = (0, 1)
@@ -161,7 +162,8 @@ def show(options: argparse.Namespace, seed: int) -> None:
     folders = {name: folder_of(options, name, seed) for name in STUDIES if name in options.only}
     found = {name: folder for name, folder in folders.items() if (folder / "results.jsonl").exists()}
     for names, metric in ((("arc", "answers"), "primary"), (("arc", "nll"), "nll"), (("chat",), "primary"),
-                          (("few-shot",), "primary"), (("mixed",), "nll")):  # fmt: skip
+                          (("few-shot",), "primary"), (("stream",), "nll"), (("conversation",), "nll"),
+                          (("conversation",), "primary")):  # fmt: skip
         chosen = [found[name] for name in names if name in found]
         if chosen:
             print(f"\n{' and '.join(folder.name for folder in chosen)}, {metric}:\n", flush=True)

@@ -17,11 +17,11 @@ from treadle.engine.engine import Engine
 from treadle.engine.scoring import score_under
 from treadle.experiments.arms import Arm, choose_arms
 from treadle.experiments.evaluate import evaluate
-from treadle.experiments.metrics import LIBRARIES
+from treadle.experiments.metrics import LIBRARIES, METRICS
 from treadle.experiments.params import EvalParams
 from treadle.experiments.results import fractions_of, read_cell, read_results
-from treadle.experiments.sets import StreamPart, join_streams, load_sets, score_streams
-from treadle.experiments.tasks import Example
+from treadle.experiments.sets import StreamPart, join_streams, load_sets, score_streams, turns_of
+from treadle.experiments.tasks import TASKS, Example
 from treadle.routing.embedder import StaticEmbedder
 from treadle.routing.fitting import fit
 
@@ -130,10 +130,14 @@ def example(prompt: str, completion: str) -> Example:
     return Example(prompt, completion)
 
 
+def part(adapter: str, prompt: str, completion: str) -> StreamPart:
+    return StreamPart(adapter, example(prompt, completion), TASKS[adapter])
+
+
 STREAM = (
-    StreamPart("math", example("add three plus", " four")),
-    StreamPart("code", example("def loop", " return list")),
-    StreamPart("math", example("sum plus", " three")),
+    part("math", "add three plus", " four"),
+    part("code", "def loop", " return list"),
+    part("math", "sum plus", " three"),
 )
 
 
@@ -145,7 +149,7 @@ def texts(part: int) -> tuple[str, str]:
 
 def test_a_streams_answers_are_scored_as_one_running_text(engine: Engine) -> None:
     params = RoutingParams(every=2, window=9)
-    (found,) = score_streams(engine, [STREAM], params, "stream")
+    (found,) = score_streams(engine, [STREAM], params)
     prompt, last = texts(2)
     rest = (prompt + last).removeprefix(STREAM[0].example.prompt)
     (whole,) = engine.score([STREAM[0].example.prompt], [rest], routing=params)
@@ -154,27 +158,57 @@ def test_a_streams_answers_are_scored_as_one_running_text(engine: Engine) -> Non
     assert [len(each) for each in found] == [len(part.example.completion.encode()) for part in STREAM]
 
 
-def test_a_conversations_answers_are_scored_after_everything_before_them(engine: Engine) -> None:
-    params = RoutingParams(every=3)
-    (found,) = score_streams(engine, [STREAM], params, "conversation")
-    for part, row in enumerate(found):
-        prompt, answer = texts(part)
-        np.testing.assert_allclose(row, engine.score([prompt], [answer], routing=params)[0], atol=1e-5)
+def test_the_turns_of_a_conversation_have_everything_before_them_as_prompt() -> None:
+    assert [(turn.prompt, turn.completion) for turn in turns_of(STREAM)] == [texts(part) for part in range(3)]
+
+
+def test_a_conversations_answers_are_scored_and_judged_by_their_tasks(
+    engine: Engine, specs: list[str], tmp_path: Path
+) -> None:
+    (mixed,) = load_sets([*specs, "conversation"], QUICK, only=["conversation"])
+    evaluate(engine, [mixed], arms(engine, "routed", "oracle"), tmp_path / "out", QUICK)
+    for arm in ("routed", "oracle"):
+        for index, stream in enumerate(mixed.streams):
+            points = 0.0
+            for turn, (before, owner) in enumerate(zip(turns_of(stream), stream, strict=True), 1):
+                routing = RoutingParams.one(owner.adapter) if arm == "oracle" else engine.router.params
+                choices = before.options or (before.completion,)
+                scores = dict(
+                    zip(choices, engine.score([before.prompt] * len(choices), choices, routing=routing), strict=True)
+                )
+                nll, count = fractions_of(tmp_path / "out", arm, "conversation", f"nll-{turn}")[index]
+                assert nll == pytest.approx(-scores[before.completion].sum(), abs=1e-4)
+                assert count == len(scores[before.completion])
+                if before.options:
+                    points += max(scores, key=lambda choice: scores[choice].mean()) == before.completion
+                    continue
+                sampling = SamplingParams(max_tokens=QUICK.max_tokens, stop=owner.task.stop)
+                (done,) = engine.generate([before.prompt], sampling=sampling, routing=routing)
+                points += METRICS[owner.task.metrics[0]](done.text, before)
+            assert fractions_of(tmp_path / "out", arm, "conversation", "answer")[index] == (points, len(stream))
+
+
+def test_without_texts_a_conversations_choices_alone_are_judged(
+    engine: Engine, specs: list[str], tmp_path: Path
+) -> None:
+    params = replace(QUICK, generate=False)
+    (mixed,) = load_sets([*specs, "conversation"], params, only=["conversation"])
+    evaluate(engine, [mixed], arms(engine, "base"), tmp_path / "out", params)
+    counts = [count for _, count in fractions_of(tmp_path / "out", "base", "conversation", "answer")]
+    assert counts == [sum(part.adapter == "science" for part in stream) for stream in mixed.streams]
 
 
 def test_the_oracle_reads_each_part_under_its_own_adapter(engine: Engine) -> None:
-    (running,) = score_streams(engine, [STREAM[:1]], None, "stream")
+    (running,) = score_streams(engine, [STREAM[:1]], None)
     (alone,) = engine.score([texts(0)[0]], [texts(0)[1]], routing=RoutingParams.one("math"))
     np.testing.assert_allclose(running[0], alone, atol=1e-5)
-    (turns,) = score_streams(engine, [STREAM], None, "conversation")
     (second,) = engine.score([texts(1)[0]], [texts(1)[1]], routing=RoutingParams.one("code"))
-    np.testing.assert_allclose(turns[1], second, atol=1e-5)
-    (mixed,) = score_streams(engine, [STREAM], None, "stream")
-    assert np.abs(mixed[1] - turns[1]).max() > 1e-3, "the first part was read under another adapter"
+    (mixed,) = score_streams(engine, [STREAM], None)
+    assert np.abs(mixed[1] - second).max() > 1e-3, "the first part was read under another adapter"
 
 
 def test_streams_change_domain_at_every_joint_and_use_no_example_twice() -> None:
-    pools = {name: [example(f"{name} {i}", f" {i}") for i in range(30)] for name in ("math", "code", "science")}
+    pools = {name: [part(name, f"{name} {i}", f" {i}") for i in range(30)] for name in ("math", "code", "science")}
     streams = join_streams(pools, 12, seed=3)
     assert len(streams) == 12
     assert {len(stream) for stream in streams} == {2, 3, 4}

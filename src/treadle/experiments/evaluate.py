@@ -36,7 +36,7 @@ from treadle.experiments.results import (
     write_cell,
     write_results,
 )
-from treadle.experiments.sets import EvalSet, score_streams
+from treadle.experiments.sets import EvalSet, score_streams, turns_of
 from treadle.experiments.tasks import Example, Task
 from treadle.routing.centroids import Floats
 from treadle.routing.router import Router
@@ -147,7 +147,7 @@ def _params_of(arm: Arm, each: EvalSet) -> list[RoutingParams]:
 def measure(engine: "Engine", arm: Arm, each: EvalSet, params: EvalParams) -> Cell:
     """Measure an arm on the examples of one task."""
     if each.task is None:
-        return _measure_streams(engine, arm, each)
+        return _measure_streams(engine, arm, each, params)
     cell, routing = Cell(), arm.params_for(each.adapter)
     examples = each.examples
     if all(example.options for example in examples):
@@ -208,13 +208,48 @@ def _rounded(weights: Floats) -> list[list[float]]:
     return weights.astype(np.float64).round(3).tolist()  # of float32, 0.047 would be written with 17 digits
 
 
-def _measure_streams(engine: "Engine", arm: Arm, each: EvalSet) -> Cell:
+def _measure_streams(engine: "Engine", arm: Arm, each: EvalSet, params: EvalParams) -> Cell:
+    """Score the answers of each stream, or of each conversation, whose answers are judged too."""
     cell = Cell()
-    scores = score_streams(engine, each.streams, arm.params, each.name)
-    cell.values["nll"] = [_nll(np.concatenate(rows)) for rows in scores]
+    if each.name == "conversation":
+        scores, cell.values["answer"] = _measure_turns(engine, arm, each, params)
+    else:
+        found = score_streams(engine, each.streams, arm.params)
+        scores = [[_nll(row) for row in rows] for rows in found]
+    cell.values["nll"] = [_summed(rows) for rows in scores]
     for part in range(max(len(rows) for rows in scores)):
-        cell.values[f"nll-{part + 1}"] = [_nll(rows[part]) if part < len(rows) else (0.0, 0.0) for rows in scores]
+        cell.values[f"nll-{part + 1}"] = [rows[part] if part < len(rows) else (0.0, 0.0) for rows in scores]
     return cell
+
+
+def _measure_turns(
+    engine: "Engine", arm: Arm, each: EvalSet, params: EvalParams
+) -> tuple[list[list[Fraction]], list[Fraction]]:
+    """Return, for each conversation, the NLL of each answer, and the points of all answers that are judged.
+
+    An answer's point is that of its task: whether the option is right, else the task's first metric.
+    """
+    turns = [
+        (place, part, turn)
+        for place, stream in enumerate(each.streams)
+        for part, turn in zip(stream, turns_of(stream), strict=True)
+    ]
+    scores: list[dict[int, Fraction]] = [{} for _ in each.streams]
+    points: list[list[Fraction]] = [[] for _ in each.streams]
+    for task in dict.fromkeys(part.task for _, part, _ in turns):
+        chosen = [index for index, (_, part, _) in enumerate(turns) if part.task is task]
+        asked = EvalSet(task.name, "", task, tuple(turns[index][2] for index in chosen))
+        values = measure(engine, arm, asked, params).values
+        judged = values.get("option", values.get(task.metrics[0], [])) if task.metrics else []
+        for nth, index in enumerate(chosen):
+            place = turns[index][0]
+            scores[place][index] = values["nll"][nth]
+            points[place] += judged[nth : nth + 1]
+    return [[row[index] for index in sorted(row)] for row in scores], [_summed(row) for row in points]
+
+
+def _summed(fractions: Sequence[Fraction]) -> Fraction:
+    return sum(above for above, _ in fractions), sum(below for _, below in fractions)
 
 
 def _results(engine: "Engine", arm: Arm, each: EvalSet, cell: Cell, seconds: float, seed: int) -> list[EvalResult]:

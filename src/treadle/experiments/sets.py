@@ -8,7 +8,7 @@ while the text runs can matter. Two ways to read the same text:
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -36,10 +36,11 @@ PART_COUNTS = (2, 3, 4)
 
 @dataclass(frozen=True)
 class StreamPart:
-    """One example of a stream and the adapter that its task has for its own."""
+    """One example of a stream, the adapter that its task has for its own, and the task, which judges answers."""
 
     adapter: str
     example: Example
+    task: Task
 
 
 MixedStream = tuple[StreamPart, ...]
@@ -103,9 +104,7 @@ def load_sets(specs: Sequence[str], params: EvalParams, only: Sequence[str] = ()
             sets[each.name] = each
         except TreadleError as error:
             problems.append(str(error))
-    pools: dict[str, tuple[Example, ...]] = {}
-    for each in sets.values():
-        pools[each.adapter] = pools.get(each.adapter, ()) + each.plain
+    pools = _pools(sets.values())
     if mixed and params.chat:
         problems.append(f"{', '.join(mixed)}: a running text has no chat template; leave chat out")
     if mixed and len(pools) < 2 and not problems:
@@ -142,6 +141,14 @@ def _load_set(spec: str, params: EvalParams) -> EvalSet:
     return EvalSet(task.name, source, task, tuple(shown), plain=tuple(examples))
 
 
+def _pools(sets: Iterable[EvalSet]) -> dict[str, list[StreamPart]]:
+    pools: dict[str, list[StreamPart]] = {}
+    for each in sets:
+        if each.task is not None:
+            pools.setdefault(each.adapter, []).extend(StreamPart(each.adapter, one, each.task) for one in each.plain)
+    return pools
+
+
 def _message(example: Example) -> Example:
     """Return an example as somebody asks it in a chat, without the prompt's cue and the answer's blank."""
     return replace(
@@ -153,12 +160,12 @@ def _message(example: Example) -> Example:
 
 
 def join_streams(
-    pools: Mapping[str, Sequence[Example]], count: int, seed: int, max_chars: int = 3000
+    pools: Mapping[str, Sequence[StreamPart]], count: int, seed: int, max_chars: int = 3000
 ) -> list[MixedStream]:
     """Return `count` streams of 2 to 4 examples, neighbours of different domains; no example appears twice.
 
     Args:
-        pools: adapter -> examples of its task.
+        pools: adapter -> examples of its tasks.
         count: fewer come back where the pools run dry.
         seed: of the choice.
         max_chars: examples longer than this over the number of parts are left out, so that a stream fits a context.
@@ -166,44 +173,48 @@ def join_streams(
     if len(pools) < 2:
         raise OptionError("mixed streams need the examples of at least two tasks")
     choose = random.Random(seed)
-    left = {name: list(examples) for name, examples in pools.items()}
-    for examples in left.values():
-        choose.shuffle(examples)
+    left = {name: list(pool) for name, pool in pools.items()}
+    for pool in left.values():
+        choose.shuffle(pool)
     streams: list[MixedStream] = []
     while len(streams) < count:
         parts: list[StreamPart] = []
         for _ in range(choose.choice(PART_COUNTS)):
             last = parts[-1].adapter if parts else ""
-            names = [name for name, examples in left.items() if examples and name != last]
+            names = [name for name, pool in left.items() if pool and name != last]
             if not names:
                 return streams
             name = choose.choice(names)
-            fitting = [
-                each for each in left[name] if len(each.prompt + each.completion) <= max_chars / max(PART_COUNTS)
-            ]
+            longest = max_chars / max(PART_COUNTS)
+            fitting = [part for part in left[name] if len(part.example.prompt + part.example.completion) <= longest]
             if not fitting:
                 left[name] = []
                 continue
             left[name].remove(fitting[0])
-            parts.append(StreamPart(name, fitting[0]))
+            parts.append(fitting[0])
         if len(parts) > 1 and all(a.adapter != b.adapter for a, b in pairwise(parts)):
             streams.append(tuple(parts))
     return streams
 
 
-def score_streams(
-    engine: "Engine", streams: Sequence[MixedStream], params: RoutingParams | None, kind: str
-) -> list[list[Floats]]:
+def turns_of(stream: MixedStream) -> list[Example]:
+    """Return the parts of a stream as the turns of a conversation: everything before an answer is its prompt."""
+    turns: list[Example] = []
+    before = ""
+    for part in stream:
+        turns.append(replace(part.example, prompt=before + part.example.prompt))
+        before = turns[-1].prompt + part.example.completion + SEPARATOR
+    return turns
+
+
+def score_streams(engine: "Engine", streams: Sequence[MixedStream], params: RoutingParams | None) -> list[list[Floats]]:
     """Return the log-probabilities (nats) of the tokens of each part's answer, one list a stream.
 
     Args:
         engine: the model and its adapters.
-        streams: the texts.
+        streams: each is one text, and the first part's prompt is its prompt.
         params: how the adapters are weighed; None = the oracle: each part under the one adapter of its own.
-        kind: one of STREAM_TASKS.
     """
-    if kind == "conversation":
-        return _score_conversations(engine, streams, params)
     texts = [_Ids.of(engine, stream) for stream in streams]
     pairs: list[Pair] = [(ids.all[: ids.starts[0]], ids.all[ids.starts[0] :]) for ids in texts]
     if params is not None:
@@ -217,29 +228,6 @@ def score_streams(
         [row[start - ids.starts[0] : end - ids.starts[0]] for start, end in zip(ids.starts, ids.ends, strict=True)]
         for row, ids in zip(scores, texts, strict=True)
     ]
-
-
-def _score_conversations(
-    engine: "Engine", streams: Sequence[MixedStream], params: RoutingParams | None
-) -> list[list[Floats]]:
-    pairs: list[Pair] = []
-    owners: list[tuple[int, str]] = []
-    for index, stream in enumerate(streams):
-        ids = _Ids.of(engine, stream)
-        for part, start, end in zip(stream, ids.starts, ids.ends, strict=True):
-            pairs.append((ids.all[:start], ids.all[start:end]))
-            owners.append((index, part.adapter))
-    scores: list[Floats | None] = [None] * len(pairs)
-    for name in sorted({adapter for _, adapter in owners}) if params is None else [""]:
-        chosen = [place for place, (_, adapter) in enumerate(owners) if params is not None or adapter == name]
-        found = score_ids(engine, [pairs[place] for place in chosen], params or RoutingParams.one(name))
-        for place, row in zip(chosen, found, strict=True):
-            scores[place] = row
-    results: list[list[Floats]] = [[] for _ in streams]
-    for (index, _), row in zip(owners, scores, strict=True):
-        if row is not None:
-            results[index].append(row)
-    return results
 
 
 @dataclass(frozen=True)
