@@ -1,4 +1,4 @@
-"""Prints the tables of docs/results.md from folders of results, and a verdict on each claim of the paper.
+"""Prints the tables of docs/lab-answers.md from folders of results, and a verdict on each claim of the paper.
 
     python benchmarks/claims.py work/studies/main [more folders] [--metric nll] [--routed routed]
 

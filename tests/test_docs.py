@@ -44,6 +44,11 @@ def test_what_the_server_says_of_itself_is_in_its_documents() -> None:
     assert stale == [], "run: python docs/make_server.py"
 
 
+def test_the_results_are_short() -> None:
+    lines = (ROOT / "docs" / "results.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 300, "move what did not help, and older tables, into the lab notes (docs/lab-*.md)"
+
+
 def test_the_house_rules_name_every_package() -> None:
     house = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     packages = {file.parent.name for file in (ROOT / "src" / "treadle").glob("*/__init__.py")}
