@@ -57,7 +57,7 @@ METRICS = f"""# Metric names
 
 {WRITTEN} `GET /metrics` of `treadle serve` gives these figures to Prometheus. Labels are bounded: routes, statuses,
 loaded adapters. A histogram has the series `_bucket`, `_sum` and `_count`. What the vLLM plugin adds to vLLM's own
-figures is in [vLLM](vllm.md#the-weights-of-an-answer)."""
+figures is in [vLLM](vllm.md#metrics)."""
 
 
 def table(head: str, rows: Iterator[tuple[str, ...]]) -> str:

@@ -11,13 +11,16 @@ from typing import NamedTuple
 
 import httpx
 import pytest
+import typer
 
 from treadle.bundle.bundle import save_bundle
+from treadle.cli.main import app
 from treadle.routing.router import Router
 
 from conftest import SAMPLES, Run, byte_tokenizer, edit_config, save_adapter, tiny_llama
 from serving import Serving, serving
 
+COMMANDS = typer.main.get_command(app).commands
 DOCS = Path(__file__).parents[1] / "docs"
 SERVED = {"server.md", "http.md"}
 """Pages whose snippets ask a server that runs."""
@@ -198,6 +201,19 @@ def test_the_server_says_what_the_faq_has(workplace: Path) -> None:
 def says(message: str, text: str) -> bool:
     """Return whether a text holds a message in which an ellipsis stands for anything."""
     return re.search(re.escape(message).replace("…", ".+"), text) is not None
+
+
+@pytest.mark.parametrize("page", sorted(ELSEWHERE))
+def test_snippets_that_cannot_run_here_can_be_read(page: str) -> None:
+    own = [each for each in SNIPPETS if each.page == page]
+    assert own
+    for snippet in own:
+        if snippet.language == "python":
+            compile(snippet.text, page, "exec")
+        elif snippet.language == "bash":
+            for program, *words in commands(snippet.text):
+                if program == "treadle":
+                    COMMANDS[words[0]].make_context(words[0], words[1:])
 
 
 def test_every_block_says_what_it_is() -> None:
