@@ -280,10 +280,12 @@ def test_a_malformed_field_is_refused_by_name(folder: Path, change: dict[str, ob
         read_adapter(folder)
 
 
-@pytest.mark.parametrize("kind", ["ADALORA", "LOHA", "PROMPT_TUNING"])
+@pytest.mark.parametrize("kind", ["ADALORA", "LOHA", "MULTITASK_PROMPT_TUNING"])
 def test_other_kinds_of_adapters_are_refused_by_name(folder: Path, kind: str) -> None:
     edit_config(folder, peft_type=kind)
-    with pytest.raises(AdapterError, match=f"its peft_type is {kind}; LORA and IA3 can be blended"):
+    with pytest.raises(
+        AdapterError, match=f"its peft_type is {kind}; LORA, IA3, PREFIX_TUNING, PROMPT_TUNING, P_TUNING can be"
+    ):
         read_adapter(folder)
 
 

@@ -327,7 +327,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other rank than its config's": (config(r=8), "its factors have rank 4, its config says 8"),
     "DoRA": (config(use_dora=True), "use_dora: lora_magnitude_vector is missing"),
     "QA-LoRA": (config(use_qalora=True), "use_qalora: QA-LoRA pools its input"),
-    "not a LoRA": (config(peft_type="LOHA"), "its peft_type is LOHA; LORA and IA3 can be blended"),
+    "not a LoRA": (
+        config(peft_type="LOHA"),
+        "its peft_type is LOHA; LORA, IA3, PREFIX_TUNING, PROMPT_TUNING, P_TUNING can be blended",
+    ),
     "deeply nested config": (write("adapters/math/adapter_config.json", "[" * 200_000), "it is nested deeper than 64"),
     "a pipe for factors": (pipe_at("adapters/math/adapter_model.safetensors"), "has no adapter_model.safetensors"),
     # centroids

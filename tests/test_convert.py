@@ -441,10 +441,20 @@ def test_a_smaller_rank_is_as_near_as_peft_s_own_conversion(tmp_path: Path, base
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tuner_that_changes_no_weight_is_refused(tmp_path: Path, base: str) -> None:
-    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    config = peft.CPTConfig(
+        cpt_token_ids=[1, 2, 3], cpt_mask=[1] * 3, cpt_tokens_type_mask=[1] * 3, task_type="CAUSAL_LM"
+    )
     folder, _ = save_tuner(tmp_path / "one", config)
-    with pytest.raises(AdapterError, match="PROMPT_TUNING adds virtual tokens and changes no weight"):
+    with pytest.raises(AdapterError, match="CPT adds virtual tokens and changes no weight"):
         convert_adapter(folder, tmp_path / "out", ConvertParams(base))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_virtual_tokens_in_a_pickle_become_safetensors(tmp_path: Path, base: str) -> None:
+    folder, _ = save_tuner(tmp_path / "one", peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    before = read_adapter(folder).identity
+    convert_adapter(as_pickle(folder), tmp_path / "out", ConvertParams(base))
+    assert read_adapter(tmp_path / "out").identity == before
 
 
 # The command

@@ -34,6 +34,7 @@ from treadle.lora.peft_tensors import sort_tensors
 from treadle.lora.peft_writing import PREFIX, check_free, factor_tensors, lora_config, save_peft
 from treadle.lora.pickles import read_pickle
 from treadle.lora.tuners import merged_update
+from treadle.lora.virtual_tokens import VIRTUAL_TYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,6 +139,8 @@ def _make(file: Path, params: ConvertParams) -> _Made:
     tensors = read_pickle(file) if file.suffix in FOREIGN_SUFFIXES else read_tensors(file, AdapterError).tensors
     if config.get("peft_type", "LORA") not in PEFT_TYPES:
         return _of_tuner(config, tensors, file, params)
+    if config.get("peft_type") in VIRTUAL_TYPES:
+        return _Made("PEFT", config, tensors)
     outline = load_outline(params.base) if params.base else None
     named = peft_names(tensors, outline and outline.config.get_text_config())
     if (named.program == "PEFT" and config.get("r") and not named.alphas) or config.get("peft_type") == "IA3":

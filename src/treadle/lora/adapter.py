@@ -19,6 +19,7 @@ from treadle.lora.mlx_folder import MLX_FILES, mlx_file, read_mlx_folder
 from treadle.lora.pair import LoraPair
 from treadle.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_peft_folder
 from treadle.lora.vectors import LayerVectors
+from treadle.lora.virtual_tokens import VirtualTokens
 
 __all__ = ["Adapter", "LoraPair", "read_adapter"]
 
@@ -35,6 +36,7 @@ class Adapter:
         vectors: module path -> what it does beside the factors, as DoRA, IA3 and trained biases do.
         initial: how training began from a part of the base's weight (`treadle.lora.initial`); "" = it did not.
         weights: module path -> whole weight as the base stores it; the base's own is dropped, another one is blended.
+        virtual: tokens before every text, as prefix and prompt tuning train them; None = there are none.
         identity: a digest of factors and scales, whatever the name; unique for an adapter made in memory.
     """
 
@@ -45,6 +47,7 @@ class Adapter:
     vectors: Mapping[str, LayerVectors] = field(default_factory=dict[str, LayerVectors], compare=False, repr=False)
     initial: str = ""
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor], compare=False, repr=False)
+    virtual: VirtualTokens | None = field(default=None, compare=False, repr=False)
     identity: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
 
     @property
@@ -58,8 +61,9 @@ class Adapter:
         return any(pair.num_experts > 1 for pair in self.pairs.values())
 
     def num_bytes(self) -> int:
-        """Return the size of all factors and vectors in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(self.pairs, self.vectors))
+        """Return the size of all factors, vectors and virtual tokens in bytes."""
+        tensors = _tensors(self.pairs, self.vectors, self.virtual)
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
 
 
 def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
@@ -84,6 +88,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
         vectors=content.vectors,
         initial=content.initial,
         weights=content.weights,
+        virtual=content.virtual,
         identity=_identity(content),
     )
 
@@ -99,13 +104,15 @@ def _identity(content: AdapterContent) -> str:
     """Return a digest of all tensors and scales."""
     digest = hashlib.sha256(content.initial.encode())
     weights = sorted((f"{path} weight", weight) for path, weight in content.weights.items())
-    for name, tensor in chain(_tensors(content.pairs, content.vectors), weights):
+    for name, tensor in chain(_tensors(content.pairs, content.vectors, content.virtual), weights):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)  # hashed without a copy
     return digest.hexdigest()
 
 
-def _tensors(pairs: Mapping[str, LoraPair], vectors: Mapping[str, LayerVectors]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    pairs: Mapping[str, LoraPair], vectors: Mapping[str, LayerVectors], virtual: VirtualTokens | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each tensor with a name that says all about it."""
     for module, pair in sorted(pairs.items()):
         yield f"{module} A {pair.scale}", pair.a
@@ -113,3 +120,4 @@ def _tensors(pairs: Mapping[str, LoraPair], vectors: Mapping[str, LayerVectors])
     for module, each in sorted(vectors.items()):
         for name, vector in each.given.items():
             yield f"{module} {name}", vector
+    yield from (virtual.given.items() if virtual else ())

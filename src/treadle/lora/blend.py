@@ -22,6 +22,7 @@ from treadle.lora.gates import GateMaker, Gates, StackLayout
 from treadle.lora.layer import BlendedLinear, StackedA
 from treadle.lora.names import with_model_names
 from treadle.lora.stacking import Stacks, new_layers, stacked_views
+from treadle.lora.virtual_attention import AttachedTokens, VirtualStates
 
 ALWAYS_ACTIVE_ROWS = 128
 """Up to this many rows of a stack, all adapters are active even at weight 0."""
@@ -47,7 +48,7 @@ class Blend:
         always_active_rows: int = ALWAYS_ACTIVE_ROWS,
     ) -> None:
         """Attach the adapters; arguments as in `attach`."""
-        if any(isinstance(module, BlendedLinear) for module in model.modules()):
+        if any(isinstance(module, BlendedLinear | VirtualStates) for module in model.modules()):
             raise AdapterError("the model has a blend attached already: detach() it, or add() to it.")
         self.model = model
         self.combine: Combine = combine
@@ -63,6 +64,9 @@ class Blend:
         self._combinable: set[tuple[str, tuple[str, ...]]] = set()  # combines and adapters that were checked
         self._stacked: list[tuple[StackedA, list[int]]] = []  # and the slots of its layers
         self._has_vectors = False
+        self._virtual: AttachedTokens | None = None
+        self._with_virtual: list[int] = []  # indices of the adapters that have virtual tokens
+        self._virtual_slot = -1  # of their weights
         self._active: frozenset[int] | None = None  # indices of adapters; None = all
         self._replace_all(tuple(adapters))
 
@@ -88,10 +92,10 @@ class Blend:
         try:
             yield
         finally:
-            self._gates.clear()
+            self._put_gates({})
             if before and self._layouts is layouts:  # adapters that came or went inside have other gates
                 self._activate(active)
-                self._gates.update(before)
+                self._put_gates(before)
 
     def set_weights(
         self, weights: Weights | None, combine: Combine | Sequence[Combine] | None = None, among: Among | None = None
@@ -105,12 +109,21 @@ class Blend:
             has_paper = "paper" in combines  # adds up the B of all adapters of a row
             self._activate(None if has_paper else self._active_for(w))
             device = next(self.model.parameters()).device
+            # on a GPU a look would synchronise
+            has_virtual = w.device.type != "cpu" or bool(w[..., self._with_virtual].any())
             present = self._present(among or [self.names]).to(device) if has_paper else None
             w = w.to(device, non_blocking=True)
             makers = [(slot, maker) for slot, maker in enumerate(self._gate_makers) if maker.layout.parts]
             gates = {slot: maker.make(w, combines, present) for slot, maker in makers}
+            if not has_virtual:
+                gates.pop(self._virtual_slot, None)
+        self._put_gates(gates)
+
+    def _put_gates(self, gates: Mapping[int, Gates]) -> None:
         self._gates.clear()
         self._gates.update(gates)
+        if self._virtual is not None:
+            self._virtual.switch(on=self._virtual_slot in gates)
 
     @property
     def gates(self) -> Mapping[int, Gates]:
@@ -216,8 +229,12 @@ class Blend:
             chosen = [each for slot in slots if (each := rows[slot]) is not None]
             stacked_a.activate(chosen if active is not None else None)
         self._active = active
-        layouts = [layout if active is None else layout.restrict(active) for layout in self._layouts]
+        layouts = [
+            layout if active is None or slot == self._virtual_slot else layout.restrict(active)
+            for slot, layout in enumerate(self._layouts)
+        ]
         dtypes = {slot: layer.dtype for layer in self._layers.values() for slot in layer.slots}
+        dtypes[self._virtual_slot] = torch.float32
         self._gate_makers = [GateMaker(each, len(self._names), dtypes[slot]) for slot, each in enumerate(layouts)]
 
     def check_combine(self, combine: str, among: Sequence[str] | None = None) -> None:
@@ -245,7 +262,8 @@ class Blend:
             AdapterError: lists every way in which adapters do not fit the model or each other.
             OptionError: the adapters cannot be combined so.
         """
-        adapters = fit_adapters(self.model, [with_model_names(self.model, adapter) for adapter in adapters])
+        with self.using(None):  # the base reads virtual tokens
+            adapters = fit_adapters(self.model, [with_model_names(self.model, adapter) for adapter in adapters])
         check_combine(self.combine, adapters)
         new = [adapter for adapter in adapters if adapter.identity not in {old.identity for old in self.adapters}]
         layers = new_layers(self.model, adapters, self._layers, self._gates)
@@ -266,6 +284,7 @@ class Blend:
             if layer is not self._layers.get(path):
                 put_module(self.model, path, layer)
         stacks.put()
+        self._attach_virtual(stacks)
         self._layers = stacks.layers
         self._names = tuple(adapter.name for adapter in stacks.adapters)
         self._ranks = _ranks(stacks.adapters)
@@ -273,10 +292,22 @@ class Blend:
         self.adapters = stacked_views(stacks.adapters, self._layers)
         self._layouts = list(stacks.layouts)
         self._has_vectors = any(type(layer) is not BlendedLinear for layer in self._layers.values())
+        self._has_vectors |= bool(self._with_virtual)
         # many adapters are activated by the first step
         self._copy_active(None if self._keeps_all_active(self._ranks) else frozenset())
         self._combinable.clear()
-        self._gates.clear()
+        self._put_gates({})
+
+    def _attach_virtual(self, stacks: Stacks) -> None:
+        """Put the virtual tokens of a plan's adapters in the place of those that are attached."""
+        if self._virtual is not None:
+            self._virtual.remove()
+        tokens = {index: each.virtual for index, each in enumerate(stacks.adapters) if each.virtual}
+        self._virtual, self._with_virtual, self._virtual_slot = None, list(tokens), -1
+        if tokens:
+            layout = StackLayout(tuple((index, 1, 1.0) for index in tokens))
+            self._virtual_slot = stacks.layouts.setdefault(layout, len(stacks.layouts))
+            self._virtual = AttachedTokens(self.model, list(tokens.values()), self._gates, self._virtual_slot)
 
     def _replace_all(self, adapters: Sequence[Adapter]) -> None:
         self.take(self.plan(adapters))

@@ -18,6 +18,7 @@ from treadle.lora.names import with_paths
 from treadle.lora.pair import LoraPair, range_problems
 from treadle.lora.saved_weights import resized, weight_problem, with_differences
 from treadle.lora.vectors import LayerVectors, resolve
+from treadle.lora.virtual_attention import place
 
 MISFIT = "the adapters do not fit the model:"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -56,7 +57,8 @@ def fit_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[Adapter
     if lines := [f"{each.name}: {path}.weight" for each in fitting for path in resized(modules, each)]:
         head = "adapters come from another size of vocabulary; rows that both have are equal, and others do not act:"
         warnings.warn(problem_list(head, alike(lines)), AdapterWarning, stacklevel=3)
-    return tuple(with_differences(modules, _resolve(modules, adapter)) for adapter in fitting)
+    placed = _placed(model, fitting)
+    return tuple(with_differences(modules, _resolve(modules, adapter)) for adapter in placed)
 
 
 def find_places(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[list[Adapter], dict[str, list[str]], list[str]]:
@@ -93,6 +95,21 @@ def find_places(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[list[Ada
         if (experts := _num_experts(modules[path])) != pair.num_experts
     ]
     return fitting, missing, problems
+
+
+def _placed(model: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return the adapters with virtual tokens at their places; an AdapterError lists those that cannot have one."""
+    placed, problems = list[Adapter](), list[str]()
+    for adapter in adapters:
+        try:
+            virtual = adapter.virtual and place(model, adapter.virtual)
+        except AdapterError as error:
+            problems.append(f"{adapter.name}: {error}")
+        else:
+            placed.append(replace(adapter, virtual=virtual))
+    if problems:
+        raise AdapterError(problem_list(MISFIT, problems))
+    return placed
 
 
 def _num_experts(module: nn.Module) -> int:
@@ -207,9 +224,10 @@ def check_combine(combine: str, adapters: Sequence[Adapter]) -> None:
         raise OptionError(unknown_name("combine", combine, COMBINES))
     if combine == "sum" or len(adapters) < 2:
         return
-    if others := [adapter.name for adapter in adapters if adapter.vectors or adapter.has_experts]:
+    if others := [each.name for each in adapters if each.vectors or each.has_experts or each.virtual]:
         holds = "holds" if len(others) == 1 else "hold"
-        holders = f"{', '.join(others)} {holds} scales or biases (DoRA, IA3, bias) or factors of fused experts"
+        more = "scales or biases (DoRA, IA3, bias), factors of fused experts or virtual tokens"
+        holders = f"{', '.join(others)} {holds} {more}"
         text = f"combine={combine!r} combines factors alone; {holders}. Use combine='sum', which takes any."
         problem = OptionProblem(("combine",), text, combine, f"'sum'; {combine!r} with plain LoRA ({holders})")
         raise OptionError(text, [problem])

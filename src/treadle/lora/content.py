@@ -8,6 +8,7 @@ from torch import Tensor
 
 from treadle.lora.pair import LoraPair, range_problems
 from treadle.lora.vectors import LayerVectors
+from treadle.lora.virtual_tokens import VirtualTokens
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class AdapterContent:
         vectors: what it does beside them.
         initial: how training began from a part of the base's weight (`treadle.lora.initial`); "" = it did not.
         weights: whole weights as the base stores them, saved beside the factors or trained in their place.
+        virtual: tokens before every text; None = there are none.
     """
 
     base_model: str
@@ -27,6 +29,7 @@ class AdapterContent:
     vectors: Mapping[str, LayerVectors] = field(default_factory=dict[str, LayerVectors])
     initial: str = ""
     weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    virtual: VirtualTokens | None = None
 
 
 def content_problems(
@@ -42,10 +45,3 @@ def content_problems(
         what = "all its B factors are zero" if pairs else "all its scales are 1"
         problems.append(f"{what}: it changes nothing (was it saved before training?)")
     return problems
-
-
-def number_problem(key: str, tensor: Tensor) -> str | None:
-    """Return why the numbers of a tensor cannot be used; None if they can."""
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        return f"{key} is {tensor.dtype}; factors are float32, float16 or bfloat16"
-    return None if torch.isfinite(tensor).all() else f"{key} holds NaN or infinite values"

@@ -57,9 +57,13 @@ def mix(adapters: Sequence[Adapter], weights: Mapping[str, float], rank: int | N
     acting = [(adapter, weights[adapter.name]) for adapter in adapters if weights.get(adapter.name)]
     if not acting:
         raise OptionError("no adapter has a weight above 0; give fixed weights such as math=0.7,code=0.3.")
-    more = [each.name for each, _ in acting if each.vectors or each.initial or each.weights or each.has_experts]
+    more = [
+        each.name
+        for each, _ in acting
+        if each.vectors or each.initial or each.weights or each.has_experts or each.virtual
+    ]
     if more:
-        kinds = "a DoRA, IA3, PiSSA, OLoRA, trained biases, whole weights or fused experts"
+        kinds = "a DoRA, IA3, PiSSA, OLoRA, trained biases, whole weights, fused experts or virtual tokens"
         raise AdapterError(f"{', '.join(more)}: {kinds}, whose update is more than the factors; export plain LoRA.")
     if rank is not None and rank < 1:
         raise OptionError(f"rank must be at least 1, or none, not {rank}.")

@@ -14,8 +14,8 @@ from torch import Tensor
 from treadle.common.documents import is_file, read_object
 from treadle.common.errors import AdapterError, AdapterWarning, problem_list, shown
 from treadle.common.tensor_files import read_npz, read_tensors
-from treadle.lora.content import AdapterContent, content_problems, number_problem
-from treadle.lora.pair import LoraPair
+from treadle.lora.content import AdapterContent, content_problems
+from treadle.lora.pair import LoraPair, number_problem
 from treadle.lora.vectors import LayerVectors
 
 MLX_CONFIG_FILE, MLX_FILES = "adapter_config.json", ("adapters.safetensors", "adapters.npz")

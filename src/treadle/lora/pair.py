@@ -72,6 +72,13 @@ def range_problems(pairs: Mapping[str, LoraPair], dtype: torch.dtype) -> list[st
     ]
 
 
+def number_problem(key: str, tensor: Tensor) -> str | None:
+    """Return why the numbers of a tensor cannot be used; None if they can."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return f"{key} is {tensor.dtype}; factors are float32, float16 or bfloat16"
+    return None if torch.isfinite(tensor).all() else f"{key} holds NaN or infinite values"
+
+
 def _largest_norm(factor: Tensor, axis: int) -> float:
     """Return the largest norm of a factor's vectors along an axis."""
     return float(vector_norm(factor, dim=axis, dtype=torch.promote_types(factor.dtype, torch.float32)).max())

@@ -21,13 +21,14 @@ from treadle.lora.pair import LoraPair
 from treadle.lora.patterns import match_ends
 from treadle.lora.peft_tensors import PeftTensors, sort_tensors
 from treadle.lora.vectors import LayerVectors
+from treadle.lora.virtual_tokens import VIRTUAL_FIELDS, VIRTUAL_TYPES, read_virtual
 
 MAX_CONFIG_BYTES = 16 << 20
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FOREIGN_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 """Endings of files that only `treadle convert` reads."""
 
-PEFT_TYPES = ("LORA", "IA3")
+PEFT_TYPES = ("LORA", "IA3", *VIRTUAL_TYPES)
 REFUSED_FEATURES = {
     "trainable_token_indices": "it replaces rows of the embedding, which cannot be blended",
     "layer_replication": "it changes the number of layers of the base model",
@@ -77,17 +78,24 @@ def peft_content(config: dict[str, Any], tensors: dict[str, Tensor], name: str, 
     Raises:
         AdapterError: it is damaged, or cannot be blended; lists every problem.
     """
-    unknown = sorted(key for key in config.keys() - HARMLESS_FIELDS - REFUSED_FEATURES.keys() if config[key])
+    is_virtual = config.get("peft_type") in VIRTUAL_TYPES
+    known = HARMLESS_FIELDS | REFUSED_FEATURES.keys() | (VIRTUAL_FIELDS if is_virtual else frozenset())
+    unknown = sorted(key for key in config.keys() - known if config[key])
     if unknown:
         what = f"adapter {name!r}: unknown fields that may matter: {', '.join(unknown)}"
         warnings.warn(what, AdapterWarning, stacklevel=4)
+    base = config.get("base_model_name_or_path") or ""
+    if is_virtual:
+        virtual, problems = read_virtual(tensors, config)
+        if problems:
+            raise AdapterError(problem_list(f"adapter {name!r} ({place}) cannot be blended:", problems))
+        return AdapterContent(base, {}, virtual=virtual)
     found = sort_tensors(tensors)
     pairs = _pairs(found, config)
     vectors = _vectors(found, pairs, config)
     tensor_problems = found.problems or content_problems(pairs, vectors, found.weights)
     if problems := [*_config_problems(config), *tensor_problems]:
         raise AdapterError(problem_list(f"adapter {name!r} ({place}) cannot be blended:", problems))
-    base = config.get("base_model_name_or_path") or ""
     return AdapterContent(base, pairs, vectors, _initial(config) or "", found.weights)
 
 
@@ -116,7 +124,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 def check_config(config: dict[str, Any], name: str, file: Path) -> None:
     """Raise an AdapterError if a config, read from `file`, is of another kind than PEFT_TYPES, or malformed."""
     if (kind := config.get("peft_type", "LORA")) not in PEFT_TYPES:
-        allowed = " and ".join(PEFT_TYPES)
+        allowed = ", ".join(PEFT_TYPES)
         what = f"adapter {name!r}: its peft_type is {str(kind)[:SHOWN]}; {allowed} can be blended."
         way = f"treadle convert {file.parent} -o NEW --base BASE makes a LoRA of most kinds, and tells the error"
         raise AdapterError(f"{what} What to do: {way}.")

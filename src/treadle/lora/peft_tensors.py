@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from treadle.lora.content import number_problem
+from treadle.lora.pair import number_problem
 
 PREFIX, ADAPTER = r"^(?:base_model\.model\.)?(?P<module>.+)", r"(?:\.(?!weight$|bias$)[^.]+)?"
 """The beginning of a name, and the adapter's name inside it, which older releases wrote."""
