@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import httpx
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file
 
 from treadle.bundle.bundle import save_bundle
 from treadle.cli.main import app
@@ -63,10 +65,18 @@ def workplace(tmp_path: Path, adapter_folders: dict[str, Path], router: Router, 
     save_adapter(tmp_path / "org" / "law-lora", base_model_name_or_path="org/model")
     plain = {name: tmp_path / "plain-adapters" / name for name in adapter_folders}
     save_bundle(tmp_path / "demo" / "bundle", base=str(base), adapters=plain, router=router, samples=SAMPLES)
+    write_pickle(tmp_path / "plain-adapters" / "math", tmp_path / "old-adapter")
     write_rows(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TREADLE_HOME", str(tmp_path / "home"))
     return tmp_path
+
+
+def write_pickle(adapter: Path, folder: Path) -> None:
+    """Write an adapter as PEFT did at first."""
+    folder.mkdir()
+    shutil.copy(adapter / "adapter_config.json", folder)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), folder / "adapter_model.bin")
 
 
 def write_rows(folder: Path) -> None:
