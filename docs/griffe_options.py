@@ -1,4 +1,4 @@
-"""Gives the fields of option classes their meaning: `field: int = option(2, "meaning")` has no docstring of its own."""
+"""Shows fields of option classes as what they are: `field: int = option(2, "meaning")` is a 2 with a docstring."""
 
 import ast
 from typing import Any
@@ -7,11 +7,11 @@ from griffe import Attribute, Docstring, Extension
 
 
 class Options(Extension):
-    """Takes the second argument of `option(default, "meaning", ...)` as the docstring of the field."""
+    """Takes `option(default, "meaning", ...)` apart into the value and the docstring of a field."""
 
     def on_attribute_instance(self, *, node: Any, attr: Attribute, **_: Any) -> None:
-        """Read the meaning where a field is declared."""
+        """Read default and meaning where a field is declared."""
         call = getattr(node, "value", None)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "option":
-            meaning = ast.literal_eval(call.args[1])
-            attr.docstring = Docstring(meaning, parent=attr, lineno=node.lineno)
+            attr.docstring = Docstring(ast.literal_eval(call.args[1]), parent=attr, lineno=node.lineno)
+            attr.value = ast.unparse(call.args[0])
