@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.cli.flags import Device, Dtype, Json, MaybeBundle, Strict, open_source, takes
+from treadle.cli.flags import Device, Dtype, Json, Strict, open_source, takes
 from treadle.common.errors import OptionError, TreadleError, collect, problem_list, unknown_name
 from treadle.common.options import named, read_options
 from treadle.common.params import RoutingParams, SourceParams, read_routing
@@ -171,7 +171,14 @@ def _fitting(
 @app.command()
 @takes(source=SourceParams)
 def doctor(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
-    bundle: MaybeBundle = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            help="folder of a bundle, or of one adapter (with --base it is judged against it); or give --base and "
+            "--adapters instead",
+            metavar="BUNDLE|ADAPTER",
+        ),
+    ] = None,
     samples: Annotated[
         list[str] | None, typer.Option(help="name=FILE of texts to use instead of those that the bundle keeps")
     ] = None,
@@ -185,10 +192,14 @@ def doctor(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 ) -> None:
     """Examine a bundle, or a base and a folder of adapters: check that each adapter acts, time a step.
 
-    Exit 1 if something is wrong.
+    Of one adapter's folder it says what it holds, for which bases, and what would act; nothing is loaded. Exit 1 if
+    something is wrong.
     """
+    if bundle is not None and not vllm and source.keys() <= {"base"} and _is_adapter(bundle):
+        _doctor_adapter(bundle, source.get("base"), as_json)
+        return
     if vllm == (bundle is not None or bool(source)):
-        raise typer.BadParameter("give a BUNDLE, or --base and --adapters, or --vllm")
+        raise typer.BadParameter("give a BUNDLE, or an ADAPTER, or --base and --adapters, or --vllm")
     if vllm:
         _doctor_vllm(as_json)
         return
@@ -282,6 +293,29 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     train_adapter(base, examples, output, others=others, params=params, embedder=embedder)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the one that wrote it
         print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
+
+
+def _is_adapter(folder: Path) -> bool:
+    from treadle.bundle.adapter_places import holds_adapter
+    from treadle.bundle.bundle_files import BUNDLE_FILE
+    from treadle.lora.peft_folder import convert_hint
+
+    return not (folder / BUNDLE_FILE).exists() and (holds_adapter(folder) or bool(convert_hint(folder)))
+
+
+def _doctor_adapter(folder: Path, base: str | None, as_json: bool) -> None:
+    """Examine one adapter's folder and print what was found; raise if it cannot be blended, or not on this base."""
+    from treadle.bundle.base_model import quiet_libraries
+    from treadle.cli.console import adapter_lines
+    from treadle.experiments.adapter_doctor import examine_folder
+
+    quiet_libraries()
+    report = examine_folder(folder, base)
+    print(json.dumps(asdict(report)) if as_json else "\n".join(adapter_lines(report)))
+    if report.problem:
+        raise TreadleError(report.problem)
+    if report.fit and report.fit.misfits:
+        raise TreadleError(problem_list(f"{folder} does not fit {base}:", report.fit.misfits))
 
 
 def _doctor_vllm(as_json: bool) -> None:

@@ -12,6 +12,7 @@ from treadle.routing.centroids import Floats
 
 if TYPE_CHECKING:
     from treadle.engine.sequence import TokenEvent
+    from treadle.experiments.adapter_doctor import FolderReport
     from treadle.experiments.doctor import BundleReport
     from treadle.experiments.results import EvalResult
     from treadle.experiments.router_quality import Quality
@@ -140,6 +141,42 @@ def report_tables(report: "BundleReport") -> list[Table]:
         if adapter.cosines:
             cosines.add_row(name, *(f"{cosine:.3f}" for cosine in adapter.cosines))
     return [table, cosines] if cosines.rows else [table]
+
+
+def adapter_lines(report: "FolderReport") -> list[str]:
+    """Return the lines of `treadle doctor` about one adapter's folder."""
+    if report.problem:
+        return [f"{report.name}: treadle cannot blend it"]
+    shapes = [
+        f"{each.name} {each.modules} x {' or '.join(map(str, each.shapes))}" if each.shapes != (None,) else each.name
+        for each in report.targets
+    ]
+    ranks, scales = (", ".join(f"{each:g}" for each in values) for values in (report.ranks, report.scales))
+    told = {
+        "base": f"{report.base_model or 'none'} (by its config)",
+        "rank": f"{ranks}; scale {scales}" if ranks else "",
+        "layers": _ranges(report.layers),
+        "modules": ", ".join(shapes) + " (in, out)" * bool(report.ranks),
+        "tensors": f"{report.tensors} in {', '.join(report.dtypes)}, {report.num_bytes} bytes",
+        "note": "; ".join(report.notes),
+        "fits": f"{', '.join(report.cached) or 'no base'} in treadle's cache, by shapes",
+    }
+    if fit := report.fit:
+        lacks = f"; the base lacks {', '.join(fit.missing)}" if fit.missing else ""
+        told["on"] = f"{fit.base}: it cannot act" if fit.misfits else f"{fit.base}: {fit.acting} modules act{lacks}"
+    lines = [f"  {heading:<8} {text}" for heading, text in told.items() if text]
+    return [f"{report.name}: {report.kind}; treadle blends it", *lines]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as ranges: 0-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def results_table(task: str, results: Sequence["EvalResult"]) -> Table:
