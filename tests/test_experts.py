@@ -163,6 +163,18 @@ def test_each_row_and_token_has_its_own_weights_beside_plain_lora(tmp_path: Path
             assert_close(logits(model)[row], shared[row])
 
 
+def test_on_a_half_precision_base_one_hot_is_as_near_to_the_exact_logits_as_peft(tmp_path: Path, kind: Kind) -> None:
+    def half() -> PreTrainedModel:
+        return kind.build().to(torch.bfloat16)
+
+    folder, model = save(tmp_path / "one", kind), half()
+    exact = logits(PeftModel.from_pretrained(half().float(), folder).eval())
+    theirs = logits(PeftModel.from_pretrained(half(), folder).eval())
+    with attach_adapters(model, [read_adapter(folder)]).using([1.0]):
+        ours = logits(model)
+    assert (ours - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "Qwen3-Next"])
 def test_the_engine_decodes_as_one_uncached_forward(tmp_path: Path, tokenizer: Any, embedder: Any, name: str) -> None:
     kind = KINDS[name]

@@ -132,6 +132,19 @@ def test_weights_of_one_are_the_base_that_has_all_virtual_tokens_in_its_cache(tm
         assert_close(logits(model, IDS[:1]), expected)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_on_a_half_precision_base_one_hot_is_as_near_to_the_exact_logits_as_peft(tmp_path: Path, kind: str) -> None:
+    def half() -> PreTrainedModel:
+        return build().to(torch.bfloat16)
+
+    folder, model = save(tmp_path / "one", kind), half()
+    exact = logits(PeftModel.from_pretrained(half().float(), folder).eval())
+    theirs = logits(PeftModel.from_pretrained(half(), folder).eval())
+    with attach(model, [read_adapter(folder)]).using([1.0]):
+        ours = logits(model)
+    assert (ours - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()
+
+
 def four(root: Path, base: str = "Llama") -> dict[str, Path]:
     """One adapter of each kind, and plain LoRA."""
     plain = save_adapter(root / "plain", build(base), seed=3, lora_alpha=1)

@@ -28,7 +28,7 @@ class AdapterReport:
     Attributes:
         name: of the adapter.
         ranks: all ranks of its factors, ascending.
-        targets: the last names of the modules it targets.
+        targets: the last names of the modules it targets, and "virtual tokens" if it puts some before texts.
         modules: how many modules that are.
         norm: Frobenius norm of the factors' whole update, scale included; vectors (DoRA, IA3, bias) are not in it.
         change: mean over its samples' tokens of the Kullback-Leibler divergence from base to adapter, in nats.
@@ -118,11 +118,11 @@ def _problems(reports: Sequence[AdapterReport], left_out: Mapping[str, str]) -> 
 def _examine_adapter(
     engine: Engine, adapter: Adapter, texts: Sequence[str], cosines: tuple[float, ...]
 ) -> AdapterReport:
-    pairs = adapter.pairs.values()
+    pairs, targets = adapter.pairs.values(), sorted({module.rpartition(".")[2] for module in adapter.modules})
     return AdapterReport(
         name=adapter.name,
         ranks=tuple(sorted({pair.rank // pair.num_experts for pair in pairs})),
-        targets=tuple(sorted({module.rpartition(".")[2] for module in adapter.modules})),
+        targets=(*targets, *(["virtual tokens"] if adapter.virtual else [])),
         modules=len(adapter.modules),
         norm=sum(pair.norm() ** 2 for pair in pairs) ** 0.5,
         change=sum(_divergence(engine, adapter.name, text) for text in texts or [PROBE_TEXT])
