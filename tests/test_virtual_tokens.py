@@ -43,6 +43,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral, a window shorter than the text": ("Mistral", {"sliding_window": 4}),
     "Gemma 3, a window in some layers": ("Gemma3", GEMMA),
     "gpt-oss, with sinks": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
+    "SmolLM3, a layer without positions": ("SmolLM3", {"no_rope_layers": [0, 1]}),
     "Llama, YaRN": ("Llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 4.0,
         "rope_theta": 10000.0, "original_max_position_embeddings": 16}}),
 }  # fmt: skip
@@ -265,10 +266,18 @@ def test_greedy_text_is_that_of_peft(tmp_path: Path, tokenizer: Any, embedder: A
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
 GPT2 = {"vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LATENT = TINY | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+LATENT |= {"qk_nope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 2}
 BAD_BASES = {
-    "learned positions": (transformers.GPT2Config, GPT2, "need rotary attention in each layer, which GPT2LMHeadModel"),
+    "learned positions": (
+        transformers.GPT2Config,
+        GPT2,
+        "need rotary attention, and nothing else, in each layer; GPT2LMHeadModel",
+    ),
     "length decides": (transformers.LlamaConfig, TINY | DYNAMIC, "need positions that do not depend on the length"),
     "wider": (transformers.LlamaConfig, TINY | {"hidden_size": 64}, r"are vectors of 32, the base's of 64"),
+    "latent attention": (transformers.DeepseekV3Config, LATENT, "DeepseekV3For"),
+    "states beside attention": (transformers.FalconH1Config, TINY, "nothing else, in each layer; FalconH1For"),
     "states": (transformers.MambaConfig, {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2}, "MambaFor"),
 }
 

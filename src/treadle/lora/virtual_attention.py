@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treadle.common.errors import AdapterError, OptionError
+from treadle.common.errors import AdapterError, OptionError, reason_of
 from treadle.common.transformers_names import cache_argument
 from treadle.lora.gates import Gates
 from treadle.lora.virtual_tokens import VirtualTokens
@@ -128,8 +128,9 @@ def attention_layers(model: Any) -> list[Any]:
             found[module.layer_idx] = module
     layers = [found[index] for index in sorted(found)]
     kind = type(model).__name__
-    if not layers or len(layers) != layers[0].config.num_hidden_layers:
-        raise AdapterError(f"virtual tokens need rotary attention in each layer, which {kind} does not have")
+    is_whole = bool(layers) and len(layers) == layers[0].config.num_hidden_layers
+    if not is_whole or _keeps_states(layers[0].config) or not all(hasattr(layer, "head_dim") for layer in layers):
+        raise AdapterError(f"virtual tokens need rotary attention, and nothing else, in each layer; {kind} has others")
     ropes = [getattr(module, "rope_type", None) for module in decoder.modules()]
     if any(each in LENGTH_ROPES for rope in ropes for each in (rope.values() if isinstance(rope, dict) else [rope])):
         raise AdapterError(f"virtual tokens need positions that do not depend on the length of the text; {kind}'s do")
@@ -157,12 +158,20 @@ def place(model: Any, tokens: VirtualTokens) -> VirtualTokens:
     _check_sizes(layers, tokens, model.get_input_embeddings().embedding_dim)
     if model.device.type == "meta":
         return tokens
-    states = _read(model, tokens.embeddings) if tokens.embeddings is not None else _rotated(model, tokens)
-    placed = VirtualTokens(states=states, is_placed=True)
     ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None]  # (1, T)
-    expected = _as_peft_does(model, tokens, ids)
-    with _alone(model, placed):
-        found = model(input_ids=ids, use_cache=False).logits
+    try:
+        expected = _as_peft_does(model, tokens, ids)
+        placed = VirtualTokens(states=_states_before_text(model, tokens), is_placed=True)
+        with _alone(model, placed):
+            found = model(input_ids=ids, use_cache=False).logits
+    except (
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # of a model with ways of its own
+        raise AdapterError(f"{type(model).__name__} cannot read virtual tokens: {reason_of(error)}") from error
     limit = expected.float().std() * (0.01 if model.dtype == torch.float32 else 0.1)
     if not (found - expected).abs().max() <= limit:
         raise AdapterError(
@@ -196,10 +205,17 @@ def _check_sizes(layers: Sequence[Any], tokens: VirtualTokens, hidden: int) -> N
             )
 
 
-def _read(model: Any, embeddings: Tensor) -> Tensor:
-    """Return keys and values (L, 2, heads, M, head) of vectors (M, H) that the base reads before position 0."""
+def _states_before_text(model: Any, tokens: VirtualTokens) -> Tensor:
+    """Return keys and values (L, 2, heads, M, head) of virtual tokens at positions that end before 0."""
+    if tokens.embeddings is None:
+        return _rotated(model, tokens)
+    return _read(model, tokens.embeddings, -len(tokens.embeddings))
+
+
+def _read(model: Any, embeddings: Tensor, first: int) -> Tensor:
+    """Return keys and values (L, 2, heads, M, head) of vectors (M, H), read from a position on."""
     cache, given = _new_cache(), _as_input(model, embeddings)
-    positions = torch.arange(-len(embeddings), 0, device=given.device)[None]
+    positions = torch.arange(first, first + len(embeddings), device=given.device)[None]
     model(inputs_embeds=given, position_ids=positions, use_cache=True, **{cache_argument(model): cache})
     return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
 
@@ -213,6 +229,10 @@ def _rotated(model: Any, tokens: VirtualTokens) -> Tensor:
     rotate = getattr(sys.modules[type(layer).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or rotate is None:
         raise AdapterError(f"the rotary positions of {type(model).__name__} are not found, so a prefix has no place")
+    # one token alone sees itself alone, so its keys differ only where a layer rotates them
+    vector = model.get_input_embeddings().weight[1:2]
+    at_0, at_1 = (_read(model, vector, position)[:, 0].flatten(1) for position in (0, 1))  # (L, heads * head)
+    is_rotated = (at_0 - at_1).abs().amax(1) > 0.01 * at_0.abs().amax(1)
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     back = torch.tensor([[-states.shape[3]]], device=model.device)
     made: list[Tensor] = []
@@ -224,7 +244,8 @@ def _rotated(model: Any, tokens: VirtualTokens) -> Tensor:
         params = params[kind[0]] if by_type else params
         size = int(keys.shape[-1] * params.get("partial_rotary_factor", 1.0))
         turned = rotate(keys[..., :size], keys[..., :size], cos / scale, sin / scale)[1]
-        made.append(torch.cat([torch.cat([turned, keys[..., size:]], -1), values]))  # (2, heads, M, head)
+        whole = torch.cat([turned, keys[..., size:]], -1) if is_rotated[index] else keys
+        made.append(torch.cat([whole, values]))  # (2, heads, M, head)
     return torch.stack(made)
 
 
@@ -244,6 +265,13 @@ def _as_peft_does(model: Any, tokens: VirtualTokens, ids: Tensor) -> Tensor:
 def _as_input(model: Any, embeddings: Tensor) -> Tensor:
     weight = model.get_input_embeddings().weight
     return embeddings.to(weight.device, weight.dtype)[None]  # (1, M, H)
+
+
+def _keeps_states(config: Any) -> bool:
+    """Return whether layers of a model keep a recurrent state."""
+    from transformers import DynamicCache
+
+    return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=config).layers)
 
 
 def _new_cache() -> Any:
