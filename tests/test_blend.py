@@ -722,7 +722,7 @@ def test_everything_that_does_not_fit_the_model_is_one_message_and_nothing_is_at
     with pytest.raises(AdapterError) as caught:
         attach(model, [foreign, replace(science, pairs={**science.pairs, Q_PROJ: narrow}), code, code])
     assert str(caught.value).splitlines() == [
-        "the adapters do not fit the model:",
+        "the adapters do not fit the model; name the base that they were trained on, or leave them out:",
         "  - two adapters are called 'code'",
         f"  - science: {Q_PROJ} is (32, 32) (in, out), its factors are (16, 32)",
         "  - math: the model has no module model.layers.9.self_attn.q_proj",

@@ -139,7 +139,15 @@ def _kind(adapter: Adapter) -> str:
     """Return in a word or two what an adapter is."""
     given = set(chain.from_iterable(each.given for each in adapter.vectors.values()))
     first = {"pissa": "PiSSA", "olora": "OLoRA"}.get(adapter.initial) or (
-        "DoRA" if "magnitude" in given else "LoRA" if adapter.pairs else "IA3" if adapter.vectors else "saved weights"
+        "virtual tokens"
+        if adapter.virtual
+        else "DoRA"
+        if "magnitude" in given
+        else "LoRA"
+        if adapter.pairs
+        else "IA3"
+        if adapter.vectors
+        else "saved weights"
     )
     more = {
         "biases": bool(given & {"bias", "whole_bias"}),
@@ -154,7 +162,8 @@ def _kind(adapter: Adapter) -> str:
 def _tensors(adapter: Adapter) -> Sequence[Tensor]:
     factors = (factor for pair in adapter.pairs.values() for factor in (pair.a, pair.b))
     vectors = (vector for each in adapter.vectors.values() for vector in each.given.values())
-    return [*factors, *vectors, *adapter.weights.values()]
+    virtual = adapter.virtual.given.values() if adapter.virtual else ()
+    return [*factors, *vectors, *virtual, *adapter.weights.values()]
 
 
 def _targets(adapter: Adapter) -> tuple[Target, ...]:

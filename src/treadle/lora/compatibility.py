@@ -20,7 +20,7 @@ from treadle.lora.saved_weights import resized, weight_problem, with_differences
 from treadle.lora.vectors import LayerVectors, resolve
 from treadle.lora.virtual_attention import place
 
-MISFIT = "the adapters do not fit the model:"
+MISFIT = "the adapters do not fit the model; name the base that they were trained on, or leave them out:"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """In a layer's path: the number of its layer or expert."""
 ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")

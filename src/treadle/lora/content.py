@@ -37,7 +37,7 @@ def content_problems(
 ) -> list[str]:
     """Return the problems of readable tensors: there are none, they overflow, or they change nothing."""
     if not pairs and not vectors and not weights:
-        return ["it holds no factors"]
+        return ["it holds no factors; save it again after training"]
     problems = range_problems(pairs, torch.float32)
     if weights:
         return problems  # the base's own, or trained ones: the base tells

@@ -41,7 +41,7 @@ def read_mlx_folder(folder: Path, file: Path, name: str) -> AdapterContent:
         config = _read_config(folder)
         tensors = (read_npz if file.suffix == ".npz" else read_tensors)(file, AdapterError).tensors
     except AdapterError as error:
-        raise AdapterError(f"adapter {name!r}: {error}") from error
+        raise AdapterError(f"adapter {name!r}: {error}; save or download it again") from error
     problems: list[str] = []
     scale = _scale(config, name, problems)
     parts = _parts(tensors, problems)
@@ -67,7 +67,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model") or "", str):
         raise AdapterError(f"{file} is malformed: model must be a text, not {shown(config['model'])}")
     if config.get("fine_tune_type") == "full":
-        raise AdapterError(f"{folder}: its fine_tune_type is full: it holds whole weights, and is no adapter.")
+        raise AdapterError(
+            f"{folder}: its fine_tune_type is full: it holds whole weights, and is no adapter. Train a LoRA."
+        )
     return config
 
 
@@ -100,7 +102,7 @@ def _parts(tensors: dict[str, Tensor], problems: list[str]) -> dict[str, dict[st
     for key, tensor in tensors.items():
         found = TENSOR.fullmatch(key)
         if not found:
-            problems.append(f"{key}: not lora_a, lora_b or m of an MLX adapter")
+            problems.append(f"{key}: not lora_a, lora_b or m of an MLX adapter; save the adapter without it")
             continue
         parts.setdefault(found["module"], {})[found["part"]] = tensor
         if problem := number_problem(key, tensor):
@@ -111,13 +113,14 @@ def _parts(tensors: dict[str, Tensor], problems: list[str]) -> dict[str, dict[st
 def _part_problem(module: str, given: dict[str, Tensor], *, needs_magnitude: bool) -> str | None:
     needed = ["lora_a", "lora_b", *(["m"] if needs_magnitude else [])]
     if missing := [part for part in needed if part not in given]:
-        return f"{module}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        lacks = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        return f"{module}: {lacks}; save or download it again"
     a, b = given["lora_a"], given["lora_b"]
     shapes = f"{module}: lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}"
     if a.dim() == STACK_AXES:
-        return f"{shapes} are for a stack of experts, which is no linear layer"
+        return f"{shapes} are for a stack of experts, which is no linear layer; train without it"
     if a.dim() != MATRIX_AXES or b.dim() != MATRIX_AXES or a.shape[1] != b.shape[0] or a.shape[1] == 0:
-        return f"{shapes} do not fit: need (in, r), (r, out)"
+        return f"{shapes} do not fit: need (in, r), (r, out); save it again"
     if "m" in given and not needs_magnitude:
-        return f"{module}: it has a magnitude m, but the config's fine_tune_type is not dora"
+        return f"{module}: it has a magnitude m, but the config's fine_tune_type is not dora; correct it"
     return None

@@ -75,8 +75,8 @@ def range_problems(pairs: Mapping[str, LoraPair], dtype: torch.dtype) -> list[st
 def number_problem(key: str, tensor: Tensor) -> str | None:
     """Return why the numbers of a tensor cannot be used; None if they can."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
-        return f"{key} is {tensor.dtype}; factors are float32, float16 or bfloat16"
-    return None if torch.isfinite(tensor).all() else f"{key} holds NaN or infinite values"
+        return f"{key} is {tensor.dtype}; factors are float32, float16 or bfloat16; save it as one of these"
+    return None if torch.isfinite(tensor).all() else f"{key} holds NaN or infinite values; take an earlier checkpoint"
 
 
 def _largest_norm(factor: Tensor, axis: int) -> float:

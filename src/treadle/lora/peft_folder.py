@@ -30,14 +30,14 @@ FOREIGN_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 PEFT_TYPES = ("LORA", "IA3", *VIRTUAL_TYPES)
 REFUSED_FEATURES = {
-    "trainable_token_indices": "it replaces rows of the embedding, which cannot be blended",
-    "layer_replication": "it changes the number of layers of the base model",
-    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens",
-    "use_qalora": "QA-LoRA pools its input; the factors do not fit the layer",
-    "use_bdlora": "BD-LoRA keeps its factors in blocks",
+    "trainable_token_indices": "it replaces rows of the embedding, which cannot be blended; train without it",
+    "layer_replication": "it changes the number of layers of the base model; train on a base that has them",
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens; train a plain one",
+    "use_qalora": "QA-LoRA pools its input; the factors do not fit the layer; train a plain LoRA",
+    "use_bdlora": "BD-LoRA keeps its factors in blocks; train a plain LoRA",
     "arrow_config": "it is an Arrow router, not an adapter; name the adapters behind it",
-    "kasa_config": "KaSA changes the base weights",
-    "monteclora_config": "MonteCLoRA samples its weights",
+    "kasa_config": "KaSA changes the base weights; train a plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its weights; train a plain LoRA",
 }
 """Fields of PEFT's configs that ask for more than factors and vectors, with the reason for refusing them."""
 REFUSED_INITS = {
@@ -118,7 +118,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         return read_object(file, AdapterError, MAX_CONFIG_BYTES)
     except AdapterError as error:
-        raise AdapterError(f"adapter {name!r}: {error}") from error
+        raise AdapterError(f"adapter {name!r}: {error}; save or download it again") from error
 
 
 def check_config(config: dict[str, Any], name: str, file: Path) -> None:
@@ -177,7 +177,7 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return read_tensors(file, AdapterError).tensors
     except AdapterError as error:
-        raise AdapterError(f"adapter {name!r}: {error}") from error
+        raise AdapterError(f"adapter {name!r}: {error}; save or download it again") from error
 
 
 def _pairs(found: PeftTensors, config: dict[str, Any]) -> dict[str, LoraPair]:
@@ -207,7 +207,11 @@ def _vectors(found: PeftTensors, pairs: Mapping[str, LoraPair], config: dict[str
     for module, given in found.vectors.items():
         for name, switch in switches.items():
             if name in given and (not config.get(switch) or module not in pairs):
-                why = f"its config does not say {switch}" if module in pairs else "it has no factors beside it"
+                why = (
+                    f"its config does not say {switch}; correct it"
+                    if module in pairs
+                    else "it has no factors beside it; save it again"
+                )
                 found.problems.append(f"{module}: {name.replace('_', ' ')}: {why}")
         made = dict[str, Tensor | None](magnitude=given.get("magnitude"), whole_bias=given.get("whole_bias"))
         if "update_bias" in given and module in pairs:
@@ -217,21 +221,25 @@ def _vectors(found: PeftTensors, pairs: Mapping[str, LoraPair], config: dict[str
         vectors[module] = LayerVectors(**made)
     if config.get("use_dora"):
         bare = [module for module in pairs if "magnitude" not in found.vectors.get(module, {})]
-        found.problems.extend(f"{module}: use_dora: lora_magnitude_vector is missing" for module in bare)
+        found.problems.extend(
+            f"{module}: use_dora: lora_magnitude_vector is missing; save it again, or correct use_dora"
+            for module in bare
+        )
     return vectors
 
 
 def _pair_problem(module: str, factors: dict[str, Tensor], expected: Any, *, is_fused: bool) -> str | None:
     if len(factors) < 2:
         missing = "B" if "A" in factors else "A"
-        return f"{module}: lora_{missing} is missing"
+        return f"{module}: lora_{missing} is missing; save or download it again"
     a, b = factors["A"], factors["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-        return f"{module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit: need (r, in), (out, r)"
+        shapes = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
+        return f"{module}: {shapes} do not fit: need (r, in), (out, r); save it again"
     if is_fused and _is_positive(expected) and a.shape[0] % expected == 0:
         return None  # the rank is that of one expert
     if a.shape[0] != expected:
-        return f"{module}: its factors have rank {a.shape[0]}, its config says {expected}"
+        return f"{module}: its factors have rank {a.shape[0]}, its config says {expected}; correct r or rank_pattern"
     return None
 
 

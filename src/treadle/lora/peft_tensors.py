@@ -21,7 +21,9 @@ VECTOR_NAMES = {
 """Names of vectors, by what they are."""
 BASE_WEIGHT = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight$")
 """A whole weight. PEFT saves the base's own beside factors of the head, or if the vocabulary was resized."""
-FOREIGN_NAME = re.compile(r"lora_[ab]\b|\blinear_(?:in|out)\b|\blora_?\w*\.(?:down|up)\b|lora_(?:down|up)\b|\.alpha$")
+FOREIGN_NAME = re.compile(
+    r"lora_[ab]\b|adapter\w*\.(?:\w+\.)*linear_(?:in|out)\b|\blora_?\w*\.(?:down|up)\b|lora_(?:down|up)\b|\.alpha$"
+)
 """In names that `treadle.lora.foreign_keys` knows."""
 MATRIX_AXES = 2
 
@@ -52,7 +54,7 @@ def sort_tensors(tensors: dict[str, Tensor]) -> PeftTensors:
         elif vector := _vector_name(key, tensor):
             name, module = vector
             found.vectors.setdefault(module, {})[name] = tensor
-        elif tensor.dim() == MATRIX_AXES and ".lora_" not in key and (weight := BASE_WEIGHT.match(key)):
+        elif weight := _saved_weight(key, tensor):
             found.weights[weight["module"]] = tensor
             continue  # compared with the base's as it is
         else:
@@ -61,6 +63,12 @@ def sort_tensors(tensors: dict[str, Tensor]) -> PeftTensors:
         if problem := number_problem(key, tensor):
             found.problems.append(problem)
     return found
+
+
+def _saved_weight(key: str, tensor: Tensor) -> re.Match[str] | None:
+    """Return the match of a whole weight's name; None for other tensors."""
+    is_other = tensor.dim() != MATRIX_AXES or ".lora_" in key or FOREIGN_NAME.search(key)
+    return None if is_other else BASE_WEIGHT.match(key)
 
 
 def _vector_name(key: str, tensor: Tensor) -> tuple[str, str] | None:
@@ -72,7 +80,8 @@ def _vector_name(key: str, tensor: Tensor) -> tuple[str, str] | None:
 
 
 def _foreign_tensor(key: str) -> str:
+    if FOREIGN_NAME.search(key):
+        return f"{key}: not a LoRA factor; it is named as another program does: try treadle convert"
     if ".lora_" not in key and BASE_WEIGHT.match(key):
-        return f"{key}: a whole weight that is no matrix (modules_to_save), which cannot be blended"
-    hint = "; it is named as another program does: try treadle convert" if FOREIGN_NAME.search(key) else ""
-    return f"{key}: not a LoRA factor{hint}"
+        return f"{key}: a whole weight that is no matrix (modules_to_save), which cannot be blended; train without it"
+    return f"{key}: not a LoRA factor; save the adapter without it"
