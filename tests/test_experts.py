@@ -15,14 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from treadle.common.errors import AdapterError, OptionError
+from treadle.bundle.bundle import save_bundle
+from treadle.common.errors import AdapterError, BundleError, OptionError
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
 from treadle.engine.tokenization import prompt_ids
 from treadle.lora.adapter import read_adapter
 from treadle.lora.blend import ALWAYS_ACTIVE_ROWS, Blend
 from treadle.lora.blend import attach as attach_adapters
+from treadle.lora.mixture import mix
 from treadle.routing.fitting import fit
+from treadle.routing.router import Router
+from treadle.serving.vllm.mixture import open_bundle
+from treadle.serving.vllm.params import PluginParams
 
 from conftest import BASE, SAMPLES, TINY, calm, edit_config, save_adapter
 
@@ -299,3 +304,16 @@ def test_experts_that_compute_otherwise_are_refused_by_name(tmp_path: Path) -> N
     message = r"one: model.layers.0.feed_forward.experts.\w+: Llama4TextExperts does not compute as transformers' other"
     with pytest.raises(AdapterError, match=message):
         attach_adapters(transformers.Llama4ForCausalLM(config), [read_adapter(folder)])
+
+
+def test_export_and_the_vllm_plugin_refuse_it_by_name(
+    tmp_path: Path, adapter_folders: dict[str, Path], router: Router
+) -> None:
+    folder = save(tmp_path / "one", KINDS["Qwen3-MoE"])
+    with pytest.raises(
+        AdapterError, match=r"one: .*fused experts or virtual tokens, whose update is more than the factors"
+    ):
+        mix([read_adapter(folder)], {"one": 1.0})
+    bundle = save_bundle(tmp_path / "mixed", base=BASE, adapters=adapter_folders | {"code": folder}, router=router)
+    with pytest.raises(BundleError, match="adapter 'code' changes fused experts"):
+        open_bundle(PluginParams(bundle=str(bundle)))

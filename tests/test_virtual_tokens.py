@@ -12,14 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from treadle.common.errors import AdapterError, OptionError
+from treadle.bundle.bundle import save_bundle
+from treadle.common.errors import AdapterError, BundleError, OptionError
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.engine import Engine
 from treadle.engine.prefix_cache import PrefixCache
 from treadle.engine.tokenization import prompt_ids
 from treadle.lora.adapter import read_adapter
 from treadle.lora.blend import attach
+from treadle.lora.mixture import mix
 from treadle.routing.fitting import fit
+from treadle.routing.router import Router
+from treadle.serving.vllm.mixture import open_bundle
+from treadle.serving.vllm.params import PluginParams
 
 from conftest import BASE, SAMPLES, TINY, calm, edit_config, save_adapter
 
@@ -320,3 +325,14 @@ def test_a_damaged_folder_says_what_is_wrong(
     with pytest.raises(AdapterError, match=message):
         read_adapter(folder)
     assert read_adapter(save(tmp_path / "two", "prefix")).num_bytes() == 5 * 64 * 4
+
+
+def test_export_and_the_vllm_plugin_refuse_it_by_name(
+    tmp_path: Path, adapter_folders: dict[str, Path], router: Router
+) -> None:
+    folder = save(tmp_path / "one", "prefix")
+    with pytest.raises(AdapterError, match=r"one: .*virtual tokens, whose update is more than the factors"):
+        mix([read_adapter(folder)], {"one": 1.0})
+    bundle = save_bundle(tmp_path / "mixed", base=BASE, adapters=adapter_folders | {"code": folder}, router=router)
+    with pytest.raises(BundleError, match="adapter 'code' has virtual tokens"):
+        open_bundle(PluginParams(bundle=str(bundle)))

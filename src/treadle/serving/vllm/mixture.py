@@ -306,9 +306,7 @@ def vector_problem(adapter: Adapter) -> str | None:
     if adapter.has_experts:
         return f"adapter {adapter.name!r} changes fused experts, which the plugin does not. treadle serve blends it"
     if adapter.virtual:
-        return (
-            f"adapter {adapter.name!r} puts virtual tokens before texts, which the plugin does not. treadle serve does"
-        )
+        return f"adapter {adapter.name!r} has virtual tokens, which the plugin does not know. treadle serve blends it"
     if not adapter.vectors:
         return None
     return (
