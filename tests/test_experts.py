@@ -295,6 +295,14 @@ def test_other_combines_and_experts_of_another_number_or_kind_are_refused(tmp_pa
         read_adapter(tmp_path / "one")
 
 
+def test_the_router_of_experts_is_refused_by_name(tmp_path: Path) -> None:
+    """PEFT would let it act: it chooses other experts then."""
+    kind = KINDS["Qwen3-MoE"]
+    adapter = read_adapter(save(tmp_path / "one", kind, target_parameters=["mlp.gate.weight", DOWN]))
+    with pytest.raises(AdapterError, match=r"one: the model has no linear layer model.layers.0.mlp.gate \(and 1 more"):
+        attach_adapters(kind.build(), [adapter])
+
+
 def test_experts_that_compute_otherwise_are_refused_by_name(tmp_path: Path) -> None:
     sizes = {"num_local_experts": 4, "intermediate_size_mlp": 48, "layer_types": ["full_attention"] * 2}
     config = transformers.Llama4TextConfig(**TINY, **sizes)
