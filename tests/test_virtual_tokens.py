@@ -49,6 +49,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 3, a window in some layers": ("Gemma3", GEMMA),
     "gpt-oss, with sinks": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
     "SmolLM3, a layer without positions": ("SmolLM3", {"no_rope_layers": [0, 1]}),
+    "Llama, deep": ("Llama", {"num_hidden_layers": 24}),
     "Llama, YaRN": ("Llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 4.0,
         "rope_theta": 10000.0, "original_max_position_embeddings": 16}}),
 }  # fmt: skip
@@ -149,6 +150,12 @@ def test_on_a_half_precision_base_one_hot_is_as_near_to_the_exact_logits_as_peft
     with attach(model, [read_adapter(folder)]).using([1.0]):
         ours = logits(model)
     assert (ours - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rounding_in_many_layers_is_no_reason_to_refuse(tmp_path: Path, kind: str) -> None:
+    folder, model = save(tmp_path / "one", kind, base="Llama, deep", size=20), build("Llama, deep").to(torch.bfloat16)
+    assert attach(model, [read_adapter(folder)]).names == ("one",)
 
 
 def four(root: Path, base: str = "Llama") -> dict[str, Path]:

@@ -160,7 +160,7 @@ def place(model: Any, tokens: VirtualTokens) -> VirtualTokens:
         return tokens
     ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None]  # (1, T)
     try:
-        expected = _as_peft_does(model, tokens, ids)
+        expected, bare = _as_peft_does(model, tokens, ids), model(input_ids=ids, use_cache=False).logits
         placed = VirtualTokens(states=_states_before_text(model, tokens), is_placed=True)
         with _alone(model, placed):
             found = model(input_ids=ids, use_cache=False).logits
@@ -172,12 +172,26 @@ def place(model: Any, tokens: VirtualTokens) -> VirtualTokens:
         ValueError,
     ) as error:  # of a model with ways of its own
         raise AdapterError(f"{type(model).__name__} cannot read virtual tokens: {reason_of(error)}") from error
-    limit = expected.float().std() * (0.01 if model.dtype == torch.float32 else 0.1)
-    if not (found - expected).abs().max() <= limit:
+    if not _distance(found, expected) <= _rounding(model.dtype, expected, bare):
         raise AdapterError(
             f"{type(model).__name__} computes something else with virtual tokens beside a text than before it"
         )
     return placed
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return the root of the mean square of the differences of logits."""
+    return float((one.float() - other.float()).square().mean().sqrt())
+
+
+def _rounding(dtype: torch.dtype, expected: Tensor, bare: Tensor) -> float:
+    """Return how far rounding may move logits that virtual tokens make of the bare base's.
+
+    Text at other positions rounds other numbers. In half precision and many layers that is a part of what the virtual
+    tokens change; tokens at wrong positions are off by about as much as they change.
+    """
+    of_change, of_logits = (0.01, 0.001) if dtype == torch.float32 else (0.3, 0.1)
+    return max(of_change * _distance(expected, bare), of_logits * float(expected.float().std()))
 
 
 @contextmanager
