@@ -20,7 +20,7 @@ from treadle.experiments.data import load_examples
 from treadle.experiments.params import TrainParams
 from treadle.experiments.tasks import Example
 
-from demo import PROMPTS
+from demo import QUESTIONS
 from embedder import build_embedder
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -116,7 +116,7 @@ def fit(options: argparse.Namespace) -> None:
     samples = [f"--samples={task}={options.work / 'samples' / f'{task}.jsonl'}" for task in names]
     treadle("fit", "--base", options.base, *adapters, *samples, "--embedder", options.embedder, "--keep-samples", 0,
             "--overwrite", "-o", options.bundle)  # fmt: skip
-    own = {task: [example.prompt] for task, example in PROMPTS.items()}  # no row of a data set goes into the repository
+    own = {each.adapter: [each.example.prompt] for each in QUESTIONS}  # no row of a data set goes into the repository
     (options.bundle / "samples.json").write_text(json.dumps(own, indent=2) + "\n", "utf-8")
 
 
