@@ -147,8 +147,8 @@ def compare(console: Console, engine: treadle.Engine) -> None:
         sampling=[sampling_of(question) for _, _, question in rows],
         routing=[routing for _, routing, _ in rows],
     )
-    table = Table(title=f"who answers right ({len(rows)} rows, one batch)", title_justify="left")
-    table.add_column("questions of")
+    table = Table(title=f"answered right, by domain ({len(rows)} rows, one batch)", title_justify="left")
+    table.add_column("")
     for index, name in enumerate(engine.adapter_names):
         table.add_column(name, style=colour(index))
     table.add_column("right", justify="right")
