@@ -29,6 +29,7 @@ from treadle.common.errors import AdapterWarning, BundleError, OptionError, Trea
 from treadle.common.params import RoutingParams, SamplingParams
 from treadle.engine.loading import load
 from treadle.engine.preparing import prepare
+from treadle.lora.adapter import read_adapter
 from treadle.routing.fitting import centroid_of, fit
 
 from conftest import BASE, SAMPLES, Run, byte_tokenizer, edit_config, save_adapter, tiny_llama
@@ -393,6 +394,23 @@ def test_hub_ids_are_fetched_with_the_samples_beside_them(base: str, folder: Pat
     assert not any("pickled" in path for path in HubHandler.asked)
     here = prepare(base, {name: str(folder / name) for name in ("math", "code")}).router
     np.testing.assert_allclose(json.loads(done.stdout)["weights"], here.weights(["add the sum"])[0], atol=1e-6)
+
+
+def test_a_pickle_on_the_hub_is_fetched_to_be_converted_alone(
+    base: str, folder: Path, hub: dict[str, str], tmp_path: Path
+) -> None:
+    file = folder / "math" / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_name("adapter_model.bin"))
+    before = read_adapter(folder / "math").identity
+    file.unlink()
+    route = [sys.executable, "-m", "treadle", "route", "--base", base, "--text", "add", "--adapter", "math=org/math"]
+    done = subprocess.run(route, env=hub, capture_output=True, text=True, check=False)
+    assert "'org/math' has no adapter_model.safetensors on the hub; if it has a pickle, treadle convert" in done.stderr
+    assert not any("adapter_model.bin" in path for path in HubHandler.asked)
+    convert = [sys.executable, "-m", "treadle", "convert", "org/math", "-o", str(tmp_path / "out")]
+    done = subprocess.run(convert, env=hub, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_adapter(tmp_path / "out").identity == before
 
 
 # Server

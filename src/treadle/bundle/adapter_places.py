@@ -56,11 +56,13 @@ def _what_lies_in(names: Sequence[str]) -> str:
     return f"its sub-folders are {', '.join(first_of(names, MAX_LISTED_FOLDERS))}" if names else "it has no sub-folders"
 
 
-def adapter_place(given: str | Path, name: str) -> Path:
+def adapter_place(given: str | Path, name: str, *, with_pickle: bool = False) -> Path:
     """Return an adapter's folder on this machine; a hub id is fetched, or taken from the hub's cache.
 
+    A pickle is fetched only for a caller that converts it.
+
     Raises:
-        AdapterError: there is no such folder and no such adapter on the hub.
+        AdapterError: there is no such folder and no such adapter on the hub, or the hub has a pickle alone.
     """
     folder = Path(given).expanduser()
     if os.path.isdir(folder):
@@ -73,9 +75,13 @@ def adapter_place(given: str | Path, name: str) -> Path:
 
     wanted = [*ADAPTER_FILES[:-1], *SAMPLES_FILES, CENTROID_FILE, RECORD_FILE]
     try:
-        return Path(snapshot_download(text, allow_patterns=wanted))
+        fetched = Path(snapshot_download(text, allow_patterns=[*wanted, PICKLE_FILE] if with_pickle else wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise AdapterError(f"adapter {name!r}: {text!r} is no folder, and the hub says: {reason_of(error)}") from error
+    if not with_pickle and not any(is_file(fetched / name) for name in (WEIGHTS_FILE, *MLX_FILES)):
+        way = f"if it has a pickle, treadle convert {text} -o NEW makes a PEFT folder of it"
+        raise AdapterError(f"adapter {name!r}: {text!r} has no {WEIGHTS_FILE} on the hub; {way}")
+    return fetched
 
 
 def samples_beside(folder: Path) -> Path | None:

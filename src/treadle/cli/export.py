@@ -75,7 +75,7 @@ def export_command(  # noqa: PLR0913 a command's parameters are its flags
 
 @app.command(name="convert")
 def convert_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
-    source: Annotated[Path, typer.Argument(help="folder or file of one adapter", metavar="IN")],
+    source: Annotated[str, typer.Argument(help="folder, file or hub id of one adapter", metavar="IN")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the PEFT folder to write")],
     base: Annotated[
         str, typer.Option(help="folder or hub id of its base model; GGUF and most tuners of PEFT need it")
@@ -93,11 +93,13 @@ def convert_command(  # noqa: PLR0913, PLR0917 a command's parameters are its fl
     It reads .bin and other pickles (tensors alone, in a process that can open nothing), GGUF, mlx-lm, torchtune, NeMo
     and Megatron, old names of PEFT and diffusers, and LoHa, LoKr, VeRA, OFT, AdaLoRA and others.
     """
+    from treadle.bundle.adapter_places import adapter_place
     from treadle.bundle.base_model import quiet_libraries
     from treadle.bundle.conversion import ConvertParams, convert_adapter
 
     quiet_libraries()
-    made = convert_adapter(source, output, ConvertParams(base, alpha, rank), overwrite=overwrite)
+    place = Path(source) if Path(source).exists() else adapter_place(source, source, with_pickle=True)
+    made = convert_adapter(place, output, ConvertParams(base, alpha, rank), overwrite=overwrite)
     ranks = sorted({pair.rank for pair in made.content.pairs.values()})
     mixture = made.mixture
     if as_json:
