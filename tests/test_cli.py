@@ -135,7 +135,7 @@ def test_fit_makes_a_bundle_that_generates(
     out = " ".join(out.split())
     assert f"cross-validation: {told['accuracy']:.1%} of the samples' prompts are nearest to their own adapter" in out
     share = f"{told['confusion'][0][0]:.2f}"
-    for part in ("adapter", "samples", "the base", *SAMPLES, share, "note: the router knows"):
+    for part in ("adapter", "samples", "the base", *SAMPLES, share, "note: the router knows", "next: treadle generate"):
         assert part in out
     (tmp_path / "math.txt").write_text("add three")
     code, out, _ = run("fit", *arguments, "--overwrite")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -87,6 +88,7 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         print(json.dumps({"bundle": str(output), "samples": rows, **_fit_document(fit), "seconds": seconds}))
     else:
         _print_fit(f"wrote {output} after {seconds:.0f} s", fit)
+        print(f"next: treadle generate {quote(str(output))} --prompt TEXT, or: treadle serve {quote(str(output))}")
 
 
 def _print_fit(title: str, fit: "Fitted") -> None:
@@ -292,7 +294,16 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
         others += load(other_task if file else None, file or entry, OTHERS)
     train_adapter(base, examples, output, others=others, params=params, embedder=embedder)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the one that wrote it
-        print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else f"wrote {output}")
+        told = f"wrote {output}\nnext: {_after_training(base, output, is_routed=embedder is not None)}"
+        print(json.dumps({"adapter": str(output), "examples": len(examples)}) if as_json else told)
+
+
+def _after_training(base: str, adapter: Path, *, is_routed: bool) -> str:
+    """Return the next step after training; an adapter without a centroid in its folder needs samples first."""
+    fit = f"treadle fit --base {quote(base)} --adapters {quote(str(adapter.parent))} -o my-bundle"
+    return (
+        fit if is_routed else f"put a few dozen typical prompts into {adapter / 'samples.txt'}, one a line; then {fit}"
+    )
 
 
 def _is_adapter(folder: Path) -> bool:
