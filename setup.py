@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 def long_description(readme: str, repository: str | None) -> str:
     """Return the README with absolute links, or without its relative links and pictures."""
-    target = r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)]+)\)"
+    target = r"(!?)\[([^\]]*)\]\((?!https?://)([^)]+)\)"
     if repository:
         return re.sub(target, rf"\1[\2]({repository.rstrip('/')}/\3)", readme)
     return re.sub(target, lambda link: "" if link[1] else link[2], readme)

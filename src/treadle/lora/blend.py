@@ -109,8 +109,9 @@ class Blend:
             has_paper = "paper" in combines  # adds up the B of all adapters of a row
             self._activate(None if has_paper else self._active_for(w))
             device = next(self.model.parameters()).device
-            # on a GPU a look would synchronise
-            has_virtual = w.device.type != "cpu" or bool(w[..., self._with_virtual].any())
+            has_virtual = self._virtual is not None
+            if has_virtual and w.device.type == "cpu":  # on a GPU a look would synchronise
+                has_virtual = bool(w[..., self._with_virtual].any())
             present = self._present(among or [self.names]).to(device) if has_paper else None
             w = w.to(device, non_blocking=True)
             makers = [(slot, maker) for slot, maker in enumerate(self._gate_makers) if maker.layout.parts]
