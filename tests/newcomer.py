@@ -275,12 +275,13 @@ def serve() -> None:
         with serving(line.text) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
             models = {each.id for each in client.models.list()}
             check(models >= {"auto", *ROWS}, f"models: {models}")
-            messages = [{"role": "user", "content": HELD_OUT["capitals"]}]
+            # no text of an adapter: after two steps it may end an answer at once
+            messages = [{"role": "user", "content": "Tell me about the sea."}]
             chunks = list(client.chat.completions.create(model="auto", messages=messages, max_tokens=8, stream=True))
             said = [each.choices[0].delta.content or "" for each in chunks if each.choices]
             check("".join(said).strip(), f"no text in {len(chunks)} chunks")
             check(len(said) > 2, f"not streamed: {said}")
-            done = client.completions.create(model="sums", prompt=HELD_OUT["sums"], max_tokens=4)
+            done = client.completions.create(model="sums", prompt="Once upon a time there was a", max_tokens=4)
             check(done.choices[0].text.strip() and done.model == "sums", f"answered: {done}")
 
 
