@@ -115,6 +115,7 @@ def test_the_models_are_the_routed_one_its_adapters_and_the_base(served: Serving
     models = {model.id: model for model in served.client().models.list()}
     assert list(models) == ["auto", "bundle", "math", "science", "code", "base"]
     assert models["math"].model_extra["parent"] == "base"
+    assert all(model.model_extra["has_chat_template"] for model in models.values())
     assert served.client().models.retrieve("code").id == "code"
     with pytest.raises(openai.NotFoundError, match="Did you mean 'code'"):
         served.client().models.retrieve("cod")

@@ -19,6 +19,7 @@ import openai
 import pytest
 from forking import start_command
 
+from treadle.bundle.bundle import read_bundle
 from treadle.engine.runners.runner import Runner
 from treadle.routing.embedder import StaticEmbedder
 from treadle.serving.openai.protocol import HttpProtocol
@@ -364,6 +365,18 @@ def start_server(bundle: Path, *flags: object) -> tuple[BaseProcess, TextIO, str
         if found := re.search(r"serving on (http://[\d.:]+)", line):
             return process, log, found[1]
     raise AssertionError("it did not start")
+
+
+def test_the_log_says_where_the_page_is_which_models_there_are_and_what_routes_them(bundle_folder: Path) -> None:
+    process, log, url = start_server(bundle_folder)
+    with log:
+        page, models, routing = (next(log) for _ in range(3))
+        ask_to_end(process)
+        assert exit_code(process) == 0
+    assert page.endswith(f"page: {url}/\n")
+    assert "auto and bundle (routed); alone: math, science, code; base (no adapter)" in models
+    params = read_bundle(bundle_folder).router.params
+    assert f"score {params.score}, rule {params.rule}; weights are made every {params.every} tokens" in routing
 
 
 def ask_to_end(process: BaseProcess) -> None:

@@ -50,7 +50,7 @@ def _card(state: ServerState, name: str) -> Json:
     is_adapter = name in state.engine.adapter_names
     parent = {"parent": "base", "root": name} if is_adapter else {"parent": None, "root": state.bundle.base_model}
     card = {"id": name, "object": "model", "created": 0, "owned_by": "treadle", "max_model_len": state.engine.context}
-    return {**card, **parent}
+    return {**card, "has_chat_template": bool(state.engine.tokenizer.chat_template), **parent}
 
 
 async def live(request: Request) -> Response:
@@ -83,7 +83,13 @@ ENDPOINTS = (
     Endpoint("GET", "/health", health, "Requests are accepted", tag=OPERATE),
     Endpoint("GET", "/metrics", metrics, "Figures for Prometheus", tag=OPERATE),
     Endpoint("GET", "/openapi.json", openapi),
-    Endpoint("GET", "/v1/models", models, "Names that a request may give as model", tag=MODELS),
+    Endpoint(
+        "GET",
+        "/v1/models",
+        models,
+        "Names that a request may give as model, each with `max_model_len` (tokens) and `has_chat_template`",
+        tag=MODELS,
+    ),
     Endpoint("GET", "/v1/models/{name:path}", model, "One of them", tag=MODELS),
     Endpoint(
         "POST",

@@ -17,6 +17,7 @@ from treadle.bundle.bundle import Bundle
 from treadle.engine.engine import Engine
 from treadle.engine.loading import load
 from treadle.engine.preparing import open_bundle
+from treadle.routing.router import Router
 from treadle.serving.openai.app import make_app
 from treadle.serving.openai.keys import Keyring
 from treadle.serving.openai.params import ServeParams
@@ -69,6 +70,20 @@ class Server(uvicorn.Server):
         """The port on which the server listens; 0 before it does."""
         sockets = [each for server in self.servers for each in server.sockets] if self.started else []
         return int(sockets[0].getsockname()[1]) if sockets else 0
+
+    def announce(self, params: ServeParams) -> None:
+        """Log the address, the page, the models and what routes them, once the server listens."""
+        while not self.started:
+            time.sleep(POLL_SECONDS)
+        host = f"[{params.host}]" if ":" in params.host else params.host
+        address = f"{'https' if params.tls_cert else 'http'}://{host}:{self.port}"
+        logger.info("serving on %s (OpenAI's API is below /v1)", address)
+        if params.page:
+            logger.info("page: %s/", address)
+        router, routed = self._state.engine.router, " and ".join(self._state.targets.names)
+        adapters = ", ".join(router.names) or "none yet"
+        logger.info("models: %s (routed); alone: %s; base (no adapter)", routed, adapters)
+        logger.info("routing: %s", _routing_of(router))
 
     @property
     def has_ended(self) -> bool:
@@ -135,7 +150,7 @@ def serve(folder: str | None, params: ServeParams, load: Callable[..., Engine] =
         gc.collect()
         gc.freeze()
         listen(sockets, params)
-        announce = threading.Thread(target=_announce, args=(server, params), daemon=True)
+        announce = threading.Thread(target=server.announce, args=(params,), daemon=True)
         announce.start()
         server.run(sockets)
         if not server.has_ended:  # Python would wait for the threads, or break off inside a library
@@ -143,12 +158,15 @@ def serve(folder: str | None, params: ServeParams, load: Callable[..., Engine] =
             os._exit(0)
 
 
-def _announce(server: Server, params: ServeParams) -> None:
-    """Log the server's address once it listens."""
-    while not server.started:
-        time.sleep(POLL_SECONDS)
-    scheme = "https" if params.tls_cert else "http"
-    logger.info("serving on %s://%s:%d", scheme, params.host, server.port)
+def _routing_of(router: Router) -> str:
+    """Return in words what makes the weights of a router."""
+    params = router.params
+    if router.lacks_samples:
+        return "none, no adapter has samples: a request names an adapter or gives fixed weights"
+    if params.rule == "fixed":
+        return "none, the weights are fixed"
+    when = f"every {params.every} tokens" if params.every else "once, by the prompt"
+    return f"{router.embedder.id} embeds, score {params.score}, rule {params.rule}; weights are made {when}"
 
 
 def _set_up_log(params: ServeParams) -> None:
