@@ -78,6 +78,23 @@ class Serving:
             go.set()
 
     @contextmanager
+    def slowed(self, seconds: float = 0.02) -> Generator[None]:
+        """Make the engine's thread wait between its steps: a browser is slower than a tiny model."""
+        is_over = threading.Event()
+
+        def slow() -> None:
+            while not is_over.is_set():
+                self.scheduler.call(lambda: time.sleep(seconds)).result(60)
+
+        thread = threading.Thread(target=slow)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join(60)
+
+    @contextmanager
     def blocked(self, line: WorkQueue, num_bytes: int = 0, threads: int = 2) -> Generator[None]:
         """Hold threads of a queue with work of a size; other work waits there until the end of the block."""
         begun, go = threading.Barrier(threads + 1, timeout=30), threading.Event()

@@ -1,6 +1,7 @@
 // Requests to the server that sent this page: the key, errors as the server words them, and streams.
 
 const KEY = "treadle-key";
+const BROKEN_OFF = "The connection to the server broke off. What had come stays, and so does your prompt.";
 
 /** A request that failed. */
 export class ServerError extends Error {
@@ -33,8 +34,8 @@ export class Client {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
-      const { done, value } = await reader.read();
-      if (done) throw new ServerError("The connection ended before the answer did.");
+      const { done, value } = await reader.read().catch(brokenOff);
+      if (done) throw new ServerError(BROKEN_OFF);
       const events = (rest + value).split("\n\n");
       rest = events.pop();
       for (const event of events) {
@@ -56,9 +57,15 @@ export class Client {
       const error = await errorOf(response);
       if (response.status !== 401) throw error;
       const isAnother = key.get() !== sent; // given meanwhile, for another request
-      if (!isAnother && !(await this.askKey(sent ? "The server does not know this key." : ""))) throw error;
+      if (!isAnother && !(await this.askKey(sent ? "The server does not know this key." : ""))) {
+        throw new ServerError("The server answers only with a key that it knows. “API key”, at the top, asks again.", 401);
+      }
     }
   }
+}
+
+function brokenOff(error) {
+  throw error.name === "AbortError" ? error : new ServerError(BROKEN_OFF);
 }
 
 async function reach(path, body, sent, signal) {

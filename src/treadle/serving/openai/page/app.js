@@ -5,12 +5,13 @@ import { armGroups, fixedWeights, requestOf } from "./arms.js";
 import { Column } from "./column.js";
 import { byId, make, say } from "./dom.js";
 import { EXAMPLES } from "./examples.js";
-import { writeAdapters, writeArms, writeRouting, writeSampling } from "./fields.js";
+import { MEANINGS, writeAdapters, writeArms, writeRouting, writeSampling } from "./fields.js";
 import { askKey, listenForKey } from "./key-dialog.js";
+import { clearProblem, mark, marked } from "./problems.js";
 import { empty, fromFragment, SAMPLING, toFragment } from "./state.js";
 
 const client = new Client(askKey);
-const server = { adapters: [], schema: { properties: {} }, routing: {}, isKnown: false };
+const server = { adapters: [], schema: { properties: {} }, routing: {}, hasChat: true, isKnown: false };
 let state = fromFragment(location.hash);
 let columns = [];
 let saving = 0; // timer
@@ -20,14 +21,15 @@ let running = null; // AbortController of the requests that run
 async function meet() {
   say(byId("problem"), "");
   try {
-    const [models, document, route] = await Promise.all([
+    const [models, document, routing] = await Promise.all([
       client.json("v1/models"),
       client.json("openapi.json"),
-      client.json("v1/route", { text: "-" }), // for the bundle's routing
+      bundleRouting(),
     ]);
     server.adapters = models.data.filter((model) => model.parent === "base").map((model) => model.id);
     server.schema = document.components.schemas.RoutingParams;
-    server.routing = route.routing;
+    server.routing = routing;
+    server.hasChat = models.data[0].has_chat_template;
     server.isKnown = true;
     byId("model").textContent = models.data[1]?.parent ? models.data[0].id : models.data[1].id;
     byId("status").textContent = "";
@@ -38,6 +40,17 @@ async function meet() {
   write();
 }
 
+/** Return the bundle's routing options; none where its adapters have no samples, and say what that means. */
+async function bundleRouting() {
+  try {
+    return (await client.json("v1/route", { text: "-" })).routing;
+  } catch (error) {
+    if (error.status !== 400) throw error;
+    say(byId("problem"), error.message);
+    return {};
+  }
+}
+
 /** Forget what a link names that this server does not have, and say so. */
 function dropUnknown() {
   if (!server.isKnown) return;
@@ -45,6 +58,15 @@ function dropUnknown() {
   const isKnown = (name) => server.adapters.includes(name);
   const gone = [...state.off, ...Object.keys(state.fixed)].filter((name) => !isKnown(name));
   gone.push(...[state.arm, state.other].filter((arm) => arm && !known.includes(arm)));
+  for (const [group, options] of [["routing", server.schema.properties], ["sampling", MEANINGS]]) {
+    const unknown = Object.keys(state[group]).filter((name) => !Object.hasOwn(options, name));
+    unknown.forEach((name) => delete state[group][name]);
+    gone.push(...unknown.map((name) => `${group}.${name}`));
+  }
+  if (!["", "chat", "text"].includes(state.kind)) {
+    gone.push(`kind ${state.kind}`);
+    state.kind = "";
+  }
   state.off = state.off.filter(isKnown);
   state.fixed = Object.fromEntries(Object.entries(state.fixed).filter(([name]) => isKnown(name)));
   if (!known.includes(state.arm)) state.arm = "auto";
@@ -52,11 +74,17 @@ function dropUnknown() {
   if (gone.length) byId("status").textContent = `Not on this server: ${[...new Set(gone)].join(", ")}.`;
 }
 
+/** Return how the prompt is sent: as a chat where the base has a template, unless a person chooses. */
+function kindOf() {
+  return server.hasChat ? state.kind || "chat" : "text";
+}
+
 /** Write the whole form from the state. */
 function write() {
   const groups = armGroups(server.adapters);
   if (byId("prompt").value !== state.prompt) byId("prompt").value = state.prompt;
-  byId("kind").value = state.kind;
+  byId("kind").value = kindOf();
+  byId("kind").options[0].disabled = !server.hasChat;
   writeArms(byId("arm"), groups, state.arm);
   writeArms(byId("other"), groups, state.other, "nothing");
   writeRouting(state, server.schema, server.routing, remember);
@@ -89,28 +117,41 @@ async function send() {
   if (!server.isKnown) await meet();
   if (!server.isKnown) return;
   if (!state.prompt.trim()) {
-    byId("status").textContent = "Write a prompt first.";
-    byId("prompt").focus();
+    mark(byId("prompt"), "Write a prompt first, or take an example.");
+    focusOn(byId("prompt"));
     return;
   }
   running = new AbortController();
   setBusy(true);
   const arms = [state.arm, state.other].filter((arm, i) => i === 0 || arm);
+  marked().forEach(clearProblem);
   columns.forEach((column) => column.close());
   columns = arms.map(() => new Column(server.adapters));
   byId("answers").replaceChildren(...columns.map((column) => column.root));
+  const isFarDown = byId("answers").getBoundingClientRect().top > innerHeight / 2;
+  if (isFarDown) byId("answers").scrollIntoView({ block: "start" });
   const labels = new Map(armGroups(server.adapters).flatMap(({ arms: each }) => each));
   const runs = columns.map((column, i) => {
-    const request = requestOf(state, arms[i], server.adapters);
+    const request = requestOf(state, arms[i], server.adapters, kindOf());
     return column.run(client, request, labels.get(arms[i]), running.signal);
   });
   const outcomes = await Promise.all(runs);
   running = null;
   setBusy(false);
-  const tokens = columns.map((column) => column.numAnswered).join(" and ");
+  const counts = columns.map((column) => column.numAnswered).join(" and ");
+  const tokens = counts === "1" ? "1 token" : `${counts} tokens`;
   const worst = ["failed", "stopped"].find((outcome) => outcomes.includes(outcome));
-  const words = { failed: "Failed: see the message below.", stopped: `Stopped after ${tokens} tokens.` };
-  byId("status").textContent = words[worst] ?? `Done: ${tokens} tokens.`;
+  if (worst === "failed" && marked().length) focusOn(marked()[0]);
+  const isBegun = columns.some((column) => column.numAnswered);
+  const failed = isBegun ? `Broken off after ${tokens}` : "Not answered";
+  const words = { failed: `${failed}: see the message in red.`, stopped: `Stopped after ${tokens}.` };
+  byId("status").textContent = words[worst] ?? `Done: ${tokens}.`;
+}
+
+/** Put the keyboard on a field or the first one of a group, and the view on it and on what is said there. */
+function focusOn(field) {
+  (field.matches("fieldset") ? field.querySelector("input:enabled") : field)?.focus();
+  byId(`${field.id}-problem`).scrollIntoView({ block: "nearest" });
 }
 
 /** Swap the buttons; the keyboard goes along with them. */
@@ -118,7 +159,7 @@ function setBusy(isBusy) {
   const [usable, other] = isBusy ? [byId("stop"), byId("send")] : [byId("send"), byId("stop")];
   const isFocused = document.activeElement === other;
   usable.disabled = false;
-  if (isFocused) usable.focus();
+  if (isFocused) usable.focus({ preventScroll: true }); // the answers are what one sees
   other.disabled = true;
   byId("status").textContent = isBusy ? "Generating …" : "";
 }
@@ -138,7 +179,7 @@ function take(example) {
   save();
   history.pushState(null, "", location.href);
   state.prompt = example.prompt;
-  state.kind = "";
+  state.kind = example.kind ?? "";
   state.routing = { ...example.routing };
   write();
 }
@@ -160,10 +201,15 @@ function listen() {
     event.preventDefault();
     send();
   });
+  byId("form").addEventListener("input", (event) => {
+    const field = event.target.closest("[aria-invalid]");
+    if (field) clearProblem(field);
+  });
   byId("stop").addEventListener("click", () => running?.abort());
   byId("share").addEventListener("click", share);
   byId("reset").addEventListener("click", () => {
-    state = { ...empty(), prompt: state.prompt, kind: state.kind, arm: state.arm, other: state.other };
+    state = { ...empty(), prompt: state.prompt, arm: state.arm, other: state.other };
+    marked().forEach(clearProblem);
     write();
   });
   addEventListener("keydown", (event) => {

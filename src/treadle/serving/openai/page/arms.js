@@ -18,10 +18,10 @@ export function armGroups(adapters) {
 }
 
 /** Return the path and the body of the request that an arm is. */
-export function requestOf(state, arm, adapters) {
+export function requestOf(state, arm, adapters, kind) {
   const treadle = { ...routingOf(state, arm, adapters), trace: true };
   const body = { model: modelOf(arm), treadle, stream: true, ...numbers(state.sampling) };
-  if (state.kind === "chat") {
+  if (kind === "chat") {
     const messages = [{ role: "user", content: state.prompt }];
     return { path: "v1/chat/completions", body: { ...body, messages } };
   }

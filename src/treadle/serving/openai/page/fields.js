@@ -3,7 +3,8 @@
 import { byId, make } from "./dom.js";
 import { swatch } from "./inspector.js";
 
-const SAMPLING = {
+/** What the options of sampling mean. */
+export const MEANINGS = {
   max_tokens: "tokens of the answer at most",
   temperature: "0 = the likeliest token each time",
   top_p: "sample from the smallest set of tokens with this probability mass",
@@ -16,7 +17,9 @@ export function writeAdapters(state, adapters, weights, changed) {
   const isFixed = [state.arm, state.other].includes("fixed");
   const isBlend = [state.arm, state.other].some((arm) => ["auto", "prompt", "fixed"].includes(arm));
   byId("adapters").disabled = !isBlend;
-  byId("adapters-hint").textContent = isFixed ? "Those that take part, and their fixed weights." : "Those that take part.";
+  const isNone = adapters.length > 0 && adapters.every((name) => state.off.includes(name));
+  const hint = isFixed ? "Those that take part, and their fixed weights." : "Those that take part.";
+  byId("adapters-hint").textContent = isNone ? "None takes part: the base model answers alone." : hint;
   byId("adapter-list").replaceChildren(
     ...adapters.map((name, index) => {
       const box = make("input", { type: "checkbox", checked: !state.off.includes(name), name });
@@ -54,7 +57,7 @@ export function writeRouting(state, schema, bundle, changed) {
 }
 
 export function writeSampling(state, first, changed) {
-  const fields = Object.entries(SAMPLING).map(([name, meaning]) => fieldOf("sampling", name, meaning, null, ""));
+  const fields = Object.entries(MEANINGS).map(([name, meaning]) => fieldOf("sampling", name, meaning, null, ""));
   byId("sampling-fields").replaceChildren(...fields);
   follow("sampling", state, first, changed);
 }
@@ -66,15 +69,16 @@ function fieldOf(group, name, meaning, choices, usual) {
     ? make("select", {}, make("option", { value: "", textContent: `bundle: ${usual}` }), ...options)
     : make("input", { type: "text", inputMode: "decimal", placeholder: usual });
   Object.assign(field, { id, name });
-  field.setAttribute("aria-describedby", `${id}-meaning`);
+  field.setAttribute("aria-describedby", `${id}-problem ${id}-meaning`);
   const label = make("label", { htmlFor: id, textContent: name.replaceAll("_", " ") });
-  return make("div", { className: "field" }, label, field, make("p", { className: "quiet", id: `${id}-meaning` }, meaning));
+  const problem = make("p", { className: "error", id: `${id}-problem`, role: "alert", hidden: true });
+  return make("div", { className: "field" }, label, field, problem, make("p", { className: "quiet", id: `${id}-meaning` }, meaning));
 }
 
 /** Keep a group of fields and the state the same, and say how many differ from what they are at first. */
 function follow(group, state, first, changed) {
   const box = byId(group);
-  for (const field of box.querySelectorAll("input, select")) {
+  for (const field of byId(`${group}-fields`).querySelectorAll("input, select")) {
     field.value = state[group][field.name] ?? "";
     field.addEventListener("input", () => {
       if (field.value.trim()) state[group][field.name] = field.value.trim();

@@ -16,6 +16,7 @@ export function askKey(problem = "") {
 function ask(problem) {
   const [dialog, field] = [byId("key-dialog"), byId("key")];
   say(byId("key-problem"), problem);
+  byId("key-cancel").textContent = key.get() && !problem ? "Keep the key in use" : "Go on without a key";
   field.value = "";
   dialog.returnValue = "";
   dialog.showModal();
@@ -24,7 +25,7 @@ function ask(problem) {
       const isGiven = dialog.returnValue === "given";
       if (isGiven) key.set(field.value.trim());
       field.value = "";
-      show(byId("key-button"), Boolean(key.get()));
+      show(byId("key-button"), true);
       resolve(isGiven);
     }, { once: true });
   });
