@@ -72,6 +72,13 @@ ARCHITECTURES = [
         | {"word_embed_proj_dim": 32, "max_position_embeddings": 32, "init_std": 0.12, "eos_token_id": 257},
         targets=(["fc1", "fc2"], ["q_proj", "fc2"]),
     ),
+    # its own positions begin after that of padding; generate's do not
+    Architecture(
+        "Roberta",
+        {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "is_decoder": True}
+        | {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.1, "eos_token_id": 257},
+        targets=(["query", "value"], ["key", "output.dense"]),
+    ),
     Architecture(
         "Qwen2Moe",
         SIZES

@@ -27,15 +27,17 @@ REFUSED = {
         TINY | {"block_types": ["recurrent", "attention"]},
         "it counts padding|recurrent",
     ),
+    "Git": ("Git", TINY | {"vision_config": TINY | {"image_size": 32}}, "it counts padding"),
+    "XLM": ("XLM", {"emb_dim": 32, "n_layers": 1, "n_heads": 4, "n_words": 260}, "does not take the engine's cache"),
     "OpenAIGPT": ("OpenAIGPT", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 260}, "takes no cache"),
     "Bart": ("Bart", BART, "counts padding as tokens"),
 }
 
 
 def made(name: str, options: dict[str, object]) -> PreTrainedModel:
-    kind = f"{name}LMHeadModel" if name == "OpenAIGPT" else f"{name}ForCausalLM"
+    head = {"OpenAIGPT": "LMHeadModel", "XLM": "WithLMHeadModel"}.get(name, "ForCausalLM")
     torch.manual_seed(0)
-    return getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**options)).eval()
+    return getattr(transformers, name + head)(getattr(transformers, f"{name}Config")(**options)).eval()
 
 
 @pytest.mark.parametrize(("name", "options", "message"), REFUSED.values(), ids=REFUSED)

@@ -266,8 +266,11 @@ def _logits(
         before = _logits(engine, ids[:, : rope.limit], short, params, first)
         return torch.cat([before, _logits(engine, ids, weights, params, rope.limit)], 1)
     device = engine.model.device
+    positions = torch.arange(length, device=device)[None]  # as generation gives them: some models count otherwise
     with engine.blend.using(weights if weights.any() else None, params.combine, [engine.router.names]):
-        output = engine.model(input_ids=ids.to(device), use_cache=False, logits_to_keep=ids.shape[1] - first)
+        output = engine.model(
+            input_ids=ids.to(device), position_ids=positions, use_cache=False, logits_to_keep=length - first
+        )
     return output.logits
 
 
