@@ -23,6 +23,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 import treadle
+from treadle.bundle.base_model import load_model
 from treadle.bundle.bundle import read_bundle, save_bundle
 from treadle.common.errors import AdapterWarning, BundleError, OptionError
 from treadle.common.params import RoutingParams, SamplingParams
@@ -95,6 +96,19 @@ def test_an_engine_from_a_bundle_generates_what_the_one_before_did(engine, adapt
         assert one.token_ids == other.token_ids
         np.testing.assert_allclose(one.weights, other.weights, atol=1e-6)
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_dtype_and_device_are_torchs_own_or_their_names(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    for dtype in ("bfloat16", torch.bfloat16):
+        model = load_model(str(tmp_path), dtype=dtype, device=torch.device("cpu"))
+        assert (model.dtype, model.device.type) == (torch.bfloat16, "cpu")
+    assert load_model(str(tmp_path), device=torch.device("cpu", 0)).dtype == torch.float32
+    for wrong in ("int8", torch.int8, "float", torch.float64):
+        with pytest.raises(OptionError, match=r"dtype '\w+': allowed are float32, bfloat16, float16, as a text or as"):
+            load_model(str(tmp_path), dtype=wrong)
+    with pytest.raises(OptionError, match="device 'cuda:99' cannot be used"):
+        load_model(str(tmp_path), device=torch.device("cuda:99"))
 
 
 positive = st.floats(1e-3, 1e3)

@@ -1,6 +1,7 @@
 """Arrows point inward: edges -> core -> errors; and what needs no torch does not wait for it."""
 
 import ast
+import pydoc
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -11,6 +12,7 @@ import pytest
 
 import treadle
 from treadle.common.moved import MOVED
+from treadle.common.options import meanings
 
 PACKAGE = Path(treadle.__file__).parent
 LEVELS = {
@@ -105,6 +107,18 @@ def test_public_names_all_resolve():
     assert sorted(treadle.__all__) == treadle.__all__
     for name in {*treadle.__all__} - {"__version__"}:
         assert getattr(treadle, name).__name__ == name
+
+
+def test_dir_and_help_show_the_public_names_and_what_each_option_means() -> None:
+    assert {name for name in dir(treadle) if not name.startswith("__")} == {*treadle.__all__} - {"__version__"}
+    page = pydoc.plaintext.document(treadle)
+    assert "class Engine" in page
+    assert "load(bundle:" in page
+    assert "SUBMODULES" not in page
+    for options in (treadle.RoutingParams, treadle.SamplingParams):
+        told = pydoc.plaintext.document(options)
+        for name, meaning in meanings(options).items():
+            assert f"{name}: {meaning}." in told
 
 
 @pytest.mark.parametrize("old", [*MOVED, "treadle.bundle", "treadle.routing"])

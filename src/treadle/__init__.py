@@ -1,4 +1,15 @@
-"""Blend LoRA adapters token by token, with a router that is computed, not trained."""
+"""Blend LoRA adapters token by token, with a router that is computed, not trained.
+
+A bundle is a base model's name, adapters, and a router made from samples of their domains:
+
+    engine = treadle.load("demo/bundle")                                # or load(base=..., adapters=folder)
+    done = engine.generate("What is 3 + 4?")                            # text, token_ids, weights (tokens, adapters)
+    for event in engine.stream([{"role": "user", "content": "Hi"}]): ...
+    engine.generate("...", routing=treadle.RoutingParams(every=1))      # options of one call
+
+Without the engine, `attach` blends adapters in a model of transformers, and `Blend.using` sets their weights. `fit`
+makes a router, `save_bundle` writes a bundle. Errors are TreadleError and what derives from it.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -94,3 +105,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'treadle' has no attribute {name!r}")
     return getattr(import_module(f"treadle.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names, which completion and `help` show."""
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__"]

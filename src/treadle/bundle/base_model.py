@@ -32,13 +32,16 @@ def load_tokenizer(
     return _load(AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code, **options)
 
 
-def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> "PreTrainedModel":
+def load_model(
+    name: str, *, device: "str | torch.device | None" = None, dtype: "str | torch.dtype | None" = None
+) -> "PreTrainedModel":
     """Load the causal LM `name` in evaluation mode.
 
     Args:
         name: a folder, or a hub id (looked up in treadle's cache first).
-        device: a torch device; None takes CUDA where there is one, else the CPU.
-        dtype: `float32`, `bfloat16` or `float16`; None takes float32 on a CPU and the checkpoint's own elsewhere.
+        device: a torch device or its name; None takes CUDA where there is one, else the CPU.
+        dtype: `float32`, `bfloat16` or `float16`, or torch's dtype; None takes float32 on a CPU and the checkpoint's
+            own elsewhere.
 
     Raises:
         ModelError: it is in none of these places; the message says what to do.
@@ -47,7 +50,7 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device(device)
     model = _load(
         AutoModelForCausalLM.from_pretrained, name, dtype=resolve_dtype(dtype, device), trust_remote_code=False
@@ -84,20 +87,26 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def resolve_dtype(dtype: str | None, device: str) -> "torch.dtype | str":
+def resolve_dtype(dtype: "str | torch.dtype | None", device: str) -> "torch.dtype | str":
     """Return the torch dtype for the option `dtype` on `device` ("auto" = the checkpoint's own)."""
     import torch
 
     if dtype is None:
-        return torch.float32 if device == "cpu" else "auto"
+        return torch.float32 if torch.device(device).type == "cpu" else "auto"
     check_dtype(dtype)
-    return getattr(torch, dtype)
+    return getattr(torch, _name_of(dtype))  # type: ignore[no-any-return]
 
 
-def check_dtype(dtype: str | None) -> None:
+def check_dtype(dtype: "str | torch.dtype | None") -> None:
     """Raise an OptionError if there is no such dtype to compute in; None is the device's own."""
-    if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}.")
+    if dtype is not None and _name_of(dtype) not in DTYPES:
+        raise OptionError(
+            f"dtype {_name_of(dtype)!r}: allowed are {', '.join(DTYPES)}, as a text or as torch.{DTYPES[0]}."
+        )
+
+
+def _name_of(dtype: "str | torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def quiet_libraries() -> None:

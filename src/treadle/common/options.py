@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from treadle.common.errors import OptionError, OptionProblem, listed, one_or_list, problem_list, told, unknown_name
 
 Value = TypeVar("Value")
+Kind = TypeVar("Kind")
 TRUTH_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 """Texts of a switch."""
 
@@ -61,6 +62,13 @@ def option(
 def meanings(options: type) -> dict[str, str]:
     """Return the line of meaning of each field of a dataclass."""
     return {entry.name: entry.metadata.get("meaning", "") for entry in fields(options)}
+
+
+def explained(options: type[Kind]) -> type[Kind]:
+    """Add the line of meaning of each field to a dataclass's docstring, where `help` shows it."""
+    lines = [f"    {name}: {meaning}." for name, meaning in meanings(options).items()]
+    options.__doc__ = "\n".join([options.__doc__ or "", "", "Attributes:", *lines])
+    return options
 
 
 @cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from treadle.common.errors import OptionProblem
-from treadle.common.options import check_fields, option, problem_of, raise_problems, read_options
+from treadle.common.options import check_fields, explained, option, problem_of, raise_problems, read_options
 
 Score = Literal["cosine", "centred", "lda"]
 Rule = Literal["boosted", "softmax", "top_k", "fixed"]
@@ -24,6 +24,7 @@ COLDEST = 1e-3
 """The lowest temperature above 0 of sampling; below, logits divided by it overflow."""
 
 
+@explained
 @dataclass(frozen=True)
 class RoutingParams:
     """How weights are made from the text, and when. The same fields are flags, request fields and result keys."""
@@ -136,6 +137,7 @@ def read_routing(given: Mapping[str, Any], onto: RoutingParams) -> RoutingParams
     return read_options(RoutingParams, {**implied, **given}, onto=onto)
 
 
+@explained
 @dataclass(frozen=True)
 class SourceParams:
     """Where a base and its adapters are, instead of a bundle that was made before."""
@@ -168,6 +170,7 @@ class SourceParams:
         return problems
 
 
+@explained
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a row ends."""

@@ -20,6 +20,7 @@ from treadle.lora.blend import Blend
 from treadle.lora.compatibility import check_tokens
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -30,8 +31,8 @@ def load(  # noqa: PLR0913 either the first, or base and adapters with their opt
     adapters: str | Path | Mapping[str, str | Path] | None = None,
     embedder: str | None = None,
     strict: bool = False,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: "str | torch.dtype | None" = None,
     pack: bool | None = None,
 ) -> Engine:
     """Load a base model and attach adapters: those of a bundle, or those in a folder.
@@ -43,8 +44,9 @@ def load(  # noqa: PLR0913 either the first, or base and adapters with their opt
             `samples.txt` or `samples.jsonl` beside them are routed; the others act by name or fixed weights.
         embedder: with `base`, the name of the embedder of samples, as `treadle fit` takes it; None = `tokens`.
         strict: with `base`, raise where a bad adapter would be left out; the log says which and why.
-        device: a torch device; None takes CUDA where there is one, else the CPU.
-        dtype: `float32`, `bfloat16` or `float16`; None takes float32 on a CPU and the checkpoint's own elsewhere.
+        device: a torch device or its name; None takes CUDA where there is one, else the CPU.
+        dtype: `float32`, `bfloat16` or `float16`, or torch's dtype; None takes float32 on a CPU and the checkpoint's
+            own elsewhere.
         pack: as `Engine` takes it.
 
     Raises:

@@ -45,8 +45,8 @@ class TreadleLM(TemplateLM):
         self,
         bundle: str | Engine,
         *,
-        device: str | None = None,
-        dtype: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | str | None = None,
         **routing: Any,  # lm-eval passes --model_args as keywords
@@ -55,7 +55,7 @@ class TreadleLM(TemplateLM):
         self._rows = _count(batch_size) or _count(max_batch_size)
         if isinstance(bundle, Engine) and (device or dtype):
             raise OptionError("device and dtype belong to a bundle's folder; this engine is loaded already.")
-        if device == "cuda:0" and not torch.cuda.is_available():
+        if str(device) == "cuda:0" and not torch.cuda.is_available():
             device = None  # what lm-eval's command line passes where nobody chose a device
         loaded = bundle if isinstance(bundle, Engine) else read_bundle(bundle)
         self._routing = _routing(loaded.router.params, routing)  # before the base model loads

@@ -5,9 +5,10 @@ Pure Python, so that `treadle --help` need not wait for numpy or torch.
 
 from dataclasses import dataclass
 
-from treadle.common.options import check_fields, option, problem_of, raise_problems
+from treadle.common.options import check_fields, explained, option, problem_of, raise_problems
 
 
+@explained
 @dataclass(frozen=True)
 class EvalParams:
     """Options of an evaluation: which rows, and how."""
@@ -24,6 +25,7 @@ class EvalParams:
         raise_problems("evaluation options:", check_fields(self))
 
 
+@explained
 @dataclass(frozen=True)
 class BenchParams:
     """How long and with what `treadle bench` measures."""
@@ -43,6 +45,7 @@ class BenchParams:
         object.__setattr__(self, "batch", tuple(dict.fromkeys(self.batch)))
 
 
+@explained
 @dataclass(frozen=True)
 class TrainParams:
     """How one adapter is trained; the defaults are the recipe of the demo."""

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from treadle.common.errors import ModelError, reason_of
 from treadle.common.files import cached_folder
 from treadle.routing.embedder_files import PROBES, check_folder, is_foreign_fault
 from treadle.routing.running_sum import Tails
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = NDArray[np.float32]
 logger = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class SentenceEmbedder:
 
     tails: Tails = (24,)
 
-    def __init__(self, name: str = DEFAULT_SENTENCE_MODEL, device: str | None = None) -> None:
+    def __init__(self, name: str = DEFAULT_SENTENCE_MODEL, device: "str | torch.device | None" = None) -> None:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
@@ -53,7 +56,7 @@ class SentenceEmbedder:
         try:
             self.model = SentenceTransformer(
                 str(local) if is_local else name,
-                device=device,
+                device=None if device is None else str(device),
                 model_kwargs={"use_safetensors": True},  # pytorch_model.bin is a pickle
                 trust_remote_code=False,
                 local_files_only=is_local,  # a folder names nothing that is fetched

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_origin, get_type_hints
 
 from treadle.common.documents import check_depth, read_text
 from treadle.common.errors import OptionError, OptionProblem, problem_list, unknown_name
-from treadle.common.options import meanings, option, raise_problems, read_options
+from treadle.common.options import explained, meanings, option, raise_problems, read_options
 from treadle.common.params import SourceParams
 from treadle.serving.openai.hosts import is_pattern
 
@@ -25,6 +25,7 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_BRACKETS = 256
 
 
+@explained
 @dataclass(frozen=True)
 class ServeParams(SourceParams):
     """Options of the server: what it serves where there is no bundle, address, keys and limits."""

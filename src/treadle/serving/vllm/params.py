@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from treadle.common.errors import OptionError, OptionProblem
-from treadle.common.options import check_fields, option, raise_problems, read_options
+from treadle.common.options import check_fields, explained, option, raise_problems, read_options
 
 KEY = "treadle"
 """The key in `--additional-config` and in a request's `vllm_xargs`, and the attribute of vLLM's objects."""
@@ -21,6 +21,7 @@ BUNDLE_VARIABLE = "TREADLE_VLLM"
 """The environment variable that may hold the options instead: a bundle's folder, or a JSON object."""
 
 
+@explained
 @dataclass(frozen=True)
 class PluginParams:
     """The options of the plugin: the bundle, and the room for adapters that come later."""
