@@ -85,6 +85,7 @@ def test_a_base_that_lacks_modules_is_told_apart_from_one_that_does_not_fit(
     code, out, err = run("doctor", folder, "--base", "org/wide")
     assert code == 1
     assert "org/wide: it cannot act" in out
+    assert out.splitlines()[-1] == "verdict: not for this base; see below"
     assert f"treadle: {folder} does not fit org/wide:\n" in err
     assert "model.layers.0.self_attn.q_proj is (64, 32) (in, out), its factors are (32, 32) (and 1 more like it)" in err
 
@@ -104,6 +105,7 @@ def test_the_command_prints_it(tmp_path: Path, base: str, run: Run) -> None:
         "  note     adapter 'math': unknown fields that may matter: new_trick",
         "  fits     org/tiny in treadle's cache, by shapes",
         "  on       org/tiny: 4 modules act",
+        "verdict: healthy on this base",
     ]
     told = json.loads(run("doctor", folder, "--json")[1])
     assert (told["kind"], told["layers"], told["problem"], told["fit"]) == ("LoRA", [0, 1], "", None)
@@ -114,7 +116,7 @@ def test_what_cannot_be_blended_is_told_with_the_way_out(tmp_path: Path, base: s
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
     code, out, err = run("doctor", folder)
-    assert (code, out) == (1, "old: treadle cannot blend it\n")
+    assert (code, out) == (1, "old: treadle cannot blend it\nverdict: cannot be used as it is; see below\n")
     assert f"adapter_model.bin is a pickle, which can run code: treadle convert {folder} -o NEW" in err
     broken = save_adapter(tmp_path / "broken")
     save_file({"x": torch.ones(1)}, broken / WEIGHTS)

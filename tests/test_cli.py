@@ -11,6 +11,7 @@ from rich.table import Table
 
 from treadle.cli.console import new_console, print_coloured
 from treadle.cli.main import main
+from treadle.cli.progress import progress
 
 from conftest import SAMPLES, Run, edit_config
 
@@ -19,7 +20,7 @@ def test_generate_prints_what_the_engine_gives(run: Run, bundle: Path) -> None:
     import treadle
 
     done = treadle.load(bundle).generate("add three", sampling=treadle.SamplingParams(max_tokens=8))
-    code, out, _ = run("generate", bundle, "--prompt", "add three", "--max-tokens", 8, "--json")
+    code, out, _ = run("generate", bundle, "--prompt", "add three", "--raw", "--max-tokens", 8, "--json")
     document = json.loads(out)
     assert code == 0
     assert document["text"] == done.text
@@ -73,11 +74,36 @@ def test_a_base_of_another_name_is_one_line_and_with_strict_an_error(run: Run, b
     assert "'math' on 'unsloth/tiny-llama-bnb-4bit'" in err
 
 
-def test_generate_in_chat_uses_the_template(run: Run, bundle: Path) -> None:
+def test_generate_sends_a_message_where_the_base_has_a_template_and_raw_the_text(run: Run, bundle: Path) -> None:
     flags = ["--max-tokens", 4, "--json", "--fixed", "math=1"]
-    _, plain, _ = run("generate", bundle, "--prompt", "user: add\nassistant:", *flags)
-    _, chat, _ = run("generate", bundle, "--prompt", "add", "--chat", *flags)
-    assert json.loads(plain)["token_ids"] == json.loads(chat)["token_ids"]
+
+    def tokens(prompt: str, *more: str) -> list[int]:
+        code, out, _ = run("generate", bundle, "--prompt", prompt, *more, *flags)
+        assert code == 0
+        return json.loads(out)["token_ids"]
+
+    message, chat, raw = tokens("add"), tokens("add", "--chat"), tokens("add", "--raw")
+    assert message == chat == tokens("user: add\nassistant:", "--raw")
+    assert raw != message
+    base = Path(json.loads((bundle / "bundle.json").read_text())["base_model"])
+    for file in (base / "chat_template.jinja", base / "tokenizer_config.json"):
+        if file.exists() and file.suffix == ".jinja":
+            file.unlink()
+    assert tokens("add") == raw
+    code, _, err = run("generate", bundle, "--prompt", "add", "--chat", *flags)
+    assert code == 1
+    assert "chat template" in err
+
+
+def test_an_answer_that_ends_at_once_is_explained(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Path(json.loads((bundle / "bundle.json").read_text())["base_model"])
+    for flag, other in (("--raw", "--chat"), ("--chat", "--raw")):
+        _, out, _ = run("generate", bundle, "--prompt", "add", flag, "--max-tokens", 1, "--json")
+        (first,) = json.loads(out)["token_ids"]
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+        code, out, err = run("generate", bundle, "--prompt", "add", flag, "--max-tokens", 4)
+        assert (code, out.strip()) == (0, "")
+        assert f"the answer is empty: the model ended the text at once. Try {other}" in err
 
 
 def test_a_chat_is_routed_as_what_it_says(run: Run, bundle: Path) -> None:
@@ -90,7 +116,12 @@ def test_a_chat_is_routed_as_what_it_says(run: Run, bundle: Path) -> None:
     _, out, _ = run("generate", bundle, "--prompt", json.dumps(messages), "--chat", "--max-tokens", 1, "--json")
     weights = json.loads(run("route", bundle, "--text", "the atom\n\nadd the sum", "--json")[1])["weights"]
     assert json.loads(out)["weights"][0] == pytest.approx(weights, abs=1e-5)
-    assert run("route", bundle, "--chat", "--eval", "--tasks", "x=y")[0] == 2
+    assert run("route", bundle, "--text", "x", "--eval", "--tasks", "x=y")[0] == 2
+    weights = [
+        json.loads(run("route", bundle, "--text", json.dumps(messages), *flags, "--json")[1])["weights"]
+        for flags in ([], ["--chat"], ["--raw"])
+    ]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_route_shows_weights_and_the_words_that_decided(run: Run, bundle: Path) -> None:
@@ -156,15 +187,38 @@ def test_doctor_reports_and_finds_the_adapter_that_moves_nothing(
     assert all(adapter["change"] > 1e-3 and adapter["norm"] > 0 for adapter in report["adapters"])
     assert all(adapter["cosines"][i] == pytest.approx(1.0) for i, adapter in enumerate(report["adapters"]))
     assert report["base_step"] > 0 < report["blended_step"]
-    assert "a step: base" in run("doctor", bundle)[1]
+    _, out, _ = run("doctor", bundle)
+    assert "a step: base" in out
+    assert "change: divergence from the base" in out
+    assert out.splitlines()[-1] == "verdict: healthy. All 3 adapters load, and each changes what the base says."
 
     from safetensors.torch import load_file, save_file
 
     weights = bundle / "adapters" / "code" / "adapter_model.safetensors"
     save_file({key: tensor * 1e-5 for key, tensor in load_file(weights).items()}, weights)
-    code, _, err = run("doctor", bundle)
+    code, out, err = run("doctor", bundle)
     assert code == 1
+    assert out.splitlines()[-1] == "verdict: 1 of 3 adapters need care; see below."
     assert "adapter 'code' changes nothing" in err
+
+
+def test_progress_is_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(4, seconds=0) as advance:
+        advance("math, base", 1, False)
+        advance("math, oracle", 2, True)
+    with progress(4, seconds=60) as advance:
+        for count in (1, 2, 1):
+            advance("code", count, False)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" after ")[0] for line in lines] == [
+        "math, base: 1 of 4", "math, oracle: 3 of 4", "code: 4 of 4"
+    ]  # fmt: skip
+
+
+def test_the_version_is_told(run: Run) -> None:
+    import treadle
+
+    assert run("--version") == (0, f"treadle {treadle.__version__}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +351,7 @@ def test_a_token_is_plain_where_the_base_has_the_largest_share() -> None:
     weights = np.array([[0.5, 0.1], [0.1, 0.5], [0.3, 0.2], [0.0, 0.0], [0.7, 0.9]], np.float32)
     with console.capture() as shown:
         print_coloured(console, "abcde", weights)
-    styles = dict.fromkeys("abcde", "39") | {"a": "94", "b": "92", "e": "92"}
+    styles = dict.fromkeys("abcde", "39") | {"a": "36", "b": "33", "e": "33"}
     assert shown.get() == "".join(f"\x1b[{style}m{letter}\x1b[0m" for letter, style in styles.items())
 
 

@@ -457,7 +457,7 @@ def test_a_server_without_any_samples_serves_by_name_and_says_why_it_does_not_ro
 def test_every_command_takes_a_base_and_a_folder(base: str, folder: Path, run: Run, tmp_path: Path) -> None:
     given = ["--base", base, "--adapters", folder]
     done = load(base=base, adapters=folder).generate("add the sum", sampling=SAMPLING)
-    code, out, err = run("generate", *given, "--prompt", "add the sum", "--max-tokens", 6, "--json")
+    code, out, err = run("generate", *given, "--prompt", "add the sum", "--raw", "--max-tokens", 6, "--json")
     assert code == 0, err
     assert json.loads(out)["token_ids"] == list(done.token_ids)
     assert "adapter math: routed by 4 samples (samples.jsonl)\n" in err

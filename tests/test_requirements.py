@@ -61,7 +61,14 @@ def test_every_line_is_one_version_with_hashes(file: Path) -> None:
 def test_the_locks_hold_what_the_project_asks_for() -> None:
     lock = script(FOLDER / "lock.py")
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(lock.DEV_EXTRAS) == extras.keys() - {"vllm", "docs"}  # these have environments of their own
+    assert set(lock.DEV_EXTRAS) == extras.keys() - {
+        "vllm",
+        "docs",
+        "all",
+    }  # the first two have environments of their own
+    assert extras["all"] == [
+        f"treadle[{','.join(each for each in extras if each not in {'vllm', 'docs', 'dev', 'all'})}]"
+    ]
     assert unmet(extras["docs"], versions("docs")) == [], "run: make lock LOCK_ARGS="
     for name, asked in {"dev": lock.DEV_EXTRAS, "demo": lock.DEMO_EXTRAS}.items():
         wanted = [*PROJECT["project"]["dependencies"], *(each for extra in asked for each in extras[extra])]

@@ -1,6 +1,7 @@
 """The page's files: what is sent to whom, and that a built package has them."""
 
 import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Generator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from treadle.common.palette import COLOURS
 from treadle.serving.openai import page
 
 from serving import Serving, serving
@@ -76,3 +78,9 @@ def test_the_chart_library_is_as_it_was_fetched() -> None:
     assert version
     assert f"Chart.js {version[1].decode()}" in note
     assert "MIT" in (vendor / "LICENSE.md").read_text("utf-8")
+
+
+def test_the_page_has_the_colours_of_the_terminal_and_of_plots() -> None:
+    text = page.files()["colours.js"].content.decode()
+    (listed,) = re.findall(r"^const COLOURS = (\[.*\]);$", text, re.MULTILINE)
+    assert tuple(json.loads(listed)) == COLOURS

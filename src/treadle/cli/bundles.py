@@ -215,7 +215,7 @@ def doctor(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     if as_json:
         print(json.dumps(asdict(report)))
     else:
-        from treadle.cli.console import new_console, report_tables
+        from treadle.cli.console import LEGEND, new_console, report_tables, verdict
 
         console = new_console()
         console.print(f"base {report.base_model} on {report.device} in {report.dtype}")
@@ -225,6 +225,8 @@ def doctor(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
             console.print(f"its states after layer {report.state_layer} decide: means of the last {spans} tokens")
         base, blended = report.base_step * 1000, report.blended_step * 1000
         console.print(f"a step: base {base:.1f} ms, blended {blended:.1f} ms, ratio {blended / base:.3f} (medians)")
+        console.print(LEGEND, style="dim")
+        console.print(verdict(report))
     if report.problems:
         raise TreadleError("; ".join(report.problems))
 
@@ -343,5 +345,6 @@ def _doctor_vllm(as_json: bool) -> None:
         if report.difference is not None and report.change is not None:
             print(f"  one forward against the plain formula: off by {report.difference:.1e} nats; "
                   f"the adapters change it by {report.change:.1e}")  # fmt: skip
+        print("verdict: " + ("see below" if report.problems else "healthy: the plugin can run in it"))
     if report.problems:
         raise TreadleError("; ".join(report.problems))

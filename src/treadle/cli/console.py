@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from treadle.common.palette import colour
 from treadle.routing.centroids import Floats
 
 if TYPE_CHECKING:
@@ -22,12 +23,6 @@ if TYPE_CHECKING:
 
 FILE_WIDTH = 10_000
 """Columns of a file or a pipe."""
-COLOURS = ("bright_blue", "bright_green", "bright_magenta", "yellow", "cyan", "red", "green", "blue", "magenta")
-
-
-def colour(index: int) -> str:
-    """Return the colour of the adapter at a place on the N axis; colours repeat after nine."""
-    return COLOURS[index % len(COLOURS)]
 
 
 def legend(names: Sequence[str]) -> Text:
@@ -143,10 +138,25 @@ def report_tables(report: "BundleReport") -> list[Table]:
     return [table, cosines] if cosines.rows else [table]
 
 
+LEGEND = (
+    "norm: size of the whole update, scale included. change: divergence from the base on the adapter's own texts; near "
+    "0 it does nothing. cosines: near 1 the means of two domains are alike, and the scatter alone tells them apart."
+)
+"""Explains the columns of `report_tables`."""
+
+
+def verdict(report: "BundleReport") -> str:
+    """Return the last line of `treadle doctor`: healthy, or how much is wrong."""
+    count = len(report.adapters)
+    if not report.problems:
+        return f"verdict: healthy. All {count} adapters load, and each changes what the base says."
+    return f"verdict: {len(report.problems)} of {count + report.num_left_out} adapters need care; see below."
+
+
 def adapter_lines(report: "FolderReport") -> list[str]:
     """Return the lines of `treadle doctor` about one adapter's folder."""
     if report.problem:
-        return [f"{report.name}: treadle cannot blend it"]
+        return [f"{report.name}: treadle cannot blend it", "verdict: cannot be used as it is; see below"]
     shapes = [
         f"{each.name} {each.modules} x {' or '.join(map(str, each.shapes))}" if each.shapes != (None,) else each.name
         for each in report.targets
@@ -165,7 +175,9 @@ def adapter_lines(report: "FolderReport") -> list[str]:
         lacks = f"; the base lacks {', '.join(fit.missing)}" if fit.missing else ""
         told["on"] = f"{fit.base}: it cannot act" if fit.misfits else f"{fit.base}: {fit.acting} modules act{lacks}"
     lines = [f"  {heading:<8} {text}" for heading, text in told.items() if text]
-    return [f"{report.name}: {report.kind}; treadle blends it", *lines]
+    acts = not report.fit or not report.fit.misfits
+    last = f"verdict: healthy{' on this base' * bool(report.fit)}" if acts else "verdict: not for this base; see below"
+    return [f"{report.name}: {report.kind}; treadle blends it", *lines, last]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from treadle.routing.router import Router
 
 app = typer.Typer()
-SPEED_SECONDS = 3600.0
-"""Seconds of progress that estimate the time left: a cell may take minutes."""
 Output = Annotated[Path, typer.Option("-o", "--output", help="folder of results; finished cells are not repeated")]
 
 
@@ -242,30 +240,11 @@ def _sets(
 def _run(
     engine: "Engine", sets: Sequence["EvalSet"], arms: Sequence["Arm"], output: Path, params: EvalParams, as_json: bool
 ) -> None:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from treadle.cli.console import new_console, results_table
+    from treadle.cli.progress import progress
     from treadle.experiments.evaluate import evaluate
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=SPEED_SECONDS) as bar:
-        shown = bar.add_task("", total=sum(map(len, sets)) * len(arms))
-
-        def advance(name: str, count: int, was_done: bool) -> None:
-            if was_done:  # it took no time, and says nothing of the time left
-                bar.update(shown, total=(bar.tasks[shown].total or 0) - count)
-            else:
-                bar.update(shown, advance=count, description=name)
-
+    with progress(sum(map(len, sets)) * len(arms)) as advance:
         results = evaluate(engine, sets, arms, output, params, advance)
     if as_json:
         print(json.dumps([asdict(result) for result in results]))

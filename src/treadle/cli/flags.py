@@ -52,8 +52,12 @@ Strict = Annotated[
     ),
 ]
 Chat = Annotated[
-    bool,
-    typer.Option("--chat", help="take the text as a user's message, or as messages where it is a JSON list of them"),
+    bool | None,
+    typer.Option(
+        "--chat/--raw",
+        help="read the text as a user's message (a JSON list of messages as these), or as it is; default: as a message "
+        "where the base has a chat template",
+    ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU")]
 

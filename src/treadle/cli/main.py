@@ -4,16 +4,16 @@ import os
 import sys
 import warnings
 from io import TextIOWrapper
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from treadle.cli import bundles, experiments, export, serve, texts
 from treadle.common.errors import AdapterWarning, TreadleError
+from treadle.common.version import __version__
 
 app = typer.Typer(
     name="treadle",
-    help="Blend LoRA adapters token by token, with a router that is computed, not trained.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,6 +21,21 @@ app = typer.Typer(
 )
 for commands in (texts, bundles, export, experiments, serve):
     app.add_typer(commands.app)
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"treadle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def shared(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    """Blend LoRA adapters token by token, with a router that is computed, not trained."""
 
 
 def main() -> NoReturn:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from treadle.engine.engine import Engine
 
 app = typer.Typer()
+EMPTY = (
+    "treadle: the answer is empty: the model ended the text at once. Try {}, which sends the prompt {}, "
+    "another wording, or --temperature 0.7."
+)
+"""Says why nothing was printed, and what to try."""
 
 
 @app.command()
@@ -26,8 +31,8 @@ app = typer.Typer()
 def generate(  # noqa: PLR0913 a command's parameters are its flags
     bundle: MaybeBundle = None,
     *,
-    prompt: Annotated[str, typer.Option(help="text to continue; - reads standard input")],
-    chat: Chat = False,
+    prompt: Annotated[str, typer.Option(help="question, or text to continue; - reads standard input")],
+    chat: Chat = None,
     trace: Annotated[Path | None, typer.Option(help="write tokens, log-probabilities and weights to this file")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -52,14 +57,17 @@ def generate(  # noqa: PLR0913 a command's parameters are its flags
     raise_all(problems)
     text = sys.stdin.read() if prompt == "-" else prompt
     engine = open_engine(found[0], device, dtype, pack)
-    given = chat_messages(text) if chat else text
+    is_chat = bool(engine.tokenizer.chat_template) if chat is None else chat
+    given = chat_messages(text) if is_chat and text else text
     if as_json or trace:
         document = _document(engine, given, options[0], params[0])
         if trace:
             write_text(trace, json.dumps(document, indent=2) + "\n")
         print(json.dumps(document) if as_json else document["text"])
         return
-    _stream(engine, given, options[0], params[0])
+    if not _stream(engine, given, options[0], params[0]):
+        told = ("--raw", "as it is") if is_chat else ("--chat", "as a user's message")
+        print(EMPTY.format(*told), file=sys.stderr)
 
 
 @app.command(name="route")
@@ -67,7 +75,9 @@ def generate(  # noqa: PLR0913 a command's parameters are its flags
 def route_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     bundle: MaybeBundle = None,
     text: Annotated[str | None, typer.Option(help="the text to route; - reads standard input")] = None,
-    chat: Chat = False,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="read a JSON list of messages as a chat, or as text")
+    ] = True,
     evaluate: Annotated[bool, typer.Option("--eval", help="accuracy and confusion on held-out examples")] = False,
     tasks: Annotated[list[str] | None, typer.Option(help="with --eval: TASK=FILE, as treadle eval; repeatable")] = None,
     limit: Annotated[int, typer.Option(help="with --eval: examples per task")] = 300,
@@ -82,8 +92,8 @@ def route_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flag
     from treadle.engine.chat import contents_of, joined
     from treadle.routing.explain import explain
 
-    if evaluate != bool(tasks) or evaluate != (text is None) or (evaluate and chat):
-        raise typer.BadParameter("give --text (and --chat), or --eval with --tasks")
+    if evaluate != bool(tasks) or evaluate != (text is None):
+        raise typer.BadParameter("give --text, or --eval with --tasks")
     router = open_source(bundle, source, strict=strict).router
     params = read_routing(routing, router.params)
     if evaluate:
@@ -111,7 +121,8 @@ def _document(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: 
     return {**document, "routing": asdict(routing), "sampling": asdict(sampling)}
 
 
-def _stream(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> None:
+def _stream(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: RoutingParams) -> str:
+    """Print a text as it comes, then whose weights made it; return it."""
     from treadle.cli.console import base_share, legend, mean_weights, new_console, stream_coloured
 
     console = new_console()
@@ -121,3 +132,4 @@ def _stream(engine: "Engine", prompt: Any, sampling: SamplingParams, routing: Ro
     notes = new_console(stderr=True)
     notes.print(legend(engine.adapter_names))
     notes.print("mean weights: " + "  ".join(f"{name} {share:.2f}" for name, share in shares))
+    return "".join(event.text for event in events)

@@ -59,6 +59,7 @@ class BundleReport:
     problems: tuple[str, ...]
     state_layer: int | None = None  # of the base model, whose states decide; None = the bundle has no states
     state_spans: tuple[int, ...] = ()  # tokens of each view of states
+    num_left_out: int = 0  # adapters that were not loaded
 
 
 def examine(
@@ -102,6 +103,7 @@ def examine(
         problems=(*_problems(reports, left_out),),
         state_layer=states and states.layer,
         state_spans=states.spans if states else (),
+        num_left_out=len(left_out),
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from treadle.common.documents import read_json
 from treadle.common.errors import DataError, TreadleError
 from treadle.common.files import make_folder
+from treadle.common.palette import COLOURS, colour
 from treadle.common.writing import write_text
 from treadle.experiments.results import EvalResult, read_benches, read_cell, read_results, read_settings
 from treadle.experiments.router_quality import Quality
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINE_COLORS = ("#4269d0", "#3ca951", "#a463f2", "#efb118", "#6cc5b0", "#ff725c", "#97bbf5", "#9c6b4e", "#ff8ab7")
-BAR_COLORS = ("#4269d0", "#ff725c")
+BAR_COLORS = (colour(0), colour(5))
 """Colour of arms, and of the arm that they are compared with."""
 PANEL_INCHES = 7.0
 """Width of a panel of ratios."""
@@ -115,8 +115,8 @@ def arms_figure(study: Study) -> "Figure | None":
     for axis, task in zip(axes, tasks, strict=True):
         rows = study.get(task, "nll")[::-1]
         for place, row in enumerate(rows):
-            axis.plot([row.low, row.high], [place, place], color=LINE_COLORS[0], linewidth=2)
-            axis.plot(row.value, place, "o", color=LINE_COLORS[0], markersize=4)
+            axis.plot([row.low, row.high], [place, place], color=COLOURS[0], linewidth=2)
+            axis.plot(row.value, place, "o", color=COLOURS[0], markersize=4)
         axis.set_yticks(range(len(rows)), [row.arm for row in rows], fontsize=7)
         axis.set_title(task)
         axis.set_xlabel("nats per token")
@@ -135,7 +135,7 @@ def _over(option: str, label: str, *, is_nll: bool = True) -> Callable[[Study], 
         figure, axes = _panels(len(groups))
         for axis, (task, drawn) in zip(axes, groups.items(), strict=True):
             for index, rows in enumerate(drawn):
-                _line(axis, rows, option, LINE_COLORS[index % len(LINE_COLORS)])
+                _line(axis, rows, option, COLOURS[index % len(COLOURS)])
             if len(drawn) > 1:
                 axis.legend(fontsize=6)
             axis.set_title(task)
@@ -177,7 +177,7 @@ def speed_figure(study: Study) -> "Figure | None":
     figure, axes = _panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         for row in [row for row in study.get(task, "nll") if row.tokens_per_second]:
-            axis.plot(row.tokens_per_second, row.value, "o", color=LINE_COLORS[0], markersize=4)
+            axis.plot(row.tokens_per_second, row.value, "o", color=COLOURS[0], markersize=4)
             axis.annotate(row.arm, (row.tokens_per_second, row.value), fontsize=6, xytext=(3, 2),
                           textcoords="offset points")  # fmt: skip
         axis.set_title(task)
@@ -200,7 +200,7 @@ def weights_figure(study: Study) -> "Figure | None":
     shown: list[str] = []
     for axis, (task, (arm, weights)) in zip(axes, found.items(), strict=True):
         names = read_settings(study.folders[arm, task])["adapters"]
-        colors = [LINE_COLORS[index % len(LINE_COLORS)] for index in range(weights.shape[1])]
+        colors = [COLOURS[index % len(COLOURS)] for index in range(weights.shape[1])]
         axis.stackplot(range(len(weights)), weights.T, labels=names, colors=colors)
         axis.set_title(f"{task}: {arm}")
         axis.set_xlabel("generated token")
@@ -244,7 +244,7 @@ def cosines_figure(study: Study) -> "Figure | None":
     for axis, domain in zip(axes, domains, strict=True):
         cosines = np.array(quality["distributions"][domain])  # (examples, N)
         for index, name in enumerate(quality["names"]):
-            color = LINE_COLORS[index % len(LINE_COLORS)]
+            color = COLOURS[index % len(COLOURS)]
             axis.hist(cosines[:, index], bins=30, color=color, histtype="step", linewidth=1.4, label=name)
         axis.set_title(f"prompts of {domain}")
         axis.set_xlabel("cosine to the centroid")

@@ -1,7 +1,7 @@
 // Which colour and line an adapter has. The colours are Okabe and Ito's, which colour-blind people can tell apart; the
 // line under a token says it without any colour. The base is grey and has no line.
 
-const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f"];
+const COLOURS = ["#2186cf", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f"];
 const LINES = ["solid", "dashed", "dotted", "double"];
 const DASHES = { solid: [], dashed: [7, 4], dotted: [2, 3], double: [12, 3, 2, 3] };
 const NEUTRAL = "#929ca6"; // visible on light and dark cards
