@@ -177,6 +177,33 @@ def test_fit_makes_a_bundle_that_generates(
     assert (json.loads(out)["accuracy"], json.loads(out)["confusion"]) == (None, [])
 
 
+OF_EXTRAS = (
+    "sentence_transformers",
+    "datasets",
+    "trl",
+    "lm_eval",
+    "matplotlib",
+    "gguf",
+    "starlette",
+    "uvicorn",
+)
+
+
+def test_a_plain_install_fits_with_its_own_embedder_and_generates(
+    run: Run, bundle: Path, adapter_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in OF_EXTRAS:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    base = json.loads((bundle / "bundle.json").read_text())["base_model"]
+    arguments: list[object] = ["--base", base, "-o", tmp_path / "new"]
+    for name, folder in adapter_folders.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(SAMPLES[name]))
+        arguments += ["--adapter", f"{name}={folder}", "--samples", f"{name}={tmp_path / name}.txt"]
+    assert run("fit", *arguments)[0] == 0
+    assert run("route", tmp_path / "new", "--text", "add three")[0] == 0
+    assert run("generate", tmp_path / "new", "--prompt", "add", "--max-tokens", 2)[0] == 0
+
+
 def test_doctor_reports_and_finds_the_adapter_that_moves_nothing(
     run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
