@@ -354,7 +354,7 @@ def test_what_a_run_measured_is_kept_and_drawn(run: Run, bundle: Path, tmp_path:
     assert file.name == "bench-prefill-float32-batch-1-2.json"
     assert json.loads(file.read_text())["versions"]["treadle"] == treadle.__version__
     code, out, _ = run("plot", tmp_path / "out", "-o", tmp_path / "figures")
-    assert (code, Path(out.strip()).name) == (0, "ratios.svg")
+    assert (code, [Path(line).name for line in out.split()]) == (0, ["ratios.svg", "ratios.pdf"])
     file.write_text('{"tables": [{}]}')
     code, _, err = run("plot", tmp_path / "out", "-o", tmp_path / "figures")
     assert (code, "is not what treadle bench -o writes" in err) == (1, True)

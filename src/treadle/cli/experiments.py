@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.flags import BundlePath, Device, Dtype, Json, MaybeBundle, Pack, Strict, open_source, takes
-from treadle.common.errors import OptionError, collect, raise_all
+from treadle.common.errors import OptionError, collect, raise_all, unknown_name
 from treadle.common.files import make_folder
 from treadle.common.options import read_options
 from treadle.common.params import SourceParams
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 Output = Annotated[Path, typer.Option("-o", "--output", help="folder of results; finished cells are not repeated")]
+Against = Annotated[
+    str | None, typer.Option(help="arm that the tables' paired differences subtract; default: the first measured")
+]
 
 
 @app.command(name="eval")
@@ -52,6 +55,7 @@ def eval_command(  # noqa: PLR0913 a command's parameters are its flags
         list[str] | None,
         typer.Option(help="measure only these: the others lend examples to streams; repeatable, or with commas"),
     ] = None,
+    against: Against = None,
     device: Device = None,
     dtype: Dtype = None,
     strict: Strict = False,
@@ -60,6 +64,8 @@ def eval_command(  # noqa: PLR0913 a command's parameters are its flags
     evaluation: dict[str, Any],
 ) -> None:  # fmt: skip
     """Measure arms on tasks: values with 95 % intervals, resumable, every generation kept.
+
+    The folder also gets the table as Markdown, CSV and LaTeX: table.md, table.csv, table.tex.
 
     The task mbpp runs programs that a model wrote. Limits on time, memory and files stop accidents, but there is no
     sandbox: such a program can read, change and send what you can. Run models that you do not trust in a container.
@@ -73,10 +79,12 @@ def eval_command(  # noqa: PLR0913 a command's parameters are its flags
     found = open_source(bundle, source, strict=strict)
     router, wanted = found.router, _split(arms or ["base,oracle,uniform,routed"])
     chosen = collect(problems, [lambda: choose_arms(wanted, router.names, router.params)])
+    if chosen and against is not None:
+        collect(problems, [partial(_check_against, against, [arm.name for arm in chosen[0]])])
     asked = params[0] if params else EvalParams()
     sets = _sets(found, chosen[0] if chosen else [], tasks, _split(only or []), asked, problems)
     make_folder(output)
-    _run(open_engine(found, device, dtype), sets, chosen[0], output, asked, as_json)
+    _run(open_engine(found, device, dtype), sets, chosen[0], output, asked, as_json, against)
 
 
 @app.command()
@@ -103,14 +111,25 @@ def sweep(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
 @app.command()
 def plot(
     results: Annotated[list[Path], typer.Argument(help="folders that eval, sweep or bench wrote")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the figures")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for figures and tables")],
+    against: Against = None,
     as_json: Json = False,
 ) -> None:
-    """Draw every figure that the results allow; nothing is measured."""
+    """Draw every figure that the results allow (SVG, PDF) and write their tables; nothing is measured."""
     from treadle.experiments.plots import draw_all
+    from treadle.experiments.study import Study
+    from treadle.experiments.tables import write_tables
 
-    drawn = draw_all(results, output)
-    print(json.dumps({"figures": list(map(str, drawn))}) if as_json else "\n".join(map(str, drawn)))
+    made = {"tables": write_tables(Study.read(results), output, against), "figures": draw_all(results, output)}
+    if as_json:
+        print(json.dumps({kind: list(map(str, files)) for kind, files in made.items()}))
+    else:
+        print("\n".join(str(file) for files in made.values() for file in files))
+
+
+def _check_against(against: str, names: Sequence[str]) -> None:
+    if against not in names:
+        raise OptionError(f"--against: {unknown_name('arm', against, names)}")
 
 
 @app.command()
@@ -170,9 +189,9 @@ def route_eval(router: "Router", tasks: Sequence[str], limit: int, output: Path 
     from treadle.cli.console import new_console, quality_tables
     from treadle.common.params import RoutingParams, Score
     from treadle.common.writing import check_writable, write_text
-    from treadle.experiments.plots import QUALITY_FILE
     from treadle.experiments.router_quality import route_quality
     from treadle.experiments.sets import load_sets
+    from treadle.experiments.study import QUALITY_FILE
 
     if output:
         check_writable(output / QUALITY_FILE)
@@ -237,17 +256,27 @@ def _sets(
     return sets[0]
 
 
-def _run(
-    engine: "Engine", sets: Sequence["EvalSet"], arms: Sequence["Arm"], output: Path, params: EvalParams, as_json: bool
+def _run(  # noqa: PLR0913, PLR0917 all that a run is made of
+    engine: "Engine",
+    sets: Sequence["EvalSet"],
+    arms: Sequence["Arm"],
+    output: Path,
+    params: EvalParams,
+    as_json: bool,
+    against: str | None = None,
 ) -> None:
     from treadle.cli.console import new_console, results_table
     from treadle.cli.progress import progress
     from treadle.experiments.evaluate import evaluate
+    from treadle.experiments.study import Study
+    from treadle.experiments.tables import write_tables
 
     with progress(sum(map(len, sets)) * len(arms)) as advance:
         results = evaluate(engine, sets, arms, output, params, advance)
+    tables = write_tables(Study.read([output]), output, against)
     if as_json:
         print(json.dumps([asdict(result) for result in results]))
         return
     for task in dict.fromkeys(result.task for result in results):
         new_console().print(results_table(task, [result for result in results if result.task == task]))
+    print("\n".join(map(str, tables)))

@@ -49,19 +49,24 @@ def check_writable(file: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file; at every moment the old one or the new one is there, whole.
+    """Write a text file as `write_bytes` does."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file; at every moment the old one or the new one is there, whole.
 
     Raises:
         OptionError: the system refuses to write there; the old file is as it was.
     """
     with refused(file):
         if file.exists() and not file.is_file():  # a pipe or a device, such as /dev/stdout
-            file.write_text(text, "utf-8")
+            file.write_bytes(content)
             return
         target = Path(os.path.realpath(file))  # a link stays a link
         with _workplace(target.parent) as place:
             new = place / "new"
-            new.write_text(text, "utf-8")
+            new.write_bytes(content)
             if target.exists():
                 shutil.copymode(target, new)
             put(new, target)
