@@ -186,7 +186,7 @@ def test_eval_and_sweep_print_and_keep_the_same_results(tmp_path: Path, bundle: 
                          "--no-generate", "-o", tmp_path / "out", "--json")  # fmt: skip
     assert code == 0, err
     assert {result["arm"] for result in json.loads(out)} == {"base", "oracle", "uniform"}
-    assert "3/3" in err, "what was there is no part of what is left"
+    assert "6 of 6" in err, "a log counts what was there, too"
     (tmp_path / "sweep.toml").write_text(
         f'tasks = ["math={rows}"]\nalso = ["base"]\nlimit = 3\ngenerate = false\n[grid.k]\nevery = [1, "none"]\n'
     )
