@@ -1,5 +1,6 @@
 """Which models the engine refuses by name: their state cannot be followed, or padding moves their tokens."""
 
+import inspect
 import re
 
 import pytest
@@ -46,6 +47,25 @@ def test_a_model_that_the_engine_cannot_run_is_refused_by_name(
 ) -> None:
     with pytest.raises(ModelError, match=rf"(?s)cannot run {name}\w+;.*{message}"):
         check_supported(made(name, options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Mixtral", "Phi", "Olmo2"])
+def test_rounding_in_half_precision_is_no_reason_to_refuse_but_padding_that_is_read_is(
+    name: str, dtype: torch.dtype
+) -> None:
+    model = made(name, TINY | {"num_hidden_layers": 12, "hidden_size": 64, "head_dim": 16}).to(dtype)
+    subclass = type(f"Other{name}ForCausalLM", (type(model),), {})  # none of the engine's own kinds
+    model.__class__ = subclass
+    check_supported(model)
+
+    def without_mask(self: PreTrainedModel, *args: object, attention_mask: object = None, **options: object) -> object:
+        return super(subclass, self).forward(*args, **options)
+
+    without_mask.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    subclass.forward = without_mask
+    with pytest.raises(ModelError, match="counts padding"):
+        check_supported(model)
 
 
 def test_a_model_that_takes_no_positions_but_minds_its_padding_is_run() -> None:

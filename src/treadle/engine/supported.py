@@ -131,8 +131,14 @@ def _at(model: "PreTrainedModel", positions: Tensor) -> dict[str, Tensor]:
 
 
 def _differ(model: "PreTrainedModel", one: Tensor, other: Tensor) -> bool:
-    """Return whether two logits or states, of one shape, differ by more than rounding."""
-    return bool((one - other).abs().max() > one.std() * (0.01 if model.dtype == torch.float32 else 0.1))
+    """Return whether two logits or states, of one shape, differ by more than rounding.
+
+    In half precision rounding moves logits by 3 % of their deviation, padding that is read by 30 % and more.
+    """
+    apart = one - other
+    if model.dtype == torch.float32:
+        return bool(apart.abs().max() > one.std() * 0.01)
+    return bool(apart.square().mean().sqrt() > one.std() * 0.15)
 
 
 @torch.inference_mode()
