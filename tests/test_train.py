@@ -398,6 +398,8 @@ def test_the_command_trains_on_chats_and_on_rows_of_a_template(run: Run, tmp_pat
         assert code == 0, err
         assert json.loads(out)["examples"] == 1  # and nothing else
         assert read_adapter(output).pairs
+        assert "'loss'" in err
+    assert "\r" not in err  # a log gets no bar; the first also has that of the base, which this test wrote
     code, _, err = run(*common, "--data", tmp_path / "rows.jsonl", "--task", "chatt", "-o", tmp_path / "no")
     assert code == 1
     assert "Did you mean 'chat'?" in err

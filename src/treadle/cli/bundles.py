@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -77,6 +78,9 @@ def fit_command(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     places, files = _places(adapters, adapter or [], samples or [], problems)
     read, texts, fitted = _fitting(places, files, problems, params[0] if with_states and params else None)
     own = text_embedder(embedder, base)
+    if with_states and read:
+        count = sum(map(len, texts.values()))
+        print(f"reading {count} texts through the base model: this takes a minute or two on a CPU", file=sys.stderr)
     fit = fit_router(base, read, texts, own, params[0], fitted=fitted, with_states=with_states)
     wholes = {name: [each.whole for each in given[:keep_samples]] for name, given in texts.items()}
     kept = wholes if keep_samples else None
@@ -274,7 +278,7 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     training: dict[str, Any],
 ) -> None:
     """Train one LoRA adapter and write a plain PEFT folder."""
-    from treadle.bundle.base_model import load_tokenizer
+    from treadle.bundle.base_model import load_tokenizer, quiet_libraries
     from treadle.experiments.data import CHAT_TASK, chat_task, load_examples
     from treadle.experiments.tasks import find_task
     from treadle.experiments.train import train_adapter
@@ -283,6 +287,7 @@ def train(  # noqa: PLR0913, PLR0917 a command's parameters are its flags
     if preset not in presets:
         raise OptionError(unknown_name("preset", preset, presets))
     params = read_options(TrainParams, training, onto=presets[preset])
+    quiet_libraries()
     tokenizer = load_tokenizer(base)
 
     def load(name: str | None, source: str, most: int | None) -> list[Any]:

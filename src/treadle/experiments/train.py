@@ -218,6 +218,7 @@ def _trainer_config(output: Path, params: TrainParams) -> "SFTConfig":
         logging_steps=min(10, params.steps),
         save_strategy="steps",
         save_steps=max(10, params.steps // 4),
+        disable_tqdm=not sys.stderr.isatty(),  # a log gets lines instead of a bar
         report_to="none",
         dataloader_pin_memory=False,
         seed=params.seed,
