@@ -530,7 +530,11 @@ def test_a_damaged_folder_ends_in_one_message(good: Path, tmp_path: Path, name: 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "single", "mlx", "npz"])
 def test_without_damage_they_load(good: Path, kind: str) -> None:
-    attach(llama(), [read_adapter(good / kind)]).detach()
+    model = llama()
+    with torch.inference_mode():
+        base = model(input_ids=torch.arange(8)[None]).logits
+        with attach(model, [read_adapter(good / kind)]).using([1.0]):
+            assert not torch.equal(model(input_ids=torch.arange(8)[None]).logits, base)
 
 
 def test_there_are_enough_of_them() -> None:

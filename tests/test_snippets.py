@@ -122,9 +122,9 @@ def run_python(snippet: Snippet, names: dict[str, object]) -> None:
 def test_the_snippets_of_a_page_run_in_their_order(page: str, workplace: Path, run: Run) -> None:
     names: dict[str, object] = {"__name__": page}
     files = iter(re.findall(r"(?:Write|file) `(\w+\.(?:json|toml))`", (DOCS / page).read_text("utf-8")))
-    for snippet in SNIPPETS:
-        if snippet.page != page:
-            continue
+    own = [snippet for snippet in SNIPPETS if snippet.page == page]
+    assert own
+    for snippet in own:
         if snippet.language == "python":
             run_python(snippet, names)
         elif snippet.language == "bash":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.flags import BundlePath, Device, Dtype, Json, MaybeBundle, Pack, Strict, open_source, takes
-from treadle.common.errors import OptionError, collect, raise_all, unknown_name
+from treadle.common.errors import OptionError, collect, raise_all
 from treadle.common.files import make_folder
 from treadle.common.options import read_options
 from treadle.common.params import SourceParams
@@ -72,6 +72,7 @@ def eval_command(  # noqa: PLR0913 a command's parameters are its flags
     """
     from treadle.bundle.base_model import check_dtype
     from treadle.experiments.arms import choose_arms
+    from treadle.experiments.tables import check_against
 
     problems: list[str] = []
     params = collect(problems, [partial(read_options, EvalParams, evaluation)])
@@ -79,8 +80,7 @@ def eval_command(  # noqa: PLR0913 a command's parameters are its flags
     found = open_source(bundle, source, strict=strict)
     router, wanted = found.router, _split(arms or ["base,oracle,uniform,routed"])
     chosen = collect(problems, [lambda: choose_arms(wanted, router.names, router.params)])
-    if chosen and against is not None:
-        collect(problems, [partial(_check_against, against, [arm.name for arm in chosen[0]])])
+    collect(problems, [partial(check_against, against, [arm.name for arm in chosen[0]])] if chosen else [])
     asked = params[0] if params else EvalParams()
     sets = _sets(found, chosen[0] if chosen else [], tasks, _split(only or []), asked, problems)
     make_folder(output)
@@ -125,11 +125,6 @@ def plot(
         print(json.dumps({kind: list(map(str, files)) for kind, files in made.items()}))
     else:
         print("\n".join(str(file) for files in made.values() for file in files))
-
-
-def _check_against(against: str, names: Sequence[str]) -> None:
-    if against not in names:
-        raise OptionError(f"--against: {unknown_name('arm', against, names)}")
 
 
 @app.command()

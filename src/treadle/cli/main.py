@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from treadle.cli import bundles, experiments, export, serve, texts
+from treadle.cli import bundles, doctor, experiments, export, serve, texts
 from treadle.common.errors import AdapterWarning, TreadleError
 from treadle.common.version import __version__
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: with rich it takes half as long again
 )
-for commands in (texts, bundles, export, experiments, serve):
+for commands in (texts, bundles, doctor, export, experiments, serve):
     app.add_typer(commands.app)
 
 

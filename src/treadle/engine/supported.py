@@ -67,19 +67,10 @@ def _padding_problems(model: "PreTrainedModel") -> Iterator[str]:
     ids = torch.arange(1, 5, device=model.device)[None]  # (1, T)
     padded = torch.nn.functional.pad(ids, (PADDING_TOKENS, 0))  # (1, PADDING_TOKENS + T)
     places = torch.arange(padded.shape[1], device=model.device)[None] - PADDING_TOKENS
-
-    def last(ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Read all but the last token, then that one (states have no mask there); return its logits (V,)."""
-        cache, logits = new_cache(model), ids.new_empty(0)
-        for part in [slice(None)] if is_recurrent(model) else [slice(-1), slice(-1, None)]:
-            given = {"attention_mask": mask[:, : part.stop].long(), **_at(model, positions[:, part])}
-            cache.begin_pass(ids[:, part].shape[1])
-            logits = model(input_ids=ids[:, part], use_cache=True, **{cache_argument(model): cache}, **given).logits
-        return logits[0, -1].float()
-
+    last = 0 if is_recurrent(model) else 1  # tokens read behind the others: states have no mask there
     try:
-        alone = last(ids, places[:, PADDING_TOKENS:], torch.ones_like(ids))
-        beside = last(padded, places.clamp(min=0), places >= 0)
+        alone, _ = _read(model, ids, [4 - last, last], places[:, PADDING_TOKENS:], torch.ones_like(ids))
+        beside, _ = _read(model, padded, [PADDING_TOKENS + 4 - last, last], places.clamp(min=0), (places >= 0).long())
     except Exception as error:  # whatever it is: the engine would meet it too
         yield f"it cannot read padding: {reason_of(error)}"
     else:
@@ -111,18 +102,25 @@ def _goes_on(model: "PreTrainedModel", parts: Sequence[int]) -> bool:
     Logits alone would not tell: a state that is forgotten may move them by little.
     """
     ids = torch.arange(1, 1 + sum(parts), device=model.device)[None]  # (1, T)
-    logits: list[Tensor] = []
-    states: list[list[Tensor]] = []
-    for sizes in ([sum(parts)], list(parts)):
-        cache, read = new_cache(model), ids.new_empty(0)
-        for part, places in zip(ids.split(sizes, 1), (ids - 1).split(sizes, 1), strict=True):
-            cache.begin_pass(part.shape[1])
-            given = {cache_argument(model): cache, **_at(model, places)}
-            read = model(input_ids=part, use_cache=True, **given).logits[0, -1]
-        logits.append(read.float())
-        states.append(states_of(cache))
-    pairs = zip(*states, strict=True)
-    return not _differ(model, *logits) and not any(_differ(model, one.float(), other.float()) for one, other in pairs)
+    whole, states = _read(model, ids, [sum(parts)], ids - 1)
+    pieces, others = _read(model, ids, parts, ids - 1)
+    pairs = zip(states, others, strict=True)
+    return not _differ(model, whole, pieces) and not any(
+        _differ(model, one.float(), each.float()) for one, each in pairs
+    )
+
+
+def _read(
+    model: "PreTrainedModel", ids: Tensor, sizes: Sequence[int], positions: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Read tokens (1, T) in parts of these sizes; return the last one's logits (V,) and the states behind it."""
+    cache, logits, end = new_cache(model), ids.new_empty(0), 0
+    for size in filter(None, sizes):
+        part, end = slice(end, end + size), end + size
+        given = _at(model, positions[:, part]) | ({} if mask is None else {"attention_mask": mask[:, :end]})
+        cache.begin_pass(size)
+        logits = model(input_ids=ids[:, part], use_cache=True, **{cache_argument(model): cache}, **given).logits[0, -1]
+    return logits.float(), states_of(cache)
 
 
 def _at(model: "PreTrainedModel", positions: Tensor) -> dict[str, Tensor]:

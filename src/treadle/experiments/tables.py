@@ -82,11 +82,16 @@ def write_tables(study: Study, output: Path, against: str | None = None) -> list
     return [output / f"table.{ending}" for ending in FORMATS]
 
 
+def check_against(against: str | None, arms: Sequence[str]) -> None:
+    """Raise an OptionError if there is no such arm to compare with; None is the first."""
+    if against is not None and against not in arms:
+        raise OptionError(f"--against: {unknown_name('arm', against, arms)}")
+
+
 def result_tables(study: Study, against: str | None = None) -> list[MetricTable]:
     """Return one table for each task and metric, in the order in which they were measured."""
     arms = list(dict.fromkeys(result.arm for result in study.results))
-    if against is not None and against not in arms:
-        raise OptionError(unknown_name("arm", against, arms))
+    check_against(against, arms)
     values = {cell: _values(study, *cell) for cell in dict.fromkeys((each.arm, each.task) for each in study.results)}
     tables: list[MetricTable] = []
     for task, metric in sorted({(each.task, each.metric): None for each in study.results}, key=_order(study)):
